@@ -1,0 +1,1 @@
+"""The vocabulary of scaling_lab: counts, specs, records, schedules, the store. Standard library and numpy only."""
