@@ -1,0 +1,111 @@
+"""Owns what a run *said*: its curve, its final loss, how it ended, and where it ran."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from scaling_lab.core.counts import FlopCount, ModelCount, ParamCount
+from scaling_lab.core.serial import build, to_dict
+from scaling_lab.core.spec import Execution, RunSpec
+
+RECORD_SCHEMA_VERSION = 1
+
+
+class RunStatus(StrEnum):
+    """How a run ended. INTERRUPTED runs can go on; the others are over."""
+
+    COMPLETED = "completed"
+    DIVERGED = "diverged"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class EvalPoint:
+    """One line of curve.jsonl. `train_loss_nats` is the mean over the steps since the line before (one step, except in
+    runs longer than `MAX_CURVE_POINTS`); the validation loss is None where the validation set was not visited."""
+
+    step: int
+    """Optimisation steps done, from 1."""
+    tokens: int
+    train_flops: float
+    """Under the run's own convention."""
+    lr: float
+    """Of the hidden matrices, at this step."""
+    train_loss_nats: float | None = None
+    val_loss_nats: float | None = None
+    val_loss_sem_nats: float | None = None
+    wall_time_s: float = 0.0
+    """Training time since the run began, evaluation and compilation included, over all attempts."""
+
+
+# Runs of up to this many steps record every step's training loss; longer ones record means over equal blocks of
+# steps, so that a curve has at most this many training points.
+MAX_CURVE_POINTS = 4096
+
+
+def curve_block_steps(steps: int) -> int:
+    """Steps that one training point of the curve covers: 1 up to `MAX_CURVE_POINTS` steps."""
+    return -(-steps // MAX_CURVE_POINTS)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and with what a run was computed."""
+
+    scaling_lab: str
+    python: str
+    torch: str
+    git_revision: str | None
+    device: str
+    device_name: str
+    host: str
+    platform: str
+    data_fingerprint: str
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Written last and atomically as record.json: that it exists means that the run is over."""
+
+    run_id: str
+    spec: RunSpec
+    execution: Execution
+    params: ParamCount
+    flops: FlopCount
+    status: RunStatus
+    reason: str | None
+    """Why, where the status is not completed: one line."""
+    final_val_loss_nats: float | None
+    final_val_loss_sem_nats: float | None
+    wall_time_s: float
+    environment: Environment
+    curve_points: int
+    """Lines of curve.jsonl that belong to the run: a shorter file is torn."""
+    curve: tuple[EvalPoint, ...] = field(default=(), repr=False)
+    """Kept in curve.jsonl, beside record.json."""
+    schema_version: int = RECORD_SCHEMA_VERSION
+
+    def count(self) -> ModelCount:
+        return ModelCount(self.params, self.flops)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the curve."""
+        out = to_dict(self)
+        del out["curve"]
+        return out
+
+    @staticmethod
+    def from_dict(data: dict[str, Any], curve: tuple[EvalPoint, ...] = ()) -> RunRecord:
+        """The inverse of `to_dict`. Raises KeyError, TypeError or ValueError for what this version cannot read."""
+        parts = dict(data)
+        parts["spec"] = RunSpec.from_dict(parts["spec"])
+        parts["execution"] = build(Execution, parts["execution"])
+        parts["params"] = build(ParamCount, parts["params"])
+        parts["flops"] = build(FlopCount, parts["flops"])
+        parts["status"] = RunStatus(parts["status"])
+        parts["environment"] = build(Environment, parts["environment"])
+        parts["curve"] = curve
+        return build(RunRecord, parts)

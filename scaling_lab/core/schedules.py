@@ -1,0 +1,75 @@
+"""Owns learning-rate schedules: a multiplier of the peak LR as a pure function of progress.
+
+Progress p is steps done over steps of the run, in (0, 1]: step t (from 0) of T has p = (t + 1) / T, so the last step of
+a cosine has exactly its final multiplier.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from scaling_lab.core.errors import UserError
+
+
+def _warmup(progress: float, warmup_fraction: float) -> float | None:
+    """Linear warm-up from 0; None once it is over."""
+    if progress < warmup_fraction:
+        return progress / warmup_fraction
+    return None
+
+
+def _check_fraction(owner: object, name: str, *, above_zero: bool = False) -> None:
+    value = getattr(owner, name)
+    low_ok = value > 0 if above_zero else value >= 0
+    if not (low_ok and value <= 1):
+        bounds = "(0, 1]" if above_zero else "[0, 1]"
+        raise UserError(f"schedule.{name}={value!r} must be in {bounds} ({type(owner).__name__}).")
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Linear warm-up, then a cosine from 1 to `final_fraction` over the run's own horizon.
+
+    Hoffmann et al. 2022 (arXiv 2203.15556, section 3.1): decay by 10x, horizon matched to the run. `horizon_fraction`
+    above 1 sets a horizon longer than the run, on purpose: over 1.25 it clearly hurts (their figure A1).
+    """
+
+    kind: ClassVar[str] = "cosine"
+
+    warmup_fraction: float = 0.02
+    final_fraction: float = 0.1
+    horizon_fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_fraction(self, "warmup_fraction")
+        _check_fraction(self, "final_fraction")
+        if self.horizon_fraction <= 0:
+            raise UserError(f"schedule.horizon_fraction={self.horizon_fraction!r} must be positive.")
+
+    def multiplier(self, progress: float) -> float:
+        """LR over peak LR at `progress` in (0, 1]."""
+        warm = _warmup(progress, self.warmup_fraction)
+        if warm is not None:
+            return warm
+        span = self.horizon_fraction - self.warmup_fraction
+        done = min(1.0, (progress - self.warmup_fraction) / span) if span > 0 else 1.0
+        return self.final_fraction + (1.0 - self.final_fraction) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Linear warm-up, then 1. Not optimal at any point of its curve: the envelope flags such runs."""
+
+    kind: ClassVar[str] = "constant"
+
+    warmup_fraction: float = 0.02
+
+    def __post_init__(self) -> None:
+        _check_fraction(self, "warmup_fraction")
+
+    def multiplier(self, progress: float) -> float:
+        """LR over peak LR at `progress` in (0, 1]."""
+        warm = _warmup(progress, self.warmup_fraction)
+        return 1.0 if warm is None else warm

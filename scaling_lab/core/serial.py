@@ -1,0 +1,64 @@
+"""Owns the JSON form of frozen dataclasses: the same value in spec.json, plan.json, checkpoints and the run id.
+
+A member of a discovered package (shape, source, schedule) carries its `kind`. The canonical form leaves out fields at
+their default, so that adding a field with a default keeps every old run id.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from enum import Enum
+from typing import Any
+
+
+def to_dict(value: Any, *, canonical: bool = False) -> Any:
+    """A JSON-ready form of a dataclass, enum, tuple, dict or scalar; `canonical` omits fields at their default."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        out: dict[str, Any] = {}
+        kind = getattr(type(value), "kind", None)
+        if isinstance(kind, str):
+            out["kind"] = kind
+        for field in dataclasses.fields(value):
+            item = getattr(value, field.name)
+            if canonical and _is_default(field, item):
+                continue
+            out[field.name] = to_dict(item, canonical=canonical)
+        return out
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (list, tuple)):
+        return [to_dict(item, canonical=canonical) for item in value]
+    if isinstance(value, dict):
+        return {str(key): to_dict(item, canonical=canonical) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no NaN; missing is null
+    return value
+
+
+def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
+    if field.default is not dataclasses.MISSING:
+        return bool(field.default == value)
+    if field.default_factory is not dataclasses.MISSING:
+        return bool(field.default_factory() == value)
+    return False
+
+
+def canonical_json(value: Any) -> str:
+    """One text for one value: sorted keys, no spaces, shortest round-trip floats."""
+    return json.dumps(to_dict(value, canonical=True), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def dumps(value: Any) -> str:
+    """Readable JSON of a dataclass or plain value, without NaN."""
+    return json.dumps(to_dict(value), indent=1, allow_nan=False) + "\n"
+
+
+def build(cls: type, data: dict[str, Any]) -> Any:
+    """`cls(**data)` for a flat dataclass: `kind` is skipped and fields that this version does not know are an error."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    extra = set(data) - names - {"kind"}
+    if extra:
+        raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(extra))}: written by a newer version?")
+    return cls(**{key: value for key, value in data.items() if key in names})

@@ -1,0 +1,132 @@
+"""Owns the `pysource` corpus: the Python standard library's own source text, bytes as tokens.
+
+About 10 MB of real text that lies on every machine with Python. Tests, encodings and generated tables are left out.
+The text depends on the Python version: the fingerprint says which text a run saw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sysconfig
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+from scaling_lab.core.errors import UserError
+
+# Left out by name of any folder above the file: tests are repetitive, encodings and pydoc_data are generated tables.
+SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__", "_bundled", "turtledemo"}
+)
+PACKAGE_FOLDERS = frozenset({"site-packages", "dist-packages"})
+# A longer line than any programmer writes marks a generated table or embedded data.
+MAX_LINE_BYTES = 2_000
+MAX_FILE_BYTES = 1_000_000
+
+# Marks the beginning of each document; never occurs in source text.
+SEPARATOR = 0
+
+
+@dataclass(frozen=True)
+class PySource:
+    """Bytes of .py files, shuffled by file with a fixed seed and split into train and validation by file."""
+
+    kind: ClassVar[str] = "pysource"
+
+    site_packages: bool = False
+    """Also read the installed packages' source (hundreds of MB in a torch environment)."""
+    max_mb: float = 1000.0
+    """Stop reading after this much text, in MB (1e6 bytes)."""
+    validation_fraction: float = 0.05
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"data.validation_fraction={self.validation_fraction!r} must be in (0, 1).")
+        if self.max_mb <= 0:
+            raise UserError(f"data.max_mb={self.max_mb!r} must be positive.")
+
+    @property
+    def vocab_size(self) -> int:
+        return 256
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        return 1.0
+
+    def text(self, split: str) -> bytes:
+        """The whole split as bytes, each document after a separator. Cached in the process: about 10 MB."""
+        return _splits(self)[0 if split == "train" else 1]
+
+    def n_tokens(self, split: str) -> int:
+        return len(self.text(split))
+
+    def fingerprint(self) -> str:
+        """sha256 over both splits: equal fingerprints mean the same tokens in the same order."""
+        digest = hashlib.sha256()
+        for split in ("train", "validation"):
+            digest.update(hashlib.sha256(self.text(split)).digest())
+        return digest.hexdigest()
+
+
+def _source_files(site_packages: bool) -> list[tuple[str, Path]]:
+    """(name that does not depend on where Python is installed, path), in a fixed order."""
+    roots = [("stdlib", Path(sysconfig.get_paths()["stdlib"]))]
+    if site_packages:
+        roots.append(("site-packages", Path(sysconfig.get_paths()["purelib"])))
+    files: dict[str, Path] = {}
+    for label, root in roots:
+        for path in root.rglob("*.py"):
+            parts = path.relative_to(root).parts
+            skipped = set(parts[:-1]) & SKIPPED_FOLDERS
+            in_packages = label == "stdlib" and bool(set(parts) & PACKAGE_FOLDERS)
+            if not skipped and not in_packages:
+                files[f"{label}/{'/'.join(parts)}"] = path
+    return sorted(files.items())
+
+
+def _read_document(path: Path) -> bytes | None:
+    """The file's bytes, or None for one that is empty, generated, not UTF-8 or unreadable."""
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            return None
+        text = path.read_bytes().replace(b"\r\n", b"\n")
+        text.decode("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    if not text.strip() or b"\0" in text or max(map(len, text.split(b"\n"))) > MAX_LINE_BYTES:
+        return None
+    return text
+
+
+@cache
+def _splits(source: PySource) -> tuple[bytes, bytes]:
+    files = _source_files(source.site_packages)
+    random.Random(source.split_seed).shuffle(files)
+    parts: tuple[list[bytes], list[bytes]] = ([], [])
+    seen: set[bytes] = set()
+    total_bytes = 0
+    for name, path in files:
+        text = _read_document(path)
+        if text is None:
+            continue
+        # Copies of a file (vendored packages) would put validation text into the training split.
+        content = hashlib.sha256(text).digest()
+        if content in seen:
+            continue
+        seen.add(content)
+        # By a hash of the name, so that adding a file moves no other file to the other split.
+        draw = int.from_bytes(hashlib.sha256(f"{source.split_seed}:{name}".encode()).digest()[:8], "big") / 2**64
+        parts[1 if draw < source.validation_fraction else 0].append(bytes([SEPARATOR]) + text)
+        total_bytes += len(text)
+        if total_bytes > source.max_mb * 1e6:
+            break
+    train, validation = b"".join(parts[0]), b"".join(parts[1])
+    if not train or not validation:
+        raise UserError(
+            f"data=pysource found {len(seen)} usable .py files under {sysconfig.get_paths()['stdlib']}: too little for "
+            "a train and a validation split. Choices: data.site_packages=true, or data=tokens data.path=FILE."
+        )
+    return train, validation

@@ -1,0 +1,118 @@
+"""Owns the `tokens` source: a token file of the user's (.npy, or flat binary .bin of a stated dtype)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scaling_lab.core.errors import UserError, unknown
+
+DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A flat array of token ids; the validation split is the file's tail, or a file of its own."""
+
+    kind: ClassVar[str] = "tokens"
+
+    path: str = ""
+    vocab_size: int = 256
+    validation_path: str = ""
+    """Empty: the last `validation_fraction` of `path` is the validation split."""
+    validation_fraction: float = 0.05
+    dtype: str = "uint16"
+    """Of a .bin file; a .npy file states its own."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise UserError("data.path is missing: data=tokens needs data.path=FILE (.npy, or .bin with data.dtype=...).")
+        if self.dtype not in DTYPES:
+            raise unknown("data.dtype", self.dtype, DTYPES)
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"data.validation_fraction={self.validation_fraction!r} must be in (0, 1).")
+        if self.vocab_size < 2:
+            raise UserError(f"data.vocab_size={self.vocab_size!r} must be at least 2.")
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        return None
+
+    def array(self, split: str) -> NDArray[np.integer]:
+        """The split's token ids, 1-d, memory-mapped."""
+        return _splits(self)[0 if split == "train" else 1]
+
+    def n_tokens(self, split: str) -> int:
+        return int(self.array(split).size)
+
+    def fingerprint(self) -> str:
+        """sha256 over both splits' token ids, so that the same tokens in another dtype or place count as the same."""
+        return _fingerprint(self)
+
+
+@cache
+def _fingerprint(source: TokenFile) -> str:
+    digest = hashlib.sha256()
+    for split in ("train", "validation"):
+        part = hashlib.sha256()
+        tokens = source.array(split)
+        for start in range(0, tokens.size, 1 << 22):
+            part.update(np.ascontiguousarray(tokens[start : start + (1 << 22)], dtype=np.uint32).tobytes())
+        digest.update(part.digest())
+    return digest.hexdigest()
+
+
+@cache
+def _splits(source: TokenFile) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    train = _open(source, "data.path", source.path)
+    if source.validation_path:
+        validation = _open(source, "data.validation_path", source.validation_path)
+    else:
+        cut = round(train.size * (1 - source.validation_fraction))
+        train, validation = train[:cut], train[cut:]
+    return train, validation
+
+
+def _open(source: TokenFile, option: str, name: str) -> NDArray[np.integer]:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(f"{option}={name!r}: there is no such file.")
+    try:
+        if path.suffix == ".npy":
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        else:
+            item = np.dtype(source.dtype).itemsize
+            if path.stat().st_size % item:
+                raise UserError(
+                    f"{option}={name!r} has {path.stat().st_size} bytes, not a multiple of the {item} of "
+                    f"data.dtype={source.dtype}. Choices: {', '.join(DTYPES)}."
+                )
+            tokens = np.memmap(path, dtype=source.dtype, mode="r") if path.stat().st_size else np.empty(0, source.dtype)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{option}={name!r} cannot be read as tokens: {error}.") from None
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise UserError(f"{option}={name!r} holds {tokens.ndim}-d {tokens.dtype}; needed: a flat array of integers.")
+    if tokens.size == 0:
+        raise UserError(f"{option}={name!r} is empty.")
+    _check_range(tokens, option, name, source.vocab_size)
+    return tokens
+
+
+def _check_range(tokens: NDArray[np.integer], option: str, name: str, vocab_size: int) -> None:
+    """Every token must be a row of the embedding; says where the first bad one is."""
+    block = 1 << 24
+    for start in range(0, tokens.size, block):
+        part = np.asarray(tokens[start : start + block])
+        if part.min() < 0 or part.max() >= vocab_size:
+            bad = int(np.flatnonzero((part < 0) | (part >= vocab_size))[0])
+            raise UserError(
+                f"{option}={name!r} has token {int(part[bad])} at index {start + bad}, outside data.vocab_size={vocab_size}."
+            )

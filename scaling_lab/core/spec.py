@@ -1,0 +1,305 @@
+"""Owns what a run *is*: `RunSpec`, its parts, and its id. How it ran (`Execution`) is kept apart and never hashed."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from scaling_lab.core.counts import Convention, ModelCount, train_flops
+from scaling_lab.core.errors import UserError, unknown
+from scaling_lab.core.registry import member
+from scaling_lab.core.serial import build, canonical_json, to_dict
+
+# Part of every run id: a change of what a field means, not of which fields there are, raises it.
+SPEC_SCHEMA_VERSION = 1
+DTYPES = ("float32", "bfloat16")
+# How many characters of the hash an id carries: 40 bits, a collision among 10,000 runs has probability 5e-5.
+ID_HASH_CHARACTERS = 10
+
+
+@runtime_checkable
+class Shape(Protocol):
+    """A model family's shape: counts itself without torch."""
+
+    kind: ClassVar[str]
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def depth(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    def count(self) -> ModelCount: ...
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """Learning rate over peak learning rate as a function of progress in (0, 1]."""
+
+    kind: ClassVar[str]
+
+    def multiplier(self, progress: float) -> float: ...
+
+
+@runtime_checkable
+class TokenSource(Protocol):
+    """Where tokens come from: what it is, not how it is read."""
+
+    kind: ClassVar[str]
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def bytes_per_token(self) -> float | None: ...
+    def n_tokens(self, split: str) -> int: ...
+    def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """AdamW with decoupled weight decay on matrices only, and gradient clipping by global norm.
+
+    Loshchilov & Hutter 2019 (arXiv 1711.05101). Each of the three groups has its own LR: `peak_lr` is the hidden
+    matrices' and the normalisation gains'; embeddings (tokens and positions) and the head take a multiple of it.
+    """
+
+    peak_lr: float
+    embedding_lr_ratio: float = 1.0
+    head_lr_ratio: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("peak_lr", "embedding_lr_ratio", "head_lr_ratio", "eps", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"optimizer.{name}={getattr(self, name)!r} must be positive.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optimizer.{name}={getattr(self, name)!r} must be in [0, 1).")
+        if self.weight_decay < 0:
+            raise UserError(f"optimizer.weight_decay={self.weight_decay!r} must not be negative.")
+
+
+@dataclass(frozen=True)
+class EvalSpec:
+    """The fixed validation set, the same for every size, and when it is visited."""
+
+    tokens: int = 131_072
+    """Size of the set: its first `tokens` tokens in whole sequences (fewer where the split is smaller)."""
+    points: int = 6
+    """Visits per run, log-spaced in steps by a factor of 2 and ending at the last step."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise UserError(f"eval.tokens={self.tokens!r} must be at least 1.")
+        if self.points < 1:
+            raise UserError(f"eval.points={self.points!r} must be at least 1: a run without a final loss is no data.")
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Everything that decides a run's numbers. Same spec, same machine, same execution: same losses, bit for bit."""
+
+    sweep: str
+    """A label: in no id."""
+    role: str
+    """Why the run is in the plan (isoflop, noise, validation, single): a label, in no id."""
+    budget_flops: float
+    """The budget that the run belongs to, under `convention`; what it spends exactly is `train_flops`."""
+    shape: Any
+    data: Any
+    schedule: Any
+    optimizer: OptimizerSpec
+    batch_tokens: int
+    train_tokens: int
+    eval: EvalSpec = field(default_factory=EvalSpec)
+    seed_init: int = 0
+    seed_data: int = 0
+    dtype: str = "float32"
+    parent: str | None = None
+    """Run whose checkpoint this one continues (trunk and cooldown)."""
+    convention: Convention = Convention.SIX_N_WITH_HEAD
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+        if self.batch_tokens < self.shape.context or self.batch_tokens % self.shape.context:
+            raise UserError(
+                f"batch_tokens={self.batch_tokens} must be a positive multiple of model.context={self.shape.context}."
+            )
+        if self.train_tokens < self.batch_tokens:
+            raise UserError(
+                f"train_tokens={self.train_tokens} is less than one step of batch_tokens={self.batch_tokens}: "
+                "raise the budget, or lower batch_tokens."
+            )
+        if self.train_tokens % self.batch_tokens:
+            raise UserError(
+                f"train_tokens={self.train_tokens} is not a whole number of steps of batch_tokens={self.batch_tokens}."
+            )
+        if self.shape.vocab_size < self.data.vocab_size:
+            raise UserError(
+                f"model.vocab_size={self.shape.vocab_size} is smaller than the data's vocabulary of {self.data.vocab_size}."
+            )
+
+    @property
+    def steps(self) -> int:
+        return self.train_tokens // self.batch_tokens
+
+    @property
+    def batch_sequences(self) -> int:
+        return self.batch_tokens // self.shape.context
+
+    def count(self) -> ModelCount:
+        return self.shape.count()
+
+    def n_params(self) -> float:
+        """N under the run's own convention."""
+        return self.count().n_params(self.convention)
+
+    def flops_per_token(self) -> float:
+        """Training FLOPs per token under the run's own convention."""
+        return self.count().flops_per_token(self.convention)
+
+    def train_flops(self) -> float:
+        """Training FLOPs of the whole run under its own convention."""
+        return train_flops(self.flops_per_token(), self.train_tokens)
+
+    def learning_rate(self, step: int) -> float:
+        """LR of hidden matrices at `step`, counted from 0."""
+        return self.optimizer.peak_lr * self.schedule.multiplier((step + 1) / self.steps)
+
+    def run_id(self) -> str:
+        """A readable slug and a hash of everything but the labels `sweep` and `role`."""
+        identity = replace(self, sweep="", role="")
+        text = f"{SPEC_SCHEMA_VERSION}:{canonical_json(identity)}"
+        digest = hashlib.sha256(text.encode()).hexdigest()[:ID_HASH_CHARACTERS]
+        slug = f"{self.shape.kind}-w{self.shape.width}-d{self.shape.depth}-c{self.budget_flops:.2g}-s{self.seed_init}"
+        return f"{slug.replace('+', '')}-{digest}"
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> RunSpec:
+        """The inverse of `serial.to_dict`. Raises ValueError for fields that this version does not know."""
+        parts = dict(data)
+        for name, package in (("shape", "shapes"), ("data", "sources")):
+            value = dict(parts[name])
+            parts[name] = build(member(f"scaling_lab.core.{package}", name, value["kind"]), value)
+        schedule = dict(parts["schedule"])
+        parts["schedule"] = build(schedule_class(schedule["kind"]), schedule)
+        parts["optimizer"] = build(OptimizerSpec, parts["optimizer"])
+        parts["eval"] = build(EvalSpec, parts["eval"])
+        parts["convention"] = Convention(parts["convention"])
+        return build(RunSpec, parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        return to_dict(self)
+
+
+def shape_class(kind: str) -> Any:
+    """The shape of a model family by its short name."""
+    return member("scaling_lab.core.shapes", "model", kind)
+
+
+def source_class(kind: str) -> Any:
+    """A token source by its short name."""
+    return member("scaling_lab.core.sources", "data", kind)
+
+
+def schedule_class(kind: str) -> Any:
+    """A schedule by its short name."""
+    from scaling_lab.core import schedules
+
+    known = {
+        value.kind: value for value in vars(schedules).values() if isinstance(value, type) and "kind" in vars(value)
+    }
+    if kind not in known:
+        raise unknown("schedule", kind, known)
+    return known[kind]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run is computed. Not part of its identity, but fixed at plan time and kept by every resume and takeover:
+    compiled and eager differ by about 1e-6, and so do numbers of threads."""
+
+    device: str = "cpu"
+    """cpu, cuda or mps."""
+    compile: bool = False
+    """Whether the whole step (forward, backward, clip, optimiser) is compiled."""
+    threads: int = 1
+    deterministic: bool = True
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda", "mps"):
+            raise unknown("device", self.device, ("auto", "cpu", "cuda", "mps"))
+        if self.threads < 1:
+            raise UserError(f"threads={self.threads!r} must be at least 1.")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run with the way in which it is to be computed."""
+
+    spec: RunSpec
+    execution: Execution
+
+    @property
+    def run_id(self) -> str:
+        return self.spec.run_id()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep before it is paid for. Every rounding it made and every run it left out is listed."""
+
+    sweep: str
+    runs: tuple[PlannedRun, ...]
+    convention: Convention
+    data_fingerprint: str
+    rounding: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The options that made the plan, for the reader of plan.json."""
+    schema_version: int = SPEC_SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        ids = [run.run_id for run in self.runs]
+        repeated = {i for i in ids if ids.count(i) > 1} if len(set(ids)) < len(ids) else set()
+        if repeated:
+            raise UserError(f"the plan holds the same run twice: {', '.join(sorted(repeated))}.")
+
+    @property
+    def total_flops(self) -> float:
+        return float(sum(run.spec.train_flops() for run in self.runs))
+
+    @property
+    def budgets_flops(self) -> tuple[float, ...]:
+        return tuple(sorted({run.spec.budget_flops for run in self.runs}))
+
+    def to_dict(self) -> dict[str, Any]:
+        out = {**to_dict(self), "total_flops": self.total_flops}
+        out["runs"] = [
+            {"run_id": r.run_id, "spec": r.spec.to_dict(), "execution": to_dict(r.execution)} for r in self.runs
+        ]
+        return out
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Plan:
+        runs = tuple(
+            PlannedRun(RunSpec.from_dict(r["spec"]), build(Execution, r["execution"])) for r in data["runs"]
+        )
+        return Plan(
+            sweep=data["sweep"],
+            runs=runs,
+            convention=Convention(data["convention"]),
+            data_fingerprint=data["data_fingerprint"],
+            rounding=tuple(data["rounding"]),
+            notes=tuple(data["notes"]),
+            settings=data.get("settings", {}),
+            schema_version=data["schema_version"],
+        )

@@ -1,0 +1,352 @@
+"""Owns the layout of results/ on disk: atomic writes, claims, what is done and what is not.
+
+    <root>/<sweep>/plan.json
+    <root>/<sweep>/runs/<run_id>/spec.json      what the run is
+                                 claim-<g>.json who computes it: attempt g, refreshed as a heartbeat
+                                 curve.jsonl    append-only
+                                 record.json    written last: the run is over
+    <root>/<sweep>/report/
+
+A claim is taken by creating claim-<g>.json exclusively, g one more than the last. That is atomic on every filesystem,
+shared ones included, and fences the past: whoever holds an older g sees a newer one at its next heartbeat and stops.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.record import EvalPoint, RunRecord
+from scaling_lab.core.serial import dumps
+from scaling_lab.core.spec import Plan, RunSpec
+
+# A claim without a heartbeat for this long is dead. Heartbeats come every 2 s, but a compilation, a full disk or a
+# paused machine may delay one; on the same host a dead process is seen at once, without waiting.
+STALE_AFTER_S = 120.0
+SWEEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class ClaimLost(RuntimeError):
+    """Another process took the run over: this one must stop writing."""
+
+
+def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replace `path` by `text` in one step: a reader sees the old or the new file, never a part."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def create_exclusive(path: Path, text: str) -> bool:
+    """Create `path` with all of `text` unless it exists; says whether it did. Atomic: linked only once complete."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+@dataclass(frozen=True)
+class ClaimInfo:
+    """What a claim file says: who computes a run, and how far it is."""
+
+    host: str
+    pid: int
+    pid_started: str
+    """The kernel's start time of the process: tells a reused pid from the same process."""
+    generation: int
+    started_unix_s: float
+    heartbeat_unix_s: float
+    step: int = 0
+    steps: int = 0
+    tokens_per_s: float | None = None
+    train_loss_nats: float | None = None
+    released: bool = False
+
+    def is_live(self, now_unix_s: float, stale_after_s: float = STALE_AFTER_S) -> bool:
+        """Whether its owner is, as far as can be seen from here, still at work."""
+        if self.released:
+            return False
+        if self.host == socket.gethostname():
+            return process_start(self.pid) == self.pid_started
+        return now_unix_s - self.heartbeat_unix_s < stale_after_s
+
+
+def process_start(pid: int) -> str | None:
+    """Start time of a process on this host as the kernel counts it; None where there is no such process.
+
+    Where /proc is missing (macOS), a constant for a live process: a reused pid is then told apart by the heartbeat only.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        if Path("/proc/self").exists():
+            return None
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            pass
+        return "unknown"
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else fields[19]
+
+
+class Claim:
+    """The right to compute one run, held by this process until released. Made by `RunStore.claim`."""
+
+    def __init__(self, path: Path, info: ClaimInfo) -> None:
+        self._path = path
+        self._info = info
+
+    @property
+    def generation(self) -> int:
+        return self._info.generation
+
+    def check(self) -> None:
+        """Raise `ClaimLost` if somebody took the run over."""
+        newer = self._path.with_name(f"claim-{self._info.generation + 1}.json")
+        if newer.exists() or not self._path.exists():
+            raise ClaimLost(f"run {self._path.parent.name} was taken over by another process")
+
+    def heartbeat(
+        self, step: int = 0, steps: int = 0, tokens_per_s: float | None = None, train_loss_nats: float | None = None
+    ) -> None:
+        """Say that the owner is alive and how far it is. Raises `ClaimLost`."""
+        self.check()
+        self._info = replace(
+            self._info,
+            heartbeat_unix_s=time.time(),
+            step=step,
+            steps=steps,
+            tokens_per_s=tokens_per_s,
+            train_loss_nats=train_loss_nats,
+        )
+        write_atomic(self._path, dumps(self._info), durable=False)
+
+    def release(self) -> None:
+        """Give the run back (interrupted): anybody may claim it at once."""
+        if self._path.exists():
+            write_atomic(self._path, dumps(replace(self._info, released=True)), durable=False)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One run of a plan as it stands on disk."""
+
+    run_id: str
+    state: str
+    """planned, running, interrupted, completed, diverged or failed."""
+    reason: str | None = None
+    claim: ClaimInfo | None = None
+    final_val_loss_nats: float | None = None
+    wall_time_s: float | None = None
+
+
+class RunStore:
+    """One sweep's folder. Reading never fails because of one bad run: see `problems` of `load_records`."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+
+    @staticmethod
+    def for_sweep(root: Path | str, sweep: str) -> RunStore:
+        if not SWEEP_NAME.fullmatch(sweep):
+            raise UserError(f"sweep={sweep!r} must be a folder name: letters, digits, '.', '_' and '-'.")
+        return RunStore(Path(root) / sweep)
+
+    # -- paths
+    @property
+    def plan_path(self) -> Path:
+        return self.folder / "plan.json"
+
+    @property
+    def report_folder(self) -> Path:
+        return self.folder / "report"
+
+    def run_folder(self, run_id: str) -> Path:
+        return self.folder / "runs" / run_id
+
+    # -- plan
+    def write_plan(self, plan: Plan) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.plan_path, dumps(plan.to_dict()))
+
+    def read_plan(self) -> Plan:
+        """The plan on disk. Raises `UserError` where there is none or it cannot be read."""
+        try:
+            data = json.loads(self.plan_path.read_text(encoding="utf-8"))
+            return Plan.from_dict(data)
+        except FileNotFoundError:
+            raise UserError(
+                f"sweep={self.folder.name!r}: there is no plan at {self.plan_path}. Choices: "
+                f"{', '.join(self.neighbours()) or 'none yet (make one with `scaling-lab sweep`)'}."
+            ) from None
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.plan_path} cannot be read: {error}.") from None
+
+    def neighbours(self) -> list[str]:
+        """Other sweeps beside this one."""
+        if not self.folder.parent.is_dir():
+            return []
+        return sorted(p.parent.name for p in self.folder.parent.glob("*/plan.json"))
+
+    # -- claims
+    def claim(self, spec: RunSpec) -> Claim | None:
+        """The right to compute `spec`, or None: it is over, or a live process computes it."""
+        folder = self.run_folder(spec.run_id())
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "record.json").exists():
+            return None
+        last = self.last_claim(folder)
+        if last is not None and last.is_live(time.time()):
+            return None
+        now = time.time()
+        info = ClaimInfo(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            pid_started=process_start(os.getpid()) or "unknown",
+            generation=1 if last is None else last.generation + 1,
+            started_unix_s=now,
+            heartbeat_unix_s=now,
+            steps=spec.steps,
+        )
+        path = folder / f"claim-{info.generation}.json"
+        if not create_exclusive(path, dumps(info)):
+            return None
+        # Between the look at record.json and the claim the former owner may have finished.
+        if (folder / "record.json").exists():
+            path.unlink(missing_ok=True)
+            return None
+        if not (folder / "spec.json").exists():
+            write_atomic(folder / "spec.json", dumps(spec.to_dict()))
+        return Claim(path, info)
+
+    @staticmethod
+    def last_claim(folder: Path) -> ClaimInfo | None:
+        """The newest claim on a run folder; an unreadable one counts as a dead owner's."""
+        newest = max((int(m[1]) for p in folder.glob("claim-*.json") if (m := re.fullmatch(r"claim-(\d+)\.json", p.name))), default=0)
+        if not newest:
+            return None
+        path = folder / f"claim-{newest}.json"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            return ClaimInfo(**data)
+        except (OSError, ValueError, TypeError):
+            return ClaimInfo("", 0, "", newest, 0.0, 0.0)
+
+    # -- curve and record
+    def start_curve(self, run_id: str, kept: Iterable[EvalPoint] = ()) -> Any:
+        """Begin this attempt's curve with the points `kept` from the last one; returns a file opened for appending.
+
+        A new file replaces the old one, so that a former owner that is still writing writes into nothing.
+        """
+        path = self.run_folder(run_id) / "curve.jsonl"
+        write_atomic(path, "".join(curve_line(point) for point in kept))
+        return open(path, "a", encoding="utf-8")
+
+    def write_record(self, record: RunRecord) -> bool:
+        """Write record.json unless there is one already; says whether it did."""
+        return create_exclusive(self.run_folder(record.run_id) / "record.json", dumps(record.to_dict()))
+
+    def read_curve(self, run_id: str) -> list[EvalPoint]:
+        """Whole lines of a curve, in order; a torn last line is left out."""
+        path = self.run_folder(run_id) / "curve.jsonl"
+        if not path.exists():
+            return []
+        points = []
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+            try:
+                points.append(EvalPoint(**json.loads(line)))
+            except (ValueError, TypeError):
+                break
+        return points
+
+    def read_record(self, run_id: str, *, curve: bool = True) -> RunRecord:
+        """One run's record. Raises `UserError` that says what is wrong with it."""
+        path = self.run_folder(run_id) / "record.json"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            points = tuple(self.read_curve(run_id)) if curve else ()
+            record = RunRecord.from_dict(data, points[: data["curve_points"]])
+        except FileNotFoundError:
+            raise UserError(f"run={run_id!r} has no record at {path}: it is not over.") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read ({error}): delete it to run it again.") from None
+        if curve and len(record.curve) < record.curve_points:
+            raise UserError(
+                f"{path.with_name('curve.jsonl')} has {len(record.curve)} of {record.curve_points} points: "
+                "delete record.json to run it again."
+            )
+        return record
+
+    def load_records(self, *, curve: bool = True) -> tuple[list[RunRecord], list[tuple[str, str]]]:
+        """Every record of the folder, by run id, and (run id, reason) for each that cannot be read."""
+        records, problems = [], []
+        for run_id in self.run_ids_with_record():
+            try:
+                records.append(self.read_record(run_id, curve=curve))
+            except UserError as error:
+                problems.append((run_id, str(error)))
+        return records, problems
+
+    def run_ids_with_record(self) -> list[str]:
+        runs = self.folder / "runs"
+        return sorted(p.parent.name for p in runs.glob("*/record.json")) if runs.is_dir() else []
+
+    # -- states
+    def state(self, run_id: str) -> RunState:
+        """Where one run stands."""
+        folder = self.run_folder(run_id)
+        record = folder / "record.json"
+        if record.exists():
+            try:
+                data = json.loads(record.read_text(encoding="utf-8"))
+                return RunState(
+                    run_id,
+                    data["status"],
+                    data.get("reason"),
+                    final_val_loss_nats=data.get("final_val_loss_nats"),
+                    wall_time_s=data.get("wall_time_s"),
+                )
+            except (OSError, ValueError, KeyError) as error:
+                return RunState(run_id, "failed", f"record.json cannot be read: {error}")
+        claim = self.last_claim(folder)
+        if claim is None:
+            return RunState(run_id, "planned")
+        if claim.is_live(time.time()):
+            return RunState(run_id, "running", claim=claim)
+        return RunState(run_id, "interrupted", "its process is gone", claim=claim)
+
+    def states(self, plan: Plan) -> Iterator[RunState]:
+        for run in plan.runs:
+            yield self.state(run.run_id)
+
+
+def curve_line(point: EvalPoint) -> str:
+    """One line of curve.jsonl; fields that are None are left out."""
+    return json.dumps({k: v for k, v in asdict(point).items() if v is not None}, allow_nan=False) + "\n"
