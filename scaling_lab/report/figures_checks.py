@@ -1,0 +1,125 @@
+"""Owns the figures that test the answer: residuals of the fitted law, sensitivity to choices, predicted against reached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from scaling_lab.analyse.estimate import FitResult
+from scaling_lab.analyse.observations import Observations
+from scaling_lab.report.style import (
+    APPROACH_COLOURS,
+    APPROACH_MARKERS,
+    FAINT,
+    INK,
+    MUTED,
+    format_count,
+    format_flops,
+    log_axis,
+    sequential_colours,
+    size_bar,
+)
+
+
+def residuals(ax_n: Axes, ax_d: Axes, observations: Observations, fit: FitResult) -> None:
+    """How far each measured loss lies above (+) or below (-) the fitted law, in percent, against N and against D."""
+    # residuals_log is ln L_fit - ln L: the sign is turned, because people ask how far the data are off.
+    off = 100.0 * np.expm1(-fit.residuals_log)
+    if off.size != observations.n_points:
+        raise ValueError(f"{off.size} residuals for {observations.n_points} points")
+    colour, norm, colours = sequential_colours(observations.compute_flops)
+    shades = [colour(c) for c in observations.compute_flops]
+    size = 20 if off.size <= 400 else 6
+    reach = 1.12 * max(float(np.max(np.abs(off))), 0.05)
+    for ax, x, name in ((ax_n, observations.n_params, "parameters N"), (ax_d, observations.n_tokens, "tokens D")):
+        ax.axhline(0, color=INK, lw=0.8)
+        ax.scatter(x, off, s=size, c=shades, edgecolors="white", linewidths=0.5, zorder=3)
+        log_axis(ax, "x", float(x.min()), float(x.max()), format_count, most=6)
+        ax.set_ylim(-reach, reach)
+        ax.set_xlabel(name)
+    ax_n.set_ylabel("measured minus fitted (% of loss)")
+    ax_d.tick_params(labelleft=False)
+    size_bar(ax_d, norm, colours, format_flops, "training FLOPs")
+
+
+@dataclass(frozen=True)
+class ForestRow:
+    """One answer to the question under one choice: a line of the sensitivity figure."""
+
+    label: str
+    approach: str
+    value: float
+    interval: tuple[float, float] | None = None
+    is_base: bool = False
+    """The choice that the rest of the report uses."""
+
+
+def forest_height(rows: Sequence[ForestRow]) -> float:
+    """Inches that `sensitivity_forest` needs."""
+    return 0.9 + 0.2 * len(dict.fromkeys(r.label for r in rows)) + 0.05 * len(rows)
+
+
+def sensitivity_forest(ax: Axes, rows: Sequence[ForestRow], base: dict[str, tuple[float, float] | None]) -> None:
+    """The exponent of N under every choice: a row a choice, a marker an approach, bars where there are intervals.
+
+    Args:
+        base: interval of each approach under the report's own choices, shaded for comparison (None: not drawn).
+    """
+    labels = list(dict.fromkeys(r.label for r in rows))
+    approaches = [a for a in APPROACH_COLOURS if any(r.approach == a for r in rows)]
+    height = {label: len(labels) - 1 - i for i, label in enumerate(labels)}
+    for i in range(0, len(labels), 2):
+        ax.axhspan(height[labels[i]] - 0.5, height[labels[i]] + 0.5, color=FAINT, alpha=0.22, lw=0, zorder=0)
+    for approach in approaches:
+        shaded = base.get(approach)
+        if shaded is not None:
+            ax.axvspan(*shaded, color=APPROACH_COLOURS[approach], alpha=0.09, lw=0, zorder=0.5)
+    for row in rows:
+        rank = approaches.index(row.approach) - (len(approaches) - 1) / 2
+        y, shade = height[row.label] - 0.24 * rank, APPROACH_COLOURS[row.approach]
+        if row.interval is not None:
+            ax.plot(row.interval, [y, y], color=shade, lw=1.1, zorder=2)
+        marker = APPROACH_MARKERS[row.approach]
+        ax.plot([row.value], [y], marker, color=shade, ms=5, mec="white", mew=0.6, zorder=3)
+    for approach in approaches:
+        marker = APPROACH_MARKERS[approach]
+        ax.plot([], [], marker, color=APPROACH_COLOURS[approach], ms=5, label=approach.replace("isoflop", "IsoFLOP"))
+    bold = {r.label for r in rows if r.is_base}
+    ax.set_yticks([height[label] for label in labels], labels)
+    for tick, label in zip(ax.get_yticklabels(), labels):
+        if label in bold:
+            tick.set_fontweight("bold")
+    ax.tick_params(axis="y", length=0)
+    ax.set_ylim(-0.6, len(labels) - 0.4)
+    ax.grid(True, axis="x")
+    ax.grid(False, axis="y")
+    ax.spines["left"].set_visible(False)
+    ax.set_xlabel("exponent a of N_opt, N_opt grows as C to the a")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, borderaxespad=0.1)
+
+
+def predicted_and_reached(ax: Axes, rows: Sequence[tuple[str, str, float, tuple[float, float] | None, float]]) -> None:
+    """Predictions of what was left out, beside what it came to: one line an approach and budget.
+
+    Args:
+        rows: (label, approach, predicted, its interval or None, reached), losses in nats per token.
+    """
+    for i, (_, approach, predicted, interval, reached) in enumerate(rows):
+        y, shade = len(rows) - 1 - i, APPROACH_COLOURS[approach]
+        if interval is not None:
+            ax.plot(interval, [y, y], color=shade, lw=1.4)
+        ax.plot([predicted], [y], APPROACH_MARKERS[approach], color=shade, ms=5.5, mec="white", mew=0.6)
+        ax.plot([reached], [y], "|", color=INK, ms=13, mew=1.6)
+    ax.set_yticks(range(len(rows)), [r[0] for r in reversed(rows)])
+    ax.set_ylim(-0.6, len(rows) - 0.4)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(True, axis="x")
+    ax.grid(False, axis="y")
+    ax.spines["left"].set_visible(False)
+    ax.set_xlabel("loss (nats per token)")
+    ax.plot([], [], "|", color=INK, ms=10, mew=1.6, label="reached")
+    ax.plot([], [], "o", color=MUTED, ms=5, label="predicted without it")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, borderaxespad=0.1)
