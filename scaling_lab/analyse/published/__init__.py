@@ -1,0 +1,1 @@
+"""Published scaling data packed with the project, and what the papers say about them."""
