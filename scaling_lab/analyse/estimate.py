@@ -66,6 +66,23 @@ class PowerLaw:
 
 
 @dataclass(frozen=True)
+class LossCurve:
+    """Loss along the frontier: floor_nats + coefficient * C ** -exponent, nats per token.
+
+    A description of the frontier's own points, good for interpolating them and for a modest step beyond.
+    """
+
+    floor_nats: float
+    coefficient: float
+    exponent: float
+
+    def __call__(self, compute_flops: Any) -> Any:
+        return (
+            self.floor_nats + self.coefficient * np.asarray(compute_flops, dtype=np.float64) ** -self.exponent
+        )
+
+
+@dataclass(frozen=True)
 class FitResult:
     """One law fitted to observations.
 
@@ -121,6 +138,8 @@ class Frontier:
     tokens_opt: Array
     loss_opt: Array
     """At `compute_flops`, nats per token (NaN where the approach gives none)."""
+    loss: LossCurve | None = None
+    """Loss as a function of C; None where fewer than two points have one."""
 
 
 @dataclass(frozen=True)

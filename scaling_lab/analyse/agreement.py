@@ -1,0 +1,126 @@
+"""Owns the question whether the three approaches agree within their intervals, and the answer as data and a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from scaling_lab.analyse.estimate import Array, Band, Estimate, Interval
+from scaling_lab.analyse.frontiers import at_compute
+
+
+@dataclass(frozen=True)
+class PairAgreement:
+    """One quantity of two approaches."""
+
+    approaches: tuple[str, str]
+    quantity: str
+    """params_exponent, tokens_exponent, or params_opt at the mean compute (compared in ln)."""
+    difference: float
+    """First minus second."""
+    interval: Interval | None
+    agree: bool | None
+    """None where an interval is missing."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Over all pairs of approaches that have a frontier."""
+
+    agree: bool | None
+    pairs: tuple[PairAgreement, ...]
+    message: str
+
+
+def agreement(estimates: Sequence[Estimate], bands: Sequence[Band], compute_flops: float) -> Agreement:
+    """Compare every pair: do 0 and the interval of the difference meet?
+
+    The samples of two approaches are taken as independent. They are of the same runs, so the difference is, if
+    anything, better known than its interval says.
+    """
+    usable = [(e, b) for e, b in zip(estimates, bands) if e.frontier is not None]
+    pairs = []
+    for (one, band_one), (two, band_two) in combinations(usable, 2):
+        for quantity in ("params_exponent", "tokens_exponent", "log_params_opt"):
+            x, y = _value(one, quantity, compute_flops), _value(two, quantity, compute_flops)
+            xs, ys = _samples(band_one, quantity, compute_flops), _samples(band_two, quantity, compute_flops)
+            interval = _difference_interval(xs, ys, band_one.level)
+            agree = None if interval is None else interval.contains(0.0)
+            pairs.append(PairAgreement((one.approach, two.approach), quantity, x - y, interval, agree))
+    return _summary(estimates, usable, pairs)
+
+
+def _summary(
+    estimates: Sequence[Estimate], usable: Sequence[tuple[Estimate, Band]], pairs: Sequence[PairAgreement]
+) -> Agreement:
+    if len(usable) < 2:
+        left_out = [e.approach for e in estimates if e.frontier is None]
+        return Agreement(None, tuple(pairs), f"Nothing to compare: no frontier from {', '.join(left_out)}.")
+    if all(p.agree is None for p in pairs):
+        return Agreement(None, tuple(pairs), "The approaches have no intervals to be compared within.")
+    apart = [p for p in pairs if p.agree is False]
+    if not apart:
+        unknown = sorted({a for p in pairs if p.agree is None for a in p.approaches})
+        text = f"{', '.join(e.approach for e, _ in usable)} agree within their intervals."
+        return Agreement(
+            True, tuple(pairs), text + (f" Not all have intervals ({', '.join(unknown)})." if unknown else "")
+        )
+    worst = max(apart, key=_excess)
+    names = {"log_params_opt": "N_opt at the mean compute", "params_exponent": "the exponent of N"}
+    what = names.get(worst.quantity, "the exponent of D")
+    size = (
+        f"a factor {np.exp(abs(worst.difference)):.2f}"
+        if worst.quantity == "log_params_opt"
+        else f"{worst.difference:+.3f}"
+    )
+    reasons = [_explanation(e) for e, _ in usable if e.approach in worst.approaches]
+    text = (
+        f"{worst.approaches[0]} and {worst.approaches[1]} disagree on {what} ({size}; beyond their intervals). "
+        + " ".join(r for r in reasons if r)
+    ).strip()
+    return Agreement(False, tuple(pairs), text)
+
+
+def _excess(pair: PairAgreement) -> float:
+    """How many half-widths of its interval the difference is away from 0."""
+    assert pair.interval is not None
+    return abs(pair.difference) / max(pair.interval.width / 2, 1e-12)
+
+
+def _explanation(estimate: Estimate) -> str:
+    """The approach's own known weakness here, from its diagnostics."""
+    telling = ("may be biased", "not used", "numerically", "smooth function")
+    found = [d for d in estimate.diagnostics if any(t in d for t in telling)]
+    return f"{estimate.approach}: {found[-1]}" if found else ""
+
+
+def _value(estimate: Estimate, quantity: str, compute_flops: float) -> float:
+    frontier = estimate.frontier
+    assert frontier is not None
+    if quantity == "params_exponent":
+        return frontier.params.exponent
+    if quantity == "tokens_exponent":
+        return frontier.tokens.exponent
+    return float(np.log(frontier.params(compute_flops)))
+
+
+def _samples(band: Band, quantity: str, compute_flops: float) -> Array | None:
+    if not band.samples:
+        return None
+    if quantity == "log_params_opt":
+        return np.log(at_compute(band.samples, compute_flops)["params_opt"])
+    return band.samples[quantity]
+
+
+def _difference_interval(xs: Array | None, ys: Array | None, level: float) -> Interval | None:
+    if xs is None or ys is None or min(xs.size, ys.size) < 20:
+        return None
+    rng = np.random.default_rng(0)
+    size = max(xs.size, ys.size)
+    difference = rng.choice(xs, size) - rng.choice(ys, size)
+    tail = (1 - level) / 2
+    lo, hi = np.nanquantile(difference, [tail, 1 - tail])
+    return Interval(float(lo), float(hi))

@@ -1,0 +1,156 @@
+"""Owns the analysis as a whole: `analyse(observations, settings) -> Analysis`, and reading observations for it.
+
+    settings = AnalysisSettings(columns={"loss": "val_loss"})
+    analysis = analyse(read_observations("runs.csv", settings), settings)
+    json.dumps(analysis.to_json_dict(command="..."))
+
+`Analysis.to_json_dict` is analysis.json (analysis_json.py, analysis.schema.json).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scaling_lab.analyse.agreement import Agreement, agreement
+from scaling_lab.analyse.estimate import Array, Band, Estimate, FitStatus
+from scaling_lab.analyse.observations import AS_GIVEN, Observations, from_table
+from scaling_lab.analyse.predict import Backtest, Prediction, backtest, predict
+from scaling_lab.analyse.record_observations import observations_from_records
+from scaling_lab.analyse.sensitivity import SensitivityRow, sensitivity
+from scaling_lab.analyse.settings import AnalysisSettings
+from scaling_lab.analyse.tables import read_table
+from scaling_lab.analyse.uncertainty import Approach, bootstrap
+from scaling_lab.core.counts import Convention
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.record import RunRecord
+
+# Where the optimum is predicted by default, in multiples of the largest observed compute: the next decade.
+_NEXT_DECADE = 10.0
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything that the report and analysis.json say, as values."""
+
+    observations: Observations
+    """Every row, before `points` chose among them."""
+    settings: AnalysisSettings
+    estimates: tuple[Estimate, ...]
+    """Always envelope, isoflop, parametric, in this order."""
+    bands: tuple[Band, ...]
+    """One an estimate."""
+    mean_compute_flops: float
+    """Geometric mean of the points' FLOPs, where all approaches are compared."""
+    at_mean_compute: tuple[Prediction | None, ...]
+    agreement: Agreement
+    sensitivity: tuple[SensitivityRow, ...]
+    backtest: tuple[Backtest, ...]
+    predictions: tuple[Prediction, ...]
+
+    @property
+    def points(self) -> Observations:
+        """The points that IsoFLOP and the parametric fit used."""
+        return select_points(self.observations, self.settings)
+
+    def estimate(self, approach: str) -> Estimate:
+        return next(e for e in self.estimates if e.approach == approach)
+
+    def band(self, approach: str) -> Band:
+        return next(b for b in self.bands if b.approach == approach)
+
+    def to_json_dict(self, command: str = "", versions: dict[str, str] | None = None) -> dict[str, Any]:
+        """analysis.json as plain data: see analysis.schema.json."""
+        from scaling_lab.analyse.analysis_json import to_json_dict
+
+        return to_json_dict(self, command, versions)
+
+
+def read_observations(path: str | Path, settings: AnalysisSettings | None = None) -> Observations:
+    """Observations from a CSV, Parquet, JSON or JSON-lines table, as the settings say (metric, where, columns, ...).
+
+    Raises:
+        UserError: no such file, a missing column, too few usable rows.
+    """
+    s = settings or AnalysisSettings()
+    table = read_table(path, columns=s.columns, where=s.where, metric=s.metric)
+    return from_table(table, convention=s.convention or AS_GIVEN, strict=s.strict)
+
+
+def observations_of_sweep(
+    records: Iterable[RunRecord], settings: AnalysisSettings | None = None
+) -> Observations:
+    """Observations from a sweep's run records, as the settings say (convention, approach.envelope.curve).
+
+    Raises:
+        UserError: no completed run, or `as_given`, which is for tables.
+    """
+    s = settings or AnalysisSettings()
+    if s.convention == AS_GIVEN:
+        raise UserError(
+            f"convention={AS_GIVEN} is for tables; a sweep is counted under one of {', '.join(Convention)}."
+        )
+    convention = None if s.convention is None else Convention(s.convention)
+    return observations_from_records(records, convention, s.approach.envelope.curve)
+
+
+def select_points(observations: Observations, settings: AnalysisSettings) -> Observations:
+    """One point a run (`points=final`) or every row."""
+    return observations.final() if settings.points == "final" else observations
+
+
+def analyse(observations: Observations, settings: AnalysisSettings | None = None) -> Analysis:
+    """The three approaches with their intervals, whether they agree, how they react to choices, and how they predict.
+
+    An approach that cannot be applied returns an estimate that says why; it is not an error.
+
+    Raises:
+        UserError: the law needs a column that is missing, or weights=loss_sem without standard errors.
+    """
+    s = settings or AnalysisSettings()
+    points = select_points(observations, s)
+    weights = _weights(points, s)
+    approaches: tuple[Approach, ...] = s.approach.all()
+    estimates = tuple(a.estimate(points, weights) for a in approaches)
+    bands = tuple(
+        bootstrap(a, points, e, s.bootstrap, s.seed, weights) for a, e in zip(approaches, estimates)
+    )
+    mean_compute = float(np.exp(np.log(points.compute_flops).mean()))
+    budgets = (*s.predict_flops, _NEXT_DECADE * float(points.compute_flops.max()))
+    predictions = (predict(e, b, c) for c in sorted(set(budgets)) for e, b in zip(estimates, bands))
+    return Analysis(
+        observations,
+        s,
+        estimates,
+        bands,
+        mean_compute,
+        tuple(predict(e, b, mean_compute) for e, b in zip(estimates, bands)),
+        agreement(estimates, bands, mean_compute),
+        sensitivity(approaches, estimates, points, weights) if s.sensitivity else (),
+        backtest(approaches, points, s.bootstrap, s.seed, weights) if s.backtest else (),
+        tuple(p for p in predictions if p is not None),
+    )
+
+
+def anything_estimated(analysis: Analysis) -> bool:
+    """Whether at least one approach gave a frontier or an identified fit."""
+    return any(
+        e.status not in (FitStatus.NOT_APPLICABLE, FitStatus.NOT_IDENTIFIED) for e in analysis.estimates
+    )
+
+
+def _weights(points: Observations, settings: AnalysisSettings) -> Array | None:
+    """(points,) 1 / sem^2 with mean 1, or None."""
+    if settings.weights is None:
+        return None
+    missing = int(np.count_nonzero(~np.isfinite(points.loss_sem_nats)))
+    if missing:
+        raise UserError(
+            f"weights=loss_sem needs a loss_sem for every point; {missing} of {points.n_points} have none."
+        )
+    w = points.loss_sem_nats**-2.0
+    return w / w.mean()

@@ -1,0 +1,220 @@
+"""Owns analysis.json, the public format of an analysis: versioned, described by analysis.schema.json. Missing is null."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from scaling_lab.analyse.agreement import Agreement
+from scaling_lab.analyse.estimate import Band, BudgetOptimum, Estimate, Interval
+from scaling_lab.analyse.observations import Observations
+from scaling_lab.analyse.predict import Backtest, Prediction, Quantity
+from scaling_lab.analyse.sensitivity import SensitivityRow
+
+if TYPE_CHECKING:
+    from scaling_lab.analyse.analysis import Analysis
+
+SCHEMA_VERSION = 1
+# Of millions of bad rows so many are listed one by one; the count is always whole.
+MAX_DROPPED_LISTED = 10_000
+
+_FRONTIER_QUANTITIES = ("params_exponent", "tokens_exponent")
+
+
+def to_json_dict(
+    analysis: Analysis, command: str = "", versions: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The analysis as plain data, ready for `json.dumps(..., allow_nan=False)`."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": command,
+        "versions": dict(versions) if versions is not None else default_versions(),
+        "observations": _observations(analysis.observations, analysis.points.n_points),
+        "estimates": [
+            _estimate(e, b, p, analysis.mean_compute_flops)
+            for e, b, p in zip(analysis.estimates, analysis.bands, analysis.at_mean_compute)
+        ],
+        "agreement": _agreement(analysis.agreement),
+        "sensitivity": [_sensitivity(row) for row in analysis.sensitivity],
+        "backtest": [_backtest(row) for row in analysis.backtest],
+        "predictions": [_prediction(p) for p in analysis.predictions],
+    }
+
+
+def default_versions() -> dict[str, str]:
+    """What computed the analysis."""
+    from importlib import metadata
+
+    found = {"python": platform.python_version()}
+    for name in ("scaling-lab", "numpy", "scipy", "pandas"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def number(value: Any) -> float | None:
+    """A finite float, or None."""
+    if value is None:
+        return None
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def _pair(interval: Interval | None) -> list[float | None] | None:
+    return None if interval is None else [number(interval.lo), number(interval.hi)]
+
+
+def _observations(obs: Observations, n_points: int) -> dict[str, Any]:
+    return {
+        "n_runs": obs.n_runs,
+        "n_points": n_points,
+        "n_rows": obs.n_points,
+        "convention": obs.convention,
+        "compute_range_flops": [float(obs.compute_flops.min()), float(obs.compute_flops.max())],
+        "curves": obs.curves.kind,
+        "n_dropped": len(obs.dropped),
+        "dropped": [
+            {"run_id": d.run_id, "row": d.row, "reason": d.reason} for d in obs.dropped[:MAX_DROPPED_LISTED]
+        ],
+        "warnings": list(obs.warnings),
+    }
+
+
+def _estimate(e: Estimate, band: Band, at_mean: Prediction | None, mean_compute: float) -> dict[str, Any]:
+    f = e.frontier
+    fit = e.fits[0] if e.fits else None
+    return {
+        "approach": e.approach,
+        "law": e.law,
+        "status": e.status.value,
+        "message": e.message,
+        "params_exponent": number(f.params.exponent) if f else None,
+        "params_coefficient": number(f.params.coefficient) if f else None,
+        "tokens_exponent": number(f.tokens.exponent) if f else None,
+        "tokens_coefficient": number(f.tokens.coefficient) if f else None,
+        "compute_range_flops": [number(c) for c in f.compute_range_flops] if f else None,
+        "at_mean_compute": {
+            "compute_flops": mean_compute,
+            "params_opt": _quantity(at_mean.params_opt if at_mean else None),
+            "tokens_opt": _quantity(at_mean.tokens_opt if at_mean else None),
+            "loss_opt": _quantity(at_mean.loss_opt if at_mean else None),
+        },
+        "loss_curve": {
+            "floor_nats": number(f.loss.floor_nats),
+            "coefficient": number(f.loss.coefficient),
+            "exponent": number(f.loss.exponent),
+        }
+        if f and f.loss
+        else None,
+        "interval": _interval(band),
+        "standard_errors": _standard_errors(band),
+        "parameters": {k: number(v) for k, v in fit.parameters.items()} if fit else None,
+        "objective": number(fit.objective) if fit else None,
+        "n_observations": fit.n_observations if fit else None,
+        "starts_tried": fit.starts_tried if fit else None,
+        "starts_agreeing": fit.starts_agreeing if fit else None,
+        "budgets": [_budget(b) for b in e.budgets],
+        "diagnostics": list(e.diagnostics),
+    }
+
+
+def _quantity(q: Quantity | None) -> dict[str, Any]:
+    if q is None:
+        return {"estimate": None, "interval": None}
+    return {"estimate": number(q.estimate), "interval": _pair(q.interval)}
+
+
+def _parameter_names(band: Band) -> list[str]:
+    """The law's own parameters among the band's quantities, by their names in the law."""
+    internal = ("params_", "tokens_", "loss_")
+    return [name for name in band.samples if not name.startswith(internal)]
+
+
+def _interval(band: Band) -> dict[str, Any]:
+    names = (*_FRONTIER_QUANTITIES, *_parameter_names(band))
+    return {
+        "level": band.level,
+        "unit": band.unit,
+        "method": band.method,
+        "resamples": band.requested,
+        "failed": band.failed,
+        "seed": band.seed,
+        "message": band.message,
+        **{name: _pair(band.interval(name)) for name in names},
+    }
+
+
+def _standard_errors(band: Band) -> dict[str, Any]:
+    names = (*_FRONTIER_QUANTITIES, *_parameter_names(band))
+    return {"method": band.method, **{name: number(band.standard_error(name)) for name in names}}
+
+
+def _budget(b: BudgetOptimum) -> dict[str, Any]:
+    return {
+        "budget_flops": b.budget_flops,
+        "n_runs": b.n_runs,
+        "params_opt": number(b.params_opt),
+        "tokens_opt": number(b.tokens_opt),
+        "loss_opt": number(b.loss_opt),
+        "status": b.status.value,
+        "message": b.message,
+    }
+
+
+def _agreement(a: Agreement) -> dict[str, Any]:
+    return {
+        "agree": a.agree,
+        "message": a.message,
+        "pairs": [
+            {
+                "approaches": list(p.approaches),
+                "quantity": p.quantity,
+                "difference": number(p.difference),
+                "interval": _pair(p.interval),
+                "agree": p.agree,
+            }
+            for p in a.pairs
+        ],
+    }
+
+
+def _sensitivity(row: SensitivityRow) -> dict[str, Any]:
+    return {
+        "kind": row.kind,
+        "choice": row.choice,
+        "approach": row.approach,
+        "status": row.status,
+        "params_exponent": number(row.params_exponent),
+        "tokens_exponent": number(row.tokens_exponent),
+        "change": number(row.change),
+        "message": row.message,
+    }
+
+
+def _prediction(p: Prediction) -> dict[str, Any]:
+    return {
+        "approach": p.approach,
+        "compute_flops": p.compute_flops,
+        "params_opt": _quantity(p.params_opt),
+        "tokens_opt": _quantity(p.tokens_opt),
+        "tokens_per_param": _quantity(p.tokens_per_param),
+        "loss_opt": _quantity(p.loss_opt),
+        "extrapolation_factor": number(p.extrapolation_factor),
+    }
+
+
+def _backtest(b: Backtest) -> dict[str, Any]:
+    return {
+        "approach": b.approach,
+        "budget_flops": b.budget_flops,
+        "n_held_out": b.n_held_out,
+        "predicted": None if b.predicted is None else _prediction(b.predicted),
+        "observed": _budget(b.observed),
+        "best_sampled_loss_nats": b.best_sampled_loss_nats,
+        "loss_rms_log": number(b.loss_rms_log),
+        "message": b.message,
+    }

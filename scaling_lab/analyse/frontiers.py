@@ -1,0 +1,147 @@
+"""Owns the last step that all approaches share: points (C, N, D, loss) of a frontier -> power laws and a loss curve.
+
+Everything is batched: an array of shape (samples, points) with weights of the same shape, so that a point estimate is
+one sample and a bootstrap is a thousand, by the same code. Weight 0 leaves a point out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from scaling_lab.analyse.estimate import Array, Frontier, LossCurve, PowerLaw
+
+# Candidates for the exponent of the loss along the frontier. Published values: .048 (Kaplan's alpha_C^min) to .17;
+# small models on easy text reach .5. Refined between neighbours afterwards.
+_GAMMAS = np.geomspace(0.005, 1.5, 120)
+
+
+@dataclass(frozen=True)
+class FrontierPoints:
+    """Frontier points of many samples, natural logarithms; arrays broadcast to (samples, points)."""
+
+    log_c: Array
+    log_n: Array
+    log_d: Array
+    loss: Array
+    weight: Array
+
+
+def fit_lines(x: Array, y: Array, weight: Array) -> tuple[Array, Array]:
+    """(samples,) slope and intercept of weighted least squares over the last axis; NaN where x does not vary."""
+    x, y, weight = np.broadcast_arrays(x, y, weight)
+    total = weight.sum(axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        used = weight > 0
+        xs, ys = np.where(used, x, 0.0), np.where(used, y, 0.0)
+        mean_x = (weight * xs).sum(axis=-1) / total
+        mean_y = (weight * ys).sum(axis=-1) / total
+        dx = np.where(used, xs - mean_x[..., None], 0.0)
+        dy = np.where(used, ys - mean_y[..., None], 0.0)
+        sxx = (weight * dx**2).sum(axis=-1)
+        # Two points at one C (relative spread below 1e-9) give no slope.
+        slope = np.where(
+            sxx > 1e-18 * np.maximum(total, 1e-300), (weight * dx * dy).sum(axis=-1) / sxx, np.nan
+        )
+        return slope, mean_y - slope * mean_x
+
+
+def fit_loss_curves(log_c: Array, loss: Array, weight: Array) -> tuple[Array, Array, Array]:
+    """(samples,) floor E >= 0, ln K and gamma of E + K C^-gamma by least squares on the loss.
+
+    Given gamma the curve is linear in E and K, so gamma is scanned. With two points E is 0, a plain power law: a floor
+    cannot be told from two losses.
+    """
+    log_c, loss, weight = np.broadcast_arrays(log_c, loss, weight)
+    used = weight > 0
+    n_used = used.sum(axis=-1)
+    x = np.where(used, log_c, 0.0)
+    y = np.where(used, loss, 1.0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        centre = (weight * x).sum(axis=-1) / weight.sum(axis=-1)
+        best = np.full(n_used.shape, np.inf)
+        floor, scale, gamma = (np.full(n_used.shape, np.nan) for _ in range(3))
+        for g in _GAMMAS:
+            # Relative to the centre, so that C^-gamma neither over- nor underflows.
+            basis = np.exp(-g * (x - centre[..., None]))
+            slope, level = fit_lines(basis, y, weight)
+            free = (level >= 0) & (slope > 0)
+            through_zero = (weight * basis * y).sum(axis=-1) / (weight * basis**2).sum(axis=-1)
+            e = np.where(free & (n_used > 2), level, 0.0)
+            k = np.where(free & (n_used > 2), slope, through_zero)
+            error = (weight * (y - e[..., None] - k[..., None] * basis) ** 2).sum(axis=-1)
+            better = error < best
+            best = np.where(better, error, best)
+            floor, scale, gamma = (
+                np.where(better, e, floor),
+                np.where(better, k, scale),
+                np.where(better, g, gamma),
+            )
+        enough = n_used >= 2
+        log_k = np.log(scale) + gamma * centre
+    return np.where(enough, floor, np.nan), np.where(enough, log_k, np.nan), np.where(enough, gamma, np.nan)
+
+
+def quantities(points: FrontierPoints) -> dict[str, Array]:
+    """(samples,) each: exponents and log coefficients of N and D, and the loss curve, of every sample's frontier."""
+    a, log_k_n = fit_lines(points.log_c, points.log_n, points.weight)
+    b, log_k_d = fit_lines(points.log_c, points.log_d, points.weight)
+    with_loss = np.where(np.isfinite(points.loss), points.weight, 0.0)
+    floor, log_k, gamma = fit_loss_curves(points.log_c, points.loss, with_loss)
+    return {
+        "params_exponent": a,
+        "params_log_coefficient": log_k_n,
+        "tokens_exponent": b,
+        "tokens_log_coefficient": log_k_d,
+        "loss_floor_nats": floor,
+        "loss_log_coefficient": log_k,
+        "loss_exponent": gamma,
+    }
+
+
+def frontier_from(points: FrontierPoints, compute_range_flops: tuple[float, float]) -> Frontier:
+    """The frontier of a single sample (arrays of shape (points,) or (1, points)), its points in ascending C."""
+    one = FrontierPoints(*(np.atleast_2d(v) for v in _fields(points)))
+    q = {name: float(value[0]) for name, value in quantities(one).items()}
+    keep = np.flatnonzero(one.weight[0] > 0)
+    keep = keep[np.argsort(one.log_c[0][keep], kind="stable")]
+    has_loss = bool(np.isfinite(q["loss_log_coefficient"]))
+    return Frontier(
+        params=PowerLaw(q["params_exponent"], _exp(q["params_log_coefficient"])),
+        tokens=PowerLaw(q["tokens_exponent"], _exp(q["tokens_log_coefficient"])),
+        compute_range_flops=compute_range_flops,
+        compute_flops=np.exp(one.log_c[0][keep]),
+        params_opt=np.exp(one.log_n[0][keep]),
+        tokens_opt=np.exp(one.log_d[0][keep]),
+        loss_opt=one.loss[0][keep],
+        loss=LossCurve(q["loss_floor_nats"], _exp(q["loss_log_coefficient"]), q["loss_exponent"])
+        if has_loss
+        else None,
+    )
+
+
+def at_compute(samples: Mapping[str, Array], compute_flops: float) -> dict[str, Array]:
+    """(samples,) each: params_opt, tokens_opt and loss_opt at a budget, from the samples' frontiers."""
+    log_c = np.log(compute_flops)
+    with np.errstate(over="ignore"):
+        return {
+            "params_opt": np.exp(samples["params_log_coefficient"] + samples["params_exponent"] * log_c),
+            "tokens_opt": np.exp(samples["tokens_log_coefficient"] + samples["tokens_exponent"] * log_c),
+            "loss_opt": samples["loss_floor_nats"]
+            + np.exp(samples["loss_log_coefficient"] - samples["loss_exponent"] * log_c),
+        }
+
+
+def _fields(points: FrontierPoints) -> tuple[Array, ...]:
+    shape = np.broadcast_shapes(*(np.shape(getattr(points, f)) for f in points.__dataclass_fields__))
+    return tuple(
+        np.asarray(np.broadcast_to(getattr(points, f), shape), dtype=np.float64)
+        for f in points.__dataclass_fields__
+    )
+
+
+def _exp(value: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(value))

@@ -1,0 +1,293 @@
+"""Owns reading a table of the user's: CSV, Parquet, JSON records or JSON lines, renames, filters, and what a cell means.
+
+The result is a `Table`: named NumPy columns, unparseable cells already NaN with the text kept for the reason. Nothing
+here knows a scaling law. pandas is imported inside the functions, so that `import scaling_lab.analyse` stays light.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scaling_lab.core.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# The names of the columns that `analyze` understands; `columns.NAME=` says what a table calls them.
+COLUMNS = ("run_id", "params", "tokens", "flops", "loss", "budget_flops", "seed", "loss_sem")
+
+# What other people's tables call these columns: only ever suggested, never taken silently.
+_ALIASES: dict[str, tuple[str, ...]] = {
+    "run_id": ("run", "id", "name", "run_name", "model"),
+    "params": (
+        "n",
+        "n_params",
+        "num_params",
+        "parameters",
+        "n_parameters",
+        "model_size",
+        "size",
+        "params_total",
+    ),
+    "tokens": ("d", "n_tokens", "num_tokens", "train_tokens", "tokens_seen", "training_tokens"),
+    "flops": ("c", "compute", "train_flops", "total_flops", "compute_flops", "training_flops", "flop"),
+    "loss": (
+        "l",
+        "val_loss",
+        "loss_nats",
+        "final_loss",
+        "eval_loss",
+        "validation_loss",
+        "val_loss_nats",
+        "train_loss",
+    ),
+}
+
+_READERS = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "csv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+}
+_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table after renames and filters: the columns as read, and where they came from."""
+
+    source: str
+    """Name of the file, for messages."""
+    frame: pd.DataFrame
+    row: NDArray[np.int64]
+    """(rows,) row number of each kept row in the file; the first row of data is 1."""
+    notes: tuple[str, ...] = ()
+
+    def has(self, name: str) -> bool:
+        return name in self.frame.columns
+
+    @property
+    def names(self) -> list[str]:
+        return [str(c) for c in self.frame.columns]
+
+    def numbers(self, name: str) -> NDArray[np.float64]:
+        """(rows,) a column as float64; cells that are not numbers are NaN."""
+        import pandas as pd
+
+        column = self.frame[name]
+        if pd.api.types.is_bool_dtype(column):
+            return column.to_numpy(dtype=np.float64)
+        values = pd.to_numeric(column, errors="coerce")
+        return values.to_numpy(dtype=np.float64, na_value=np.nan)
+
+    def cell(self, name: str, position: int) -> str:
+        """A cell's text as the table has it, for a reason; '' where it is empty."""
+        import pandas as pd
+
+        value = self.frame[name].iloc[position]
+        return "" if pd.isna(value) else str(value)
+
+
+def read_table(
+    path: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, Any] | None = None,
+    metric: str | None = None,
+) -> Table:
+    """Read a table, rename its columns to ours and keep the rows that match.
+
+    Args:
+        path: CSV, TSV, Parquet, JSON (a list of records, or an object of columns) or JSON lines, optionally compressed.
+        columns: ours -> theirs (`{"loss": "val_loss"}`).
+        where: `COLUMN`, `COLUMN.min` or `COLUMN.max` -> value, by the table's own names (or ours after renaming).
+        metric: the column to analyse in place of `loss`.
+
+    Raises:
+        UserError: no such file, not a table, an unknown column; the message names the file and the nearest column.
+    """
+    path = Path(path)
+    frame = _read_frame(path)
+    frame.columns = [str(c) for c in frame.columns]
+    row = np.arange(1, len(frame) + 1, dtype=np.int64)
+    renames = dict(columns or {})
+    if metric is not None:
+        renames["loss"] = _metric_column(metric, path.name, list(frame.columns))
+    frame = _rename(frame, renames, path.name)
+    keep = np.ones(len(frame), dtype=bool)
+    for key, value in (where or {}).items():
+        keep &= _matches(frame, renames, key, value, path.name)
+    notes = () if keep.all() else (f"where: {int(keep.sum())} of {keep.size} rows match.",)
+    if len(frame) and not keep.any():
+        wanted = " ".join(f"where.{k}={v}" for k, v in (where or {}).items())
+        raise UserError(f"{path.name}: no row matches {wanted} ({len(frame)} rows read).")
+    return Table(path.name, frame.loc[keep].reset_index(drop=True), row[keep], notes)
+
+
+def table_from_mapping(data: Mapping[str, Any], source: str = "table") -> Table:
+    """A `Table` from arrays by our own column names, for the Python API."""
+    import pandas as pd
+
+    frame = pd.DataFrame({k: np.asarray(v) for k, v in data.items()})
+    return Table(source, frame, np.arange(1, len(frame) + 1, dtype=np.int64))
+
+
+def missing_column(name: str, table: Table, *, why: str = "") -> UserError:
+    """The one-line error for a wanted column that is not there, with a near match."""
+    near = _near(name, table.names)
+    hint = (
+        f" Did you mean columns.{name}={near}?" if near else f" Say which one it is with columns.{name}=NAME."
+    )
+    return UserError(
+        f"{table.source} has no column {name!r}{why}; its columns are {_listed(table.names)}.{hint}"
+    )
+
+
+def _read_frame(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, siblings, n=1)
+        raise UserError(
+            f"runs={path}: no such file." + (f" Did you mean {path.parent / near[0]}?" if near else "")
+        )
+    if path.is_dir():
+        raise UserError(f"runs={path} is a directory; a table is one file: {', '.join(sorted(_READERS))}.")
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSIONS:
+        suffixes = suffixes[:-1]
+    kind = _READERS.get(suffixes[-1] if suffixes else "")
+    if kind is None:
+        raise unknown("runs: the file's ending", suffixes[-1] if suffixes else "", _READERS)
+    try:
+        if kind == "csv":
+            frame = pd.read_csv(path, low_memory=False)
+        elif kind == "tsv":
+            frame = pd.read_csv(path, sep="\t", low_memory=False)
+        elif kind == "parquet":
+            frame = pd.read_parquet(path)
+        else:
+            frame = _read_json(path, lines=kind == "jsonl")
+    except (ValueError, OSError, ImportError) as error:  # parser and Arrow errors are subclasses of these
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"runs={path} could not be read as {kind}: {first}") from error
+    if len(frame) == 0:
+        raise UserError(f"runs={path} holds no rows.")
+    return frame
+
+
+def _read_json(path: Path, *, lines: bool) -> pd.DataFrame:
+    """JSON records, JSON lines (also under the ending .json) or an object of columns; nested objects become a.b."""
+    import json
+
+    import pandas as pd
+
+    if path.suffix.lower() in _COMPRESSIONS:
+        return pd.read_json(path, lines=lines, orient="records")
+    text = path.read_text(encoding="utf-8")
+    if not lines:
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError:
+            lines = True  # a file of JSON lines that is called .json
+    if lines:
+        data = [json.loads(line) for line in text.splitlines() if line.strip()]
+    if isinstance(data, dict):
+        return pd.DataFrame(data)
+    if not isinstance(data, list) or not all(isinstance(record, dict) for record in data):
+        raise ValueError("expected a list of records, one object a row")
+    return pd.json_normalize(data)
+
+
+def _metric_column(metric: str, source: str, names: list[str]) -> str:
+    if metric in names:
+        return metric
+    near = _near(metric, names)
+    hint = f" Did you mean metric={near}?" if near else ""
+    raise UserError(f"metric={metric}: {source} has no such column; its columns are {_listed(names)}.{hint}")
+
+
+def _rename(frame: pd.DataFrame, renames: Mapping[str, str], source: str) -> pd.DataFrame:
+    names = list(frame.columns)
+    for ours, theirs in renames.items():
+        if ours not in COLUMNS:
+            raise unknown("columns.", ours, COLUMNS)
+        if theirs not in names:
+            near = _near(theirs, names)
+            hint = f" Did you mean columns.{ours}={near}?" if near else ""
+            raise UserError(
+                f"columns.{ours}={theirs}: {source} has no such column; its columns are {_listed(names)}.{hint}"
+            )
+    # A column may serve twice (columns.params=params_no_embed beside params), so copy rather than rename.
+    return frame.assign(**{ours: frame[theirs] for ours, theirs in renames.items()})
+
+
+def _matches(
+    frame: pd.DataFrame, renames: Mapping[str, str], key: str, value: Any, source: str
+) -> NDArray[np.bool_]:
+    import pandas as pd
+
+    names = list(frame.columns)
+    column, bound = key, ""
+    if key not in names and key.rpartition(".")[2] in ("min", "max") and key.rpartition(".")[0] in names:
+        column, _, bound = key.rpartition(".")
+    if column not in names:
+        near = _near(column.removesuffix(".min").removesuffix(".max"), names)
+        hint = f" Did you mean where.{near}?" if near else ""
+        raise UserError(
+            f"where.{key}={value}: {source} has no such column; its columns are {_listed(names)}.{hint}"
+        )
+    cells = frame[column]
+    if bound:
+        numbers = pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        limit = _number(value)
+        if limit is None:
+            raise UserError(f"where.{key}={value}: a bound must be a number.")
+        with np.errstate(invalid="ignore"):
+            return numbers >= limit if bound == "min" else numbers <= limit
+    if pd.api.types.is_bool_dtype(cells):
+        return (cells.astype(str).str.lower() == str(value).lower()).to_numpy(dtype=bool)
+    number = _number(value)
+    if pd.api.types.is_numeric_dtype(cells):
+        if number is None:
+            raise UserError(f"where.{key}={value}: {column} is a column of numbers in {source}.")
+        values = cells.to_numpy(dtype=np.float64, na_value=np.nan)
+        # Written with eight digits in the table and with two in the question: equal to 1e-9 is equal.
+        return np.isclose(values, number, rtol=1e-9, atol=0.0)
+    return (cells.astype(str) == str(value)).to_numpy(dtype=bool)
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _near(name: str, names: list[str]) -> str | None:
+    lowered = {n.lower(): n for n in names}
+    for alias in (name.lower(), *_ALIASES.get(name, ())):
+        if alias in lowered:
+            return lowered[alias]
+    close = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.5)
+    if close:
+        return lowered[close[0]]
+    inside = [n for low, n in lowered.items() if len(name) > 2 and name.lower() in low]
+    return inside[0] if inside else None
+
+
+def _listed(names: list[str], limit: int = 20) -> str:
+    shown = ", ".join(names[:limit])
+    return shown + (f", ... ({len(names)} in all)" if len(names) > limit else "")
