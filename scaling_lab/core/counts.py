@@ -140,4 +140,4 @@ def tokens_for_budget(budget_flops: float, flops_per_token: float) -> float:
 
 def whole_steps(tokens: float, batch_tokens: int) -> int:
     """`tokens` as a number of optimisation steps, rounded to nearest; may be 0, which a plan refuses."""
-    return int(math.floor(tokens / batch_tokens + 0.5))
+    return math.floor(tokens / batch_tokens + 0.5)

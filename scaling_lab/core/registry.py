@@ -23,7 +23,7 @@ def members(package: str) -> dict[str, type]:
         module = importlib.import_module(f"{package}.{info.name}")
         for value in vars(module).values():
             if isinstance(value, type) and value.__module__ == module.__name__ and "kind" in vars(value):
-                kind = value.kind
+                kind = vars(value)["kind"]
                 if kind in found:
                     raise RuntimeError(f"two classes in {package} have the kind {kind!r}")
                 found[kind] = value

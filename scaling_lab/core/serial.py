@@ -60,5 +60,7 @@ def build(cls: type, data: dict[str, Any]) -> Any:
     names = {field.name for field in dataclasses.fields(cls)}
     extra = set(data) - names - {"kind"}
     if extra:
-        raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(extra))}: written by a newer version?")
+        raise ValueError(
+            f"{cls.__name__} has no field {', '.join(sorted(extra))}: written by a newer version?"
+        )
     return cls(**{key: value for key, value in data.items() if key in names})

@@ -90,16 +90,22 @@ class OptimizerSpec:
 class EvalSpec:
     """The fixed validation set, the same for every size, and when it is visited."""
 
-    tokens: int = 131_072
-    """Size of the set: its first `tokens` tokens in whole sequences (fewer where the split is smaller)."""
+    tokens: int = 65_536
+    """Size of the set: windows spread evenly over the validation split (fewer tokens where the split is smaller)."""
     points: int = 6
-    """Visits per run, log-spaced in steps by a factor of 2 and ending at the last step."""
+    """Visits per run at most, log-spaced in steps by a factor of 2 and ending at the last step."""
+    max_cost_fraction: float = 0.1
+    """Visits before the last are left out where all of them would cost more than this share of the training FLOPs."""
 
     def __post_init__(self) -> None:
+        if self.max_cost_fraction < 0:
+            raise UserError(f"eval.max_cost_fraction={self.max_cost_fraction!r} must not be negative.")
         if self.tokens < 1:
             raise UserError(f"eval.tokens={self.tokens!r} must be at least 1.")
         if self.points < 1:
-            raise UserError(f"eval.points={self.points!r} must be at least 1: a run without a final loss is no data.")
+            raise UserError(
+                f"eval.points={self.points!r} must be at least 1: a run without a final loss is no data."
+            )
 
 
 @dataclass(frozen=True)
@@ -215,7 +221,9 @@ def schedule_class(kind: str) -> Any:
     from scaling_lab.core import schedules
 
     known = {
-        value.kind: value for value in vars(schedules).values() if isinstance(value, type) and "kind" in vars(value)
+        value.kind: value
+        for value in vars(schedules).values()
+        if isinstance(value, type) and "kind" in vars(value)
     }
     if kind not in known:
         raise unknown("schedule", kind, known)
@@ -284,7 +292,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         out = {**to_dict(self), "total_flops": self.total_flops}
         out["runs"] = [
-            {"run_id": r.run_id, "spec": r.spec.to_dict(), "execution": to_dict(r.execution)} for r in self.runs
+            {"run_id": r.run_id, "spec": r.spec.to_dict(), "execution": to_dict(r.execution)}
+            for r in self.runs
         ]
         return out
 

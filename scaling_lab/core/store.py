@@ -132,7 +132,11 @@ class Claim:
             raise ClaimLost(f"run {self._path.parent.name} was taken over by another process")
 
     def heartbeat(
-        self, step: int = 0, steps: int = 0, tokens_per_s: float | None = None, train_loss_nats: float | None = None
+        self,
+        step: int = 0,
+        steps: int = 0,
+        tokens_per_s: float | None = None,
+        train_loss_nats: float | None = None,
     ) -> None:
         """Say that the owner is alive and how far it is. Raises `ClaimLost`."""
         self.check()
@@ -249,7 +253,14 @@ class RunStore:
     @staticmethod
     def last_claim(folder: Path) -> ClaimInfo | None:
         """The newest claim on a run folder; an unreadable one counts as a dead owner's."""
-        newest = max((int(m[1]) for p in folder.glob("claim-*.json") if (m := re.fullmatch(r"claim-(\d+)\.json", p.name))), default=0)
+        newest = max(
+            (
+                int(m[1])
+                for p in folder.glob("claim-*.json")
+                if (m := re.fullmatch(r"claim-(\d+)\.json", p.name))
+            ),
+            default=0,
+        )
         if not newest:
             return None
         path = folder / f"claim-{newest}.json"

@@ -80,7 +80,9 @@ def check_shape(shape: object) -> None:
         raise UserError(f"model.mlp_ratio={shape.mlp_ratio!r} must be positive.")  # type: ignore[attr-defined]
 
 
-def decoder_flops(matmul_params: int, width: int, heads: int, depth: int, context: int, vocab_size: int) -> FlopCount:
+def decoder_flops(
+    matmul_params: int, width: int, heads: int, depth: int, context: int, vocab_size: int
+) -> FlopCount:
     """FLOPs per token of a decoder whose blocks hold `matmul_params` matrix parameters.
 
     Attention forward: scores 2 s d and weighted sum 2 s d a layer and token over the full context s, the causal mask

@@ -45,4 +45,6 @@ class GPT2Shape:
             matmul=matmul,
             other=biases + layer_norms,
         )
-        return ModelCount(params, decoder_flops(matmul, w, self.heads, self.depth, self.context, self.vocab_size))
+        return ModelCount(
+            params, decoder_flops(matmul, w, self.heads, self.depth, self.context, self.vocab_size)
+        )

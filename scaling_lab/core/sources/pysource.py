@@ -118,7 +118,9 @@ def _splits(source: PySource) -> tuple[bytes, bytes]:
             continue
         seen.add(content)
         # By a hash of the name, so that adding a file moves no other file to the other split.
-        draw = int.from_bytes(hashlib.sha256(f"{source.split_seed}:{name}".encode()).digest()[:8], "big") / 2**64
+        draw = (
+            int.from_bytes(hashlib.sha256(f"{source.split_seed}:{name}".encode()).digest()[:8], "big") / 2**64
+        )
         parts[1 if draw < source.validation_fraction else 0].append(bytes([SEPARATOR]) + text)
         total_bytes += len(text)
         if total_bytes > source.max_mb * 1e6:

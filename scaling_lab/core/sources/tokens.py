@@ -32,7 +32,9 @@ class TokenFile:
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise UserError("data.path is missing: data=tokens needs data.path=FILE (.npy, or .bin with data.dtype=...).")
+            raise UserError(
+                "data.path is missing: data=tokens needs data.path=FILE (.npy, or .bin with data.dtype=...)."
+            )
         if self.dtype not in DTYPES:
             raise unknown("data.dtype", self.dtype, DTYPES)
         if not 0 < self.validation_fraction < 1:
@@ -93,13 +95,19 @@ def _open(source: TokenFile, option: str, name: str) -> NDArray[np.integer]:
                     f"{option}={name!r} has {path.stat().st_size} bytes, not a multiple of the {item} of "
                     f"data.dtype={source.dtype}. Choices: {', '.join(DTYPES)}."
                 )
-            tokens = np.memmap(path, dtype=source.dtype, mode="r") if path.stat().st_size else np.empty(0, source.dtype)
+            tokens = (
+                np.memmap(path, dtype=source.dtype, mode="r")
+                if path.stat().st_size
+                else np.empty(0, source.dtype)
+            )
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{option}={name!r} cannot be read as tokens: {error}.") from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise UserError(f"{option}={name!r} holds {tokens.ndim}-d {tokens.dtype}; needed: a flat array of integers.")
+        raise UserError(
+            f"{option}={name!r} holds {tokens.ndim}-d {tokens.dtype}; needed: a flat array of integers."
+        )
     if tokens.size == 0:
         raise UserError(f"{option}={name!r} is empty.")
     _check_range(tokens, option, name, source.vocab_size)

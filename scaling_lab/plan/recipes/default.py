@@ -1,0 +1,67 @@
+"""Owns the `default` recipe: ours, tuned on the tiny models that a laptop trains; see results/LOG.md for the evidence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.spec import OptimizerSpec
+from scaling_lab.plan.recipes.base import Hyperparameters, power_of_two_batch
+
+# Where the rules below were measured: non-embedding parameters with the head, and tokens.
+CALIBRATED_PARAMS = (7e3, 5e5)
+CALIBRATED_TOKENS = (1e5, 2e7)
+
+
+@dataclass(frozen=True)
+class DefaultRecipe:
+    """LR ~ 1/width, batch ~ D^0.4, warm-up a fixed share of the horizon. A field that is set replaces its rule."""
+
+    kind: ClassVar[str] = "default"
+
+    peak_lr: float | None = None
+    """None: `lr_at_width_64` * 64 / width, the width rule of muP for hidden matrices (arXiv 2203.03466)."""
+    lr_at_width_64: float = 0.01
+    embedding_lr_ratio: float = 1.0
+    head_lr_ratio: float = 1.0
+    batch_tokens: int | None = None
+    """None: a power of two of sequences near `batch_at_1m_tokens` * (D / 1e6)^0.4 (Bergsma et al. 2025, arXiv
+    2505.13738, find D^0.383)."""
+    batch_at_1m_tokens: float = 512.0
+    batch_exponent: float = 0.4
+    warmup_fraction: float = 0.05
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_norm: float = 1.0
+
+    def decide(self, shape: Any, train_tokens: float) -> Hyperparameters:
+        """Raises `UserError` for a batch that the context does not divide."""
+        notes = []
+        batch = self.batch_tokens
+        if batch is None:
+            wanted = self.batch_at_1m_tokens * (train_tokens / 1e6) ** self.batch_exponent
+            batch = power_of_two_batch(wanted, shape.context)
+        elif batch < shape.context or batch % shape.context:
+            raise UserError(
+                f"recipe.batch_tokens={batch} must be a positive multiple of model.context={shape.context}."
+            )
+        lr = self.peak_lr if self.peak_lr is not None else self.lr_at_width_64 * 64 / shape.width
+        params = shape.count().params
+        n = params.non_embedding + shape.vocab_size * shape.width
+        if not CALIBRATED_PARAMS[0] * 0.5 <= n <= CALIBRATED_PARAMS[1] * 2:
+            notes.append(
+                f"recipe=default was tuned at {CALIBRATED_PARAMS[0]:.0e} to {CALIBRATED_PARAMS[1]:.0e} parameters; "
+                f"{shape.kind} of width {shape.width} and depth {shape.depth} has {n:.2g}: check its learning rate."
+            )
+        optimizer = OptimizerSpec(
+            peak_lr=lr,
+            embedding_lr_ratio=self.embedding_lr_ratio,
+            head_lr_ratio=self.head_lr_ratio,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            weight_decay=self.weight_decay,
+            clip_norm=self.clip_norm,
+        )
+        return Hyperparameters(batch, optimizer, self.warmup_fraction, tuple(notes))

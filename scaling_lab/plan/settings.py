@@ -1,0 +1,100 @@
+"""Owns what a user chooses about a sweep, as frozen values: the CLI fills them, `make_plan` reads them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from scaling_lab.core.counts import Convention
+from scaling_lab.core.errors import UserError, unknown
+from scaling_lab.core.spec import DTYPES, EvalSpec, shape_class
+
+COMPILE_CHOICES = ("auto", "true", "false")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """A model family and what of its shape does not follow from the size. A single run names width and depth too."""
+
+    kind: str = "gpt"
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    """None: as many heads as bring the head dimension nearest to `head_dim`."""
+    head_dim: int = 16
+    context: int = 64
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the family's own, such as mlp or tied_head."""
+
+    def shape(self, width: int, depth: int, vocab_size: int) -> Any:
+        """The family's shape at a size. Raises `UserError` for sizes that do not fit together and unknown options."""
+        cls = shape_class(self.kind)
+        known = {f.name for f in fields(cls)} - {"width", "depth", "heads", "context", "vocab_size"}
+        for name in self.options:
+            if name not in known:
+                raise unknown(f"model.{name}", self.options[name], sorted(known))
+        heads = self.heads if self.heads is not None else heads_for(width, self.head_dim)
+        return cls(
+            width=width,
+            depth=depth,
+            heads=heads,
+            context=self.context,
+            vocab_size=vocab_size,
+            **dict(self.options),
+        )
+
+
+def heads_for(width: int, head_dim: int) -> int:
+    """The number of heads that divides `width` into even parts as near to `head_dim` as can be, in ratio."""
+    if width < 1 or head_dim < 1:
+        raise UserError(f"model.width={width} and model.head_dim={head_dim} must be at least 1.")
+    choices = [heads for heads in range(1, width + 1) if width % heads == 0 and (width // heads) % 2 == 0]
+    if not choices:
+        raise UserError(
+            f"model.width={width} is odd: heads need an even dimension. Choices: {width - 1} or {width + 1}."
+        )
+    return min(choices, key=lambda heads: (abs(math.log(width / heads / head_dim)), heads))
+
+
+@dataclass(frozen=True)
+class ExecutionSettings:
+    """How runs are to be computed; `make_plan` turns it into each run's `Execution` by a fixed rule."""
+
+    device: str = "cpu"
+    """Already resolved (cpu, cuda or mps): planning does not import torch."""
+    compile: str = "auto"
+    """auto: compile where the plan trains a shape for long enough to repay it."""
+    threads: int = 1
+    deterministic: bool = True
+
+    def __post_init__(self) -> None:
+        if self.compile not in COMPILE_CHOICES:
+            raise unknown("compile", self.compile, COMPILE_CHOICES)
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """Everything that a plan is made from."""
+
+    sweep: str
+    design: Any
+    recipe: Any
+    model: ModelSettings
+    data: Any
+    schedule: Any
+    eval: EvalSpec = field(default_factory=EvalSpec)
+    max_epochs: float = 4.0
+    """A run that would pass over its corpus more often is not planned."""
+    convention: Convention = Convention.SIX_N_WITH_HEAD
+    """What budgets count."""
+    seed: int = 0
+    dtype: str = "float32"
+    execution: ExecutionSettings = field(default_factory=ExecutionSettings)
+
+    def __post_init__(self) -> None:
+        if not self.max_epochs > 0:
+            raise UserError(f"data.max_epochs={self.max_epochs!r} must be positive.")
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)

@@ -1,0 +1,1 @@
+"""The training engine: the only zone that imports torch. It meets the analysis in the run records alone."""

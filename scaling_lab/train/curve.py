@@ -1,0 +1,61 @@
+"""Owns the writing of a run's curve: which steps make a point, and when lines reach the disk."""
+
+from __future__ import annotations
+
+import time
+from typing import IO
+
+from scaling_lab.core.counts import train_flops
+from scaling_lab.core.record import EvalPoint, curve_block_steps
+from scaling_lab.core.spec import RunSpec
+from scaling_lab.core.store import curve_line
+
+
+class CurveWriter:
+    """Turns each step's loss into the points of curve.jsonl; keeps them all in `points`."""
+
+    def __init__(
+        self, spec: RunSpec, file: IO[str], points: tuple[EvalPoint, ...] = (), wall_time_s: float = 0.0
+    ) -> None:
+        self.points = list(points)
+        self._spec = spec
+        self._file = file
+        self._flops_per_token = spec.flops_per_token()
+        self._block_steps = curve_block_steps(spec.steps)
+        self._block: list[float] = []
+        self._began = time.perf_counter() - wall_time_s
+
+    @property
+    def wall_time_s(self) -> float:
+        return time.perf_counter() - self._began
+
+    def add(
+        self,
+        step: int,
+        train_loss_nats: float,
+        val_loss_nats: float | None = None,
+        val_loss_sem_nats: float | None = None,
+    ) -> EvalPoint | None:
+        """Take the loss of `step` (counted from 1); a point comes back where a block ends or validation was visited."""
+        self._block.append(train_loss_nats)
+        spec = self._spec
+        if step % self._block_steps and val_loss_nats is None and step != spec.steps:
+            return None
+        tokens = step * spec.batch_tokens
+        point = EvalPoint(
+            step=step,
+            tokens=tokens,
+            train_flops=train_flops(self._flops_per_token, tokens),
+            lr=spec.learning_rate(step - 1),
+            train_loss_nats=sum(self._block) / len(self._block),
+            val_loss_nats=val_loss_nats,
+            val_loss_sem_nats=val_loss_sem_nats,
+            wall_time_s=round(self.wall_time_s, 3),
+        )
+        self._block.clear()
+        self.points.append(point)
+        self._file.write(curve_line(point))
+        return point
+
+    def flush(self) -> None:
+        self._file.flush()

@@ -1,0 +1,98 @@
+"""Owns what device a run is computed on, and the environment that its record states."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+
+import scaling_lab
+from scaling_lab.core.errors import UserError, unknown
+from scaling_lab.core.record import Environment
+from scaling_lab.core.spec import Execution
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def resolve_device(name: str) -> str:
+    """`auto` becomes CUDA, else MPS, else the CPU; a named device that this machine lacks is a `UserError`."""
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next(device for device in ("cuda", "mps", "cpu") if here[device])
+    if name not in here:
+        raise unknown("device", name, DEVICES)
+    if not here[name]:
+        usable = [device for device, present in here.items() if present]
+        raise UserError(
+            f"device={name} is not available on this machine. Choices: auto, {', '.join(usable)}."
+        )
+    return name
+
+
+def apply_execution(execution: Execution) -> torch.device:
+    """Set threads and determinism for this process and return the device. One process computes one run at a time."""
+    torch.set_num_threads(execution.threads)
+    if execution.device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+        if execution.deterministic:
+            # cuBLAS needs this before its first call to be reproducible.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+    return torch.device(execution.device)
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is called: the GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@cache
+def git_revision() -> str | None:
+    """Revision of the checkout that this code runs from, with a + where it has local changes; None in a wheel."""
+    folder = Path(scaling_lab.__file__).resolve().parent.parent
+    if not (folder / ".git").exists():
+        return None
+    try:
+        revision = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=folder, capture_output=True, text=True, timeout=10, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return revision + ("+" if changed else "")
+
+
+def environment(device: torch.device, data_fingerprint: str) -> Environment:
+    """What a record says about where it was computed."""
+    return Environment(
+        scaling_lab=scaling_lab.__version__,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        git_revision=git_revision(),
+        device=device.type,
+        device_name=device_name(device),
+        host=socket.gethostname(),
+        platform=platform.platform(),
+        data_fingerprint=data_fingerprint,
+    )

@@ -1,0 +1,76 @@
+"""Owns the validation loss: a fixed set, the same for every size, and the standard error of its mean."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from scaling_lab.core.spec import EvalSpec, RunSpec
+from scaling_lab.train.order import n_windows
+from scaling_lab.train.step import token_loss
+
+# Tokens per forward pass: large enough to be efficient, small enough for the logits of a byte vocabulary.
+EVAL_BATCH_TOKENS = 8_192
+# Neighbouring windows come from the same document, so their losses are correlated; means over this many contiguous
+# stretches of the validation split are nearly independent (the method of batch means).
+SEM_BLOCKS = 32
+
+
+class ValidationSet:
+    """Windows spread evenly over the validation split; which ones depends on the data and `EvalSpec` alone."""
+
+    def __init__(
+        self, tokens: NDArray[np.integer], context: int, spec: EvalSpec, device: torch.device
+    ) -> None:
+        available = n_windows(tokens.size, context)
+        if available < 1:
+            raise ValueError(
+                f"the validation split has {tokens.size} tokens: less than one window of {context}"
+            )
+        count = min(available, max(1, spec.tokens // context))
+        starts = (np.arange(count, dtype=np.int64) * available // count) * context
+        windows = np.asarray(tokens)[starts[:, None] + np.arange(context + 1)]
+        self._windows = torch.from_numpy(windows.astype(np.int64)).to(device)
+        self.n_tokens = count * context
+
+    @torch.no_grad()
+    def loss(
+        self, model: nn.Module, parameters: dict[str, Tensor], *, dtype: str = "float32"
+    ) -> tuple[float, float]:
+        """(mean loss, standard error of the mean), nats per token."""
+        context = self._windows.shape[1] - 1
+        rows = max(1, EVAL_BATCH_TOKENS // context)
+        means = []
+        for start in range(0, len(self._windows), rows):
+            window = self._windows[start : start + rows]
+            with torch.autocast(window.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+                logits = torch.func.functional_call(model, parameters, (window[:, :-1],))
+            losses = token_loss(logits, window[:, 1:], reduction="none")
+            means.append(losses.view(len(window), context).mean(1))
+        per_window = torch.cat(means).double().cpu().numpy()
+        return float(per_window.mean()), standard_error(per_window)
+
+
+def standard_error(per_window: NDArray[np.float64]) -> float:
+    """Standard error of the mean by batch means over contiguous stretches (NaN with fewer than two windows)."""
+    if per_window.size < 2:
+        return math.nan
+    blocks = np.array_split(per_window, min(SEM_BLOCKS, per_window.size))
+    means = np.array([block.mean() for block in blocks])
+    return float(means.std(ddof=1) / math.sqrt(means.size))
+
+
+def evaluation_steps(spec: RunSpec) -> tuple[int, ...]:
+    """Steps (counted from 1) after which the validation set is visited: the last, and halves of the run before it.
+
+    At most `eval.points`, and no more visits than cost `eval.max_cost_fraction` of the training FLOPs: a forward pass
+    costs a third of a training step. The last step is always visited.
+    """
+    visit_cost = spec.eval.tokens / 3
+    affordable = int(spec.eval.max_cost_fraction * spec.train_tokens / visit_cost)
+    points = max(1, min(spec.eval.points, affordable))
+    return tuple(sorted({max(1, spec.steps >> i) for i in range(points)}))

@@ -1,0 +1,15 @@
+"""The modules of the model families, one file each, found by the family's short name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from scaling_lab.core.registry import member
+
+
+def build_model(shape: Any) -> nn.Module:
+    """The module of a shape's family, initialised from torch's global generator: logits (B, T, V) of tokens (B, T)."""
+    module: nn.Module = member("scaling_lab.train.models", "model", shape.kind)(shape)
+    return module

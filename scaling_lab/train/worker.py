@@ -1,0 +1,123 @@
+"""Owns the worker process: it claims a sweep's pending runs, longest first, and trains them until none is left.
+
+    python -m scaling_lab.train.worker SWEEP_FOLDER [--run-ids A,B] [--tracker JSON]
+
+Any number of workers may share a folder, on one machine or several: the claims keep each run to one of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.record import RunRecord, RunStatus
+from scaling_lab.core.spec import Plan, PlannedRun
+from scaling_lab.core.store import Claim, ClaimLost, RunStore
+from scaling_lab.train.devices import apply_execution, environment
+from scaling_lab.train.loop import EXIT_REQUEUE, Interrupted, train_run
+from scaling_lab.train.tracking import make_tracker
+
+log = logging.getLogger(__name__)
+
+
+def longest_first(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """The order in which workers take runs: a long run that starts last would keep the others waiting."""
+    return sorted(runs, key=lambda run: (-run.spec.train_flops(), run.run_id))
+
+
+def train_pending(
+    store: RunStore, plan: Plan, run_ids: Sequence[str] | None = None, tracker: dict[str, Any] | None = None
+) -> list[RunRecord]:
+    """Train every run that is neither over nor computed by somebody else; returns the records made here.
+
+    Raises `Interrupted` when told to stop and `UserError` where the data are not the plan's.
+    """
+    wanted = None if run_ids is None else set(run_ids)
+    made = []
+    for planned in longest_first([r for r in plan.runs if wanted is None or r.run_id in wanted]):
+        claim = store.claim(planned.spec)
+        if claim is None:
+            continue
+        record = train_claimed(planned, store, claim, plan.data_fingerprint, tracker)
+        if record is not None:
+            made.append(record)
+    return made
+
+
+def train_claimed(
+    planned: PlannedRun,
+    store: RunStore,
+    claim: Claim,
+    fingerprint: str | None,
+    tracker: dict[str, Any] | None = None,
+) -> RunRecord | None:
+    """Train one claimed run; an error of its own becomes a FAILED record, and the sweep goes on."""
+    try:
+        return train_run(
+            planned, store, claim, make_tracker(tracker, store.folder), expected_fingerprint=fingerprint
+        )
+    except ClaimLost:
+        log.warning("run %s was taken over by another process.", planned.run_id)
+        return None
+    except (Interrupted, UserError, KeyboardInterrupt):
+        claim.release()
+        raise
+    except Exception as error:
+        log.error("run %s failed:\n%s", planned.run_id, traceback.format_exc())
+        record = failed_record(planned, store, fingerprint or "", f"{type(error).__name__}: {error}")
+        store.write_record(record)
+        return record
+
+
+def failed_record(planned: PlannedRun, store: RunStore, fingerprint: str, reason: str) -> RunRecord:
+    """The record of a run that its own error ended."""
+    count = planned.spec.count()
+    curve = tuple(store.read_curve(planned.run_id))
+    return RunRecord(
+        run_id=planned.run_id,
+        spec=planned.spec,
+        execution=planned.execution,
+        params=count.params,
+        flops=count.flops,
+        status=RunStatus.FAILED,
+        reason=" ".join(reason.split())[:500],
+        final_val_loss_nats=None,
+        final_val_loss_sem_nats=None,
+        wall_time_s=curve[-1].wall_time_s if curve else 0.0,
+        environment=environment(apply_execution(planned.execution), fingerprint),
+        curve_points=len(curve),
+        curve=curve,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 when nothing is left to do here, 2 for bad input, 75 when told to stop."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--run-ids", default=None)
+    parser.add_argument("--tracker", default=None, help="JSON: kind and options")
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    store = RunStore(options.folder)
+    try:
+        run_ids = options.run_ids.split(",") if options.run_ids else None
+        train_pending(
+            store, store.read_plan(), run_ids, json.loads(options.tracker) if options.tracker else None
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt):
+        return EXIT_REQUEUE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
