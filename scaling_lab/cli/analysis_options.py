@@ -1,0 +1,73 @@
+"""Owns the options of an analysis on the command line: the form made from `AnalysisSettings`, and the way back to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scaling_lab.cli.arguments import Arguments, Assignment
+from scaling_lab.cli.configs import config_folders, plain_tree
+from scaling_lab.cli.forms import Form, build, options_of
+from scaling_lab.cli.values import unquoted
+
+if TYPE_CHECKING:
+    from scaling_lab.analyse.settings import AnalysisSettings
+
+FREE = {
+    "where.": "keep rows with this value; where.COLUMN.min= and where.COLUMN.max= keep a range",
+    "columns.": "the table's name of a column of ours: params, tokens, flops, loss, run_id, ...",
+}
+
+
+def analysis_form(command: str, own: type, config_dir: str | None) -> Form:
+    """The options of `own` (a command's dataclass) and of every analysis."""
+    from scaling_lab.analyse.settings import AnalysisSettings
+
+    _, words = plain_tree(command, {}, config_folders(config_dir))
+    options = options_of(own) | options_of(AnalysisSettings, words=words, skip=("where", "columns"))
+    return Form(options, free=FREE)
+
+
+def analysis_settings(tree: Mapping[str, Any], *, skip: Sequence[str] = ()) -> AnalysisSettings:
+    """The typed settings of a composed tree. Raises `UserError`."""
+    from scaling_lab.analyse.settings import AnalysisSettings
+
+    settings: AnalysisSettings = build(AnalysisSettings, tree, skip=skip)
+    return settings
+
+
+def settle_where(arguments: Arguments) -> Arguments:
+    """Decide which '=' of `where.a=b=3` ends the column's name: the one that makes it a column of the table."""
+    path = arguments.get("runs")
+    doubtful = [a for a in arguments.assignments if a.key.startswith("where.") and "=" in a.value]
+    if path is None or not doubtful:
+        return arguments
+    names = header_names(Path(unquoted(path)).expanduser())
+    settled = [_settled(a, names) if a in doubtful else a for a in arguments.assignments]
+    return Arguments(arguments.command, arguments.flags, tuple(settled))
+
+
+def header_names(path: Path) -> list[str]:
+    """Column names of a CSV or Parquet file without reading its rows; empty where they are not to be had cheaply."""
+    try:
+        if path.suffix.lower() == ".parquet":
+            import pyarrow.parquet
+
+            return [str(name) for name in pyarrow.parquet.read_schema(path).names]
+        if path.suffix.lower() in (".csv", ".tsv"):
+            import pandas as pd
+
+            return [str(c) for c in pd.read_csv(path, sep="\t" if path.suffix.lower() == ".tsv" else ",", nrows=0).columns]
+    except (OSError, ValueError):
+        pass  # reading the table itself will say what is wrong with it
+    return []
+
+
+def _settled(assignment: Assignment, names: Sequence[str]) -> Assignment:
+    pieces = assignment.text.removeprefix("where.").split("=")
+    for cut in range(1, len(pieces)):
+        column, value = "=".join(pieces[:cut]), "=".join(pieces[cut:])
+        if value and any(column in (name, f"{name}.min", f"{name}.max") for name in names):
+            return Assignment(f"where.{column}", value)
+    return assignment

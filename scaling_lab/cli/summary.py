@@ -1,0 +1,116 @@
+"""Owns the printed summary of an analysis: three exponents with intervals, the law, the backtest. Numbers, no prose."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from scaling_lab.analyse.estimate import FitStatus, Interval
+from scaling_lab.cli.console import Console, human_count
+
+if TYPE_CHECKING:
+    from scaling_lab.analyse.analysis import Analysis
+    from scaling_lab.analyse.estimate import Band, Estimate
+    from scaling_lab.analyse.predict import Prediction, Quantity
+
+
+def print_analysis(console: Console, analysis: Analysis) -> None:
+    """The summary that quickstart, analyze and report end with."""
+    obs = analysis.observations
+    lo, hi = float(obs.compute_flops.min()), float(obs.compute_flops.max())
+    dropped = f", {len(obs.dropped)} dropped" if obs.dropped else ""
+    console.print(
+        f"{obs.n_runs} runs, {analysis.points.n_points} points{dropped}; {lo:.2g} to {hi:.2g} FLOPs; "
+        f"N and C counted as {obs.convention}"
+    )
+    for warning in obs.warnings:
+        console.print(f"  note: {warning}", markup=False)
+    console.print(exponents_table(analysis))
+    for estimate in analysis.estimates:
+        if estimate.status is not FitStatus.CONVERGED:
+            console.print(f"  {estimate.approach}: {estimate.status.value}: {estimate.message}", markup=False)
+    for band in analysis.bands:
+        if band.message:
+            console.print(f"  {band.approach}: {band.message}", markup=False)
+    _print_law(console, analysis)
+    console.print(f"agreement: {analysis.agreement.message}", markup=False)
+    _print_backtest(console, analysis)
+
+
+def exponents_table(analysis: Analysis) -> Table:
+    """One row an approach: N_opt = k C^a, D_opt = k C^b, beside what was published."""
+    level = f"{analysis.bands[0].level:.0%}" if analysis.bands else ""
+    table = Table(title="compute-optimal exponents", title_justify="left")
+    for name in ("approach", "status", f"a: N ~ C^a ({level})", f"b: D ~ C^b ({level})", "tokens per parameter"):
+        table.add_column(name)
+    for estimate, band, at_mean in zip(analysis.estimates, analysis.bands, analysis.at_mean_compute):
+        table.add_row(
+            estimate.approach,
+            estimate.status.value.replace("_", " "),
+            _exponent(estimate, band, "params"),
+            _exponent(estimate, band, "tokens"),
+            "-" if at_mean is None else f"{at_mean.tokens_per_param.estimate:.3g} at {at_mean.compute_flops:.2g} FLOPs",
+        )
+    # Hoffmann et al. 2022 (arXiv 2203.15556), table 2; Kaplan et al. 2020 as given there.
+    table.add_section()
+    table.add_row("Chinchilla", "published", "0.50, 0.49, 0.46", "0.50, 0.51, 0.54", "20", style="dim")
+    table.add_row("Kaplan", "published", "0.73", "0.27", "", style="dim")
+    return table
+
+
+def _exponent(estimate: Estimate, band: Band, which: str) -> str:
+    if estimate.frontier is None:
+        return "-"
+    law = estimate.frontier.params if which == "params" else estimate.frontier.tokens
+    return f"{law.exponent:.3f}{_range(band.interval(f'{which}_exponent'), '.3f')}"
+
+
+def _range(interval: Interval | None, form: str) -> str:
+    return "" if interval is None else f" ({interval.lo:{form}} to {interval.hi:{form}})"
+
+
+def _print_law(console: Console, analysis: Analysis) -> None:
+    """E, A, B, alpha, beta with intervals."""
+    estimate, band = analysis.estimate("parametric"), analysis.band("parametric")
+    if not estimate.fits:
+        return
+    parameters = estimate.fits[0].parameters
+    formula = ": L = E + A / N^alpha + B / D^beta" if estimate.law == "chinchilla" else ""
+    console.print(f"law {estimate.law}{formula}", markup=False)
+    for name, value in parameters.items():
+        console.print(f"  {name:<6} {value:.4g}{_range(band.interval(name), '.4g')}", markup=False)
+
+
+def _print_backtest(console: Console, analysis: Analysis) -> None:
+    """What the largest budget was predicted to reach from the others, and what it reached."""
+    if not analysis.backtest:
+        return
+    console.print(f"largest budget, {analysis.backtest[0].budget_flops:.3g} FLOPs, predicted from the smaller ones:")
+    for row in analysis.backtest:
+        console.print(f"  {row.approach:<10} {row.message}", markup=False)
+
+
+def predictions_table(predictions: list[Prediction], level: float) -> Table:
+    """One row an approach and budget."""
+    table = Table(title=f"compute-optimal runs ({level:.0%} intervals)", title_justify="left")
+    for name in ("FLOPs", "approach", "parameters", "tokens", "tokens per parameter", "loss, nats", "beyond the data"):
+        table.add_column(name)
+    for p in predictions:
+        factor = "inside" if p.extrapolation_factor <= 1 else f"{p.extrapolation_factor:.3g}x"
+        table.add_row(
+            f"{p.compute_flops:.3g}",
+            p.approach,
+            _counted(p.params_opt),
+            _counted(p.tokens_opt),
+            _counted(p.tokens_per_param),
+            "-" if p.loss_opt is None else f"{p.loss_opt.estimate:.4f}{_range(p.loss_opt.interval, '.4f')}",
+            factor,
+        )
+    return table
+
+
+def _counted(q: Quantity) -> str:
+    if q.interval is None:
+        return human_count(q.estimate)
+    return f"{human_count(q.estimate)} ({human_count(q.interval.lo)} to {human_count(q.interval.hi)})"

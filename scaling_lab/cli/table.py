@@ -1,0 +1,106 @@
+"""Owns the list of commands: what each does in one line, an example, and the module that is imported when it is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of the table."""
+
+    name: str
+    summary: str
+    example: str
+    section: str
+    flags: frozenset[str] = frozenset()
+    """Flags that it takes beside --quiet, --verbose and --help."""
+    about: str = ""
+    """A paragraph for its own help."""
+
+    def load(self) -> Any:
+        """Its module, with `run(arguments) -> int` and `form(arguments) -> Form`."""
+        from importlib import import_module
+
+        return import_module(f"scaling_lab.cli.commands.{self.name.replace('-', '_')}")
+
+
+START, STUDY, SINGLE = "Start here", "A study, step by step", "Single runs and this machine"
+
+_ALL = (
+    Command(
+        "quickstart",
+        "train a small real sweep and print its scaling laws",
+        "scaling-lab quickstart",
+        START,
+        frozenset({"json"}),
+        "Plans, trains, analyses and reports experiment=quickstart. Safe to interrupt and to repeat: what is done is "
+        "not done again.",
+    ),
+    Command(
+        "plan",
+        "print a sweep's grid and its cost; train nothing",
+        "scaling-lab plan experiment=quickstart",
+        STUDY,
+        frozenset({"json"}),
+        "Writes results/SWEEP/plan.json, with every rounding that was made.",
+    ),
+    Command(
+        "sweep",
+        "train what of a plan is not done yet",
+        "scaling-lab sweep experiment=quickstart",
+        STUDY,
+        frozenset({"multirun"}),
+        "Safe to repeat, to kill and to start twice. `scaling-lab sweep sweep=NAME` goes on with a sweep that has a "
+        "plan. A list such as seed=0,1,2 multiplies the plan. hydra/launcher=NAME runs it elsewhere.",
+    ),
+    Command(
+        "status",
+        "what of a sweep is done, running, failed",
+        "scaling-lab status sweep=quickstart --watch",
+        STUDY,
+        frozenset({"json", "watch"}),
+    ),
+    Command(
+        "analyze",
+        "fit the three Chinchilla approaches, to a sweep or to any table",
+        "scaling-lab analyze runs=my_runs.csv columns.loss=val_loss",
+        STUDY,
+        frozenset({"json"}),
+        "runs=FILE is CSV, Parquet, JSON records or JSON lines with columns run_id, params, tokens, flops, loss. "
+        "where.COLUMN=VALUE, where.COLUMN.min= and where.COLUMN.max= keep rows; columns.NAME=COLUMN renames. "
+        "Names and paths with spaces, '=', '/' or parentheses need no quotes beyond the shell's.",
+    ),
+    Command(
+        "predict",
+        "the best model size and its loss at a compute budget",
+        "scaling-lab predict sweep=quickstart compute_flops=1e14",
+        STUDY,
+        frozenset({"json"}),
+    ),
+    Command(
+        "report",
+        "write a sweep's report again, also of a half-done sweep",
+        "scaling-lab report sweep=quickstart",
+        STUDY,
+    ),
+    Command(
+        "train",
+        "train one model; with -m, one for each value of a list",
+        "scaling-lab train model.width=64 model.depth=2 train_tokens=2M",
+        SINGLE,
+        frozenset({"multirun"}),
+        "-m makes it an ordinary Hydra multirun: `scaling-lab train -m model.width=32,64 train_tokens=200_000`. "
+        "Runs are stored under results/train/runs/.",
+    ),
+    Command(
+        "doctor",
+        "what this machine can do, and what is missing",
+        "scaling-lab doctor",
+        SINGLE,
+        frozenset({"json"}),
+    ),
+)
+
+COMMANDS: dict[str, Command] = {command.name: command for command in _ALL}
