@@ -77,11 +77,13 @@ def sensitivity_forest(ax: Axes, rows: Sequence[ForestRow], base: dict[str, tupl
         shaded = base.get(approach)
         if shaded is not None:
             ax.axvspan(*shaded, color=APPROACH_COLOURS[approach], alpha=0.09, lw=0, zorder=0.5)
+    limits = _limits([r.value for r in rows], [r.interval for r in rows])
+    ax.set_xlim(*limits)
     for row in rows:
         rank = approaches.index(row.approach) - (len(approaches) - 1) / 2
         y, shade = height[row.label] - 0.24 * rank, APPROACH_COLOURS[row.approach]
         if row.interval is not None:
-            ax.plot(row.interval, [y, y], color=shade, lw=1.1, zorder=2)
+            _bar(ax, row.interval, y, shade, limits)
         marker = APPROACH_MARKERS[row.approach]
         ax.plot([row.value], [y], marker, color=shade, ms=5, mec="white", mew=0.6, zorder=3)
     for approach in approaches:
@@ -107,10 +109,12 @@ def predicted_and_reached(ax: Axes, rows: Sequence[tuple[str, str, float, tuple[
     Args:
         rows: (label, approach, predicted, its interval or None, reached), losses in nats per token.
     """
+    limits = _limits([v for r in rows for v in (r[2], r[4])], [r[3] for r in rows])
+    ax.set_xlim(*limits)
     for i, (_, approach, predicted, interval, reached) in enumerate(rows):
         y, shade = len(rows) - 1 - i, APPROACH_COLOURS[approach]
         if interval is not None:
-            ax.plot(interval, [y, y], color=shade, lw=1.4)
+            _bar(ax, interval, y, shade, limits)
         ax.plot([predicted], [y], APPROACH_MARKERS[approach], color=shade, ms=5.5, mec="white", mew=0.6)
         ax.plot([reached], [y], "|", color=INK, ms=13, mew=1.6)
     ax.set_yticks(range(len(rows)), [r[0] for r in reversed(rows)])
@@ -123,3 +127,25 @@ def predicted_and_reached(ax: Axes, rows: Sequence[tuple[str, str, float, tuple[
     ax.plot([], [], "|", color=INK, ms=10, mew=1.6, label="reached")
     ax.plot([], [], "o", color=MUTED, ms=5, label="predicted without it")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, borderaxespad=0.1)
+
+
+def _limits(values: Sequence[float], intervals: Sequence[tuple[float, float] | None]) -> tuple[float, float]:
+    """Limits that hold every value, and intervals up to the values' own spread beyond: one that says nothing must not
+    flatten the rest."""
+    lo, hi = min(values), max(values)
+    widths = sorted(b - a for a, b in (i for i in intervals if i is not None))
+    room = max(0.25 * (hi - lo), widths[len(widths) // 2] if widths else 0.0, 1e-3 * abs(hi), 1e-9)
+    ends = [e for i in intervals if i is not None for e in i]
+    lo, hi = min(lo, max(lo - room, min(ends, default=lo))), max(hi, min(hi + room, max(ends, default=hi)))
+    margin = 0.06 * (hi - lo) or 0.06 * abs(hi)
+    return lo - margin, hi + margin
+
+
+def _bar(ax: Axes, interval: tuple[float, float], y: float, shade: str, limits: tuple[float, float]) -> None:
+    """An interval as a line; an arrowhead at the edge where it goes on beyond the axes."""
+    a, b = max(interval[0], limits[0]), min(interval[1], limits[1])
+    ax.plot([a, b], [y, y], color=shade, lw=1.3, zorder=2, solid_capstyle="butt")
+    if interval[0] < limits[0]:
+        ax.plot([limits[0]], [y], "<", color=shade, ms=5, clip_on=False, zorder=2)
+    if interval[1] > limits[1]:
+        ax.plot([limits[1]], [y], ">", color=shade, ms=5, clip_on=False, zorder=2)

@@ -123,7 +123,8 @@ def training_curves(ax_loss: Axes, ax_lr: Axes, records: Sequence[RunRecord]) ->
             lowest = min(lowest, float(y.min()))
         if record.status is RunStatus.DIVERGED and loss.size:
             ax_loss.plot(share[-1:], loss[-1:], "x", color="#b00020", ms=7, mew=1.6, zorder=6)
-        lr = thin(*(np.array(v) for v in zip(*((p.step / record.spec.steps, p.lr) for p in record.curve))), most=40, log_x=False)
+        at, rate = (np.array(v) for v in zip(*((p.step / record.spec.steps, p.lr) for p in record.curve)))
+        lr = thin(at, rate, 80, log_x=False)
         key = (tuple(np.round(lr[0], 2)), tuple(np.round(lr[1], 9)))
         if key not in schedules:
             schedules.add(key)

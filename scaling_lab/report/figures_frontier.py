@@ -69,7 +69,8 @@ def isoflop_valleys(ax: Axes, observations: Observations, estimate: Estimate) ->
         names.append(_valley(ax, points.n_params[at], points.loss_nats[at], budget, colour(budget.budget_flops)))
     minima = [b for b in shown if b.status is BudgetStatus.OK]
     if minima:
-        x, y = [b.params_opt for b in minima], [b.loss_opt for b in minima]
+        x = np.array([b.params_opt for b in minima], dtype=np.float64)
+        y = np.array([b.loss_opt for b in minima], dtype=np.float64)
         ax.plot(x, y, color=MUTED, lw=0.9, ls=(0, (1, 2)), zorder=2)  # type: ignore[arg-type]
     margin_labels(ax, names)
     ax.set_xlabel("parameters N")
@@ -228,7 +229,9 @@ def parametric_contour(ax: Axes, observations: Observations, estimate: Estimate)
             )
     log_axis(ax, "x", float(grid_d[0]), float(grid_d[-1]), format_count, margin=0.0)
     log_axis(ax, "y", float(grid_n[0]), float(grid_n[-1]), format_count, margin=0.0)
-    ax.clabel(lines, fmt=lambda v: f"{v:g}", fontsize=7, inline=True, inline_spacing=2)
+    names = ax.clabel(lines, fmt=lambda v: f"{v:g}", fontsize=7, inline=True, inline_spacing=2)
+    for name in names:
+        name.set_color(text_colour(name.get_color()))
     ax.set_xlabel("training tokens D")
     ax.set_ylabel("parameters N")
     return True

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, to_rgb
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
 
 # Every figure has this width, so that text has one size throughout the page. Inches.
@@ -84,13 +85,15 @@ _RC: dict[str, Any] = {
 @contextmanager
 def figure_style() -> Iterator[None]:
     """The look of every figure of the project; use around making *and* saving it."""
-    with mpl.rc_context({**mpl.rcParamsDefault, "backend": mpl.rcParams["backend"], **_RC}):
+    # From the defaults, not from what a matplotlibrc or a notebook has set: the same figure everywhere.
+    look: dict[Any, Any] = {**mpl.rcParamsDefault, "backend": mpl.rcParams["backend"], **_RC}
+    with mpl.rc_context(look):
         yield
 
 
 def sequential_map() -> Colormap:
     """Viridis without its palest end, which vanishes on paper: small to large is dark violet to green."""
-    return LinearSegmentedColormap.from_list("sizes", mpl.colormaps["viridis"](np.linspace(0.0, 0.8, 64)))
+    return LinearSegmentedColormap.from_list("sizes", mpl.colormaps["viridis"](np.linspace(0.0, 0.74, 64)))
 
 
 def sequential_colours(values: Sequence[float] | np.ndarray) -> tuple[Callable[[float], Any], LogNorm, Colormap]:
@@ -133,17 +136,20 @@ def format_count(value: float) -> str:
     for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         # 999,950 rounds to 1.00M, not to 1000k.
         if abs(value) >= size * 0.9995:
-            number = _significant(value / size, 3)
+            number = significant(value / size, 3)
             # Beyond the last suffix, figures of more than four digits read better as a power.
             return f"{number}{suffix}" if len(number) <= 4 or "." in number else f"{_scientific(value, 3)}"
-    return _significant(value, 3)
+    return significant(value, 3)
 
 
-def _significant(value: float, digits: int) -> str:
+def significant(value: float, digits: int) -> str:
+    """So many significant figures, without an exponent between a ten-thousandth and a million: 250, not 2.5e+02."""
     text = f"{value:.{digits}g}"
-    if "e" in text:
-        text = f"{value:.0f}"
-    return text
+    if "e" not in text:
+        return text
+    if 1 <= abs(value) < 1e6:
+        return f"{value:.0f}"
+    return _scientific(value, digits)
 
 
 def _scientific(value: float, digits: int) -> str:
@@ -216,7 +222,7 @@ def size_bar(ax: Axes, norm: LogNorm, colours: Colormap, text: Callable[[float],
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.tick_params(length=2)
     # As a picture inside the SVG the gradient would be a bitmap: draw it as plain rectangles.
-    bar.solids.set(edgecolor="face", linewidth=0.2, rasterized=False)  # type: ignore[union-attr]
+    bar.solids.set(edgecolor="face", linewidth=0.2, rasterized=False)
 
 
 def spread(positions: Sequence[float], gap: float, lo: float = -math.inf, hi: float = math.inf) -> list[float]:
@@ -262,7 +268,8 @@ def margin_labels(ax: Axes, entries: Sequence[tuple[float, str, Any]], *, size: 
         return (y - lo) / (hi - lo)
 
     if gap is None:
-        inches = ax.figure.get_figheight() * ax.get_position().height
+        figure = ax.get_figure(root=True)
+        inches = (figure.get_figheight() if isinstance(figure, Figure) else 4.0) * ax.get_position().height
         gap = 1.25 * size / 72 / max(inches, 0.5)
     wanted = [min(1.02, max(-0.02, height(y))) for y, _, _ in entries]
     for at, y, (_, text, colour) in zip(wanted, spread(wanted, gap, 0.0, 1.0), entries):
