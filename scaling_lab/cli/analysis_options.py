@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from scaling_lab.cli.arguments import Arguments, Assignment
 from scaling_lab.cli.configs import config_folders, plain_tree
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from scaling_lab.analyse.settings import AnalysisSettings
 
 FREE = {
+    "approach.parametric.law_options.": "an option of the law's own",
     "where.": "keep rows with this value; where.COLUMN.min= and where.COLUMN.max= keep a range",
     "columns.": "the table's name of a column of ours: params, tokens, flops, loss, run_id, ...",
 }
@@ -25,8 +27,23 @@ def analysis_form(command: str, own: type, config_dir: str | None) -> Form:
     from scaling_lab.analyse.settings import AnalysisSettings
 
     _, words = plain_tree(command, {}, config_folders(config_dir))
-    options = options_of(own) | options_of(AnalysisSettings, words=words, skip=("where", "columns"))
+    options = options_of(own) | options_of(AnalysisSettings, words=words)
+    for key, choices in _choices().items():
+        options[key] = replace(options[key], wanted=choices)
     return Form(options, free=FREE)
+
+
+def _choices() -> dict[str, Any]:
+    """Options that the settings declare as text and check themselves: known here, so that help can list them."""
+    from scaling_lab.analyse.laws import law_names
+    from scaling_lab.analyse.observations import CONVENTIONS
+    from scaling_lab.analyse.settings import WEIGHTS
+
+    return {
+        "convention": Literal[CONVENTIONS] | None,
+        "weights": Literal[WEIGHTS] | None,
+        "approach.parametric.law": Literal[law_names()],
+    }
 
 
 def analysis_settings(tree: Mapping[str, Any], *, skip: Sequence[str] = ()) -> AnalysisSettings:
@@ -58,7 +75,12 @@ def header_names(path: Path) -> list[str]:
         if path.suffix.lower() in (".csv", ".tsv"):
             import pandas as pd
 
-            return [str(c) for c in pd.read_csv(path, sep="\t" if path.suffix.lower() == ".tsv" else ",", nrows=0).columns]
+            return [
+                str(c)
+                for c in pd.read_csv(
+                    path, sep="\t" if path.suffix.lower() == ".tsv" else ",", nrows=0
+                ).columns
+            ]
     except (OSError, ValueError):
         pass  # reading the table itself will say what is wrong with it
     return []

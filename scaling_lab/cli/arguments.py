@@ -68,9 +68,13 @@ def parse(argv: Sequence[str]) -> Arguments:
         elif _is_assignment(text):
             assignments.append(_assignment(text))
         else:
-            raise UserError(f"{text!r} is no option: options are written key=value, without spaces around the '='.")
+            raise UserError(
+                f"{text!r} is no option: options are written key=value, without spaces around the '='."
+            )
     if command is None and assignments:
-        raise UserError(f"{assignments[0].text!r} comes without a command. `scaling-lab --help` lists the commands.")
+        raise UserError(
+            f"{assignments[0].text!r} comes without a command. `scaling-lab --help` lists the commands."
+        )
     _refuse_repeats(assignments)
     return Arguments(command, frozenset(flags), tuple(assignments))
 
@@ -112,7 +116,7 @@ def _assignment(text: str) -> Assignment:
 
 def _unknown_flag(text: str) -> UserError:
     name = text.partition("=")[0]
-    shown = sorted(flag for flag in FLAGS if flag.startswith("--")) + ["-m"]
+    shown = [*sorted(flag for flag in FLAGS if flag.startswith("--")), "-m"]
     near = difflib.get_close_matches(name, shown, n=1, cutoff=0.6)
     if near:
         hint = f" Did you mean {near[0]}?"

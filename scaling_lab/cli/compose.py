@@ -35,7 +35,7 @@ class Combination:
     """Composed config with the command line's values put on top: plain values, not yet dataclasses."""
     groups: Mapping[Slot, str]
     """Choices given on the command line."""
-    values: Mapping[str, Any]
+    values: dict[str, Any]
     """Values given on the command line, read."""
 
 
@@ -88,7 +88,9 @@ def read_command(
         if assignment.key.startswith(("hydra.", "hydra/")):
             hydra.append(assignment)
         elif assignment.key in slots:
-            chosen[slots[assignment.key]] = _group_values(slots[assignment.key], assignment, folders, multirun)
+            chosen[slots[assignment.key]] = _group_values(
+                slots[assignment.key], assignment, folders, multirun
+            )
         else:
             values.append(assignment)
     if hydra and not multirun:
@@ -122,7 +124,9 @@ def compose_groups(config_name: str, groups: Mapping[Slot, str], folders: Sequen
         version.setbase("1.3")
         path = create_config_search_path(str(folders[-1]))
         for own in reversed(folders[:-1]):
-            path.prepend(provider="config_dir", path=f"file://{own}", anchor=SearchPathQuery(provider="schema"))
+            path.prepend(
+                provider="config_dir", path=f"file://{own}", anchor=SearchPathQuery(provider="schema")
+            )
         Hydra.create_main_hydra2(task_name="scaling_lab", config_search_path=path)
         config = compose(config_name=config_name, overrides=overrides)
         tree = OmegaConf.to_container(config, resolve=True)
@@ -182,7 +186,9 @@ def _add(items: list[str], item: str) -> None:
 
 def _group_values(slot: Slot, assignment: Assignment, folders: Sequence[Path], multirun: bool) -> list[str]:
     choices = group_choices(slot.group, folders)
-    names = [unquoted(part.strip()) for part in (_sweep_parts(assignment) if multirun else [assignment.value])]
+    names = [
+        unquoted(part.strip()) for part in (_sweep_parts(assignment) if multirun else [assignment.value])
+    ]
     for name in names:
         if name not in choices and name != "null":
             raise unknown(slot.package, name, choices)
@@ -190,14 +196,18 @@ def _group_values(slot: Slot, assignment: Assignment, folders: Sequence[Path], m
 
 
 def _value_combinations(
-    tree: dict[str, Any], form: Form, groups: Mapping[Slot, str], assignments: Sequence[Assignment], multirun: bool
+    tree: dict[str, Any],
+    form: Form,
+    groups: Mapping[Slot, str],
+    assignments: Sequence[Assignment],
+    multirun: bool,
 ) -> list[Combination]:
     columns: list[list[tuple[str, Any]]] = []
     for assignment in assignments:
         key = assignment.key
         form.check(key)
         if form.is_free(key):
-            columns.append([(key, unquoted(assignment.value))])
+            columns.append([(key, form.read_free(key, assignment.value))])
             continue
         if any(group.key == key for group in form.groups):
             raise UserError(f"{key}={show(assignment.value)} cannot be chosen here.")
@@ -207,7 +217,9 @@ def _value_combinations(
     for column in columns:
         count *= len(column)
     if count > MAX_COMBINATIONS:
-        raise UserError(f"the lists on the command line make {count} combinations, more than {MAX_COMBINATIONS}.")
+        raise UserError(
+            f"the lists on the command line make {count} combinations, more than {MAX_COMBINATIONS}."
+        )
     found = []
     for values in itertools.product(*columns):
         complete = _copy(tree)
@@ -236,7 +248,9 @@ def _sweep_values(assignment: Assignment, form: Form, multirun: bool) -> list[st
     parts = _sweep_parts(assignment)
     wanted = form.options[assignment.key].wanted
     if "tuple[" in str(wanted) or "list[" in str(wanted):
-        return parts if len(parts) > 1 and all(p.strip().startswith("[") for p in parts) else [assignment.value]
+        return (
+            parts if len(parts) > 1 and all(p.strip().startswith("[") for p in parts) else [assignment.value]
+        )
     return parts
 
 
@@ -247,7 +261,9 @@ def _sweep_parts(assignment: Assignment) -> list[str]:
     if function and function[1] == "range":
         numbers = [read_value(key, part.strip(), int) for part in split_list(function[2])]
         if not 1 <= len(numbers) <= 3 or (len(numbers) == 3 and numbers[2] == 0):
-            raise UserError(f"{key}={show(text)}: write range(STOP), range(START,STOP) or range(START,STOP,STEP).")
+            raise UserError(
+                f"{key}={show(text)}: write range(STOP), range(START,STOP) or range(START,STOP,STEP)."
+            )
         steps = range(*numbers)
         if not 0 < len(steps) <= MAX_COMBINATIONS:
             raise UserError(f"{key}={show(text)} has {len(steps)} values; wanted 1 to {MAX_COMBINATIONS}.")

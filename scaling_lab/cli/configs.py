@@ -15,7 +15,9 @@ from typing import Any
 
 from scaling_lab.core.errors import UserError, unknown
 
-COMMENTED = re.compile(r"^(?P<indent> *)(?P<key>[A-Za-z_][\w-]*):(?P<value>[^#]*)(?:#\s*(?P<comment>.*\S))?\s*$")
+COMMENTED = re.compile(
+    r"^(?P<indent> *)(?P<key>[A-Za-z_][\w-]*):(?P<value>[^#]*)(?:#\s*(?P<comment>.*\S))?\s*$"
+)
 
 
 @cache
@@ -101,7 +103,9 @@ def default_groups(command: str, folders: Sequence[Path]) -> dict[Slot, str | No
     return groups
 
 
-def plain_tree(command: str, chosen: Mapping[str, str], folders: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:
+def plain_tree(
+    command: str, chosen: Mapping[str, str], folders: Sequence[Path]
+) -> tuple[dict[str, Any], dict[str, str]]:
     """(values, meanings) of a command with the groups `chosen`, as help shows them: no experiment, no interpolation."""
     tree: dict[str, Any] = {}
     words: dict[str, str] = {}

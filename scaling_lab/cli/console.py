@@ -26,7 +26,9 @@ class Console:
         """A result, on stdout; nothing under --json."""
         if not self.json:
             # Long paths stay whole, to be clicked and copied.
-            self.out.print(*things, **({"soft_wrap": True} | options if isinstance(things[0], str) else options))
+            self.out.print(
+                *things, **({"soft_wrap": True} | options if isinstance(things[0], str) else options)
+            )
 
     def say(self, text: str) -> None:
         """What is going on, unless --quiet: on stdout, or on stderr where stdout is for JSON."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
+import re
 import textwrap
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,7 @@ from functools import cache
 from typing import Any
 
 from scaling_lab.cli.arguments import nearest
-from scaling_lab.cli.values import choices_of, read_value
+from scaling_lab.cli.values import choices_of, read_value, unquoted
 from scaling_lab.core.errors import UserError
 
 REQUIRED = dataclasses.MISSING
@@ -77,10 +79,15 @@ class Form:
         near = nearest(key, names)
         prefix = key.rpartition(".")[0]
         same_level = sorted({n for n in names if n.rpartition(".")[0] == prefix})
-        choices = same_level if prefix and same_level else sorted({n.partition(".")[0] for n in names})
+        tops = {n if "." not in n else f"{n.partition('.')[0]}.*" for n in names}
+        choices = same_level if prefix and same_level else sorted(tops)
         hint = f" Did you mean {near}?" if near else ""
         where = f" under {prefix}" if prefix and same_level else ""
         raise UserError(f"there is no option {key!r}.{hint} Choices{where}: {', '.join(choices)}.")
+
+    def read_free(self, key: str, raw: str) -> Any:
+        """The value of a free key: text as it stands, but an option of an algorithm is the simplest thing it is."""
+        return read_value(key, raw, Any) if key.startswith("approach.") else unquoted(raw)
 
     def read(self, key: str, raw: Any) -> Any:
         """The value of an option from its text."""
@@ -104,7 +111,7 @@ def field_meanings(cls: type) -> dict[str, str]:
         except (OSError, TypeError, SyntaxError):
             continue  # no source at hand (a frozen application): help goes without
         statements = body.body if isinstance(body, ast.ClassDef) else []
-        for field, doc in zip(statements, statements[1:]):
+        for field, doc in itertools.pairwise(statements):
             if (
                 isinstance(field, ast.AnnAssign)
                 and isinstance(field.target, ast.Name)
@@ -119,8 +126,17 @@ def field_meanings(cls: type) -> dict[str, str]:
 def first_sentence(text: str) -> str:
     """The first sentence of a docstring, on one line, without its full stop."""
     line = " ".join(text.split())
-    end = line.find(". ")
-    return (line if end < 0 else line[:end]).rstrip(".")
+    ends = [m.start() for m in re.finditer(r"(?<! al)(?<!e\.g)\. (?=[A-Z`])", line)]
+    return (line[: ends[0]] if ends else line).rstrip(".")
+
+
+def is_mapping(wanted: Any) -> bool:
+    """Whether a field's type is a mapping of free keys."""
+    return typing.get_origin(wanted) is not None and issubclass_of(typing.get_origin(wanted), Mapping)
+
+
+def issubclass_of(cls: Any, base: type) -> bool:
+    return isinstance(cls, type) and issubclass(cls, base)
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
@@ -133,8 +149,8 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 def options_of(
     cls: type, prefix: str = "", *, words: Mapping[str, str] | None = None, skip: Sequence[str] = ()
 ) -> dict[str, Option]:
-    """The options that fill the dataclass `cls`, nested dataclasses as dotted keys; `words` are the meanings of fields
-    without a docstring."""
+    """The options that fill the dataclass `cls`, nested dataclasses as dotted keys; `words` are meanings that go before
+    the docstrings."""
     found: dict[str, Option] = {}
     hints = type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -144,12 +160,21 @@ def options_of(
         if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
             found |= options_of(wanted, f"{key}.", words=words)
             continue
-        meaning = field_meanings(cls).get(field.name) or (words or {}).get(key, "")
+        if is_mapping(wanted):
+            continue  # any key goes below it: see Form.free
+        meaning = (words or {}).get(key) or field_meanings(cls).get(field.name, "")
         found[key] = Option(key, wanted, default_of(field), meaning)
     return found
 
 
-def build(cls: type, node: Any, prefix: str = "", *, given: Mapping[str, Any] | None = None, skip: Sequence[str] = ()) -> Any:
+def build(
+    cls: type,
+    node: Any,
+    prefix: str = "",
+    *,
+    given: Mapping[str, Any] | None = None,
+    skip: Sequence[str] = (),
+) -> Any:
     """An instance of the dataclass `cls` from a plain config node. Config ends here.
 
     Args:

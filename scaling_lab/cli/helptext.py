@@ -49,7 +49,11 @@ def command_help(command: Command, arguments: Arguments) -> str:
     """`scaling-lab COMMAND --help`, for the groups chosen in `arguments`."""
     width = max(80, min(shutil.get_terminal_size((110, 24)).columns, 130))
     form = command.load().form(arguments)
-    lines = [f"usage: scaling-lab {command.name} [key=value ...]", "", command.summary[0].upper() + command.summary[1:] + "."]
+    lines = [
+        f"usage: scaling-lab {command.name} [key=value ...]",
+        "",
+        command.summary[0].upper() + command.summary[1:] + ".",
+    ]
     if command.about:
         lines += textwrap.wrap(command.about, width)
     lines += ["", f"  $ {command.example}", ""]
@@ -73,7 +77,11 @@ def command_help(command: Command, arguments: Arguments) -> str:
     if form.free:
         lines.append("")
     lines.append("Flags:")
-    lines += [f"  {text}" for name, text in FLAG_MEANINGS.items() if name in command.flags | {"help", "quiet", "verbose"}]
+    lines += [
+        f"  {text}"
+        for name, text in FLAG_MEANINGS.items()
+        if name in command.flags | {"help", "quiet", "verbose"}
+    ]
     return "\n".join(lines)
 
 

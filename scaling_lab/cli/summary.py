@@ -42,7 +42,13 @@ def exponents_table(analysis: Analysis) -> Table:
     """One row an approach: N_opt = k C^a, D_opt = k C^b, beside what was published."""
     level = f"{analysis.bands[0].level:.0%}" if analysis.bands else ""
     table = Table(title="compute-optimal exponents", title_justify="left")
-    for name in ("approach", "status", f"a: N ~ C^a ({level})", f"b: D ~ C^b ({level})", "tokens per parameter"):
+    for name in (
+        "approach",
+        "status",
+        f"a: N ~ C^a ({level})",
+        f"b: D ~ C^b ({level})",
+        "tokens per parameter",
+    ):
         table.add_column(name)
     for estimate, band, at_mean in zip(analysis.estimates, analysis.bands, analysis.at_mean_compute):
         table.add_row(
@@ -50,7 +56,9 @@ def exponents_table(analysis: Analysis) -> Table:
             estimate.status.value.replace("_", " "),
             _exponent(estimate, band, "params"),
             _exponent(estimate, band, "tokens"),
-            "-" if at_mean is None else f"{at_mean.tokens_per_param.estimate:.3g} at {at_mean.compute_flops:.2g} FLOPs",
+            "-"
+            if at_mean is None
+            else f"{at_mean.tokens_per_param.estimate:.3g} at {at_mean.compute_flops:.2g} FLOPs",
         )
     # Hoffmann et al. 2022 (arXiv 2203.15556), table 2; Kaplan et al. 2020 as given there.
     table.add_section()
@@ -86,7 +94,9 @@ def _print_backtest(console: Console, analysis: Analysis) -> None:
     """What the largest budget was predicted to reach from the others, and what it reached."""
     if not analysis.backtest:
         return
-    console.print(f"largest budget, {analysis.backtest[0].budget_flops:.3g} FLOPs, predicted from the smaller ones:")
+    console.print(
+        f"largest budget, {analysis.backtest[0].budget_flops:.3g} FLOPs, predicted from the smaller ones:"
+    )
     for row in analysis.backtest:
         console.print(f"  {row.approach:<10} {row.message}", markup=False)
 
@@ -94,7 +104,15 @@ def _print_backtest(console: Console, analysis: Analysis) -> None:
 def predictions_table(predictions: list[Prediction], level: float) -> Table:
     """One row an approach and budget."""
     table = Table(title=f"compute-optimal runs ({level:.0%} intervals)", title_justify="left")
-    for name in ("FLOPs", "approach", "parameters", "tokens", "tokens per parameter", "loss, nats", "beyond the data"):
+    for name in (
+        "FLOPs",
+        "approach",
+        "parameters",
+        "tokens",
+        "tokens per parameter",
+        "loss, nats",
+        "beyond the data",
+    ):
         table.add_column(name)
     for p in predictions:
         factor = "inside" if p.extrapolation_factor <= 1 else f"{p.extrapolation_factor:.3g}x"

@@ -16,7 +16,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from scaling_lab.core.errors import UserError, unknown
 
-NUMBER = re.compile(r"([+-]?)(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE]([+-]?\d{1,4}))?\s*([kKmMbBgGtT]?)", re.ASCII)
+NUMBER = re.compile(
+    r"([+-]?)(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE]([+-]?\d{1,4}))?\s*([kKmMbBgGtT]?)", re.ASCII
+)
 SUFFIXES = {"": 0, "k": 3, "m": 6, "b": 9, "g": 9, "t": 12}
 TIME_PART = re.compile(r"(\d[\d_]*\.?\d*|\.\d+)\s*([a-z]*)", re.ASCII)
 SECONDS = {

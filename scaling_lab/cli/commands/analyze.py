@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scaling_lab.cli.analysis_options import analysis_form, analysis_settings, header_names, settle_where
+from scaling_lab.cli.analysis_options import analysis_form, analysis_settings, settle_where
 from scaling_lab.cli.arguments import Arguments
 from scaling_lab.cli.compose import read_command
 from scaling_lab.cli.console import Console
@@ -44,7 +44,9 @@ class Where:
             raise UserError(f"sweep={self.sweep} and runs={self.runs}: give one of them.")
         if self.runs is None and self.sweep is None:
             known = ", ".join(sweeps_of(self.results_dir)) or "none yet"
-            raise UserError(f"what to analyse is missing: give runs=FILE, or sweep=NAME (sweeps in {self.results_dir}: {known}).")
+            raise UserError(
+                f"what to analyse is missing: give runs=FILE, or sweep=NAME (sweeps in {self.results_dir}: {known})."
+            )
 
     @property
     def folder(self) -> Path:
@@ -74,10 +76,16 @@ def run(arguments: Arguments) -> int:
 def sweeps_of(results_dir: str) -> list[str]:
     """Names of the sweeps of a results folder, also of those without a plan."""
     root = Path(results_dir).expanduser()
-    return sorted({p.parent.name for name in ("plan.json", "runs") for p in root.glob(f"*/{name}")}) if root.is_dir() else []
+    return (
+        sorted({p.parent.name for name in ("plan.json", "runs") for p in root.glob(f"*/{name}")})
+        if root.is_dir()
+        else []
+    )
 
 
-def analyse_source(where: Any, settings: AnalysisSettings, console: Console) -> tuple[Analysis, list[RunRecord]]:
+def analyse_source(
+    where: Any, settings: AnalysisSettings, console: Console
+) -> tuple[Analysis, list[RunRecord]]:
     """Read the observations and analyse them; the records are empty for a table."""
     from scaling_lab.analyse.analysis import analyse, observations_of_sweep, read_observations
 
@@ -87,19 +95,25 @@ def analyse_source(where: Any, settings: AnalysisSettings, console: Console) -> 
         return analyse(read_observations(path, settings), settings), []
     if settings.where or settings.columns:
         key = "where." if settings.where else "columns."
-        raise UserError(f"{key}: these options are for tables (runs=FILE); a sweep's records have no columns to choose.")
+        raise UserError(
+            f"{key}: these options are for tables (runs=FILE); a sweep's records have no columns to choose."
+        )
     store = RunStore.for_sweep(where.results_dir, where.sweep)
     records, problems = store.load_records()
     for run_id, reason in problems:
         console.warn(f"{run_id} is left out: {reason}")
     if not records:
         known = ", ".join(sweeps_of(where.results_dir)) or "none yet"
-        raise UserError(f"sweep={where.sweep!r} has no finished runs in {store.folder}. Sweeps there: {known}.")
+        raise UserError(
+            f"sweep={where.sweep!r} has no finished runs in {store.folder}. Sweeps there: {known}."
+        )
     console.note(f"analysing {len(records)} runs of {store.folder}")
     return analyse(observations_of_sweep(records, settings), settings), records
 
 
-def publish(analysis: Analysis, records: list[RunRecord], where: Any, arguments: Arguments, console: Console) -> int:
+def publish(
+    analysis: Analysis, records: list[RunRecord], where: Any, arguments: Arguments, console: Console
+) -> int:
     """Write the report and print the summary, or print analysis.json alone."""
     from scaling_lab.cli.summary import print_analysis
 
@@ -115,21 +129,21 @@ def publish(analysis: Analysis, records: list[RunRecord], where: Any, arguments:
     console.print(f"report: {report}", style="bold", highlight=False)
     source = f"sweep={where.sweep}" if where.sweep else f"runs={shlex.quote(str(where.runs))}"
     largest = float(analysis.observations.compute_flops.max())
-    console.next_step(f"scaling-lab predict {source} compute_flops={100 * largest:.0e}".replace("e+", "e"))
+    results = "" if where.results_dir == "results" else f" results_dir={shlex.quote(where.results_dir)}"
+    console.next_step(
+        f"scaling-lab predict {source}{results} compute_flops={100 * largest:.0e}".replace("e+", "e")
+    )
     return 0
 
 
 def write(analysis: Analysis, records: list[RunRecord], folder: Path, command: str) -> Path:
     """The report and analysis.json in `folder`; returns the report's path."""
-    from scaling_lab.report.report import write_report
+    from scaling_lab.report.report import ReportOptions, write_report
 
-    return write_report(analysis, records, folder)
+    return write_report(analysis, records, folder, ReportOptions(command=command))
 
 
 def command_text(arguments: Arguments) -> str:
     """The command line as it could be typed again."""
     words = ["scaling-lab", arguments.command or "", *(a.text for a in arguments.assignments)]
     return " ".join(shlex.quote(word) for word in words)
-
-
-__all__ = ["Where", "analyse_source", "form", "header_names", "publish", "run", "write"]

@@ -1,0 +1,193 @@
+"""Owns `scaling-lab doctor`: what this machine can do, and advice for each thing that is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from scaling_lab.cli.arguments import Arguments
+from scaling_lab.cli.compose import read_command
+from scaling_lab.cli.console import Console
+from scaling_lab.cli.forms import Form, build, options_of
+from scaling_lab.core.errors import UserError
+
+LITTLE_DISK_BYTES = 2e9
+
+
+@dataclass(frozen=True)
+class DoctorCommand:
+    """Options of `doctor`."""
+
+    results_dir: str = "results"
+    """Folder of the sweeps"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at."""
+
+    what: str
+    ok: bool
+    found: str
+    advice: str | None = None
+    needed: bool = False
+    """Whether nothing can be trained without it."""
+
+
+def form(arguments: Arguments) -> Form:
+    return Form(options_of(DoctorCommand))
+
+
+def run(arguments: Arguments) -> int:
+    command = read_command(arguments, None, lambda tree: form(arguments))
+    settings: DoctorCommand = build(DoctorCommand, command.tree)
+    console = Console.for_flags(arguments.flags)
+    checks: tuple[Callable[[], Finding], ...] = (
+        _version, _python, _torch, _gpu, _cores, _compiler, _wandb, lambda: _disk(settings.results_dir), _corpus,
+    )  # fmt: skip
+    findings = []
+    for check in checks:
+        finding = check()
+        findings.append(finding)
+        if not console.json:
+            mark = "ok     " if finding.ok else "missing" if finding.needed else "note   "
+            console.print(f"{mark}  {finding.what:<18} {finding.found}", markup=False)
+            if finding.advice:
+                console.print(f"{'':9}{'':<18} -> {finding.advice}", markup=False)
+    healthy = all(f.ok for f in findings if f.needed)
+    if console.json:
+        print(json.dumps({"ok": healthy, "findings": [asdict(f) for f in findings]}, indent=1))
+    console.next_step(
+        "scaling-lab quickstart" if healthy else "scaling-lab doctor, once the missing things are there"
+    )
+    return 0 if healthy else 1
+
+
+def _version() -> Finding:
+    from scaling_lab.cli.main import version
+
+    return Finding("scaling-lab", True, f"{version()} in {Path(__file__).resolve().parents[2]}")
+
+
+def _python() -> Finding:
+    ok = (3, 11) <= sys.version_info[:2] < (3, 14)
+    advice = None if ok else "use Python 3.11, 3.12 or 3.13: Hydra does not work on others."
+    return Finding("python", ok, f"{platform.python_version()} ({sys.executable})", advice, needed=True)
+
+
+def _torch() -> Finding:
+    try:
+        import torch
+    except ImportError as error:
+        return Finding(
+            "torch",
+            False,
+            str(error),
+            "pip install torch (training needs it; analysis does not).",
+            needed=True,
+        )
+    threads = torch.get_num_threads()
+    return Finding("torch", True, f"{torch.__version__}, {threads} thread{'s' * (threads != 1)} by default")
+
+
+def _gpu() -> Finding:
+    try:
+        import torch
+    except ImportError:
+        return Finding("accelerator", False, "unknown without torch")
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+        memory = torch.cuda.get_device_properties(0).total_memory / 1e9
+        return Finding("accelerator", True, f"cuda: {', '.join(names)}, {memory:.0f} GB each")
+    if torch.backends.mps.is_available():
+        return Finding("accelerator", True, "mps (Apple GPU)")
+    if Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi"):
+        advice = f"an NVIDIA driver is here, but torch {torch.__version__} cannot use it: install a CUDA build of torch."
+        return Finding("accelerator", False, "none that torch can use", advice)
+    return Finding("accelerator", True, "none: runs are computed on the CPU, which suits the quickstart")
+
+
+def _cores() -> Finding:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    set_threads = os.environ.get("OMP_NUM_THREADS")
+    found = f"{cores}: so many single-threaded runs side by side"
+    return Finding(
+        "CPU cores", True, found + (f" (OMP_NUM_THREADS={set_threads} is set)" if set_threads else "")
+    )
+
+
+def _compiler() -> Finding:
+    from scaling_lab.plan.design import can_compile_on_cpu
+
+    name = next((n for n in ("g++", "clang++", "c++") if shutil.which(n)), None)
+    if can_compile_on_cpu():
+        return Finding("C++ compiler", True, f"{shutil.which(name or '')}: torch.compile works on the CPU")
+    advice = "install g++ (Debian: apt install g++): compiled CPU training is 2 to 3 times faster. compile=false needs none."
+    return Finding("C++ compiler", False, name or "none", advice)
+
+
+def _wandb() -> Finding:
+    from importlib.util import find_spec
+
+    if find_spec("wandb") is None:
+        return Finding(
+            "Weights & Biases",
+            False,
+            "not installed",
+            "pip install wandb, for tracker=wandb; nothing else needs it.",
+        )
+    from scaling_lab.train.tracking import wandb_mode
+
+    mode = wandb_mode("auto")
+    if mode == "online":
+        return Finding("Weights & Biases", True, "logged in: tracker=wandb is online")
+    return Finding(
+        "Weights & Biases",
+        True,
+        f"tracker=wandb would be {mode}",
+        "`wandb login` to see runs online; offline files can be synced later.",
+    )
+
+
+def _disk(results_dir: str) -> Finding:
+    folder = Path(results_dir).expanduser().absolute()
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        return Finding(
+            "results folder", False, f"{folder} cannot be written", "give results_dir=FOLDER.", needed=True
+        )
+    ok = free > LITTLE_DISK_BYTES
+    advice = (
+        None
+        if ok
+        else "a sweep needs little, checkpoints of large models much: results_dir=FOLDER puts them elsewhere."
+    )
+    return Finding("results folder", ok, f"{folder}, {free / 1e9:.1f} GB free", advice)
+
+
+def _corpus() -> Finding:
+    from scaling_lab.core.sources.pysource import PySource
+
+    source = PySource()
+    try:
+        tokens = source.n_tokens("train")
+    except UserError as error:
+        return Finding(
+            "corpus pysource",
+            False,
+            str(error),
+            "data=tokens data.path=FILE trains on a file of yours.",
+            needed=True,
+        )
+    return Finding(
+        "corpus pysource",
+        True,
+        f"{tokens / 1e6:.1f} M tokens to train on, content {source.fingerprint()[:12]}",
+    )

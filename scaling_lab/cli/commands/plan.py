@@ -1,0 +1,147 @@
+"""Owns `scaling-lab plan`: the grid of a sweep and its cost, before anything is trained."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from scaling_lab.cli.arguments import Arguments
+from scaling_lab.cli.compose import Command, read_command
+from scaling_lab.cli.console import Console, human_count, human_time
+from scaling_lab.cli.forms import Form
+from scaling_lab.cli.planning import begun, settle_plan
+from scaling_lab.cli.study import SweepOnly, experiment_name, form_of_tree, study_form
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.spec import Plan, source_class
+from scaling_lab.core.store import RunStore
+
+# A plan of hundreds of runs is in plan.json; the screen shows so many.
+MAX_ROWS = 80
+
+
+def form(arguments: Arguments) -> Form:
+    return study_form(arguments, "plan", (SweepOnly,))
+
+
+def run(arguments: Arguments) -> int:
+    command = read_study(arguments, "plan", multirun=True)
+    console = Console.for_flags(arguments.flags)
+    store = store_of(command)
+    trees = [c.tree for c in command.combinations]
+    plan, new = settle_plan(store, trees, command.given)
+    if new:
+        store.write_plan(plan)
+    if "json" in arguments.flags:
+        print(store.plan_path.read_text(encoding="utf-8"), end="")
+        return 0
+    print_plan(console, plan, command.tree.get("workers"))
+    console.print(f"plan: {store.plan_path}" + ("" if new else " (unchanged)"), highlight=False, markup=False)
+    if not new and begun(store, plan):
+        console.say("the sweep has begun: `scaling-lab status` says how far it is.")
+    results = command.tree["results_dir"]
+    where = "" if results == "results" else f" results_dir={results}"
+    console.next_step(f"scaling-lab sweep sweep={plan.sweep}{where}")
+    return 0
+
+
+def read_study(
+    arguments: Arguments, config_name: str, *, multirun: bool, experiment: str | None = None
+) -> Command:
+    """A study's command line, checked; the sweep's name is the experiment's where none is given."""
+    groups = {"experiment": experiment} if experiment is not None else None
+    command = read_command(
+        arguments,
+        config_name,
+        lambda tree: form_of_tree(tree, extra=(SweepOnly,)),
+        multirun=multirun,
+        groups=groups,
+    )
+    chosen = next(
+        (c for slot, c in command.combinations[0].groups.items() if slot.package == "experiment"), None
+    )
+    if not command.tree.get("sweep"):
+        name = experiment_name(chosen, command.config_dir)
+        if name is None:
+            raise UserError(
+                "sweep=NAME is missing: which sweep to go on with, or the new sweep's name (or give experiment=NAME)."
+            )
+        for combination in command.combinations:
+            combination.tree["sweep"] = name
+            combination.values["sweep"] = name
+    return command
+
+
+def store_of(command: Command) -> RunStore:
+    """The sweep's folder. Raises `UserError` for a name that is no folder name."""
+    return RunStore.for_sweep(command.tree["results_dir"], str(command.tree["sweep"]))
+
+
+def print_plan(console: Console, plan: Plan, workers: int | None = None) -> None:
+    """Grid, cost, roundings and notes."""
+    from scaling_lab.plan.cost import estimate_disk_bytes, estimate_plan_seconds
+
+    console.print(grid_table(plan))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    side_by_side = workers or max(1, cores // plan.runs[0].execution.threads)
+    seconds = estimate_plan_seconds(plan.runs, side_by_side)
+    disk = estimate_disk_bytes(plan.runs)
+    device = plan.runs[0].execution.device
+    cost = (
+        f"about {human_time(seconds)} with {side_by_side} workers"
+        if seconds is not None
+        else "time not known beforehand"
+    )
+    console.print(
+        f"{len(plan.runs)} runs, {plan.total_flops:.3g} FLOPs in all ({plan.convention}); {cost} on {device}, "
+        f"{disk / 1e6:.2g} MB of curves",
+        markup=False,
+    )
+    for title, lines in (("rounded", plan.rounding), ("note", plan.notes)):
+        for line in lines:
+            console.print(f"  {title}: {line}", markup=False)
+
+
+def grid_table(plan: Plan) -> Any:
+    """One row a run."""
+    from rich.table import Table
+
+    from scaling_lab.plan.design import describe
+
+    table = Table(title=f"sweep {plan.sweep}", title_justify="left")
+    for name in (
+        "budget FLOPs",
+        "width",
+        "depth",
+        "N",
+        "tokens D",
+        "D/N",
+        "epochs",
+        "steps",
+        "batch",
+        "peak LR",
+        "seed",
+        "compiled",
+    ):
+        table.add_column(name, justify="right")
+    rows = describe(plan, corpus_tokens(plan))
+    for i, row in enumerate(rows[:MAX_ROWS]):
+        if i and row.budget_flops != rows[i - 1].budget_flops:
+            table.add_section()
+        table.add_row(
+            f"{row.budget_flops:.3g}", str(row.width), str(row.depth), human_count(row.n_params),
+            human_count(row.train_tokens), f"{row.tokens_per_param:.3g}", f"{row.epochs:.2f}", f"{row.steps:,}",
+            f"{row.batch_tokens:,}", f"{row.peak_lr:.2g}", str(row.seed), "yes" if row.compiled else "no",
+        )  # fmt: skip
+    if len(rows) > MAX_ROWS:
+        table.add_row(f"and {len(rows) - MAX_ROWS} more")
+    return table
+
+
+def corpus_tokens(plan: Plan) -> int | None:
+    """Tokens of the training split, where the data are on this machine."""
+    try:
+        data = plan.runs[0].spec.data
+        assert isinstance(data, source_class(data.kind))
+        return int(data.n_tokens("train"))
+    except UserError:
+        return None

@@ -1,0 +1,147 @@
+"""Owns `scaling-lab status`: where every run of a sweep stands, and why those that failed did."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from scaling_lab.cli.arguments import Arguments
+from scaling_lab.cli.commands.analyze import sweeps_of
+from scaling_lab.cli.commands.report import existing_sweep
+from scaling_lab.cli.compose import read_command
+from scaling_lab.cli.console import Console, human_count, human_time
+from scaling_lab.cli.forms import Form, build, options_of
+from scaling_lab.cli.progress import OVER
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.spec import RunSpec
+from scaling_lab.core.store import RunState, RunStore
+
+WATCH_EVERY_S = 2.0
+
+
+@dataclass(frozen=True)
+class StatusCommand:
+    """Options of `status`."""
+
+    sweep: str | None = None
+    """The sweep, a folder of results_dir; without it, one line for each sweep"""
+    results_dir: str = "results"
+    """Folder of the sweeps"""
+
+
+def form(arguments: Arguments) -> Form:
+    return Form(options_of(StatusCommand))
+
+
+def run(arguments: Arguments) -> int:
+    command = read_command(arguments, None, lambda tree: form(arguments))
+    settings: StatusCommand = build(StatusCommand, command.tree)
+    console = Console.for_flags(arguments.flags)
+    where = "" if settings.results_dir == "results" else f" results_dir={settings.results_dir}"
+    if settings.sweep is None:
+        return _all_sweeps(settings, console, where)
+    store = existing_sweep(settings.results_dir, settings.sweep)
+    states = read_states(store)
+    if "json" in arguments.flags:
+        print(json.dumps(status_json(settings.sweep, states), indent=1, allow_nan=False))
+        return 0
+    while "watch" in arguments.flags and any(s.state not in OVER for _, s in states):
+        if console.out.is_terminal:
+            console.out.clear()
+        console.print(status_table(settings.sweep, states))
+        time.sleep(WATCH_EVERY_S)
+        states = read_states(store)
+    console.print(status_table(settings.sweep, states))
+    counts = Counter(state.state for _, state in states)
+    console.print(", ".join(f"{n} {name}" for name, n in counts.items()) or "no runs yet")
+    over = all(state.state in OVER for _, state in states)
+    running = bool(counts["running"])
+    following = "analyze" if over else "report" if running else "sweep"
+    console.next_step(f"scaling-lab {following} sweep={settings.sweep}{where}")
+    return 0
+
+
+def read_states(store: RunStore) -> list[tuple[RunSpec | None, RunState]]:
+    """Every run of the plan, and those that have a folder without being in it (train's), with their specs."""
+    specs: dict[str, RunSpec | None] = {}
+    if store.plan_path.exists():
+        specs = {run.run_id: run.spec for run in store.read_plan().runs}
+    runs = store.folder / "runs"
+    for folder in sorted(runs.iterdir()) if runs.is_dir() else []:
+        if folder.name not in specs and (folder / "spec.json").is_file():
+            specs[folder.name] = _spec(folder / "spec.json")
+    return [(spec, store.state(run_id)) for run_id, spec in specs.items()]
+
+
+def _spec(path: Any) -> RunSpec | None:
+    try:
+        return RunSpec.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, OSError):
+        return None  # shown without its numbers; what is wrong with it is the analysis's to say
+
+
+def status_table(sweep: str, states: list[tuple[RunSpec | None, RunState]]) -> Any:
+    """One row a run, with the last error."""
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {
+        "completed": "green",
+        "running": "cyan",
+        "failed": "red",
+        "diverged": "red",
+        "interrupted": "yellow",
+    }
+    table = Table(title=f"sweep {sweep}", title_justify="left")
+    for name in ("run", "FLOPs", "N", "D", "state", "progress", "loss, nats", "time", "what happened"):
+        table.add_column(
+            name, no_wrap=name == "run", justify="right" if name in ("FLOPs", "N", "D") else "left"
+        )
+    for spec, state in states:
+        claim = state.claim
+        progress = f"{claim.step:,}/{claim.steps:,}" if claim is not None and claim.step else ""
+        loss = state.final_val_loss_nats
+        table.add_row(
+            state.run_id,
+            "" if spec is None else f"{spec.budget_flops:.3g}",
+            "" if spec is None else human_count(spec.n_params()),
+            "" if spec is None else human_count(spec.train_tokens),
+            Text(state.state, style=colours.get(state.state, "")),
+            progress,
+            "" if loss is None else f"{loss:.4f}",
+            "" if state.wall_time_s is None else human_time(state.wall_time_s),
+            Text(state.reason or ""),
+        )
+    return table
+
+
+def status_json(sweep: str, states: list[tuple[RunSpec | None, RunState]]) -> dict[str, Any]:
+    """The same for programs."""
+    runs = []
+    for spec, state in states:
+        row = dataclasses.asdict(state)
+        row["budget_flops"] = None if spec is None else spec.budget_flops
+        runs.append(row)
+    return {"sweep": sweep, "counts": dict(Counter(s.state for _, s in states)), "runs": runs}
+
+
+def _all_sweeps(settings: StatusCommand, console: Console, where: str) -> int:
+    names = sweeps_of(settings.results_dir)
+    if not names:
+        raise UserError(f"there are no sweeps in {settings.results_dir}: `scaling-lab quickstart` makes one.")
+    found = {}
+    for name in names:
+        counts = Counter(s.state for _, s in read_states(RunStore.for_sweep(settings.results_dir, name)))
+        found[name] = dict(counts)
+        console.print(
+            f"{name}: " + (", ".join(f"{n} {state}" for state, n in counts.items()) or "no runs"),
+            markup=False,
+        )
+    if console.json:
+        print(json.dumps({"sweeps": found}, indent=1))
+    console.next_step(f"scaling-lab status sweep={names[0]}{where}")
+    return 0

@@ -1,0 +1,41 @@
+"""Owns `scaling-lab sweep`: train what of a plan is not done, through Hydra, on any launcher."""
+
+from __future__ import annotations
+
+from scaling_lab.cli.arguments import Arguments
+from scaling_lab.cli.commands.plan import read_study, store_of
+from scaling_lab.cli.compose import Command
+from scaling_lab.cli.console import Console
+from scaling_lab.cli.forms import Form
+from scaling_lab.cli.planning import defines_plan
+from scaling_lab.cli.study import SweepOnly, study_form, sweep_settings
+from scaling_lab.cli.sweeping import Session, open_session, report_outcome, run_multirun, sweep_job
+from scaling_lab.core.store import RunStore
+
+
+def form(arguments: Arguments) -> Form:
+    return study_form(arguments, "sweep", (SweepOnly,))
+
+
+def run(arguments: Arguments) -> int:
+    command = read_study(arguments, "sweep", multirun=True)
+    console = Console.for_flags(arguments.flags)
+    status = execute(command, console)
+    results = command.tree["results_dir"]
+    where = "" if results == "results" else f" results_dir={results}"
+    name = command.tree["sweep"]
+    console.next_step(f"scaling-lab {'analyze' if status == 0 else 'status'} sweep={name}{where}")
+    return status
+
+
+def execute(command: Command, console: Console) -> int:
+    """Run the multirun and return the exit status that the records tell."""
+    store: RunStore = store_of(command)
+    if not defines_plan(command.given):
+        store.read_plan()  # says at once which sweeps there are, if this is none of them
+    else:
+        for combination in command.combinations:
+            sweep_settings(combination.tree, (SweepOnly,), device="cpu")  # refuses before Hydra starts
+    with open_session(Session(console, command.given)):
+        run_multirun(command, "sweep", sweep_job)
+    return report_outcome(console, store, store.read_plan())

@@ -1,0 +1,114 @@
+"""Owns `scaling-lab train`: one run; with -m, an ordinary Hydra multirun of such runs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from scaling_lab.cli.arguments import Arguments
+from scaling_lab.cli.compose import read_command
+from scaling_lab.cli.console import Console, human_count, human_time
+from scaling_lab.cli.forms import Form
+from scaling_lab.cli.progress import ending_line
+from scaling_lab.cli.study import TrainOnly, form_of_tree, study_form, sweep_settings, tracker_options
+from scaling_lab.cli.sweeping import Session, open_session, plain, run_multirun, session
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.record import RunStatus
+from scaling_lab.core.spec import PlannedRun
+from scaling_lab.core.store import RunStore
+from scaling_lab.plan.design import plan_single
+
+LINE_EVERY_S = 5.0
+
+
+def form(arguments: Arguments) -> Form:
+    return study_form(arguments, "train", (TrainOnly,))
+
+
+def run(arguments: Arguments) -> int:
+    multirun = "multirun" in arguments.flags
+    command = read_command(
+        arguments, "train", lambda tree: form_of_tree(tree, extra=(TrainOnly,)), multirun=multirun
+    )
+    console = Console.for_flags(arguments.flags)
+    # Every run is planned before the first is launched: an impossible one refuses them all.
+    planned = {p.run_id: p for p in (planned_run(c.tree) for c in command.combinations)}
+    store = RunStore.for_sweep(command.tree["results_dir"], str(command.tree["sweep"]))
+    with open_session(Session(console)):
+        if multirun:
+            run_multirun(command, "train", train_job, extra=["--multirun"])
+        else:
+            train_job(command.tree)
+    states = [store.state(run_id) for run_id in planned]
+    if multirun:
+        for state in states:
+            console.say(ending_line(state))
+    console.print(f"records: {store.folder / 'runs'}", highlight=False, markup=False)
+    results = command.tree["results_dir"]
+    console.next_step(
+        f"scaling-lab status sweep={store.folder.name}"
+        + ("" if results == "results" else f" results_dir={results}")
+    )
+    return 0 if all(state.state == RunStatus.COMPLETED for state in states) else 1
+
+
+def planned_run(tree: dict[str, Any]) -> PlannedRun:
+    """The run that a composed tree describes. Raises `UserError`."""
+    if tree.get("train_tokens") is None:
+        raise UserError("train_tokens is missing: how long to train, for example train_tokens=2M.")
+    settings = sweep_settings(tree, (TrainOnly,))
+    return plan_single(settings, float(tree["train_tokens"]))
+
+
+def train_job(config: Any) -> str:
+    """One run, in this process: the job of a multirun, under any launcher. Returns the run's id."""
+    from scaling_lab.train.worker import train_claimed
+
+    tree = config if isinstance(config, dict) else plain(config)
+    planned = planned_run(tree)
+    console = session().console
+    store = RunStore.for_sweep(Path(str(tree["results_dir"])), str(tree["sweep"]))
+    spec = planned.spec
+    claim = store.claim(spec)
+    if claim is None:
+        state = store.state(planned.run_id)
+        console.say(f"{planned.run_id} is {state.state} already: nothing to do.")
+        return planned.run_id
+    console.say(
+        f"{planned.run_id}: N={human_count(spec.n_params())}, D={human_count(spec.train_tokens)}, "
+        f"{spec.train_flops():.3g} FLOPs, {spec.steps:,} steps of {spec.batch_tokens:,} tokens on {planned.execution.device}"
+    )
+    with _Pulse(store, planned, console):
+        train_claimed(planned, store, claim, None, tracker_options(tree))
+    console.say(ending_line(store.state(planned.run_id)))
+    return planned.run_id
+
+
+class _Pulse:
+    """Says every few seconds how far the run is, from its own claim."""
+
+    def __init__(self, store: RunStore, planned: PlannedRun, console: Console) -> None:
+        self.store, self.planned, self.console = store, planned, console
+
+    def __enter__(self) -> None:
+        import threading
+
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        started = time.monotonic()
+        while not self._stop.wait(LINE_EVERY_S):
+            claim = self.store.state(self.planned.run_id).claim
+            if claim is None or not claim.step or claim.released:
+                continue
+            elapsed = time.monotonic() - started
+            eta = elapsed * (claim.steps - claim.step) / claim.step
+            loss = "" if claim.train_loss_nats is None else f", train loss {claim.train_loss_nats:.3f}"
+            self.console.say(f"  step {claim.step:,}/{claim.steps:,}{loss}, ETA {human_time(eta)}")

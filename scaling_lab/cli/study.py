@@ -1,0 +1,278 @@
+"""Owns the options of a study (plan, sweep, quickstart, train): their form, and the way from a composed tree to
+`SweepSettings`. Below this module there are no configs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from scaling_lab.cli.arguments import Arguments
+from scaling_lab.cli.configs import (
+    config_folders,
+    default_groups,
+    find_config,
+    group_choices,
+    plain_tree,
+    read_yaml,
+)
+from scaling_lab.cli.forms import Form, Group, Option, build, options_of, type_hints
+from scaling_lab.cli.values import read_value, unquoted
+from scaling_lab.core.counts import Convention
+from scaling_lab.core.errors import UserError, unknown
+from scaling_lab.core.registry import member
+from scaling_lab.core.spec import DTYPES, EvalSpec, schedule_class, shape_class, source_class
+from scaling_lab.plan.settings import ExecutionSettings, ModelSettings, SweepSettings
+
+GROUP_MEANINGS = {
+    "model": "model family",
+    "data": "what is trained on",
+    "schedule": "learning rate over a run",
+    "recipe": "batch, learning rate and warm-up from size and horizon",
+    "design": "which sizes at which budgets",
+    "tracker": "where else runs are shown",
+    "experiment": "a whole study by name",
+}
+# Fields that something else decides; giving them would change nothing.
+DECIDED_ELSEWHERE = {"schedule": ("warmup_fraction",)}
+
+
+@dataclass(frozen=True)
+class Common:
+    """Options of a study that stand on the top level."""
+
+    sweep: str | None = None
+    results_dir: str = "results"
+    config_dir: str | None = None
+    """A folder of your own configs, searched before the built-in ones"""
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Numbers that models are computed in"""
+    convention: Convention = Convention.SIX_N_WITH_HEAD
+    """What N and FLOP budgets count"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where runs are computed; auto takes CUDA, then MPS, then the CPU"""
+    compile: Literal["auto", "true", "false"] = "auto"
+    """torch.compile; auto compiles what a plan trains for long enough to repay it"""
+    threads: int = 1
+    """CPU threads of one run"""
+    deterministic: bool = True
+    """Same machine, same losses"""
+    eval: EvalSpec = field(default_factory=EvalSpec)
+
+    def __post_init__(self) -> None:
+        assert self.dtype in DTYPES
+
+
+@dataclass(frozen=True)
+class SweepOnly:
+    """What sweep and quickstart take beside a study's options."""
+
+    workers: int | None = None
+    """Worker processes of the local launcher; default: one a core, or one a GPU"""
+
+
+@dataclass(frozen=True)
+class TrainOnly:
+    """What train takes beside a study's options."""
+
+    train_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class WandbOptions:
+    """Options of tracker=wandb."""
+
+    project: str = "scaling_lab"
+    entity: str | None = None
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A choice without options."""
+
+
+def study_form(arguments: Arguments, config_name: str, extra: Sequence[type] = ()) -> Form:
+    """The form that help shows: with the groups chosen in `arguments`, read without Hydra."""
+    config_dir = arguments.get("config_dir")
+    folders = config_folders(None if config_dir is None else unquoted(config_dir))
+    slots = default_groups(config_name, folders)
+    chosen = {s.package: unquoted(v) for s in slots if (v := arguments.get(s.package)) is not None}
+    for slot in slots:
+        if slot.package in chosen and chosen[slot.package] != "null":
+            find_config(f"{slot.group}/{chosen[slot.package]}", folders)
+    tree, words = plain_tree(config_name, {k: v for k, v in chosen.items() if k != "experiment"}, folders)
+    groups = tuple(
+        Group(
+            s.package,
+            chosen.get(s.package, default),
+            tuple(group_choices(s.group, folders)),
+            GROUP_MEANINGS[s.group],
+        )
+        for s, default in slots.items()
+    )
+    return dataclasses.replace(form_of_tree(tree, words, extra), groups=groups)
+
+
+def form_of_tree(
+    tree: Mapping[str, Any], words: Mapping[str, str] | None = None, extra: Sequence[type] = ()
+) -> Form:
+    """The form of a composed tree: which options there are depends on the kinds chosen in it."""
+    options: dict[str, Option] = {}
+    for cls in (Common, *extra):
+        options |= options_of(cls, words=words)
+    for name in ("model", "data", "schedule", "recipe", "design", "tracker"):
+        if name in tree:
+            cls = part_class(name, tree[name])
+            skip = DECIDED_ELSEWHERE.get(name, ())
+            options |= options_of(cls, f"{name}.", words=words, skip=("kind", "options", *skip))
+    if "model" in tree:
+        own = options_of(
+            shape_class(kind_of("model", tree["model"])), "model.", words=words, skip=("vocab_size",)
+        )
+        options |= {key: option for key, option in own.items() if key not in options}
+    if "data" in tree:
+        options["data.max_epochs"] = Option(
+            "data.max_epochs", float, 4.0, (words or {}).get("data.max_epochs", "")
+        )
+    return Form({key: _with_tree_default(option, tree) for key, option in options.items()})
+
+
+def _with_tree_default(option: Option, tree: Mapping[str, Any]) -> Option:
+    """The option with the default that the config sets, where it sets one."""
+    node: Any = tree
+    for part in option.key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return option
+        node = node[part]
+    try:
+        return dataclasses.replace(option, default=read_value(option.key, node, option.wanted))
+    except UserError:
+        return option  # a bad value in a config file is reported when it is used
+
+
+def kind_of(name: str, node: Any) -> str:
+    """The `kind` of a group's node."""
+    if not isinstance(node, Mapping):
+        raise UserError(f"{name}={node!r} is not understood: wanted a config of the group {name}.")
+    kind = node.get("kind")
+    if not isinstance(kind, str):
+        raise UserError(f"{name}: the config has no `kind: NAME` line that says what its options are for.")
+    return kind
+
+
+def part_class(name: str, node: Any) -> type:
+    """The dataclass whose fields are the options of a group's choice."""
+    kind = kind_of(name, node)
+    if name == "model":
+        shape_class(kind)
+        return ModelSettings
+    if name == "tracker":
+        trackers: dict[str, type] = {"none": NoOptions, "wandb": WandbOptions}
+        if kind not in trackers:
+            raise unknown("tracker", kind, trackers)
+        return trackers[kind]
+    if name == "data":
+        return source_class(kind)
+    if name == "schedule":
+        return schedule_class(kind)
+    return member(f"scaling_lab.plan.{name}s", name, kind)
+
+
+def sweep_settings(
+    tree: Mapping[str, Any], extra: Sequence[type] = (), *, device: str | None = None
+) -> SweepSettings:
+    """The typed settings of a composed tree.
+
+    Args:
+        device: what `device=auto` means here; None asks torch.
+
+    Raises:
+        UserError: unknown keys, wrong types, a missing sweep name, or what the settings themselves refuse.
+    """
+    parts = {
+        name: tree[name]
+        for name in ("model", "data", "schedule", "recipe", "design", "tracker")
+        if name in tree
+    }
+    own = {
+        key: value
+        for key, value in tree.items()
+        if key not in parts and key not in ("hydra", "run_ids", "experiment")
+    }
+    names = {f.name for cls in extra for f in dataclasses.fields(cls)}
+    for cls in extra:
+        build(
+            cls,
+            {key: value for key, value in own.items() if key in {f.name for f in dataclasses.fields(cls)}},
+        )
+    common: Common = build(Common, own, skip=tuple(names))
+    if not common.sweep:
+        raise UserError(
+            "sweep=NAME is missing: the sweep's name, a folder of results_dir (or give experiment=NAME)."
+        )
+    tracker_options(tree)
+    data_node = dict(parts["data"])
+    max_epochs = read_value("data.max_epochs", data_node.pop("max_epochs", 4.0), float)
+    return SweepSettings(
+        sweep=common.sweep,
+        design=_part("design", parts["design"]) if "design" in parts else None,
+        recipe=_part("recipe", parts["recipe"]),
+        model=model_settings(parts["model"]),
+        data=_part("data", data_node),
+        schedule=_part("schedule", parts["schedule"]),
+        eval=common.eval,
+        max_epochs=max_epochs,
+        convention=common.convention,
+        seed=common.seed,
+        dtype=common.dtype,
+        execution=ExecutionSettings(
+            device=device or resolve_device(common.device),
+            compile=common.compile,
+            threads=common.threads,
+            deterministic=common.deterministic,
+        ),
+    )
+
+
+def resolve_device(name: str) -> str:
+    """What `device=auto` is on this machine; asking needs torch only for that."""
+    from scaling_lab.train.devices import resolve_device as resolve
+
+    return name if name == "cpu" else resolve(name)
+
+
+def tracker_options(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """`kind` and options of the tracker, checked, as plain values for a worker's command line."""
+    node = tree.get("tracker") or {"kind": "none"}
+    options = build(part_class("tracker", node), node, "tracker.")
+    return {"kind": kind_of("tracker", node), **dataclasses.asdict(options)}
+
+
+def model_settings(node: Mapping[str, Any]) -> ModelSettings:
+    """The family's settings; the fields that only this family has go to `options`."""
+    kind = kind_of("model", node)
+    shape_fields = type_hints(shape_class(kind))
+    ours = {f.name for f in dataclasses.fields(ModelSettings)} - {"options", "kind"}
+    special = {f.name for f in dataclasses.fields(shape_class(kind))} - ours - {"vocab_size"}
+    options = {k: read_value(f"model.{k}", v, shape_fields[k]) for k, v in node.items() if k in special}
+    settings: ModelSettings = build(
+        ModelSettings, node, "model.", given={"kind": kind, "options": options}, skip=tuple(special)
+    )
+    return settings
+
+
+def _part(name: str, node: Any) -> Any:
+    return build(part_class(name, node), node, f"{name}.")
+
+
+def experiment_name(name: str | None, config_dir: str | None) -> str | None:
+    """The sweep's name that an experiment gives: its own `sweep:`, else the name of its file."""
+    if name is None or name == "null":
+        return None
+    path: Path = find_config(f"experiment/{name}", config_folders(config_dir))
+    own = read_yaml(path).get("sweep")
+    return str(own) if own else name

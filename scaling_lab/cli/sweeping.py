@@ -1,0 +1,124 @@
+"""Owns a sweep from the command line to Hydra and back: the argument list for `hydra.main`, the job that any launcher
+runs, and the outcome, which is read from the records and never from what a job returned."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scaling_lab.cli.compose import Command, first_line, hydra_overrides
+from scaling_lab.cli.configs import builtin_folder
+from scaling_lab.cli.console import Console
+from scaling_lab.cli.study import tracker_options
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.record import RunStatus
+from scaling_lab.core.spec import Plan
+from scaling_lab.core.store import RunState, RunStore
+
+
+@dataclass
+class Session:
+    """What the command and the plugins that Hydra makes in between share in this process."""
+
+    console: Console
+    given: set[str] | None = None
+    """Keys that the user gave; None where Hydra was started by other means."""
+    local: bool = False
+    """Whether the local launcher showed the progress itself."""
+
+
+_session: list[Session] = []
+
+
+def session() -> Session:
+    """The current session, or a plain one where the plugins are used outside our command line."""
+    return _session[-1] if _session else Session(Console())
+
+
+@contextmanager
+def open_session(new: Session) -> Iterator[Session]:
+    _session.append(new)
+    try:
+        yield new
+    finally:
+        _session.pop()
+
+
+def run_multirun(
+    command: Command, config_name: str, job: Callable[[Any], Any], *, extra: Sequence[str] = ()
+) -> None:
+    """`hydra.main` over `command`: composes, sweeps and launches as any Hydra multirun. Exceptions reach the caller."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    argv = ["scaling-lab", *extra, *hydra_overrides(command)]
+    if command.config_dir is not None:
+        argv[1:1] = ["--config-dir", str(Path(command.config_dir).expanduser().absolute())]
+    decorated = hydra.main(version_base="1.3", config_path=str(builtin_folder()), config_name=config_name)(
+        job
+    )
+    old_argv, old_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    # Without it Hydra prints its own error block and exits 1; with it the exception comes to us.
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = argv, "1"
+    try:
+        decorated()
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"Hydra refuses: {first_line(error)}") from error
+    finally:
+        sys.argv = old_argv
+        if old_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = old_error
+
+
+def sweep_job(config: Any) -> int:
+    """One job of a sweep under any launcher: trains the runs whose ids it was handed, as plan.json says.
+
+    Returns how many records it made; nobody relies on it.
+    """
+    from scaling_lab.train.worker import train_pending
+
+    store = RunStore(Path(str(config.results_dir)) / str(config.sweep))
+    run_ids = [str(run_id) for run_id in config.run_ids or ()]
+    return len(train_pending(store, store.read_plan(), run_ids, tracker_options(plain(config))))
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A composed config as plain values, without Hydra's own part."""
+    from omegaconf import OmegaConf
+
+    tree = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items() if key != "hydra"}
+
+
+def report_outcome(console: Console, store: RunStore, plan: Plan) -> int:
+    """Say how the plan's runs stand and return the exit status: 0 all completed, 1 otherwise."""
+    states = list(store.states(plan))
+    bad = [s for s in states if s.state in (RunStatus.FAILED, RunStatus.DIVERGED)]
+    open_runs = [s for s in states if s.state in ("planned", "running", RunStatus.INTERRUPTED)]
+    done = len(states) - len(bad) - len(open_runs)
+    console.say(
+        f"{done} of {len(states)} runs completed" + (f", {len(bad)} failed or diverged" if bad else "")
+    )
+    for state in bad:
+        console.warn(f"{state.run_id} {state.state}: {state.reason}")
+    if open_runs:
+        console.warn(
+            f"{len(open_runs)} runs are not over ({_counts(open_runs)}): scaling-lab sweep sweep={store.folder.name}"
+        )
+    return 1 if bad or open_runs else 0
+
+
+def _counts(states: Sequence[RunState]) -> str:
+    names = [s.state for s in states]
+    return ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))

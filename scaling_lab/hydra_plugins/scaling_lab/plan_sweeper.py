@@ -1,0 +1,132 @@
+"""Owns the `scaling_lab_plan` sweeper: a Hydra multirun whose jobs are the pending runs of a plan.
+
+Hydra alone has cartesian products only, no resume (facebookresearch/hydra#3328), and a sweep with a failed job exits 0.
+Here lists on the command line multiply the plan, finished runs are left out, each job's overrides are its run ids and
+where they are stored, and failures are read from the records afterwards.
+"""
+
+import itertools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+# Hydra imports this module at every start: nothing of ours is imported before a sweep begins.
+log = logging.getLogger(__name__)
+
+
+class PlanSweeper(Sweeper):
+    """Hands the plan's pending runs to the launcher, `runs_per_job` a job."""
+
+    def __init__(self, runs_per_job: int = 1) -> None:
+        self.runs_per_job = runs_per_job
+        self.config: DictConfig | None = None
+        self.launcher: Launcher | None = None
+        self.hydra_context: HydraContext | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from hydra.core.plugins import Plugins
+
+        self.config, self.hydra_context = config, hydra_context
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from scaling_lab.cli.planning import pending, settle_plan
+        from scaling_lab.cli.sweeping import plain, session
+        from scaling_lab.core.errors import UserError
+        from scaling_lab.core.store import RunStore
+
+        assert self.config is not None
+        assert self.hydra_context is not None
+        if not isinstance(self.runs_per_job, int) or self.runs_per_job < 1:
+            raise UserError(
+                f"hydra.sweeper.runs_per_job={self.runs_per_job!r} must be a whole number of at least 1."
+            )
+        console, given = session().console, session().given
+        overrides = OverridesParser.create(self.hydra_context.config_loader).parse_overrides(arguments)
+        lists = [_values(override) for override in overrides]
+        loader = self.hydra_context.config_loader
+        trees = [
+            plain(loader.load_sweep_config(self.config, list(combo))) for combo in itertools.product(*lists)
+        ]
+        if given is None:
+            given = {override.key_or_group.lstrip("+") for override in overrides}
+        store = RunStore.for_sweep(trees[0]["results_dir"], trees[0]["sweep"])
+        plan, new = settle_plan(store, trees, given)
+        if new:
+            store.write_plan(plan)
+            console.say(f"planned {len(plan.runs)} runs, {plan.total_flops:.3g} FLOPs: {store.plan_path}")
+            for note in plan.notes:
+                console.say(f"  {note}")
+        run_ids = pending(store, plan)
+        done = len(plan.runs) - len(run_ids)
+        if not run_ids:
+            console.say(f"nothing to do: all {done} runs of {store.folder} are done.")
+            return []
+        if done:
+            console.say(f"{done} of {len(plan.runs)} runs are done already; {len(run_ids)} to go.")
+        jobs = [self._job(store, overrides, chunk) for chunk in _chunks(run_ids, self.runs_per_job)]
+        return self._launch(jobs)
+
+    def _job(self, store: Any, overrides: Sequence[Any], run_ids: Sequence[str]) -> list[str]:
+        """A job's overrides: the run ids, where they are stored, and who is told about them; plan.json has the rest."""
+        from scaling_lab.cli.compose import hydra_text
+
+        folder = store.folder.absolute()
+        tracker = [o.input_line for o in overrides if o.key_or_group.partition(".")[0] == "tracker"]
+        ids = ",".join(f"'{run_id}'" for run_id in run_ids)
+        return [
+            *tracker,
+            f"++sweep={hydra_text('sweep', folder.name)}",
+            f"++results_dir={hydra_text('results_dir', str(folder.parent))}",
+            f"++run_ids=[{ids}]",
+        ]
+
+    def _launch(self, jobs: list[list[str]]) -> Any:
+        from scaling_lab.cli.sweeping import session
+        from scaling_lab.core.errors import UserError
+
+        assert self.launcher is not None
+        console = session().console
+        try:
+            returns = self.launcher.launch(jobs, initial_job_idx=0)
+        except UserError:
+            raise
+        except Exception as error:
+            # A launcher may lose a job's return value though the run goes on or is over: the records know.
+            console.warn(
+                f"the launcher lost a job ({type(error).__name__}: {str(error).strip().splitlines()[0:1]})"
+            )
+            log.debug("launcher error", exc_info=True)
+            return []
+        failed = [r._return_value for r in returns if r.status == JobStatus.FAILED]
+        for reason in failed:
+            if isinstance(reason, (UserError, KeyboardInterrupt)):
+                raise reason
+        for reason in failed:
+            console.warn(f"a job ended with {type(reason).__name__}: {reason}")
+        return [returns]
+
+
+def _values(override: Any) -> list[str]:
+    """An override as texts, one for each value of a list."""
+    from scaling_lab.core.errors import UserError
+
+    key = override.get_key_element()
+    if not override.is_sweep_override():
+        return [f"{key}={override.get_value_element_as_str()}"]
+    if not override.is_discrete_sweep():
+        raise UserError(f"{override.input_line}: only lists, range() and choice() multiply a plan.")
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+
+
+def _chunks(items: Sequence[str], size: int) -> list[Sequence[str]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
