@@ -220,11 +220,8 @@ def schedule_class(kind: str) -> Any:
     """A schedule by its short name."""
     from scaling_lab.core import schedules
 
-    known = {
-        value.kind: value
-        for value in vars(schedules).values()
-        if isinstance(value, type) and "kind" in vars(value)
-    }
+    classes = [value for value in vars(schedules).values() if isinstance(value, type)]
+    known = {vars(value)["kind"]: value for value in classes if "kind" in vars(value)}
     if kind not in known:
         raise unknown("schedule", kind, known)
     return known[kind]

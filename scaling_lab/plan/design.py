@@ -46,7 +46,9 @@ def make_plan(settings: SweepSettings) -> Plan:
     corpus_tokens = settings.data.n_tokens("train")
     shapes = ladder_shapes(settings)
     log_params = [math.log(shape.count().n_params(settings.convention)) for shape in shapes]
-    design, rounding, notes = settings.design, [], []
+    design = settings.design
+    rounding: list[str] = []
+    notes: list[str] = []
     specs: list[RunSpec] = []
     for index, budget in enumerate(sorted(design.budgets_flops)):
         kept = 0
@@ -124,7 +126,7 @@ def plan_run(
         dtype=settings.dtype, convention=settings.convention,
     )  # fmt: skip
     off = spec.train_flops() / budget_flops - 1
-    rounding = ()
+    rounding: tuple[str, ...] = ()
     if abs(off) > ROUNDING_TOLERANCE:
         rounding = (f"{spec.run_id()}: {steps} whole steps spend {off:+.1%} of the budget.",)
     return spec, Said(rounding, chosen.notes)

@@ -22,7 +22,7 @@ class DefaultRecipe:
 
     peak_lr: float | None = None
     """None: `lr_at_width_64` * 64 / width, the width rule of muP for hidden matrices (arXiv 2203.03466)."""
-    lr_at_width_64: float = 0.01
+    lr_at_width_64: float = 0.007
     embedding_lr_ratio: float = 1.0
     head_lr_ratio: float = 1.0
     batch_tokens: int | None = None

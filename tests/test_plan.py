@@ -1,0 +1,191 @@
+"""Plans: sizes, recipes, the isoflop design, what is refused and what is said."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scaling_lab.core.counts import Convention
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.schedules import Cosine
+from scaling_lab.core.shapes.gpt import GPTShape
+from scaling_lab.core.sources.pysource import PySource
+from scaling_lab.core.sources.tokens import TokenFile
+from scaling_lab.plan.cost import estimate_disk_bytes, estimate_plan_seconds, estimate_seconds
+from scaling_lab.plan.design import COMPILE_REPAID_FLOPS, describe, make_plan, plan_single
+from scaling_lab.plan.designs.isoflop import IsoFlopDesign
+from scaling_lab.plan.recipes.base import power_of_two_batch
+from scaling_lab.plan.recipes.default import DefaultRecipe
+from scaling_lab.plan.settings import ExecutionSettings, ModelSettings, SweepSettings, heads_for
+from scaling_lab.plan.sizes import SizeLadder
+
+
+def settings(**changes) -> SweepSettings:
+    base = SweepSettings(
+        sweep="t", design=IsoFlopDesign(), recipe=DefaultRecipe(), model=ModelSettings(), data=PySource(), schedule=Cosine()
+    )
+    return replace(base, **changes)
+
+
+def test_ladder_is_geometric_in_width_and_depth():
+    sizes = SizeLadder(min_width=16, max_width=256, width_ratio=2, width_multiple=4, aspect_ratio=32).sizes()
+    assert sizes == [(16, 1), (32, 1), (64, 2), (128, 4), (256, 8)]
+    fine = SizeLadder(min_width=16, max_width=64, width_ratio=2**0.5, width_multiple=4).sizes()
+    assert [w for w, _ in fine] == [16, 24, 32, 44, 64]
+
+
+@given(st.integers(1, 600), st.integers(1, 128))
+def test_heads_divide_the_width_into_even_parts(half_width, head_dim):
+    width = 2 * half_width
+    heads = heads_for(width, head_dim)
+    assert width % heads == 0
+    assert (width // heads) % 2 == 0
+
+
+def test_heads_by_hand():
+    assert [heads_for(w, 16) for w in (16, 24, 32, 40, 48, 64)] == [1, 2, 2, 2, 3, 4]
+    with pytest.raises(UserError, match="model.width=15 is odd"):
+        heads_for(15, 16)
+
+
+def test_isoflop_plan_spends_its_budgets():
+    plan = make_plan(settings())
+    assert len(plan.budgets_flops) == 3
+    assert plan.budgets_flops[-1] / plan.budgets_flops[0] >= 16
+    for budget in plan.budgets_flops:
+        runs = [r.spec for r in plan.runs if r.spec.budget_flops == budget]
+        assert len({s.shape for s in runs}) >= 5
+        for s in runs:
+            # C = 6 N D under the plan's own convention, within half a step.
+            assert abs(s.train_flops() - budget) <= 6 * s.n_params() * s.batch_tokens / 2 * (1 + 1e-9)
+    seeds = {b: {r.spec.seed_init for r in plan.runs if r.spec.budget_flops == b} for b in plan.budgets_flops}
+    assert sorted(map(len, seeds.values())) == [1, 1, 2]
+
+
+def test_windows_are_centred_alike():
+    """The centre of each budget's sizes lies within half a rung of the guess, so no parabola is biased by its window."""
+    design = IsoFlopDesign(sizes=SizeLadder(min_width=8, max_width=1024, width_ratio=1.2, width_multiple=2))
+    log_n = sorted(math.log(12 * d * w * w + 256 * w) for w, d in design.sizes.sizes())
+    rung = max(np.diff(log_n))
+    for budget in (1e10, 1e11, 1e12, 1e13):
+        window = design.window(log_n, budget)
+        centre = (log_n[window[0]] + log_n[window[-1]]) / 2
+        assert abs(centre - math.log(design.n_opt_guess(budget))) < rung
+
+
+def test_a_run_of_too_many_epochs_is_left_out_and_named(tmp_path):
+    path = tmp_path / "t.bin"
+    np.zeros(200_000, np.uint8).tofile(path)
+    data = TokenFile(path=str(path), dtype="uint8")
+    with pytest.raises(UserError, match=r"data.max_epochs=0.001"):
+        make_plan(settings(data=data, max_epochs=0.001))
+    plan = make_plan(settings(data=data, max_epochs=4))
+    left_out = [note for note in plan.notes if note.startswith("not planned")]
+    assert left_out
+    assert "data.max_epochs=4" in left_out[0]
+    assert max(r.spec.train_tokens for r in plan.runs) <= 4 * data.n_tokens("train")
+    complete = make_plan(settings(data=data, max_epochs=1e9))
+    assert len(plan.runs) < len(complete.runs)
+
+
+def test_a_budget_below_one_step_is_refused():
+    with pytest.raises(UserError, match="less than one step") as error:
+        make_plan(settings(design=IsoFlopDesign(budgets_flops=(1e6, 1e11))))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: IsoFlopDesign(budgets_flops=()), "design.budgets_flops"),
+        (lambda: IsoFlopDesign(budgets_flops=(1e9, 1e9)), "design.budgets_flops"),
+        (lambda: IsoFlopDesign(sizes_per_budget=3), "design.sizes_per_budget=3"),
+        (lambda: IsoFlopDesign(noise_budget=3), "design.noise_budget=3"),
+        (lambda: SizeLadder(min_width=64, max_width=32), "design.sizes.min_width=64"),
+        (lambda: SizeLadder(width_ratio=1.0), "design.sizes.width_ratio"),
+        (lambda: make_plan(settings(design=IsoFlopDesign(sizes_per_budget=50))), "gives .* sizes, fewer than"),
+        (lambda: make_plan(settings(recipe=DefaultRecipe(batch_tokens=100))), "recipe.batch_tokens=100"),
+        (lambda: make_plan(settings(model=ModelSettings(options={"mpl": "gelu"}))), "model.mpl"),
+        (lambda: make_plan(settings(model=ModelSettings(kind="lstm"))), "model='lstm'"),
+        (lambda: plan_single(settings(), 1e6), "model.width is missing"),
+        (lambda: plan_single(settings(model=ModelSettings(width=32, depth=2)), 1e12), "passes over data=pysource"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(make, named):
+    with pytest.raises(UserError, match=named) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_recipe_scales_and_can_be_overridden():
+    small, large = GPTShape(width=16, depth=1, heads=1), GPTShape(width=64, depth=2, heads=4)
+    recipe = DefaultRecipe()
+    assert recipe.decide(small, 1e6).optimizer.peak_lr == pytest.approx(4 * recipe.decide(large, 1e6).optimizer.peak_lr)
+    assert recipe.decide(small, 1e7).batch_tokens > recipe.decide(small, 1e5).batch_tokens
+    fixed = DefaultRecipe(peak_lr=0.003, batch_tokens=640).decide(small, 1e6)
+    assert (fixed.optimizer.peak_lr, fixed.batch_tokens) == (0.003, 640)
+    assert not recipe.decide(small, 1e6).notes
+    assert "was tuned at" in recipe.decide(GPTShape(width=1024, depth=12, heads=16), 1e9).notes[0]
+
+
+@given(st.floats(1, 1e9), st.sampled_from([16, 64, 1024]))
+def test_power_of_two_batches(tokens, context):
+    batch = power_of_two_batch(tokens, context)
+    sequences = batch // context
+    assert batch % context == 0
+    assert sequences & (sequences - 1) == 0
+    if tokens >= context:
+        assert 2**-0.5 - 1e-6 <= batch / tokens <= 2**0.5 + 1e-6
+
+
+def test_compile_rule_depends_on_the_plan_alone(monkeypatch):
+    monkeypatch.setattr("scaling_lab.plan.design.can_compile_on_cpu", lambda: True)
+    plan = make_plan(settings())
+    flops: dict[object, float] = {}
+    for run in plan.runs:
+        key = (run.spec.shape, run.spec.batch_tokens)
+        flops[key] = flops.get(key, 0) + run.spec.train_flops()
+    for run in plan.runs:
+        assert run.execution.compile == (flops[run.spec.shape, run.spec.batch_tokens] >= COMPILE_REPAID_FLOPS)
+    assert {r.execution.compile for r in plan.runs} == {True, False}
+    monkeypatch.setattr("scaling_lab.plan.design.can_compile_on_cpu", lambda: False)
+    assert not any(r.execution.compile for r in make_plan(settings()).runs)
+    forced = settings(execution=ExecutionSettings(compile="true"))
+    assert all(r.execution.compile for r in make_plan(forced).runs)
+    assert not any(r.execution.compile for r in make_plan(settings(execution=ExecutionSettings(device="mps"))).runs)
+
+
+def test_budgets_in_another_convention():
+    plan = make_plan(settings(convention=Convention.MATMUL_PLUS_ATTENTION))
+    run = plan.runs[-1].spec
+    per_token = run.count().flops_per_token(Convention.MATMUL_PLUS_ATTENTION)
+    assert run.train_flops() == pytest.approx(per_token * run.train_tokens)
+    assert run.train_flops() == pytest.approx(run.budget_flops, rel=0.02)
+
+
+def test_cost_and_description():
+    plan = make_plan(settings())
+    rows = describe(plan, 10_000_000)
+    assert [r.run_id for r in rows] == [r.run_id for r in plan.runs]
+    assert rows[0].epochs == pytest.approx(rows[0].train_tokens / 1e7)
+    one, two = estimate_plan_seconds(plan.runs, 1), estimate_plan_seconds(plan.runs, 2)
+    assert one is not None
+    assert two is not None
+    assert two < one < 2 * two + 10
+    assert estimate_disk_bytes(plan.runs) > 0
+    gpu = make_plan(settings(execution=ExecutionSettings(device="cuda")))
+    assert estimate_seconds(gpu.runs[0]) is None
+    assert estimate_plan_seconds(gpu.runs, 2) is None
+
+
+def test_single_run():
+    run = plan_single(settings(model=ModelSettings(width=32, depth=2)), 200_000)
+    assert run.spec.role == "single"
+    assert run.spec.train_tokens % run.spec.batch_tokens == 0
+    assert abs(run.spec.train_tokens - 200_000) <= run.spec.batch_tokens / 2
+    assert run.spec.budget_flops == run.spec.train_flops()

@@ -1,0 +1,95 @@
+"""Token sources: pysource on this machine's own standard library, and token files."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.sources.pysource import SEPARATOR, PySource
+from scaling_lab.core.sources.tokens import TokenFile
+from scaling_lab.train.data import read_tokens
+
+
+def documents(text: bytes) -> list[bytes]:
+    return text.split(bytes([SEPARATOR]))[1:]
+
+
+def test_pysource_is_real_text_split_by_file():
+    source = PySource()
+    train, validation = documents(source.text("train")), documents(source.text("validation"))
+    assert len(source.text("train")) > 5e6
+    assert 0.01 < len(validation) / (len(train) + len(validation)) < 0.12
+    assert not set(train) & set(validation)
+    everything = b"".join(train + validation)
+    # Code that every Python has, and none of what is left out.
+    assert b"class OrderedDict(dict)" in everything
+    assert b"class TestCase" in everything  # unittest itself is library code ...
+    assert all(len(line) <= 2000 for doc in train[:50] for line in doc.split(b"\n"))
+
+
+def test_pysource_leaves_out_tests_encodings_and_tables():
+    from scaling_lab.core.sources.pysource import _source_files
+
+    names = [name for name, _ in _source_files(False)]
+    assert "stdlib/argparse.py" in names
+    assert not [n for n in names if "/test/" in n or "/tests/" in n or "/encodings/" in n or "site-packages" in n]
+
+
+def test_pysource_is_deterministic_and_says_so():
+    a, b = PySource(), PySource(split_seed=1)
+    assert a.fingerprint() == PySource().fingerprint()
+    assert a.fingerprint() != b.fingerprint()
+    assert sorted(documents(a.text("train") + a.text("validation"))) == sorted(
+        documents(b.text("train") + b.text("validation"))
+    )
+
+
+def test_pysource_tokens_are_its_bytes():
+    source = PySource()
+    tokens = read_tokens(source, "validation")
+    assert tokens.dtype == np.uint8
+    assert tokens.tobytes() == source.text("validation")
+
+
+def test_token_file_split_and_fingerprint(tmp_path):
+    tokens = np.arange(1000) % 300
+    np.save(tmp_path / "t.npy", tokens.astype(np.int64))
+    tokens.astype(np.uint16).tofile(tmp_path / "t.bin")
+    a = TokenFile(path=str(tmp_path / "t.npy"), vocab_size=300, validation_fraction=0.1)
+    b = TokenFile(path=str(tmp_path / "t.bin"), vocab_size=300, validation_fraction=0.1)
+    assert a.array("train").tolist() == tokens[:900].tolist()
+    assert b.array("validation").tolist() == tokens[900:].tolist()
+    assert a.fingerprint() == b.fingerprint()
+    own = TokenFile(path=str(tmp_path / "t.npy"), validation_path=str(tmp_path / "t.bin"), vocab_size=300)
+    assert own.n_tokens("train") == own.n_tokens("validation") == 1000
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "named"),
+    [
+        (lambda p: None, {"path": ""}, "data.path is missing"),
+        (lambda p: None, {}, "there is no such file"),
+        (lambda p: p.write_bytes(b""), {}, "is empty"),
+        (lambda p: p.write_bytes(b"abc"), {}, "not a multiple"),
+        (lambda p: np.array([1, 2, 999, 3], np.uint16).tofile(p), {"vocab_size": 500}, "token 999 at index 2"),
+        (lambda p: None, {"dtype": "float32"}, "data.dtype='float32'"),
+        (lambda p: None, {"validation_fraction": 1.0}, "data.validation_fraction"),
+    ],
+)
+def test_bad_token_files_are_one_line(tmp_path, make, options, named):
+    path = tmp_path / "t.bin"
+    make(path)
+    with pytest.raises(UserError, match=named) as error:
+        TokenFile(**{"path": str(path), "vocab_size": 500, **options}).array("train")
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_npy_is_one_line(tmp_path):
+    path = tmp_path / "t.npy"
+    path.write_bytes(b"\x93NUMPY not really")
+    with pytest.raises(UserError, match="cannot be read as tokens"):
+        TokenFile(path=str(path)).array("train")
+    np.save(path, np.zeros((3, 4)))
+    with pytest.raises(UserError, match="flat array of integers"):
+        TokenFile(path=str(path)).array("train")

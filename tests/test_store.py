@@ -1,0 +1,158 @@
+"""The run store: atomic writes, claims held and lost by real processes, torn files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from test_spec import spec
+
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.record import EvalPoint
+from scaling_lab.core.spec import Execution, Plan, PlannedRun
+from scaling_lab.core.store import ClaimLost, RunStore, create_exclusive, curve_line, write_atomic
+
+HOLDER = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from test_spec import spec
+from scaling_lab.core.store import RunStore
+claim = RunStore({folder!r}).claim(spec())
+print("claimed" if claim else "refused", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def store(tmp_path):
+    return RunStore(tmp_path / "sweep")
+
+
+def start_holder(store: RunStore) -> subprocess.Popen[str]:
+    code = HOLDER.format(tests=os.path.dirname(__file__), folder=str(store.folder))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline().strip() == "claimed"
+    return process
+
+
+def test_a_live_claim_is_respected_and_a_killed_owners_is_taken_over(store):
+    holder = start_holder(store)
+    assert store.claim(spec()) is None
+    assert store.state(spec().run_id()).state == "running"
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert store.state(spec().run_id()).state == "interrupted"
+    claim = store.claim(spec())
+    assert claim is not None
+    assert claim.generation == 2
+
+
+def test_a_zombie_owner_counts_as_dead(store):
+    """Killed but not yet reaped by its parent: it will never write again."""
+    holder = start_holder(store)
+    os.kill(holder.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while store.state(spec().run_id()).state == "running" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert store.claim(spec()) is not None
+    holder.wait()
+
+
+def test_of_many_takers_one_wins(store):
+    """64 claims of one run from threads: exclusive creation leaves one winner."""
+    with ThreadPoolExecutor(16) as pool:
+        claims = list(pool.map(lambda _: store.claim(spec()), range(64)))
+    assert sum(claim is not None for claim in claims) == 1
+
+
+def test_the_former_owner_is_fenced(store, monkeypatch):
+    """A paused owner that wakes after a takeover sees the newer claim and stops; its record is not written."""
+    old = store.claim(spec())
+    assert old is not None
+    monkeypatch.setattr("scaling_lab.core.store.process_start", lambda pid: None)
+    new = store.claim(spec())
+    assert new is not None
+    assert new.generation == old.generation + 1
+    with pytest.raises(ClaimLost):
+        old.heartbeat(step=3)
+    new.heartbeat(step=5, steps=10, tokens_per_s=2.0, train_loss_nats=1.5)
+    info = store.last_claim(store.run_folder(spec().run_id()))
+    assert info is not None
+    assert (info.step, info.generation) == (5, 2)
+
+
+def test_a_claim_of_another_host_is_dead_only_without_heartbeat(store):
+    claim = store.claim(spec())
+    assert claim is not None
+    path = store.run_folder(spec().run_id()) / "claim-1.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "host": "elsewhere", "pid": 1}))
+    assert store.claim(spec()) is None
+    path.write_text(json.dumps({**data, "host": "elsewhere", "heartbeat_unix_s": time.time() - 3600}))
+    assert store.claim(spec()) is not None
+
+
+def test_released_and_unreadable_claims_are_free(store):
+    claim = store.claim(spec())
+    assert claim is not None
+    claim.release()
+    assert store.state(spec().run_id()).state == "interrupted"
+    second = store.claim(spec())
+    assert second is not None
+    (store.run_folder(spec().run_id()) / "claim-2.json").write_text('{"host": "tor')
+    assert store.claim(spec()) is not None
+
+
+def test_former_owner_writes_into_nothing(store):
+    """A new attempt's curve is another file: lines of the old one do not reach it."""
+    store.claim(spec())
+    old = store.start_curve(spec().run_id())
+    point = EvalPoint(1, 512, 1.0, 0.1, 5.0)
+    new = store.start_curve(spec().run_id(), [point])
+    old.write(curve_line(EvalPoint(99, 1, 1.0, 0.1, 9.0)))
+    old.close()
+    new.write(curve_line(EvalPoint(2, 1024, 2.0, 0.1, 4.0, 4.5, 0.1, 3.0)))
+    new.close()
+    assert [p.step for p in store.read_curve(spec().run_id())] == [1, 2]
+    assert store.read_curve(spec().run_id())[0] == point
+
+
+def test_a_torn_last_line_is_left_out(store):
+    store.claim(spec())
+    with store.start_curve(spec().run_id()) as file:
+        file.write(curve_line(EvalPoint(1, 512, 1.0, 0.1, 5.0)))
+        file.write('{"step": 2, "tok')
+    assert [p.step for p in store.read_curve(spec().run_id())] == [1]
+
+
+def test_exclusive_creation_never_overwrites(tmp_path):
+    assert create_exclusive(tmp_path / "a", "one")
+    assert not create_exclusive(tmp_path / "a", "two")
+    assert (tmp_path / "a").read_text() == "one"
+    write_atomic(tmp_path / "a", "three")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_plan_on_disk(store):
+    plan = Plan("sweep", (PlannedRun(spec(), Execution()),), spec().convention, "abc")
+    with pytest.raises(UserError, match="there is no plan"):
+        store.read_plan()
+    store.write_plan(plan)
+    assert store.read_plan() == plan
+    assert [s.state for s in store.states(plan)] == ["planned"]
+    store.plan_path.write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        store.read_plan()
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "a b"])
+def test_sweep_names_are_folder_names(tmp_path, name):
+    with pytest.raises(UserError, match="sweep="):
+        RunStore.for_sweep(tmp_path, name)
