@@ -62,7 +62,7 @@ class Objective:
     @property
     def total_weight(self) -> Array:
         """(1,) or (B,)."""
-        return self.weights.sum(axis=1, dtype=np.float64)  # type: ignore[no-any-return,attr-defined]
+        return np.asarray(np.sum(self.weights, axis=1, dtype=np.float64))
 
     def row(self, values: NDArray[np.generic], rows: NDArray[np.intp]) -> Array:
         """Rows of a (1, n) or (B, n) array as float64, broadcastable to (b, n)."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import numpy as np
@@ -85,6 +85,21 @@ class LossLaw(ABC):
     @abstractmethod
     def columns(self) -> tuple[str, ...]:
         """Observation columns that the law reads (without the loss)."""
+
+    @property
+    def label(self) -> str:
+        """The name, with the options that differ from their defaults: `gemstones(with_params=True)`."""
+        options = [
+            f"{f.name}={getattr(self, f.name)}"
+            for f in fields(self)  # type: ignore[arg-type]
+            if getattr(self, f.name) != f.default
+        ]
+        return f"{self.name}({', '.join(options)})" if options else self.name
+
+    @property
+    def log_scaled(self) -> tuple[str, ...]:
+        """Parameters that are positive scales over many decades: profiled, and best drawn, by their logarithm."""
+        return ()
 
     @property
     @abstractmethod
@@ -170,7 +185,8 @@ class LossLaw(ABC):
     def example_columns(self, n: int = 60, seed: int = 0) -> dict[str, Array]:
         """Synthetic columns (n,) drawn log-uniformly from `TYPICAL_RANGES`, for tests and simulations."""
         rng = np.random.default_rng(seed)
-        return {c: np.exp(rng.uniform(*np.log(TYPICAL_RANGES[c]), size=n)) for c in self.columns}
+        ranges = {c: TYPICAL_RANGES[c] for c in self.columns}
+        return {c: np.exp(rng.uniform(np.log(lo), np.log(hi), size=n)) for c, (lo, hi) in ranges.items()}
 
 
 def read_column(data: Any, name: str, who: str) -> Array:

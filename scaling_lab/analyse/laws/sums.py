@@ -72,6 +72,10 @@ class LogSumLaw(LossLaw):
         first = ("E",) if self.has_irreducible else ()
         return first + tuple(t.amplitude for t in self.terms) + self.exponents
 
+    @property
+    def log_scaled(self) -> tuple[str, ...]:
+        return tuple(t.amplitude for t in self.terms)
+
     def loss_nats(self, parameters: Mapping[str, Any], columns: Mapping[str, Any]) -> Any:
         loss: Any = parameters["E"] if self.has_irreducible else 0.0
         for term in self.terms:
