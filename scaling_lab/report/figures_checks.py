@@ -94,7 +94,7 @@ def sensitivity_forest(ax: Axes, rows: Sequence[ForestRow], base: dict[str, tupl
     for tick, label in zip(ax.get_yticklabels(), labels):
         if label in bold:
             tick.set_fontweight("bold")
-    ax.tick_params(axis="y", length=0)
+    ax.tick_params(axis="y", length=0, pad=8)
     ax.set_ylim(-0.6, len(labels) - 0.4)
     ax.grid(True, axis="x")
     ax.grid(False, axis="y")
@@ -119,7 +119,7 @@ def predicted_and_reached(ax: Axes, rows: Sequence[tuple[str, str, float, tuple[
         ax.plot([reached], [y], "|", color=INK, ms=13, mew=1.6)
     ax.set_yticks(range(len(rows)), [r[0] for r in reversed(rows)])
     ax.set_ylim(-0.6, len(rows) - 0.4)
-    ax.tick_params(axis="y", length=0)
+    ax.tick_params(axis="y", length=0, pad=8)
     ax.grid(True, axis="x")
     ax.grid(False, axis="y")
     ax.spines["left"].set_visible(False)
@@ -134,7 +134,7 @@ def _limits(values: Sequence[float], intervals: Sequence[tuple[float, float] | N
     flatten the rest."""
     lo, hi = min(values), max(values)
     widths = sorted(b - a for a, b in (i for i in intervals if i is not None))
-    room = max(0.25 * (hi - lo), widths[len(widths) // 2] if widths else 0.0, 1e-3 * abs(hi), 1e-9)
+    room = max(0.25 * (hi - lo), widths[(len(widths) - 1) // 2] if widths else 0.0, 1e-3 * abs(hi), 1e-9)
     ends = [e for i in intervals if i is not None for e in i]
     lo, hi = min(lo, max(lo - room, min(ends, default=lo))), max(hi, min(hi + room, max(ends, default=hi)))
     margin = 0.06 * (hi - lo) or 0.06 * abs(hi)

@@ -30,6 +30,7 @@ from scaling_lab.report.style import (
     log_axis,
     margin_labels,
     sequential_colours,
+    size_bar,
     text_colour,
 )
 
@@ -40,6 +41,10 @@ CHINCHILLA_TOKENS_PER_PARAM = 20.0
 REFERENCE_PARAMS_EXPONENTS = (("Kaplan's slope", 0.73), ("Chinchilla's slope", 0.50))
 # How far beyond the largest compute the frontier is drawn, dashed, as extrapolation.
 EXTRAPOLATION_DRAWN = 4.0
+# Up to so many budgets are named one by one; more are told by a colour bar.
+NAMED_BUDGETS = 8
+# Losses over more than this factor are drawn on a logarithmic axis, or the low valleys would be flat.
+LOG_LOSS_RATIO = 1.8
 # How far the contour goes beyond the sampled sizes and tokens, a factor.
 CONTOUR_MARGIN = 1.6
 
@@ -55,30 +60,40 @@ def isoflop_valleys(ax: Axes, observations: Observations, estimate: Estimate) ->
     if not shown:
         ax.text(0.5, 0.5, "no budget has enough sizes", transform=ax.transAxes, ha="center", color=MUTED)
         return {"budgets": 0, "ok": 0, "too_few": few}
-    colour, _, _ = sequential_colours([b.budget_flops for b in shown])
+    colour, norm, colours = sequential_colours([b.budget_flops for b in shown])
     mine = [np.isclose(points.budget_flops, b.budget_flops, rtol=1e-6) for b in shown]
     used = np.any(mine, axis=0)
     log_axis(ax, "x", float(points.n_params[used].min()), float(points.n_params[used].max()), format_count)
     losses = points.loss_nats[used]
     fits = [b.fit_loss for b in shown if b.fit_loss is not None]
     low = min(float(losses.min()), *(float(f.min()) for f in fits)) if fits else float(losses.min())
-    room = 0.05 * (float(losses.max()) - low)
-    ax.set_ylim(low - 2.5 * room, float(losses.max()) + room)
+    high = float(losses.max())
+    if high > LOG_LOSS_RATIO * low:
+        log_axis(ax, "y", low * (low / high) ** 0.06, high, lambda v: f"{v:g}")
+    else:
+        ax.set_ylim(low - 0.125 * (high - low), high + 0.05 * (high - low))
+    named = len(shown) <= NAMED_BUDGETS
     names: list[tuple[float, str, Any]] = []
     for budget, at in zip(shown, mine):
-        names.append(_valley(ax, points.n_params[at], points.loss_nats[at], budget, colour(budget.budget_flops)))
+        n, loss = points.n_params[at], points.loss_nats[at]
+        names.append(_valley(ax, n, loss, budget, colour(budget.budget_flops), named))
     minima = [b for b in shown if b.status is BudgetStatus.OK]
     if minima:
         x = np.array([b.params_opt for b in minima], dtype=np.float64)
         y = np.array([b.loss_opt for b in minima], dtype=np.float64)
-        ax.plot(x, y, color=MUTED, lw=0.9, ls=(0, (1, 2)), zorder=2)  # type: ignore[arg-type]
-    margin_labels(ax, names)
+        ax.plot(x, y, color=MUTED, lw=0.9, ls=(0, (1, 2)), zorder=2)
+    if named:
+        margin_labels(ax, names)
+    else:
+        size_bar(ax, norm, colours, format_flops, "training FLOPs")
     ax.set_xlabel("parameters N")
     ax.set_ylabel("final loss (nats per token)")
     return {"budgets": len(shown), "ok": len(minima), "too_few": few}
 
 
-def _valley(ax: Axes, n: Array, loss: Array, budget: BudgetOptimum, shade: Any) -> tuple[float, str, Any]:
+def _valley(
+    ax: Axes, n: Array, loss: Array, budget: BudgetOptimum, shade: Any, named: bool
+) -> tuple[float, str, Any]:
     """One budget's points, fit and minimum; returns the height, text and colour of its name."""
     ax.plot(n, loss, "o", color=shade, ms=4.2, mec="white", mew=0.5, zorder=3)
     ok = budget.status is BudgetStatus.OK
@@ -90,8 +105,9 @@ def _valley(ax: Axes, n: Array, loss: Array, budget: BudgetOptimum, shade: Any) 
     name = format_flops(budget.budget_flops)
     if not ok:
         return end, f"{name} ({budget.status.value})", shade
-    ax.plot([budget.params_opt], [budget.loss_opt], marker="*", ms=11, color=shade, mec="white", mew=0.8, zorder=5)
     if budget.params_opt is not None and budget.loss_opt is not None:
+        ax.plot([budget.params_opt], [budget.loss_opt], "*", ms=11, color=shade, mec="white", mew=0.8, zorder=5)
+    if named and budget.params_opt is not None and budget.loss_opt is not None:
         ax.annotate(
             f"N = {format_count(budget.params_opt)}", (budget.params_opt, budget.loss_opt), (0, -8),
             textcoords="offset points", ha="center", va="top", size=7.5, color=text_colour(shade), path_effects=halo(),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from scaling_lab.analyse.analysis import Analysis
@@ -62,16 +63,14 @@ def draw_all(analysis: Analysis | None, records: Sequence[RunRecord]) -> list[Pl
 def _finish(name: str, title: str, height: float, draw: Callable[[Figure], tuple[str, str] | str]) -> Plate:
     """Draw into a new figure. `draw` returns (caption, alt), or the reason why there is nothing to draw."""
     with figure_style():
-        figure = plt.figure(figsize=(FIGURE_WIDTH, height))
-        try:
-            told = draw(figure)
-            if isinstance(told, str):
-                return NotDrawn(name, title, told)
-            caption, alt = told
-            svg = to_svg(figure)
-            return Drawn(name, title, caption, alt, inline(svg, name, alt), on_white(svg), to_png(figure))
-        finally:
-            plt.close(figure)
+        # Without pyplot: no window system is asked for, and no global state is left behind.
+        figure = Figure(figsize=(FIGURE_WIDTH, height))
+        told = draw(figure)
+        if isinstance(told, str):
+            return NotDrawn(name, title, told)
+        caption, alt = told
+        svg = to_svg(figure)
+        return Drawn(name, title, caption, alt, inline(svg, name, alt), on_white(svg), to_png(figure))
 
 
 def _loss(analysis: Analysis) -> Plate:
@@ -266,12 +265,10 @@ def forest_rows(analysis: Analysis) -> list[figures_checks.ForestRow]:
 
 def short_choice(choice: str) -> str:
     """A choice as the figure's margin has room for it: no option path, no hash of a run id."""
-    import re
-
     text = re.sub(r"^approach\.", "", choice)
     text = re.sub(r"^convention=", "counting ", text)
     text = re.sub(r"(run \S+?)-[0-9a-f]{10}$", r"\1", text)
-    return text if len(text) <= 48 else text[:45] + "..."
+    return "\n".join(textwrap.wrap(text, 40, max_lines=2, placeholder=" ..."))
 
 
 def _training(records: Sequence[RunRecord]) -> Plate:

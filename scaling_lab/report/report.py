@@ -18,6 +18,7 @@ from typing import Any
 
 from scaling_lab.analyse.analysis import Analysis
 from scaling_lab.analyse.observations import AS_GIVEN
+from scaling_lab.core.counts import Convention
 from scaling_lab.core.record import RunRecord, RunStatus
 from scaling_lab.core.serial import dumps
 from scaling_lab.core.spec import Plan
@@ -52,6 +53,8 @@ class ReportOptions:
     """Of a sweep: which runs there should be; a banner says how many are done."""
     problem: str | None = None
     """Why there is no analysis, where there is none."""
+    unreadable: Sequence[tuple[str, str]] = ()
+    """(run id, reason) of records that could not be read (the second value of `RunStore.load_records`)."""
     made_on: datetime | None = None
     """Default: now. The only thing in the page that differs from one writing to the next."""
     versions: dict[str, str] | None = None
@@ -132,6 +135,7 @@ def _context(analysis: Analysis | None, records: Sequence[RunRecord], options: R
         "plan_notes": [*options.plan.notes, *options.plan.rounding] if options.plan else [],
         "next_commands": options.next_commands or default_next_commands(analysis, sweeps),
         "from_records": bool(records),
+        "dropped": tables.dropped(analysis, options.unreadable),
     }
     if analysis is None:
         return context
@@ -151,7 +155,6 @@ def _context(analysis: Analysis | None, records: Sequence[RunRecord], options: R
         "agreement": tables.agreement(analysis),
         "agreement_message": analysis.agreement.message,
         "sensitivity": tables.sensitivity(analysis),
-        "dropped": tables.dropped(analysis),
         "warnings": analysis.observations.warnings,
         "diagnostics": [(words.SHORT_APPROACH_NAMES[e.approach], e.message, e.diagnostics) for e in estimates],
         "choices": choices(analysis),
@@ -231,14 +234,14 @@ def default_next_commands(analysis: Analysis | None, sweeps: Sequence[str]) -> l
         return [
             ("scaling-lab analyze runs=FILE convention=six_n_total", "the same table, saying what its params count"),
             ("scaling-lab analyze runs=FILE bootstrap.unit=budget", "the same with another unit of resampling"),
-            ("scaling-lab reproduce published=all", "published results, beside what this program gets"),
         ]
     sweep = sweeps[0]
     out = [(f"scaling-lab sweep sweep={sweep}", "train what of the plan is not done")] if analysis is None else []
     if analysis is not None:
         ten = 10 * float(analysis.points.compute_flops.max())
         out.append((f"scaling-lab predict sweep={sweep} compute_flops={ten:.3g}", "the best model at ten times the compute"))
-        out.append((f"scaling-lab validate sweep={sweep}", "train the predicted optimum and its rivals, and compare"))
+        kaplan = f"scaling-lab analyze sweep={sweep} convention={Convention.SIX_N_NON_EMBEDDING}"
+        out.append((kaplan, "the same runs, N and C counted as Kaplan et al. counted them"))
     out.append((f"scaling-lab report sweep={sweep}", "this page again, with what has been trained since"))
     return out
 

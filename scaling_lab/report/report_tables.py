@@ -224,12 +224,12 @@ def sensitivity(analysis: Analysis) -> TextTable:
     return TextTable(columns, tuple(rows), frozenset({3, 4, 5}))
 
 
-def dropped(analysis: Analysis) -> TextTable:
-    """Rows and runs that are not analysed, with the reason of each."""
-    rows = tuple(
-        Row((d.run_id, NOTHING if d.row is None else str(d.row), d.reason)) for d in analysis.observations.dropped
-    )
-    return _limited(TextTable(("run", "row", "why it is left out"), rows, frozenset({1})))
+def dropped(analysis: Analysis | None, unreadable: Sequence[tuple[str, str]] = ()) -> TextTable:
+    """Rows and runs that are not analysed, and records that could not be read, with the reason of each."""
+    found = () if analysis is None else analysis.observations.dropped
+    rows = [Row((d.run_id, NOTHING if d.row is None else str(d.row), d.reason)) for d in found]
+    rows += [Row((run_id, NOTHING, reason), "warn") for run_id, reason in unreadable]
+    return _limited(TextTable(("run", "row", "why it is left out"), tuple(rows), frozenset({1})))
 
 
 def runs(analysis: Analysis | None, records: Sequence[RunRecord], plan: Plan | None = None) -> TextTable:

@@ -13,14 +13,14 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib import patheffects
+from matplotlib import patheffects, style
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
 
 # Every figure has this width, so that text has one size throughout the page. Inches.
-FIGURE_WIDTH = 7.0
+FIGURE_WIDTH = 6.4
 
 INK = "#1d2127"
 MUTED = "#6b727c"
@@ -38,11 +38,11 @@ SHORT_APPROACH_NAMES = {"envelope": "envelope", "isoflop": "IsoFLOP", "parametri
 
 _RC: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # ships with matplotlib: the same on every machine
-    "font.size": 8.5,
+    "font.size": 9,
     "axes.titlesize": 9,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.labelsize": 8.5,
+    "axes.labelsize": 9,
     "axes.labelcolor": INK,
     "axes.edgecolor": MUTED,
     "axes.linewidth": 0.7,
@@ -56,8 +56,8 @@ _RC: dict[str, Any] = {
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
     "xtick.major.size": 3,
     "ytick.major.size": 3,
     "xtick.major.width": 0.7,
@@ -65,7 +65,7 @@ _RC: dict[str, Any] = {
     "lines.linewidth": 1.4,
     "lines.solid_capstyle": "round",
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 8.5,
     "legend.handlelength": 1.6,
     "axes.grid": True,
     "axes.grid.axis": "y",
@@ -85,9 +85,8 @@ _RC: dict[str, Any] = {
 @contextmanager
 def figure_style() -> Iterator[None]:
     """The look of every figure of the project; use around making *and* saving it."""
-    # From the defaults, not from what a matplotlibrc or a notebook has set: the same figure everywhere.
-    look: dict[Any, Any] = {**mpl.rcParamsDefault, "backend": mpl.rcParams["backend"], **_RC}
-    with mpl.rc_context(look):
+    # After a reset: from the defaults, not from what a matplotlibrc or a notebook has set.
+    with style.context(_RC, after_reset=True):
         yield
 
 
@@ -169,7 +168,8 @@ def format_loss(value: float) -> str:
 
 
 def log_ticks(lo: float, hi: float, most: int = 7) -> list[float]:
-    """Round values in [lo, hi] for a logarithmic axis: 1-2-5 in each decade, else 1-3, else decades, else every k-th."""
+    """At most `most` round values in [lo, hi] for a logarithmic axis, as fine as that allows: steps within each decade,
+    decades, every k-th decade; equal steps where the range is narrow."""
     if not (0 < lo < hi):
         return [lo]
     first, last = math.floor(math.log10(lo)), math.ceil(math.log10(hi))
@@ -189,7 +189,22 @@ def log_ticks(lo: float, hi: float, most: int = 7) -> list[float]:
         ticks = inside([1], stride)
         if 2 <= len(ticks) <= most:
             return ticks
-    return [float(f"{v:.2g}") for v in np.geomspace(lo, hi, 3)]
+    return _linear_ticks(lo, hi, most)
+
+
+def _linear_ticks(lo: float, hi: float, most: int) -> list[float]:
+    """The fallback for a range too narrow for 1-2-5: equal steps of 1, 2 or 5 times a power of ten."""
+    power = math.floor(math.log10(hi - lo)) + 1
+    best = [lo, hi]
+    for exponent in range(power, power - 4, -1):
+        for step in (5, 2, 1):
+            size = float(f"{step}e{exponent}")
+            ticks = [float(f"{k * size:.12g}") for k in range(math.ceil(lo / size), math.floor(hi / size) + 1)]
+            if len(ticks) > most:
+                return best
+            if len(ticks) >= 2:
+                best = ticks
+    return best
 
 
 def log_axis(
@@ -219,10 +234,11 @@ def size_bar(ax: Axes, norm: LogNorm, colours: Colormap, text: Callable[[float],
     bar.ax.yaxis.set_major_formatter(FixedFormatter([text(t) for t in ticks]))
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.set_label(label)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.tick_params(length=2)
     # As a picture inside the SVG the gradient would be a bitmap: draw it as plain rectangles.
-    bar.solids.set(edgecolor="face", linewidth=0.2, rasterized=False)
+    if bar.solids is not None:
+        bar.solids.set(edgecolor="face", linewidth=0.2, rasterized=False)
 
 
 def spread(positions: Sequence[float], gap: float, lo: float = -math.inf, hi: float = math.inf) -> list[float]:
@@ -249,7 +265,7 @@ def spread(positions: Sequence[float], gap: float, lo: float = -math.inf, hi: fl
     return out
 
 
-def margin_labels(ax: Axes, entries: Sequence[tuple[float, str, Any]], *, size: float = 8, gap: float | None = None) -> None:
+def margin_labels(ax: Axes, entries: Sequence[tuple[float, str, Any]], *, size: float = 8.5, gap: float | None = None) -> None:
     """Names beside the right edge of the axes, each at the height (data units) of its line there, pushed apart.
 
     Args:
