@@ -50,6 +50,13 @@ class NotDrawn:
 
 Plate = Drawn | NotDrawn
 
+MINIMUM_WORDS = {
+    "parabola": "a parabola in ln N",
+    "cubic": "a cubic in ln N",
+    "akima": "Akima's interpolation in ln N",
+    "shared": "fitting all valleys with one shared shape",
+}
+
 
 def draw_all(analysis: Analysis | None, records: Sequence[RunRecord]) -> list[Plate]:
     """Every figure of the report, in its order."""
@@ -109,6 +116,7 @@ def _valleys(analysis: Analysis) -> Plate:
             return estimate.message
         shown = figures_frontier.isoflop_valleys(figure.add_subplot(), analysis.points, estimate)
         minimum = analysis.settings.approach.isoflop.minimum
+        how = MINIMUM_WORDS.get(minimum, f"the method {minimum!r}")
         found = [
             f"{format_flops(b.budget_flops)} FLOPs: N = {format_count(b.params_opt)}, "
             f"loss {format_loss(b.loss_opt)}"
@@ -120,7 +128,7 @@ def _valleys(analysis: Analysis) -> Plate:
         return (
             "Every curve is one compute budget, spent on models of different sizes. Too small a model (left) cannot "
             "learn what its many tokens hold; too large a one (right) gets too few tokens: in between lies the valley. "
-            f"Its floor (star) is the best size for that budget, found by a {minimum} in ln N. The floor moves right "
+            f"Its floor (star) is the best size for that budget, found by {how}. The floor moves right "
             f"as the budget grows: how fast is the exponent a, Approach 2.{rest}{few}",
             "IsoFLOP valleys, final loss against parameters. Minima at " + ("; ".join(found) or "no budget") + ".",
         )
