@@ -16,6 +16,8 @@ from scaling_lab.analyse.estimate import Array, Frontier, LossCurve, PowerLaw
 # Candidates for the exponent of the loss along the frontier. Published values: .048 (Kaplan's alpha_C^min) to .17;
 # small models on easy text reach .5. Refined between neighbours afterwards.
 _GAMMAS = np.geomspace(0.005, 1.5, 120)
+# A smooth curve with three parameters: of more points every k-th is taken.
+_LOSS_CURVE_POINTS = 64
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ def fit_loss_curves(log_c: Array, loss: Array, weight: Array) -> tuple[Array, Ar
     cannot be told from two losses.
     """
     log_c, loss, weight = np.broadcast_arrays(log_c, loss, weight)
+    thin = slice(None, None, -(-log_c.shape[-1] // _LOSS_CURVE_POINTS))
+    log_c, loss, weight = log_c[..., thin], loss[..., thin], weight[..., thin]
     used = weight > 0
     n_used = used.sum(axis=-1)
     x = np.where(used, log_c, 0.0)

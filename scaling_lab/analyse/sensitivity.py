@@ -160,17 +160,17 @@ def _subsets(
 def _other_methods(approach: Any) -> Iterable[tuple[str, Any]]:
     s = approach.settings
     if isinstance(approach, IsoFlop):
-        for minimum in ("parabola", "akima", "cubic"):
+        for minimum in ("shared", "parabola", "akima", "cubic"):
             if minimum != s.minimum:
                 yield (
                     f"approach.isoflop.minimum={minimum}",
                     replace(approach, settings=replace(s, minimum=minimum)),
                 )
-        if s.window_log_params is None:
-            local = replace(s, window_log_params=float(np.log(4.0)))
+        if s.window_log_params is not None:
+            whole = replace(s, window_log_params=None)
             yield (
-                "approach.isoflop.window_log_params=1.386 (a factor of 4)",
-                replace(approach, settings=local),
+                "approach.isoflop.window_log_params=null",
+                replace(approach, settings=whole),
             )
     elif isinstance(approach, Envelope):
         method = "hull" if s.method == "interpolate" else "interpolate"

@@ -22,8 +22,8 @@ STATUS_CODES = (
     BudgetStatus.OUTSIDE,
     BudgetStatus.TOO_FEW,
 )
-MINIMUM_SIZES = {"parabola": 3, "akima": 3, "cubic": 4}
-# A local window never has fewer sizes than this: with three a parabola follows the noise exactly.
+MINIMUM_SIZES = {"shared": 3, "parabola": 3, "akima": 3, "cubic": 4}
+# A local window never has fewer sizes than this: through three a parabola follows the noise exactly.
 WINDOW_SIZES = 5
 
 
@@ -51,88 +51,85 @@ class _Sizes:
         return self.weight > 0
 
 
-def minima(
-    method: str, log_n: Array, size: NDArray[Any], loss: Array, weight: Array, window: float | None = None
-) -> Minima:
-    """The minimum of each sample's valley and its status.
+@dataclass(frozen=True)
+class Prepared:
+    """One valley of many samples, the sizes outside a local window already weighted 0."""
+
+    loss: Array
+    weight: Array
+    enough: NDArray[np.bool_]
+    """(samples,) whether there are sizes enough for the method."""
+    at_edge: NDArray[np.bool_]
+    """(samples,) whether the best sampled size is the smallest or largest there is."""
+    opens_down: NDArray[np.bool_]
+    """(samples,) whether a parabola through the losses opens downwards."""
+    lowest: Array
+    highest: Array
+
+    def status(self, log_n: Array) -> NDArray[np.int64]:
+        """(samples,) codes. The order says which reason is named: too few sizes; a valley upside down; the data's own
+        verdict, the best size at the edge; a fitted curve without a minimum; a minimum beyond the sampled sizes."""
+        status = np.full(self.enough.shape, STATUS_CODES.index(BudgetStatus.OK))
+        with np.errstate(invalid="ignore"):
+            status[(log_n < self.lowest) | (log_n > self.highest)] = STATUS_CODES.index(BudgetStatus.OUTSIDE)
+        status[~np.isfinite(log_n)] = STATUS_CODES.index(BudgetStatus.CONCAVE)
+        status[self.at_edge] = STATUS_CODES.index(BudgetStatus.EDGE)
+        status[self.at_edge & self.opens_down] = STATUS_CODES.index(BudgetStatus.CONCAVE)
+        status[~self.enough] = STATUS_CODES.index(BudgetStatus.TOO_FEW)
+        return status
+
+
+def prepare(
+    method: str, log_n: Array, size: NDArray[Any], loss: Array, weight: Array, window: float | None
+) -> Prepared:
+    """What every method needs to know of a valley.
 
     Args:
-        method: parabola, cubic or akima.
+        method: parabola, cubic, akima or shared.
         log_n: (points,) ascending. size: (points,) index of each point's distinct size.
         loss, weight: broadcast to (samples, points).
         window: half-width in ln N about the best sampled size; None takes all sizes.
     """
     loss, weight = np.broadcast_arrays(np.atleast_2d(loss), np.atleast_2d(weight))
     sizes = _by_size(log_n, size, loss, weight)
-    if window is not None:
-        inside = _window(sizes, window)
-        weight = np.where(inside[:, size], weight, 0.0)
-        windowed = _Sizes(sizes.log_n, np.where(inside, sizes.weight, 0.0), sizes.loss)
-    else:
-        windowed = sizes
-    enough = windowed.present.sum(axis=1) >= MINIMUM_SIZES[method]
-    if method == "akima":
-        x_min, y_min, curvature = _akima_minima(windowed, enough)
-    else:
-        x_min, y_min, curvature = _polynomial_minima(
-            log_n, loss, weight, enough, 2 if method == "parabola" else 3
-        )
     lowest, highest, best = _range_and_best(sizes)
-    status = np.full(enough.shape, STATUS_CODES.index(BudgetStatus.OK))
-    with np.errstate(invalid="ignore"):
-        outside = (x_min < lowest) | (x_min > highest)
-    # The order says which reason is named: too few, then no minimum at all, then the data's own verdict, the edge.
-    status[outside] = STATUS_CODES.index(BudgetStatus.OUTSIDE)
-    status[(best <= lowest) | (best >= highest)] = STATUS_CODES.index(BudgetStatus.EDGE)
-    status[~np.isfinite(x_min)] = STATUS_CODES.index(BudgetStatus.CONCAVE)
-    if (
-        method == "akima"
-    ):  # an interpolant has no shape of its own: without an interior minimum the best is an edge
-        status[~np.isfinite(x_min)] = STATUS_CODES.index(BudgetStatus.EDGE)
-    status[~enough] = STATUS_CODES.index(BudgetStatus.TOO_FEW)
-    return Minima(status, x_min, y_min, curvature)
+    used = sizes.present
+    if window is not None:
+        used = _window(sizes, window)
+        weight = np.where(used[:, size], weight, 0.0)
+    enough = (used & sizes.present).sum(axis=1) >= MINIMUM_SIZES[method]
+    at_edge = (best <= lowest) | (best >= highest)
+    opens_down = np.zeros(at_edge.shape, dtype=bool)
+    asked = at_edge & enough
+    if asked.any():
+        opens_down[asked] = _polynomials(log_n, loss[asked], weight[asked], 2)[0][:, 2] <= 0
+    return Prepared(loss, weight, enough, at_edge, opens_down, lowest, highest)
 
 
-def fitted_curve(
-    method: str, log_n: Array, size: NDArray[Any], loss: Array, weight: Array, window: float | None
-) -> tuple[Array, Array]:
-    """(grid,) ln N over the fitted window and the fitted loss there, for one sample with enough sizes."""
-    sizes = _by_size(log_n, size, loss[None], weight[None])
-    inside = sizes.present if window is None else _window(sizes, window)
-    kept = inside[0]
-    grid = np.linspace(sizes.log_n[kept].min(), sizes.log_n[kept].max(), 101)
+def minima(method: str, log_n: Array, size: NDArray[Any], p: Prepared) -> Minima:
+    """The minimum of each sample's valley and its status, by a method that takes each budget for itself."""
     if method == "akima":
-        cubic = _akima_cubics(sizes.log_n[kept][None], sizes.loss[0, kept][None])
-        piece = np.clip(np.searchsorted(sizes.log_n[kept], grid, side="right") - 1, 0, kept.sum() - 2)
-        t = grid - sizes.log_n[kept][piece]
-        c0, c1, c2, c3 = (c[0, piece] for c in cubic)
-        return grid, c0 + t * (c1 + t * (c2 + t * c3))
+        x, y, curvature = _akima_minima(_by_size(log_n, size, p.loss, p.weight), p.enough)
+        return Minima(p.status(x), x, y, curvature)
     degree = 2 if method == "parabola" else 3
-    coefficients, centre, scale = _polynomials(
-        log_n, loss[None], np.where(inside[0][size], weight, 0.0)[None], degree
-    )
-    u = (grid - centre[0]) / scale[0]
-    return grid, np.polynomial.polynomial.polyval(u, coefficients[0])
+    x, y, curvature = _polynomial_minima(log_n, p.loss, p.weight, p.enough, degree)
+    return Minima(p.status(x), x, y, curvature)
 
 
-def fitted_loss(
-    method: str, log_n: Array, size: NDArray[Any], loss: Array, weight: Array, window: float | None
-) -> Array:
-    """(points,) the fitted valley at its own sizes, for resampling about it. Outside a local window, and for Akima, which
-    passes through the sizes' means, that is the mean loss of the size."""
-    sizes = _by_size(log_n, size, loss[None], weight[None])
-    mean = sizes.loss[0][size]
-    if method == "akima" or np.unique(size).size < MINIMUM_SIZES[method]:
-        return mean
-    inside = np.ones(loss.size, bool) if window is None else _window(sizes, window)[0][size]
-    fit = polynomial_fit(log_n, loss, np.where(inside, weight, 0.0), 2 if method == "parabola" else 3)
-    return np.where(inside, fit, mean)
-
-
-def polynomial_fit(log_n: Array, loss: Array, weight: Array, degree: int) -> Array:
-    """(points,) the fitted loss of one valley at its own sizes."""
-    coefficients, centre, scale = _polynomials(log_n, loss[None], weight[None], degree)
-    return np.polynomial.polynomial.polyval((log_n - centre[0]) / scale[0], coefficients[0])
+def fitted(method: str, log_n: Array, size: NDArray[Any], p: Prepared, x: Array) -> Array:
+    """The fitted loss of the first sample at ln N = x: a polynomial, or Akima's interpolant of the sizes' means."""
+    if method == "akima":
+        sizes = _by_size(log_n, size, p.loss[:1], p.weight[:1])
+        kept = sizes.present[0]
+        nodes, values = sizes.log_n[kept], sizes.loss[0, kept]
+        pieces = _akima_cubics(nodes[None], values[None])
+        piece = np.clip(np.searchsorted(nodes, x, side="right") - 1, 0, nodes.size - 2)
+        t = x - nodes[piece]
+        c0, c1, c2, c3 = (c[0, piece] for c in pieces)
+        return c0 + t * (c1 + t * (c2 + t * c3))
+    degree = 2 if method == "parabola" else 3
+    coefficients, centre, scale = _polynomials(log_n, p.loss[:1], p.weight[:1], degree)
+    return np.polynomial.polynomial.polyval((x - centre[0]) / scale[0], coefficients[0])
 
 
 def _by_size(log_n: Array, size: NDArray[Any], loss: Array, weight: Array) -> _Sizes:
