@@ -8,8 +8,10 @@ as overrides that are already read and quoted (`hydra_overrides`).
 from __future__ import annotations
 
 import itertools
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -24,6 +26,7 @@ from scaling_lab.core.errors import UserError, unknown
 FormOf = Callable[[Mapping[str, Any]], Form]
 # A typing error such as seed=range(0,1e9) must not plan for hours.
 MAX_COMBINATIONS = 10_000
+CONFIG_DIR_VARIABLE = "SCALING_LAB_CONFIG_DIR"
 FUNCTION = re.compile(r"\s*(range|choice)\((.*)\)\s*", re.DOTALL)
 
 
@@ -107,36 +110,34 @@ def read_command(
 
 def compose_groups(config_name: str, groups: Mapping[Slot, str], folders: Sequence[Path]) -> dict[str, Any]:
     """The config `config_name` with these group choices, as plain values, composed by Hydra."""
-    from hydra import compose, version
-    from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_config_search_path
-    from hydra.core.config_search_path import SearchPathQuery
-    from hydra.core.global_hydra import GlobalHydra
+    from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     overrides = [f"{slot.hydra_key}={choice}" for slot, choice in groups.items()]
-    kept = dict(GlobalHydra.instance().__dict__)
-    GlobalHydra.instance().clear()
+    own = folders[0] if len(folders) > 1 else None
     try:
-        # What initialize_config_dir does, which knows one folder only; the user's own is searched first.
-        version.setbase("1.3")
-        path = create_config_search_path(str(folders[-1]))
-        for own in reversed(folders[:-1]):
-            path.prepend(
-                provider="config_dir", path=f"file://{own}", anchor=SearchPathQuery(provider="schema")
-            )
-        Hydra.create_main_hydra2(task_name="scaling_lab", config_search_path=path)
-        config = compose(config_name=config_name, overrides=overrides)
-        tree = OmegaConf.to_container(config, resolve=True)
+        with own_configs(own), initialize_config_dir(str(folders[-1]), "scaling_lab", version_base="1.3"):
+            tree = OmegaConf.to_container(compose(config_name=config_name, overrides=overrides), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"the configuration does not compose: {first_line(error)}") from error
-    finally:
-        GlobalHydra.instance().clear()
-        GlobalHydra.instance().__dict__.update(kept)
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}
+
+
+@contextmanager
+def own_configs(folder: Path | None) -> Iterator[None]:
+    """Within it Hydra searches the user's folder first (see hydra_plugins/scaling_lab/config_dir.py)."""
+    before = os.environ.pop(CONFIG_DIR_VARIABLE, None)
+    if folder is not None:
+        os.environ[CONFIG_DIR_VARIABLE] = str(folder.absolute())
+    try:
+        yield
+    finally:
+        os.environ.pop(CONFIG_DIR_VARIABLE, None)
+        if before is not None:
+            os.environ[CONFIG_DIR_VARIABLE] = before
 
 
 def first_line(error: BaseException) -> str:

@@ -64,6 +64,8 @@ class Form:
     groups: tuple[Group, ...] = ()
     free: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Prefixes under which any key goes (`where.`, `columns.`), with their meaning."""
+    elsewhere: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Keys that somebody might well try, and what to do instead."""
 
     def known(self, key: str) -> bool:
         return key in self.options or any(g.key == key for g in self.groups) or self.is_free(key)
@@ -75,6 +77,8 @@ class Form:
         """Raise `UserError` naming the nearest key and the choices where `key` is not known."""
         if self.known(key):
             return
+        if key in self.elsewhere:
+            raise UserError(f"{key} cannot be given here: {self.elsewhere[key]}")
         names = [*self.options, *(g.key for g in self.groups), *(f"{p}COLUMN" for p in self.free)]
         near = nearest(key, names)
         prefix = key.rpartition(".")[0]

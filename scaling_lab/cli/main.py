@@ -54,8 +54,10 @@ def _dispatch(arguments: Arguments) -> int:
         print(f"scaling-lab {version()}")
         return EXIT_OK
     if arguments.command is None:
+        if flags - {"help"}:
+            raise UserError(f"which command? `scaling-lab --help` lists them: {', '.join(COMMANDS)}.")
         print(helptext.overview())
-        return EXIT_OK if "help" in flags or not (arguments.assignments or flags) else EXIT_USER
+        return EXIT_OK
     if arguments.command not in COMMANDS:
         raise unknown("command", arguments.command, COMMANDS)
     entry = COMMANDS[arguments.command]

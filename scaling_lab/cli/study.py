@@ -36,7 +36,11 @@ GROUP_MEANINGS = {
     "experiment": "a whole study by name",
 }
 # Fields that something else decides; giving them would change nothing.
-DECIDED_ELSEWHERE = {"schedule": ("warmup_fraction",)}
+OF_THE_RECIPE = {"schedule.warmup_fraction": "the recipe decides it, give recipe.warmup_fraction."}
+OF_THE_DESIGN = {
+    "model.width": "the design chooses the widths, give design.sizes.min_width and design.sizes.max_width.",
+    "model.depth": "the design chooses the depths, give design.sizes.aspect_ratio or design.sizes.min_depth.",
+}
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,7 @@ def form_of_tree(
     for name in ("model", "data", "schedule", "recipe", "design", "tracker"):
         if name in tree:
             cls = part_class(name, tree[name])
-            skip = DECIDED_ELSEWHERE.get(name, ())
-            options |= options_of(cls, f"{name}.", words=words, skip=("kind", "options", *skip))
+            options |= options_of(cls, f"{name}.", words=words, skip=("kind", "options"))
     if "model" in tree:
         own = options_of(
             shape_class(kind_of("model", tree["model"])), "model.", words=words, skip=("vocab_size",)
@@ -138,7 +141,9 @@ def form_of_tree(
         options["data.max_epochs"] = Option(
             "data.max_epochs", float, 4.0, (words or {}).get("data.max_epochs", "")
         )
-    return Form({key: _with_tree_default(option, tree) for key, option in options.items()})
+    elsewhere = OF_THE_RECIPE | (OF_THE_DESIGN if "design" in tree else {})
+    known = {key: _with_tree_default(option, tree) for key, option in options.items() if key not in elsewhere}
+    return Form(known, elsewhere=elsewhere)
 
 
 def _with_tree_default(option: Option, tree: Mapping[str, Any]) -> Option:

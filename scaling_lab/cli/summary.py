@@ -31,7 +31,7 @@ def print_analysis(console: Console, analysis: Analysis) -> None:
         if estimate.status is not FitStatus.CONVERGED:
             console.print(f"  {estimate.approach}: {estimate.status.value}: {estimate.message}", markup=False)
     for band in analysis.bands:
-        if band.message:
+        if band.message and analysis.estimate(band.approach).message not in band.message:
             console.print(f"  {band.approach}: {band.message}", markup=False)
     _print_law(console, analysis)
     console.print(f"agreement: {analysis.agreement.message}", markup=False)

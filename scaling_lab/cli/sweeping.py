@@ -4,6 +4,7 @@ runs, and the outcome, which is read from the records and never from what a job 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scaling_lab.cli.compose import Command, first_line, hydra_overrides
+from scaling_lab.cli.compose import Command, first_line, hydra_overrides, own_configs
 from scaling_lab.cli.configs import builtin_folder
 from scaling_lab.cli.console import Console
 from scaling_lab.cli.study import tracker_options
-from scaling_lab.core.errors import UserError
+from scaling_lab.core.errors import UserError, unknown
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.spec import Plan
 from scaling_lab.core.store import RunState, RunStore
@@ -54,22 +55,25 @@ def run_multirun(
 ) -> None:
     """`hydra.main` over `command`: composes, sweeps and launches as any Hydra multirun. Exceptions reach the caller."""
     import hydra
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
 
     argv = ["scaling-lab", *extra, *hydra_overrides(command)]
-    if command.config_dir is not None:
-        argv[1:1] = ["--config-dir", str(Path(command.config_dir).expanduser().absolute())]
     decorated = hydra.main(version_base="1.3", config_path=str(builtin_folder()), config_name=config_name)(
         job
     )
     old_argv, old_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     # Without it Hydra prints its own error block and exits 1; with it the exception comes to us.
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = argv, "1"
+    own = None if command.config_dir is None else Path(command.config_dir).expanduser()
     try:
-        decorated()
+        with own_configs(own):
+            decorated()
     except UserError:
         raise
+    except MissingConfigException as error:
+        group, _, choice = str(error.missing_cfg_file).strip("/").rpartition("/")
+        raise unknown(group, choice, error.options or ()) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"Hydra refuses: {first_line(error)}") from error
     finally:
@@ -85,11 +89,29 @@ def sweep_job(config: Any) -> int:
 
     Returns how many records it made; nobody relies on it.
     """
+    from scaling_lab.train.loop import Interrupted
     from scaling_lab.train.worker import train_pending
 
     store = RunStore(Path(str(config.results_dir)) / str(config.sweep))
     run_ids = [str(run_id) for run_id in config.run_ids or ()]
-    return len(train_pending(store, store.read_plan(), run_ids, tracker_options(plain(config))))
+    try:
+        return len(train_pending(store, store.read_plan(), run_ids, tracker_options(plain(config))))
+    except Interrupted:
+        # Not an error of this job: the whole sweep was told to stop, and Hydra passes only this on.
+        raise KeyboardInterrupt(go_on_hint(store)) from None
+
+
+def go_on_hint(store: RunStore) -> str:
+    """What an interrupted sweep says."""
+    plan = store.read_plan()
+    done = len(set(store.run_ids_with_record()) & {run.run_id for run in plan.runs})
+    results = store.folder.parent
+    where = (
+        ""
+        if results.absolute() == Path("results").absolute()
+        else f" results_dir={shlex.quote(str(results))}"
+    )
+    return f"{done} of {len(plan.runs)} runs are done; `scaling-lab sweep sweep={store.folder.name}{where}` goes on."
 
 
 def plain(config: Any) -> dict[str, Any]:

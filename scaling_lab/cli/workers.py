@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from scaling_lab.cli.console import Console
 from scaling_lab.cli.progress import Display, Progress
+from scaling_lab.cli.sweeping import go_on_hint
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.store import RunStore
@@ -82,10 +83,7 @@ def run_workers(
             crew.work(display)
         except KeyboardInterrupt:
             crew.stop()
-            done = sum(crew.progress.is_over(run.run_id) for run in plan.runs) + len(plan.runs) - len(runs)
-            raise KeyboardInterrupt(
-                f"{done} of {len(plan.runs)} runs are done; `scaling-lab sweep sweep={store.folder.name}` goes on."
-            ) from None
+            raise KeyboardInterrupt(go_on_hint(store)) from None
         except BaseException:
             crew.stop()
             raise

@@ -97,25 +97,27 @@ def status_table(sweep: str, states: list[tuple[RunSpec | None, RunState]]) -> A
         "interrupted": "yellow",
     }
     table = Table(title=f"sweep {sweep}", title_justify="left")
-    for name in ("run", "FLOPs", "N", "D", "state", "progress", "loss, nats", "time", "what happened"):
+    errors = any(state.reason for _, state in states)
+    for name in ("run", "FLOPs", "N", "D", "state", "progress", "loss, nats", "time"):
         table.add_column(
-            name, no_wrap=name == "run", justify="right" if name in ("FLOPs", "N", "D") else "left"
+            name, no_wrap=name != "time", justify="right" if name in ("FLOPs", "N", "D") else "left"
         )
+    if errors:
+        table.add_column("what happened", min_width=20)
     for spec, state in states:
         claim = state.claim
-        progress = f"{claim.step:,}/{claim.steps:,}" if claim is not None and claim.step else ""
         loss = state.final_val_loss_nats
-        table.add_row(
+        cells: list[Any] = [
             state.run_id,
             "" if spec is None else f"{spec.budget_flops:.3g}",
             "" if spec is None else human_count(spec.n_params()),
             "" if spec is None else human_count(spec.train_tokens),
             Text(state.state, style=colours.get(state.state, "")),
-            progress,
+            f"{claim.step:,}/{claim.steps:,}" if claim is not None and claim.step else "",
             "" if loss is None else f"{loss:.4f}",
             "" if state.wall_time_s is None else human_time(state.wall_time_s),
-            Text(state.reason or ""),
-        )
+        ]
+        table.add_row(*cells, *([Text(state.reason or "")] if errors else []))
     return table
 
 

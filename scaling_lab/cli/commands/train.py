@@ -63,6 +63,7 @@ def planned_run(tree: dict[str, Any]) -> PlannedRun:
 
 def train_job(config: Any) -> str:
     """One run, in this process: the job of a multirun, under any launcher. Returns the run's id."""
+    from scaling_lab.train.loop import Interrupted
     from scaling_lab.train.worker import train_claimed
 
     tree = config if isinstance(config, dict) else plain(config)
@@ -79,8 +80,11 @@ def train_job(config: Any) -> str:
         f"{planned.run_id}: N={human_count(spec.n_params())}, D={human_count(spec.train_tokens)}, "
         f"{spec.train_flops():.3g} FLOPs, {spec.steps:,} steps of {spec.batch_tokens:,} tokens on {planned.execution.device}"
     )
-    with _Pulse(store, planned, console):
-        train_claimed(planned, store, claim, None, tracker_options(tree))
+    try:
+        with _Pulse(store, planned, console):
+            train_claimed(planned, store, claim, None, tracker_options(tree))
+    except Interrupted:
+        raise KeyboardInterrupt("the run is not over; the same command trains it again.") from None
     console.say(ending_line(store.state(planned.run_id)))
     return planned.run_id
 
