@@ -19,6 +19,9 @@ from scaling_lab.analyse.uncertainty import Approach, BootstrapSettings, bootstr
 # Resamples of a backtest: its intervals are looked at, not quoted.
 _BACKTEST_RESAMPLES = 400
 _HELD_OUT_RUNS = 3
+_POINTS_FOR_A_FLOOR = 3
+# Up to this factor outside its range a frontier is still read as inside.
+_NEARBY = 1.2
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,12 @@ def predict(estimate: Estimate, band: Band | None, compute_flops: float) -> Pred
         return Quantity(value, replace(band, samples=samples).interval(name) if band is not None else None)
 
     n, d = float(frontier.params(compute_flops)), float(frontier.tokens(compute_flops))
-    loss = None if frontier.loss is None else quantity("loss_opt", float(frontier.loss(compute_flops)))
+    outside = max(1.0, compute_flops / hi, lo / compute_flops)
+    # Two losses show no floor: the power law through them is good between them and nowhere else.
+    no_floor = frontier.compute_flops.size < _POINTS_FOR_A_FLOOR and outside > _NEARBY
+    loss = None
+    if frontier.loss is not None and not no_floor:
+        loss = quantity("loss_opt", float(frontier.loss(compute_flops)))
     return Prediction(
         estimate.approach,
         compute_flops,
@@ -82,7 +90,7 @@ def predict(estimate: Estimate, band: Band | None, compute_flops: float) -> Pred
         quantity("tokens_opt", d),
         quantity("tokens_per_param", d / n),
         loss,
-        max(1.0, compute_flops / hi, lo / compute_flops),
+        outside,
     )
 
 
@@ -149,7 +157,10 @@ def _sentence(estimate: Estimate, prediction: Prediction | None, observed: Budge
         return f"Without the largest budget: {estimate.message}"
     reached = observed.loss_opt if observed.loss_opt is not None else best
     if prediction.loss_opt is None:
-        return "The frontier has no loss to predict with."
+        return (
+            f"Predicted N = {prediction.params_opt.estimate:.4g}; two budgets are too few to extrapolate a loss: they show no"
+            " floor."
+        )
     text = f"Predicted {prediction.loss_opt.estimate:.4f} nats, reached {reached:.4f}"
     interval = prediction.loss_opt.interval
     if interval is not None:
