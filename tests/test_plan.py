@@ -33,7 +33,7 @@ def settings(**changes) -> SweepSettings:
 
 
 def test_ladder_is_geometric_in_width_and_depth():
-    sizes = SizeLadder(min_width=16, max_width=256, width_ratio=2, width_multiple=4, aspect_ratio=32).sizes()
+    sizes = SizeLadder(16, 256, width_ratio=2, width_multiple=4, aspect_ratio=32, min_depth=1).sizes()
     assert sizes == [(16, 1), (32, 1), (64, 2), (128, 4), (256, 8)]
     fine = SizeLadder(min_width=16, max_width=64, width_ratio=2**0.5, width_multiple=4).sizes()
     assert [w for w, _ in fine] == [16, 24, 32, 44, 64]
@@ -127,6 +127,10 @@ def test_recipe_scales_and_can_be_overridden():
     recipe = DefaultRecipe()
     assert recipe.decide(small, 1e6).optimizer.peak_lr == pytest.approx(4 * recipe.decide(large, 1e6).optimizer.peak_lr)
     assert recipe.decide(small, 1e7).batch_tokens > recipe.decide(small, 1e5).batch_tokens
+    # At C = 1e12 both sizes want 900 tokens: in sequences of 64 the nearest power of two is 16, so 1,024.
+    n = small.count().n_params(Convention.SIX_N_WITH_HEAD)
+    assert recipe.decide(small, 1e12 / (6 * n)).batch_tokens == 1024
+    assert recipe.decide(large, 1e12 / (6 * 115_008)).batch_tokens == 1024
     fixed = DefaultRecipe(peak_lr=0.003, batch_tokens=640).decide(small, 1e6)
     assert (fixed.optimizer.peak_lr, fixed.batch_tokens) == (0.003, 640)
     assert not recipe.decide(small, 1e6).notes

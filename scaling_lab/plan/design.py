@@ -17,7 +17,7 @@ from scaling_lab.plan.settings import ExecutionSettings, SweepSettings
 
 # On a CPU, compiling a tiny model's whole step costs 10-25 s of one core and makes it about 2.5 times faster than the
 # eager 10-15 GFLOP/s (measured, results/LOG.md): it is repaid above about this many FLOPs of one shape and batch.
-COMPILE_REPAID_FLOPS = 2e11
+COMPILE_REPAID_FLOPS = 3e11
 # A run that misses its budget by more than this through rounding to whole steps is named in the plan.
 ROUNDING_TOLERANCE = 0.01
 

@@ -16,12 +16,13 @@ class SizeLadder:
     The aspect ratio (width over depth) hardly matters over a wide range: Kaplan et al. 2020, figure 5.
     """
 
-    min_width: int = 16
+    min_width: int = 8
     max_width: int = 256
-    width_ratio: float = 2**0.5
+    width_ratio: float = 1.26
     width_multiple: int = 4
-    aspect_ratio: float = 32.0
-    min_depth: int = 1
+    aspect_ratio: float = 40.0
+    min_depth: int = 2
+    """One-layer models leave the trend (Kaplan et al. 2020, figure 6)."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_width <= self.max_width:

@@ -27,7 +27,7 @@ class IsoFlopDesign:
     budgets_flops: tuple[float, ...] = (5e10, 2e11, 8e11)
     sizes_per_budget: int = 6
     sizes: SizeLadder = field(default_factory=SizeLadder)
-    n_opt_at_1e12: float = 50e3
+    n_opt_at_1e12: float = 75e3
     n_opt_exponent: float = 0.5
     noise_seeds: int = 2
     noise_budget: int = 0

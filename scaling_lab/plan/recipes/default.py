@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from scaling_lab.core.counts import FLOPS_PER_PARAM_TOKEN, Convention, train_flops
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import OptimizerSpec
 from scaling_lab.plan.recipes.base import Hyperparameters, power_of_two_batch
 
-# Where the rules below were measured: non-embedding parameters with the head, and tokens.
+# Where the rules below were measured, in parameters (six_n_with_head).
 CALIBRATED_PARAMS = (7e3, 5e5)
-CALIBRATED_TOKENS = (1e5, 2e7)
 
 
 @dataclass(frozen=True)
 class DefaultRecipe:
-    """LR ~ 1/width, batch ~ D^0.4, warm-up a fixed share of the horizon. A field that is set replaces its rule."""
+    """LR ~ 1/width, batch ~ C^(1/3), warm-up a fixed share of the horizon. A field that is set replaces its rule."""
 
     kind: ClassVar[str] = "default"
 
@@ -26,10 +26,11 @@ class DefaultRecipe:
     embedding_lr_ratio: float = 1.0
     head_lr_ratio: float = 1.0
     batch_tokens: int | None = None
-    """None: a power of two of sequences near `batch_at_1m_tokens` * (D / 1e6)^0.4 (Bergsma et al. 2025, arXiv
-    2505.13738, find D^0.383)."""
-    batch_at_1m_tokens: float = 512.0
-    batch_exponent: float = 0.4
+    """None: a power of two of sequences near `batch_at_1e12_flops` * (C / 1e12)^`batch_exponent`, C = 6 N D. A function
+    of C alone (DeepSeek LLM, arXiv 2401.02954, find C^0.327) gives every size of a valley the same batch: one that
+    follows D in powers of two puts steps into the valley."""
+    batch_at_1e12_flops: float = 900.0
+    batch_exponent: float = 0.33
     warmup_fraction: float = 0.05
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -39,17 +40,17 @@ class DefaultRecipe:
     def decide(self, shape: Any, train_tokens: float) -> Hyperparameters:
         """Raises `UserError` for a batch that the context does not divide."""
         notes = []
+        n = shape.count().n_params(Convention.SIX_N_WITH_HEAD)
         batch = self.batch_tokens
         if batch is None:
-            wanted = self.batch_at_1m_tokens * (train_tokens / 1e6) ** self.batch_exponent
+            compute_flops = train_flops(FLOPS_PER_PARAM_TOKEN * n, train_tokens)
+            wanted = self.batch_at_1e12_flops * (compute_flops / 1e12) ** self.batch_exponent
             batch = power_of_two_batch(wanted, shape.context)
         elif batch < shape.context or batch % shape.context:
             raise UserError(
                 f"recipe.batch_tokens={batch} must be a positive multiple of model.context={shape.context}."
             )
         lr = self.peak_lr if self.peak_lr is not None else self.lr_at_width_64 * 64 / shape.width
-        params = shape.count().params
-        n = params.non_embedding + shape.vocab_size * shape.width
         if not CALIBRATED_PARAMS[0] * 0.5 <= n <= CALIBRATED_PARAMS[1] * 2:
             notes.append(
                 f"recipe=default was tuned at {CALIBRATED_PARAMS[0]:.0e} to {CALIBRATED_PARAMS[1]:.0e} parameters; "
