@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scaling_lab.analyse.estimate import Array, FitResult, FitStatus
 from scaling_lab.analyse.fitting_newton import Minima, minimise
 from scaling_lab.analyse.fitting_objective import OBJECTIVES, Objective, ObjectiveName, Penalty
+from scaling_lab.analyse.fitting_status import judge
 from scaling_lab.analyse.laws.base import ComputeOptimum, Design, LossLaw, read_column
 from scaling_lab.core.errors import UserError, unknown
 
@@ -26,12 +27,15 @@ from scaling_lab.core.errors import UserError, unknown
 DEFAULT_HUBER_DELTA = 1e-3
 # Two starts found the same minimum if their objectives agree to this fraction.
 AGREEMENT = 1e-6
-# Smallest eigenvalue of the correlation matrix of the Jacobian's columns below which parameters are not told apart.
-_IDENTIFIED = 1e-12
 # Starts that have not settled by then are on a plateau; only the best one is carried on.
 _START_STEPS = 60
-# Distinct minima of the unweighted problem from which each member of a batch starts.
+# Distinct minima of the unweighted problem from which each member of a batch starts ...
 _BASINS = 4
+# ... unless its log-likelihood, n ln(objective) with the scale of the noise fitted, is this far below the best one's:
+# resampling n points moves the difference by about its square root, so such a minimum wins in no resample. Points of one
+# run are not independent: n counts at most this many.
+_HOPELESS = 25.0
+_INDEPENDENT_POINTS = 100
 # Starts from which a member of a batch that reached no minimum is tried again.
 _RESCUE_STARTS = 20
 # Problems minimised in lockstep: bounds the memory of a batch.
@@ -109,7 +113,8 @@ def fit(
     minima = solve_starts(problem, theta, max_steps)
     best = int(np.argmin(np.where(np.isfinite(minima.value), minima.value, np.inf)))
     agreeing = int(np.count_nonzero(_agree(minima.value, minima.value[best], problem.total_weight[0])))
-    status, message = judge(problem, minima, best, 0, len(theta), agreeing)
+    one = np.zeros(1, dtype=np.intp)
+    status, message = judge(problem, minima, one + best, one, len(theta), one + agreeing)
     log_fit, _ = law.evaluate(minima.theta[best : best + 1], problem.design)
     return FitResult(
         law=law.name,
@@ -117,8 +122,8 @@ def fit(
         objective=float(minima.value[best] * objective_scale(problem)),
         n_observations=len(loss),
         residuals_log=log_fit[0] + problem.design.log_loss_center - np.log(loss),
-        status=status,
-        message=message,
+        status=FitStatus(status[0]),
+        message=message[0],
         starts_tried=len(theta),
         starts_agreeing=agreeing,
     )
@@ -229,11 +234,11 @@ def resolve_starts(law: LossLaw, design: Design, starts: Starts | None, log_loss
         theta = np.atleast_2d(law.from_natural(starts, design))
     else:
         theta = np.concatenate([np.atleast_2d(law.from_natural(s, design)) for s in starts])
-    theta = np.clip(theta, *law.bounds(design))
+    lower, upper = law.bounds(design)
     theta = theta[np.isfinite(theta).all(axis=1)]
-    if not len(theta) or theta.shape[1] != len(law.parameters):
+    if not len(theta) or theta.shape[1] != len(lower):
         raise UserError(f"starts of law={law.name} need values for {', '.join(law.parameters)}.")
-    return theta
+    return np.clip(theta, lower, upper)
 
 
 def solve_starts(problem: Objective, theta: Array, max_steps: int) -> Minima:
@@ -246,42 +251,6 @@ def solve_starts(problem: Objective, theta: Array, max_steps: int) -> Minima:
     for name in ("theta", "value", "converged", "scaled_gradient", "at_bound", "gram"):
         getattr(minima, name)[best] = getattr(last, name)[0]
     return minima
-
-
-def judge(
-    problem: Objective, minima: Minima, index: int, row: int, starts_tried: int, starts_agreeing: int
-) -> tuple[FitStatus, str]:
-    """The status of one minimum, and the sentence that explains it."""
-    law, names = problem.law, problem.law.parameters
-    used = int(np.count_nonzero(problem.row(problem.weights, np.array([row]))[0]))
-    if used < len(names):
-        return (
-            FitStatus.NOT_IDENTIFIED,
-            f"{used} observations cannot determine {len(names)} parameters of {law.name}.",
-        )
-    confused = _not_identified(minima.gram[index], minima.at_bound[index])
-    if confused is not None:
-        listed = ", ".join(names[i] for i in confused)
-        return (
-            FitStatus.NOT_IDENTIFIED,
-            f"The observations do not tell apart {listed}: many values fit equally well.",
-        )
-    if not minima.converged[index]:
-        return FitStatus.MAX_STEPS, (
-            f"Not converged: after the last step the scaled gradient is {minima.scaled_gradient[index]:.1e}."
-        )
-    if minima.at_bound[index].any():
-        _, upper = law.bounds(problem.design)
-        held = np.flatnonzero(minima.at_bound[index])
-        reasons = "; ".join(
-            law.bound_sentence(names[i], bool(minima.theta[index, i] >= upper[i])) for i in held
-        )
-        return FitStatus.AT_BOUND, f"{reasons[0].upper() + reasons[1:]}."
-    if starts_tried > 1 and starts_agreeing < 2:
-        return FitStatus.STARTS_DISAGREE, (
-            f"Only 1 of {starts_tried} starts reached the lowest objective: it may not be the global minimum."
-        )
-    return FitStatus.CONVERGED, f"{starts_agreeing} of {starts_tried} starts agree to 1e-6."
 
 
 def objective_scale(problem: Objective) -> float:
@@ -312,12 +281,12 @@ def _solve_block(problem: Objective, starts: Array, rows: NDArray[np.intp], max_
         _agree(values, minima.value[flat][:, None], np.reshape(total, (-1, 1))), axis=1
     )
     # A batch starts from known minima, not from a global search: one start that gets there is enough.
-    verdicts = [judge(problem, minima, int(i), int(r), 1, int(a)) for i, r, a in zip(flat, rows, agreeing)]
+    status, messages = judge(problem, minima, flat, rows, 1, agreeing)
     return _Block(
         theta=minima.theta[flat],
         value=minima.value[flat],
-        status=np.array([v[0].value for v in verdicts], dtype="U16"),
-        messages=[v[1] for v in verdicts],
+        status=status,
+        messages=messages,
         agreeing=agreeing,
         scaled_gradient=minima.scaled_gradient[flat],
     )
@@ -326,7 +295,7 @@ def _solve_block(problem: Objective, starts: Array, rows: NDArray[np.intp], max_
 def _rescue(
     problem: Objective, block: _Block, rows: NDArray[np.intp], starts: Array, max_steps: int
 ) -> _Block:
-    """Tries the problems of `block` that reached no minimum again, from starts spread over the law's whole range."""
+    """Tries the problems that reached no minimum again, from starts spread over the law's whole range."""
     lost = np.flatnonzero(block.status == FitStatus.MAX_STEPS.value)
     if not len(lost):
         return block
@@ -355,28 +324,16 @@ def _basins(problem: Objective, max_steps: int) -> Array:
     )
     theta = resolve_starts(problem.law, problem.design, None, central.log_loss[0])
     minima = solve_starts(central, theta, max_steps)
-    order = np.argsort(minima.value)
-    chosen: list[int] = []
+    order = np.argsort(np.where(minima.converged, minima.value, np.inf))
+    if not minima.converged[order[0]]:
+        return minima.theta[np.argsort(minima.value)[:_BASINS]]
+    rounding = 1e-18 * central.total_weight[0]
+    points = min(problem.design.n_observations, _INDEPENDENT_POINTS)
+    highest = minima.value[order[0]] * np.exp(_HOPELESS / points) + rounding
+    chosen = [int(order[0])]
     for i in order:
-        if np.isfinite(minima.value[i]) and (
-            not chosen
-            or minima.value[i] > minima.value[chosen[-1]] * (1.0 + 1e-4) + 1e-18 * central.total_weight[0]
-        ):
-            chosen.append(int(i))
-        if len(chosen) == _BASINS:
+        if len(chosen) == _BASINS or not (minima.converged[i] and minima.value[i] <= highest):
             break
+        if minima.value[i] > minima.value[chosen[-1]] * (1.0 + 1e-4) + rounding:
+            chosen.append(int(i))
     return minima.theta[chosen]
-
-
-def _not_identified(gram: Array, held: NDArray[np.bool_]) -> list[int] | None:
-    """Parameters that move together along a direction which leaves every prediction unchanged; None if there is none."""
-    free = np.flatnonzero(~held)
-    if not len(free) or not np.isfinite(gram).all():
-        return None
-    size = np.sqrt(np.diag(gram)[free])
-    if np.any(size == 0):
-        return [int(i) for i in free[size == 0]]
-    values, vectors = np.linalg.eigh(gram[np.ix_(free, free)] / np.outer(size, size))
-    if values[0] > _IDENTIFIED:
-        return None
-    return [int(i) for i in free[np.abs(vectors[:, 0]) > 0.1]]

@@ -26,7 +26,7 @@ ObjectiveName = Literal["huber_log", "mse_log", "mse"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
 
 # Numbers evaluated at once (points x problems): temporaries of this size stay in cache.
-_CHUNK_POINTS = 12_000
+_CHUNK_POINTS = 8_000
 
 
 class Penalty(Protocol):

@@ -1,34 +1,24 @@
 """Owns profile intervals: how far a parameter, or the frontier's exponent, can be moved before the fit gets too bad.
 
 For a quantity q the profile is f(q) = min of the objective over all parameters with that q; the interval holds the q where
-f rises by less than a threshold. It follows curved and lopsided valleys, which a standard error cannot. The scale of the
-noise is fitted, in one of two ways:
+f rises by less than a threshold (`fitting_scale`). It follows curved and lopsided valleys, which a standard error cannot.
 
-    robust      2 (f - f_min) E[psi'] / E[psi^2] against F(1, n - p): the likelihood-ratio-type test of M-estimation
-                (Schrader & Hettmansperger 1980, Biometrika 67). It assumes only that residuals are alike and symmetric.
-    likelihood  residuals taken to have the density exp(-Huber(r) / tau) / Z(tau), tau profiled out: at delta = 1e-3
-                nearly a Laplace law. Too narrow when the noise is Gaussian and far larger than delta.
-
-Both take observations as independent: for several points of one run, use the bootstrap by run.
+Observations are taken as independent: for several points of one run, use the bootstrap by run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq, minimize_scalar
-from scipy.special import erf
-from scipy.stats import f as f_distribution
 
 from scaling_lab.analyse.estimate import Array
 from scaling_lab.analyse.fitting import (
     DEFAULT_HUBER_DELTA,
     Starts,
-    judge,
     make_objective,
     objective_scale,
     resolve_starts,
@@ -36,15 +26,19 @@ from scaling_lab.analyse.fitting import (
 )
 from scaling_lab.analyse.fitting_newton import minimise
 from scaling_lab.analyse.fitting_objective import Objective, ObjectiveName
+from scaling_lab.analyse.fitting_scale import SCALES, ScaleName, threshold_rise
+from scaling_lab.analyse.fitting_status import judge
 from scaling_lab.analyse.laws.base import Design, LossLaw
 from scaling_lab.core.errors import UserError, unknown
-
-ScaleName = Literal["robust", "likelihood"]
 
 FRONTIER_QUANTITIES = ("params_exponent", "tokens_exponent")
 
 # The penalty that holds q near its target is this many times stiffer than the profile itself.
 _STIFFNESS = 100.0
+# A side whose profile has not risen at this many times the expected half-width is called unbounded.
+_FAR = 100.0
+# ... and so is one that moves less than a twentieth of the way asked for this many times in a row.
+_STALLED = 4
 # Steps outward before a side is called unbounded, and steps that refine a crossing.
 _MARCH_STEPS = 60
 _REFINE_STEPS = 6
@@ -153,8 +147,8 @@ def profile_intervals(
     """
     if not 0 < level < 1:
         raise UserError(f"level={level!r} must be in (0, 1).")
-    if scale not in ("robust", "likelihood"):
-        raise unknown("scale", scale, ("robust", "likelihood"))
+    if scale not in SCALES:
+        raise unknown("scale", scale, SCALES)
     has_frontier = law.frontier(law.example) is not None
     known = law.parameters + (FRONTIER_QUANTITIES if has_frontier else ())
     names = list(known) if quantities is None else list(quantities)
@@ -165,7 +159,8 @@ def profile_intervals(
     theta = resolve_starts(law, problem.design, starts, problem.log_loss[0])
     minima = solve_starts(problem, theta, 200)
     best = int(np.argmin(minima.value))
-    status, sentence = judge(problem, minima, best, 0, 1, 1)
+    one = np.zeros(1, dtype=np.intp)
+    (status,), (sentence,) = judge(problem, minima, one + best, one, 1, one + 1)
     functions = [_Quantity(law, problem.design, n, n in law.log_scaled) for n in names]
     optimum = minima.theta[best : best + 1]
     estimates = [float(q.back(q(optimum)[0])) for q in functions]
@@ -175,7 +170,7 @@ def profile_intervals(
             ProfileInterval(n, level, e, None, None, scale, np.nan, empty, empty, sentence)
             for n, e in zip(names, estimates)
         ]
-    threshold = _threshold(problem, optimum, float(minima.value[best]), level, scale)
+    threshold = threshold_rise(problem, optimum, float(minima.value[best]), level, scale)
     if not threshold > 0:
         sentence = "The law fits these observations exactly: there is no noise to scale an interval by."
         return [
@@ -245,6 +240,7 @@ def _trace(
     step = width / 4
     targets = center.copy()
     marching = np.ones(2 * count, dtype=bool)
+    stalled = np.zeros(2 * count, dtype=int)
     for _ in range(_MARCH_STEPS):
         rows = np.flatnonzero(marching)
         if not len(rows):
@@ -256,12 +252,15 @@ def _trace(
         for r, value, rise in zip(rows, values, rises):
             grew = rise - points[r][-1][1]
             moved = signs[r] * (value - points[r][-1][0])
-            if np.isfinite(rise) and np.isfinite(value) and moved > 1e-9 * width[r]:
-                points[r].append((value, rise, theta[r].copy()))
-            else:
-                marching[r] = False  # the quantity has met a bound of the law
+            stalled[r] = stalled[r] + 1 if moved < 0.05 * step[r] else 0
+            if (
+                not (np.isfinite(rise) and np.isfinite(value) and moved > 1e-9 * width[r])
+                or stalled[r] == _STALLED
+            ):
+                marching[r] = False  # the quantity has met a bound of the law, or a valley too flat to follow
                 continue
-            if rise >= 1.05 * threshold:
+            points[r].append((value, rise, theta[r].copy()))
+            if rise >= 1.05 * threshold or signs[r] * (value - center[r]) > _FAR * width[r]:
                 marching[r] = False
             elif grew < threshold / 20:
                 step[r] *= 2.0
@@ -269,8 +268,9 @@ def _trace(
     _refine(problem, functions, kinds, stiffness, points, threshold, lowest)
     traces = []
     for k in range(count):
-        merged = sorted(points[k] + points[k + count][1:], key=lambda p: p[0])
-        traces.append((np.array([p[0] for p in merged]), np.array([p[1] for p in merged])))
+        merged = {round(p[0] / width[k], 9): p for p in points[k] + points[k + count]}
+        ordered = [merged[key] for key in sorted(merged)]
+        traces.append((np.array([p[0] for p in ordered]), np.array([p[1] for p in ordered])))
     return traces
 
 
@@ -286,7 +286,7 @@ def _refine(
     """Adds points about each crossing of the threshold: the profile of a near-L1 objective has kinks."""
     targets = np.zeros(len(points))
     theta = np.stack([p[0][2] for p in points])
-    for _ in range(_REFINE_STEPS):
+    for odd in (False, True) * (_REFINE_STEPS // 2):
         rows = []
         for r, trace in enumerate(points):
             over = [i for i, p in enumerate(trace) if p[1] >= threshold]
@@ -294,7 +294,8 @@ def _refine(
                 continue
             before, after = trace[over[0] - 1], trace[over[0]]
             root = np.sqrt(np.maximum([before[1], threshold, after[1]], 0.0))
-            share = np.clip((root[1] - root[0]) / (root[2] - root[0]), 0.05, 0.95)
+            # Interpolation alone can creep in from one side: every second point halves the bracket.
+            share = 0.5 if odd else np.clip((root[1] - root[0]) / (root[2] - root[0]), 0.05, 0.95)
             targets[r] = before[0] + share * (after[0] - before[0])
             theta[r] = before[2] if share < 0.5 else after[2]
             rows.append(r)
@@ -322,7 +323,7 @@ def _solve_at(
     pull = _Pull(functions, kinds[rows], targets[rows], stiffness[rows])
     pulled = replace(problem, penalty=pull)
     index = np.arange(len(rows))
-    minima = minimise(pulled, theta[rows], index)
+    minima = minimise(pulled, theta[rows], index, max_steps=100)
     penalty = pull(minima.theta, index)[0]
     values = np.array([functions[kinds[r]](minima.theta[i : i + 1])[0] for i, r in enumerate(rows)])
     return minima.theta, values, minima.value - penalty - lowest
@@ -337,64 +338,3 @@ def _width(problem: Objective, quantity: _Quantity, optimum: Array, threshold: f
     direction = vectors.T @ (quantity.gradient(optimum[None])[0] / size)
     variance = float(np.sum(direction**2 / np.maximum(values, 1e-12)))
     return float(np.sqrt(2.0 * threshold * max(variance, 1e-20)))
-
-
-def _threshold(problem: Objective, optimum: Array, lowest: float, level: float, scale: ScaleName) -> float:
-    """Rise of the objective at the ends of the interval."""
-    w = problem.row(problem.weights, np.zeros(1, dtype=np.intp))[0]
-    used = w > 0
-    n, p = int(np.count_nonzero(used)), len(problem.law.parameters)
-    if n <= p or lowest <= 1e-20 * float(w.sum()):
-        return 0.0
-    quantile = float(f_distribution.ppf(level, 1, n - p))
-    log_fit, _ = problem.law.evaluate(optimum, problem.design)
-    log_loss = problem.log_loss[0]
-    mean_weight = float(w[used].mean())
-    if problem.kind != "huber_log":
-        if scale == "likelihood":
-            return lowest * float(np.expm1(quantile / n))
-        return quantile * lowest / (n - p)
-    r, delta = (log_fit[0] - log_loss)[used], problem.huber_delta
-    if scale == "likelihood":
-        return _likelihood_rise(lowest / mean_weight, n, delta, quantile * n / (n - p)) * mean_weight
-    psi_squared = float(np.sum(w[used] * np.minimum(np.abs(r), delta) ** 2)) / mean_weight / (n - p)
-    return 0.5 * quantile * psi_squared / _share_inside(r, delta, p) * mean_weight
-
-
-def _share_inside(r: Array, delta: float, p: int) -> float:
-    """E[psi'], the probability of |r| <= delta, from the density at 0 where few residuals are that small.
-
-    The density is the inverse slope of the quantile function about the median at Hall & Sheather's bandwidth (1988,
-    J. R. Stat. Soc. B 50), as in quantile regression; residuals are inflated for the p parameters fitted to them.
-    """
-    n = len(r)
-    inflated = r * np.sqrt(n / (n - p))
-    bandwidth = min(0.45, n ** (-1 / 3) * 1.645 ** (2 / 3) * (1.5 / (2 * np.pi)) ** (1 / 3))
-    low, high = np.quantile(inflated, [0.5 - bandwidth, 0.5 + bandwidth])
-    if high - low <= 2 * delta:
-        return max(float(np.mean(np.abs(inflated) <= delta)), 1.0 / n)
-    return min(1.0, 2 * delta * 2 * bandwidth / float(high - low))
-
-
-def _likelihood_rise(lowest: float, n: int, delta: float, quantile: float) -> float:
-    """The rise of the objective at which twice the log-likelihood, maximised over tau, has fallen by `quantile`."""
-
-    def log_likelihood(value: float) -> float:
-        def negative(log_tau: float) -> float:
-            tau = np.exp(log_tau)
-            inside = np.sqrt(2 * np.pi * tau) * erf(delta / np.sqrt(2 * tau))
-            outside = 2 * tau / delta * np.exp(-(delta**2) / (2 * tau))
-            return float(n * np.log(inside + outside) + value / tau)
-
-        guess = np.log(max(value / n, 1e-300))
-        return -float(minimize_scalar(negative, bounds=(guess - 8, guess + 8), method="bounded").fun)
-
-    top = log_likelihood(lowest)
-    far = lowest * float(np.expm1(quantile / n)) + 1e-300
-
-    def gap(rise: float) -> float:
-        return 2 * (top - log_likelihood(lowest + rise)) - quantile
-
-    while gap(far) < 0:
-        far *= 2
-    return float(brentq(gap, 0.0, far, rtol=1e-10))

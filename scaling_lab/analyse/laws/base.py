@@ -125,7 +125,8 @@ class LossLaw(ABC):
                     f"law={self.name}: column {name!r} has {values.size} values, the loss has {loss_nats.shape[-1]}."
                 )
         logs = np.stack([np.log(v) for v in columns.values()])
-        centers = logs.mean(axis=1)
+        # A column with one value has that value as its centre exactly, so that its regressor is 0 and not rounding.
+        centers = np.where(np.ptp(logs, axis=1) == 0, logs[:, 0], logs.mean(axis=1))
         design = Design(
             columns=columns,
             log_columns=logs - centers[:, None],
