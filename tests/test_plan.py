@@ -19,7 +19,7 @@ from scaling_lab.core.sources.tokens import TokenFile
 from scaling_lab.plan.cost import estimate_disk_bytes, estimate_plan_seconds, estimate_seconds
 from scaling_lab.plan.design import COMPILE_REPAID_FLOPS, describe, make_plan, plan_single
 from scaling_lab.plan.designs.isoflop import IsoFlopDesign
-from scaling_lab.plan.recipes.base import power_of_two_batch
+from scaling_lab.plan.recipes.base import round_batch
 from scaling_lab.plan.recipes.default import DefaultRecipe
 from scaling_lab.plan.settings import ExecutionSettings, ModelSettings, SweepSettings, heads_for
 from scaling_lab.plan.sizes import SizeLadder
@@ -127,10 +127,8 @@ def test_recipe_scales_and_can_be_overridden():
     recipe = DefaultRecipe()
     assert recipe.decide(small, 1e6).optimizer.peak_lr == pytest.approx(4 * recipe.decide(large, 1e6).optimizer.peak_lr)
     assert recipe.decide(small, 1e7).batch_tokens > recipe.decide(small, 1e5).batch_tokens
-    # At C = 1e12 both sizes want 900 tokens: in sequences of 64 the nearest power of two is 16, so 1,024.
-    n = small.count().n_params(Convention.SIX_N_WITH_HEAD)
-    assert recipe.decide(small, 1e12 / (6 * n)).batch_tokens == 1024
-    assert recipe.decide(large, 1e12 / (6 * 115_008)).batch_tokens == 1024
+    # 512 * 32^0.4 = 2,048 tokens at 32M tokens, 32 sequences of 64.
+    assert recipe.decide(large, 32e6).batch_tokens == 2048
     fixed = DefaultRecipe(peak_lr=0.003, batch_tokens=640).decide(small, 1e6)
     assert (fixed.optimizer.peak_lr, fixed.batch_tokens) == (0.003, 640)
     assert not recipe.decide(small, 1e6).notes
@@ -138,13 +136,16 @@ def test_recipe_scales_and_can_be_overridden():
 
 
 @given(st.floats(1, 1e9), st.sampled_from([16, 64, 1024]))
-def test_power_of_two_batches(tokens, context):
-    batch = power_of_two_batch(tokens, context)
-    sequences = batch // context
+def test_batches_are_whole_sequences_near_what_was_wanted(tokens, context):
+    batch = round_batch(tokens, context)
     assert batch % context == 0
-    assert sequences & (sequences - 1) == 0
-    if tokens >= context:
-        assert 2**-0.5 - 1e-6 <= batch / tokens <= 2**0.5 + 1e-6
+    assert batch >= context
+    if tokens >= 8 * context:
+        assert abs(batch / tokens - 1) < 0.07
+
+
+def test_batches_by_hand():
+    assert [round_batch(64 * s, 64) // 64 for s in (0.3, 1.4, 7.4, 15.6, 17, 18.9, 100, 1000)] == [1, 1, 7, 16, 16, 18, 96, 1024]
 
 
 def test_compile_rule_depends_on_the_plan_alone(monkeypatch):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from scaling_lab.core.counts import FLOPS_PER_PARAM_TOKEN, Convention, train_flops
+from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import OptimizerSpec
-from scaling_lab.plan.recipes.base import Hyperparameters, power_of_two_batch
+from scaling_lab.plan.recipes.base import Hyperparameters, round_batch
 
 # Where the rules below were measured, in parameters (six_n_with_head).
 CALIBRATED_PARAMS = (7e3, 5e5)
@@ -16,7 +16,7 @@ CALIBRATED_PARAMS = (7e3, 5e5)
 
 @dataclass(frozen=True)
 class DefaultRecipe:
-    """LR ~ 1/width, batch ~ C^(1/3), warm-up a fixed share of the horizon. A field that is set replaces its rule."""
+    """LR ~ 1/width, batch ~ D^0.4, warm-up a fixed share of the horizon. A field that is set replaces its rule."""
 
     kind: ClassVar[str] = "default"
 
@@ -26,11 +26,10 @@ class DefaultRecipe:
     embedding_lr_ratio: float = 1.0
     head_lr_ratio: float = 1.0
     batch_tokens: int | None = None
-    """None: a power of two of sequences near `batch_at_1e12_flops` * (C / 1e12)^`batch_exponent`, C = 6 N D. A function
-    of C alone (DeepSeek LLM, arXiv 2401.02954, find C^0.327) gives every size of a valley the same batch: one that
-    follows D in powers of two puts steps into the valley."""
-    batch_at_1e12_flops: float = 900.0
-    batch_exponent: float = 0.33
+    """None: `batch_at_1m_tokens` * (D / 1e6)^`batch_exponent` (Bergsma et al. 2025, arXiv 2505.13738, find D^0.383).
+    A batch that is the same for all sizes of a budget is too large for the large ones, and shifts the valley."""
+    batch_at_1m_tokens: float = 512.0
+    batch_exponent: float = 0.4
     warmup_fraction: float = 0.05
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -43,9 +42,8 @@ class DefaultRecipe:
         n = shape.count().n_params(Convention.SIX_N_WITH_HEAD)
         batch = self.batch_tokens
         if batch is None:
-            compute_flops = train_flops(FLOPS_PER_PARAM_TOKEN * n, train_tokens)
-            wanted = self.batch_at_1e12_flops * (compute_flops / 1e12) ** self.batch_exponent
-            batch = power_of_two_batch(wanted, shape.context)
+            wanted = self.batch_at_1m_tokens * (train_tokens / 1e6) ** self.batch_exponent
+            batch = round_batch(wanted, shape.context)
         elif batch < shape.context or batch % shape.context:
             raise UserError(
                 f"recipe.batch_tokens={batch} must be a positive multiple of model.context={shape.context}."
