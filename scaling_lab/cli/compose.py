@@ -67,6 +67,7 @@ def read_command(
     form_of: FormOf,
     *,
     multirun: bool = False,
+    launches: bool = False,
     groups: Mapping[str, str] | None = None,
 ) -> Command:
     """Read the assignments of a command line.
@@ -75,6 +76,7 @@ def read_command(
         config_name: the primary config in conf/; None for a command without config groups.
         form_of: composed tree -> form, called once for each combination of groups.
         multirun: whether lists such as `seed=0,1,2` are combinations.
+        launches: whether options of Hydra's own (hydra/launcher=...) make sense.
         groups: choices to make where the user makes none (`experiment`).
 
     Raises:
@@ -96,7 +98,7 @@ def read_command(
             )
         else:
             values.append(assignment)
-    if hydra and not multirun:
+    if hydra and not launches:
         raise UserError(f"{hydra[0].key} is an option of sweep and of train -m: nothing is launched here.")
     combinations: list[Combination] = []
     for choice in itertools.product(*chosen.values()):

@@ -75,7 +75,11 @@ class SweepOnly:
     """What sweep and quickstart take beside a study's options."""
 
     workers: int | None = None
-    """Worker processes of the local launcher; default: one a core, or one a GPU"""
+    """Worker processes of the local launcher; default: one a core, or a few a GPU"""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"workers={self.workers} must be at least 1.")
 
 
 @dataclass(frozen=True)

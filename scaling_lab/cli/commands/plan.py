@@ -24,7 +24,7 @@ def form(arguments: Arguments) -> Form:
 
 
 def run(arguments: Arguments) -> int:
-    command = read_study(arguments, "plan", multirun=True)
+    command = read_study(arguments, "plan", launches=False)
     console = Console.for_flags(arguments.flags)
     store = store_of(command)
     trees = [c.tree for c in command.combinations]
@@ -45,16 +45,16 @@ def run(arguments: Arguments) -> int:
 
 
 def read_study(
-    arguments: Arguments, config_name: str, *, multirun: bool, experiment: str | None = None
+    arguments: Arguments, config_name: str, *, launches: bool = True, experiment: str | None = None
 ) -> Command:
     """A study's command line, checked; the sweep's name is the experiment's where none is given."""
-    groups = {"experiment": experiment} if experiment is not None else None
     command = read_command(
         arguments,
         config_name,
         lambda tree: form_of_tree(tree, extra=(SweepOnly,)),
-        multirun=multirun,
-        groups=groups,
+        multirun=True,
+        launches=launches,
+        groups=None if experiment is None else {"experiment": experiment},
     )
     chosen = next(
         (c for slot, c in command.combinations[0].groups.items() if slot.package == "experiment"), None

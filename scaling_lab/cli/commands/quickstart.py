@@ -22,7 +22,7 @@ def form(arguments: Arguments) -> Form:
 
 
 def run(arguments: Arguments) -> int:
-    command = read_study(arguments, "sweep", multirun=True, experiment=EXPERIMENT)
+    command = read_study(arguments, "sweep", experiment=EXPERIMENT)
     console = Console.for_flags(arguments.flags)
     status = execute(command, console)
     store = store_of(command)

@@ -18,7 +18,7 @@ def form(arguments: Arguments) -> Form:
 
 
 def run(arguments: Arguments) -> int:
-    command = read_study(arguments, "sweep", multirun=True)
+    command = read_study(arguments, "sweep")
     console = Console.for_flags(arguments.flags)
     status = execute(command, console)
     results = command.tree["results_dir"]

@@ -29,7 +29,11 @@ def form(arguments: Arguments) -> Form:
 def run(arguments: Arguments) -> int:
     multirun = "multirun" in arguments.flags
     command = read_command(
-        arguments, "train", lambda tree: form_of_tree(tree, extra=(TrainOnly,)), multirun=multirun
+        arguments,
+        "train",
+        lambda tree: form_of_tree(tree, extra=(TrainOnly,)),
+        multirun=multirun,
+        launches=multirun,
     )
     console = Console.for_flags(arguments.flags)
     # Every run is planned before the first is launched: an impossible one refuses them all.

@@ -1,0 +1,175 @@
+"""Tests of the first look at the command line and of reading values: flags anywhere, kind numbers, one-line errors."""
+
+from __future__ import annotations
+
+import contextlib
+from fractions import Fraction
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scaling_lab.cli.arguments import nearest, parse
+from scaling_lab.cli.compose import hydra_text
+from scaling_lab.cli.values import read_value, split_list
+from scaling_lab.core.counts import Convention
+from scaling_lab.core.errors import UserError
+
+
+def test_flags_are_taken_in_any_position():
+    arguments = parse(["--json", "analyze", "runs=a.csv", "-q", "seed=1", "--verbose"])
+    assert arguments.command == "analyze"
+    assert arguments.flags == {"json", "quiet", "verbose"}
+    assert [a.text for a in arguments.assignments] == ["runs=a.csv", "seed=1"]
+
+
+def test_only_the_first_equals_sign_splits_and_hydras_plus_is_taken_off():
+    arguments = parse(["analyze", "runs=a=b (1).csv", "++columns.loss=val loss (nats)", "where.train/loss=1"])
+    assert [(a.key, a.value) for a in arguments.assignments] == [
+        ("runs", "a=b (1).csv"),
+        ("columns.loss", "val loss (nats)"),
+        ("where.train/loss", "1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["plan", "seed=1", "seed=2"], "seed is given twice"),
+        (["plan", "seed=1", "+seed=2"], "seed is given twice"),
+        (["plan", "seed="], "seed= has no value"),
+        (["plan", "seed", "=", "1"], "'seed' is no option"),
+        (["plan", "~tracker=none"], "cannot be removed"),
+        (["plan", "--jsno"], "Did you mean --json?"),
+        (["plan", "--seed=3"], "seed=3"),
+        (["seed=3"], "without a command"),
+        (["plan", "sweep=a\nb"], "control character"),
+    ],
+)
+def test_what_is_refused_says_why(argv, part):
+    with pytest.raises(UserError) as error:
+        parse(argv)
+    assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "value"),
+    [
+        ("1e9", int, 10**9),
+        ("2.5B", int, 2_500_000_000),
+        ("200_000", int, 200_000),
+        ("2M", int, 2_000_000),
+        ("1.1T", int, 1_100_000_000_000),
+        ("12.", int, 12),
+        ("-3", int, -3),
+        ("1e-3", float, 1e-3),
+        ("400M", float, 4e8),
+        ("yes", bool, True),
+        ("off", bool, False),
+        ("null", int | None, None),
+        ("7", int | None, 7),
+        ("auto", int | str, "auto"),
+        ("'quoted name'", str, "quoted name"),
+        ("a, b=c (1)", str, "a, b=c (1)"),
+        ("[1e9, 4e9]", tuple[float, ...], (1e9, 4e9)),
+        ("1K,2K", tuple[int, ...], (1000, 2000)),
+        ("[]", tuple[int, ...], ()),
+        ("six_n_total", Convention, Convention.SIX_N_TOTAL),
+        ("hull", Literal["interpolate", "hull"], "hull"),
+    ],
+)
+def test_values_are_read_kindly(text, wanted, value):
+    read = read_value("key", text, wanted)
+    assert read == value
+    assert type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("hours", "30m", 0.5),
+        ("gpu_hours", "1h30m", 1.5),
+        ("hours", "2", 2.0),
+        ("max_hours", "2d", 48.0),
+        ("wall_time_s", "3m", 180.0),
+    ],
+)
+def test_a_time_is_read_in_the_unit_of_the_fields_name(key, text, value):
+    assert read_value(key, text, float) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "part"),
+    [
+        ("1.5", int, "a whole number"),
+        ("abc", int, "a whole number"),
+        ("1e30", int, "too large"),
+        ("1e9999", float, "too large"),
+        ("9" * 500, int, "too large"),
+        ("nan", float, "a number"),
+        ("inf", float, "a number"),
+        ("maybe", bool, "true or false"),
+        ("[1,,2]", tuple[int, ...], "a list"),
+        ("six", Convention, "six_n_total"),
+        ("hul", Literal["interpolate", "hull"], "Did you mean 'hull'?"),
+    ],
+)
+def test_a_wrong_value_names_the_option_and_what_is_wanted(text, wanted, part):
+    with pytest.raises(UserError) as error:
+        read_value("some.key", text, wanted)
+    assert "some.key" in str(error.value)
+    assert part in str(error.value)
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["", "K", "m", "B", "T"]))
+def test_suffixes_are_exact(number, suffix):
+    factor = {"": 1, "K": 10**3, "m": 10**6, "B": 10**9, "T": 10**12}[suffix]
+    assert read_value("key", f"{number}{suffix}", int) == number * factor
+    assert read_value("key", f"{number}.5{suffix or 'K'}", float) == float(
+        Fraction(2 * number + 1, 2) * (factor if suffix else 1000)
+    )
+
+
+@given(st.text())
+def test_reading_a_number_ends_in_a_number_or_a_user_error(text):
+    for wanted in (int, float, bool, tuple[int, ...], int | None, Convention):
+        with contextlib.suppress(UserError):  # anything else is a bug
+            read_value("hours", text, wanted)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [("a,b", ["a", "b"]), ("[1,2],[3]", ["[1,2]", "[3]"]), ("'a,b',c", ["'a,b'", "c"]), ("a", ["a"])],
+)
+def test_lists_split_at_the_top_level_only(text, parts):
+    assert split_list(text) == parts
+
+
+def test_the_nearest_key_looks_at_the_last_part_too():
+    keys = ["model.width", "model.depth", "seed", "recipe.warmup_fraction", "design.sizes.min_width"]
+    assert nearest("model.widht", keys) == "model.width"
+    assert nearest("depht", keys) == "model.depth"
+    assert nearest("schedule.warmup_fraction", keys) == "recipe.warmup_fraction"
+    assert nearest("zzz", keys) is None
+
+
+@given(st.text(st.characters(min_codepoint=32, exclude_categories=["Cs", "Cc"]), min_size=1))
+def test_hydra_reads_back_exactly_the_text_that_was_quoted_for_it(text):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    try:
+        line = hydra_text("key", text)
+    except UserError:
+        assert "${" in text
+        return
+    assert OverridesParser.create().parse_override(f"++key={line}").value() == text
+
+
+def test_hydra_reads_back_other_values():
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for value in (1, -2, 1e-7, 5e10, True, None, [1.5, 2.0], ["a'b", "c"]):
+        parsed = OverridesParser.create().parse_override(f"++key={hydra_text('key', value)}").value()
+        assert parsed == value, value

@@ -1,0 +1,167 @@
+"""Tests of the local launcher with real worker processes: side by side, killed, dying again and again, interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from scaling_lab.cli.workers import worker_slots
+from scaling_lab.core.spec import Execution
+from scaling_lab.core.store import RunStore
+
+TINY_LINE = (
+    "sweep=s data.max_mb=1 eval.tokens=1024 device=cpu compile=false design.sizes_per_budget=4 design.noise_seeds=1 "
+    "design.sizes.min_width=4 design.sizes.max_width=16 design.sizes.width_ratio=1.3 design.sizes.width_multiple=4 "
+    "design.sizes.min_depth=1 design.n_opt_at_1e12=200K data.max_epochs=99 workers=2"
+)
+TINY = TINY_LINE.split()
+
+
+def start(folder: Path, *argv: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "scaling_lab.cli.main", "sweep", *argv],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def claims(store: RunStore) -> dict[str, dict]:
+    """The newest claim of each run that has one."""
+    found = {}
+    for path in sorted(store.folder.glob("runs/*/claim-*.json")):
+        try:
+            found[path.parent.name] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def wait_for(condition, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError("it did not come to pass")
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return (
+        not Path(f"/proc/{pid}/stat").exists()
+        or Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    )
+
+
+def test_a_killed_worker_is_replaced_and_every_run_completes(tmp_path):
+    store = RunStore(tmp_path / "results/s")
+    sweep = start(tmp_path, *TINY, "design.budgets_flops=[2e8]")
+    pid = wait_for(
+        lambda: next(
+            (c["pid"] for c in claims(store).values() if c["step"] > 0 or c["heartbeat_unix_s"]), None
+        )
+    )
+    os.kill(pid, signal.SIGKILL)
+    out, err = sweep.communicate(timeout=120)
+    assert sweep.returncode == 0, err
+    assert "4 of 4 runs completed" in out
+    records, problems = store.load_records()
+    assert not problems
+    assert len(records) == 4
+    workers = {c["pid"] for c in claims(store).values()}
+    assert pid not in workers or len(workers) > 1
+    assert any(p.stem.startswith("claim-2") for p in store.folder.glob("runs/*/claim-2.json"))
+    assert "2 workers" in out
+
+
+def test_a_run_whose_worker_always_dies_fails_with_the_reason(tmp_path):
+    # Every worker that claims the widest model is killed from inside, as the kernel does when memory runs out.
+    (tmp_path / "inject").mkdir()
+    (tmp_path / "inject/sitecustomize.py").write_text(
+        "import glob, json, os, signal, sys, threading, time\n"
+        "def watch():\n"
+        "    while True:\n"
+        "        for path in glob.glob('results/s/runs/gpt-w16-*/claim-*.json'):\n"
+        "            try:\n"
+        "                mine = json.load(open(path))['pid'] == os.getpid()\n"
+        "            except (OSError, ValueError):\n"
+        "                continue\n"
+        "            if mine: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        time.sleep(0.01)\n"
+        "if 'scaling_lab.train.worker' in ' '.join(sys.orig_argv): threading.Thread(target=watch, daemon=True).start()\n"
+    )
+    sweep = start(
+        tmp_path,
+        *TINY,
+        "design.budgets_flops=[2e8]",
+        "hydra.launcher.max_attempts=2",
+        PYTHONPATH=str(tmp_path / "inject"),
+    )
+    out, err = sweep.communicate(timeout=150)
+    assert sweep.returncode == 1, err
+    store = RunStore(tmp_path / "results/s")
+    records, _ = store.load_records()
+    by_status = {r.status.value: r for r in records}
+    assert len(records) == 4
+    failed = by_status["failed"]
+    assert failed.spec.shape.width == 16
+    assert "died 2 times" in failed.reason
+    assert "SIGKILL" in failed.reason
+    assert f"{failed.run_id} failed" in err
+    assert "3 of 4 runs completed, 1 failed" in out
+
+
+def test_interrupt_stops_the_workers_and_the_sweep_goes_on(tmp_path):
+    store = RunStore(tmp_path / "results/s")
+    sweep = start(tmp_path, *TINY, "design.budgets_flops=[6e9]")
+    running = wait_for(lambda: claims(store))
+    sweep.send_signal(signal.SIGINT)
+    _, err = sweep.communicate(timeout=60)
+    assert sweep.returncode == 130
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("interrupted: ")
+    assert "`scaling-lab sweep sweep=s` goes on" in last
+    assert "Traceback" not in err
+    for claim in (running | claims(store)).values():
+        assert not alive(claim["pid"])
+    assert not [s for s in store.states(store.read_plan()) if s.state == "running"]
+
+
+def test_a_worker_that_cannot_start_is_an_error_that_quotes_it(tmp_path):
+    (tmp_path / "inject").mkdir()
+    (tmp_path / "inject/sitecustomize.py").write_text(
+        "import sys\nif 'scaling_lab.train.worker' in ' '.join(sys.orig_argv): sys.exit('libfoo.so is missing')\n"
+    )
+    sweep = start(tmp_path, *TINY, "design.budgets_flops=[1e8]", PYTHONPATH=str(tmp_path / "inject"))
+    _, err = sweep.communicate(timeout=100)
+    assert sweep.returncode == 2
+    assert err.startswith("error: ")
+    assert "libfoo.so is missing" in err
+
+
+def test_workers_share_cores_and_gpus(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert len(worker_slots(Execution("cpu", threads=1), None, 100)) == 8
+    assert len(worker_slots(Execution("cpu", threads=3), None, 100)) == 2
+    assert len(worker_slots(Execution("cpu"), None, 3)) == 3
+    assert len(worker_slots(Execution("cpu"), 5, 100)) == 5
+    assert {s["OMP_NUM_THREADS"] for s in worker_slots(Execution("cpu", threads=3), None, 9)} == {"3"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    devices = [s["CUDA_VISIBLE_DEVICES"] for s in worker_slots(Execution("cuda"), None, 100)]
+    assert devices == ["4", "6"] * 4
+    assert [s["CUDA_VISIBLE_DEVICES"] for s in worker_slots(Execution("cuda"), 3, 100)] == ["4", "6", "4"]
+
+
+def test_impossible_options_are_refused(tmp_path):
+    sweep = start(tmp_path, *TINY, "design.budgets_flops=[1e8]", "hydra.launcher.max_attempts=0")
+    _, err = sweep.communicate(timeout=60)
+    assert sweep.returncode == 2
+    assert err.startswith("error: hydra.launcher.max_attempts=0")
