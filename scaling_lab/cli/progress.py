@@ -168,10 +168,12 @@ def running_table(sweep: str, progress: Progress) -> Any:
     """The runs under way."""
     from rich.table import Table
 
+    running = progress.running()
+    if not running:
+        return f"{sweep}: {progress.headline()}"
     table = Table(title=f"{sweep}: {progress.headline()}", title_justify="left", expand=False)
     for name in ("run", "step", "done", "tokens/s", "train loss"):
         table.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
-    running = progress.running()
     for state in running[:MAX_ROWS]:
         claim = state.claim
         if claim is None or not claim.step:
