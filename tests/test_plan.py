@@ -113,6 +113,7 @@ def test_a_budget_below_one_step_is_refused():
         (lambda: make_plan(settings(model=ModelSettings(options={"mpl": "gelu"}))), "model.mpl"),
         (lambda: make_plan(settings(model=ModelSettings(kind="lstm"))), "model='lstm'"),
         (lambda: plan_single(settings(), 1e6), "model.width is missing"),
+        (lambda: plan_single(settings(model=ModelSettings(width=32, depth=2)), 3), "train_tokens=3 is less than one step"),
         (lambda: plan_single(settings(model=ModelSettings(width=32, depth=2)), 1e12), "passes over data=pysource"),
     ],
 )

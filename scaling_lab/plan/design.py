@@ -113,10 +113,15 @@ def plan_run(
     chosen = settings.recipe.decide(shape, wanted)
     steps = whole_steps(wanted, chosen.batch_tokens)
     if steps < 1:
+        too_little = (
+            f"train_tokens={wanted:.0f} is"
+            if role == "single"
+            else f"design.budgets_flops: {budget_flops:.3g} FLOPs buy {wanted:.0f} tokens at width {shape.width}, depth "
+            f"{shape.depth},"
+        )
         raise UserError(
-            f"design.budgets_flops: {budget_flops:.3g} FLOPs buy {wanted:.0f} tokens at width {shape.width}, depth "
-            f"{shape.depth}: less than one step of {chosen.batch_tokens} tokens. Raise the budget, or lower the batch "
-            "(recipe.batch_tokens) or the sizes."
+            f"{too_little} less than one step of {chosen.batch_tokens} tokens. Raise it, or lower the batch "
+            "(recipe.batch_tokens) or the size."
         )
     schedule = replace(settings.schedule, warmup_fraction=chosen.warmup_fraction)
     spec = RunSpec(

@@ -93,6 +93,8 @@ def train_run(
     record = make_record(planned, session, curve, status, reason)
     claim.check()
     store.write_record(record)
+    # A run that is over belongs to nobody: delete its record, and the next sweep takes it at once.
+    claim.release()
     tracker.finish(record)
     return record
 
