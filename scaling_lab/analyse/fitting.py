@@ -9,7 +9,7 @@ starts, with a status and a sentence. The objective is in `fitting_objective`; p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,31 +17,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling_lab.analyse.estimate import Array, FitResult, FitStatus
-from scaling_lab.analyse.fitting_newton import Minima, minimise
+from scaling_lab.analyse.fitting_newton import minimise
 from scaling_lab.analyse.fitting_objective import OBJECTIVES, Objective, ObjectiveName, Penalty
+from scaling_lab.analyse.fitting_search import Starts, basins, resolve_starts, solve_starts
 from scaling_lab.analyse.fitting_status import judge
-from scaling_lab.analyse.laws.base import ComputeOptimum, Design, LossLaw, read_column
+from scaling_lab.analyse.laws.base import ComputeOptimum, LossLaw, read_column
 from scaling_lab.core.errors import UserError, unknown
 
 # Hoffmann et al. 2022 (arXiv 2203.15556, eq. 3) use delta = 1e-3.
 DEFAULT_HUBER_DELTA = 1e-3
 # Two starts found the same minimum if their objectives agree to this fraction.
 AGREEMENT = 1e-6
-# Starts that have not settled by then are on a plateau; only the best one is carried on.
-_START_STEPS = 60
-# Distinct minima of the unweighted problem from which each member of a batch starts ...
-_BASINS = 4
-# ... unless its log-likelihood, n ln(objective) with the scale of the noise fitted, is this far below the best one's:
-# resampling n points moves the difference by about its square root, so such a minimum wins in no resample. Points of one
-# run are not independent: n counts at most this many.
-_HOPELESS = 25.0
-_INDEPENDENT_POINTS = 100
 # Starts from which a member of a batch that reached no minimum is tried again.
 _RESCUE_STARTS = 20
 # Problems minimised in lockstep: bounds the memory of a batch.
 _BLOCK = 20_000
-
-Starts = Mapping[str, Any] | Sequence[Mapping[str, Any]] | Array
 
 
 @dataclass(frozen=True)
@@ -154,7 +144,7 @@ def fit_many(
     problem, _ = make_objective(law, data, loss_nats, weights, huber_delta, objective)
     count = max(len(problem.weights), len(problem.log_loss))
     if starts is None:
-        theta = _basins(problem, max_steps)
+        theta = basins(problem, max_steps)
     else:
         theta = resolve_starts(law, problem.design, starts, problem.log_loss.mean(axis=0))
     spread = law.starts(problem.design, problem.log_loss.mean(axis=0))
@@ -224,35 +214,6 @@ def make_objective(
     return Objective(law, design, log_loss, w, objective, float(huber_delta), penalty), np.atleast_2d(loss)[0]
 
 
-def resolve_starts(law: LossLaw, design: Design, starts: Starts | None, log_loss: Array) -> Array:
-    """Starts in any accepted form as finite internal parameters (S, p) within the bounds."""
-    if starts is None:
-        theta = law.starts(design, log_loss)
-    elif isinstance(starts, np.ndarray):
-        theta = np.atleast_2d(np.asarray(starts, dtype=np.float64))
-    elif isinstance(starts, Mapping):
-        theta = np.atleast_2d(law.from_natural(starts, design))
-    else:
-        theta = np.concatenate([np.atleast_2d(law.from_natural(s, design)) for s in starts])
-    lower, upper = law.bounds(design)
-    theta = theta[np.isfinite(theta).all(axis=1)]
-    if not len(theta) or theta.shape[1] != len(lower):
-        raise UserError(f"starts of law={law.name} need values for {', '.join(law.parameters)}.")
-    return np.clip(theta, lower, upper)
-
-
-def solve_starts(problem: Objective, theta: Array, max_steps: int) -> Minima:
-    """All starts of problem 0; the best one is carried on to `max_steps` if it is not there yet."""
-    minima = minimise(problem, theta, np.zeros(len(theta), dtype=np.intp), min(_START_STEPS, max_steps))
-    best = int(np.argmin(minima.value))
-    if minima.converged[best] or max_steps <= _START_STEPS:
-        return minima
-    last = minimise(problem, minima.theta[best : best + 1], np.zeros(1, dtype=np.intp), max_steps)
-    for name in ("theta", "value", "converged", "scaled_gradient", "at_bound", "gram"):
-        getattr(minima, name)[best] = getattr(last, name)[0]
-    return minima
-
-
 def objective_scale(problem: Objective) -> float:
     """From internal units to those of the caller: linear losses were divided by exp(log_loss_center)."""
     return float(np.exp(2.0 * problem.design.log_loss_center)) if problem.kind == "mse" else 1.0
@@ -310,30 +271,3 @@ def _rescue(
 def _agree(values: Array, best: Any, total_weight: Any) -> NDArray[np.bool_]:
     """Objectives equal to the best to AGREEMENT, or both zero up to rounding (noise-free data)."""
     return values <= best * (1.0 + AGREEMENT) + 1e-20 * total_weight
-
-
-def _basins(problem: Objective, max_steps: int) -> Array:
-    """The best distinct minima (at most `_BASINS`) of the problem with unit weights and the mean log loss."""
-    central = Objective(
-        problem.law,
-        problem.design,
-        problem.log_loss.mean(axis=0, keepdims=True),
-        np.ones((1, problem.design.n_observations)),
-        problem.kind,
-        problem.huber_delta,
-    )
-    theta = resolve_starts(problem.law, problem.design, None, central.log_loss[0])
-    minima = solve_starts(central, theta, max_steps)
-    order = np.argsort(np.where(minima.converged, minima.value, np.inf))
-    if not minima.converged[order[0]]:
-        return minima.theta[np.argsort(minima.value)[:_BASINS]]
-    rounding = 1e-18 * central.total_weight[0]
-    points = min(problem.design.n_observations, _INDEPENDENT_POINTS)
-    highest = minima.value[order[0]] * np.exp(_HOPELESS / points) + rounding
-    chosen = [int(order[0])]
-    for i in order:
-        if len(chosen) == _BASINS or not (minima.converged[i] and minima.value[i] <= highest):
-            break
-        if minima.value[i] > minima.value[chosen[-1]] * (1.0 + 1e-4) + rounding:
-            chosen.append(int(i))
-    return minima.theta[chosen]

@@ -18,15 +18,13 @@ from numpy.typing import NDArray
 from scaling_lab.analyse.estimate import Array
 from scaling_lab.analyse.fitting import (
     DEFAULT_HUBER_DELTA,
-    Starts,
     make_objective,
     objective_scale,
-    resolve_starts,
-    solve_starts,
 )
 from scaling_lab.analyse.fitting_newton import minimise
 from scaling_lab.analyse.fitting_objective import Objective, ObjectiveName
 from scaling_lab.analyse.fitting_scale import SCALES, ScaleName, threshold_rise
+from scaling_lab.analyse.fitting_search import Starts, resolve_starts, solve_starts
 from scaling_lab.analyse.fitting_status import judge
 from scaling_lab.analyse.laws.base import Design, LossLaw
 from scaling_lab.core.errors import UserError, unknown

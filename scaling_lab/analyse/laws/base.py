@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scaling_lab.analyse.estimate import Array
 from scaling_lab.core.errors import UserError
@@ -53,6 +54,15 @@ class Design:
     @property
     def n_observations(self) -> int:
         return self.log_columns.shape[1]
+
+    def take(self, rows: NDArray[np.intp]) -> Design:
+        """The observations `rows`, in the same internal coordinates (the centres stay)."""
+        return replace(
+            self,
+            columns={name: values[rows] for name, values in self.columns.items()},
+            log_columns=self.log_columns[:, rows],
+            regressors=self.regressors[:, rows],
+        )
 
 
 @dataclass(frozen=True)
