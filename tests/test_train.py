@@ -62,7 +62,7 @@ def test_record_and_curve(tmp_path):
     record = train(store, spec)
     assert store.read_record(spec.run_id()) == record
     assert [p.step for p in record.curve] == list(range(1, 41))
-    assert [p.step for p in record.curve if p.val_loss_nats is not None] == list(evaluation_steps(spec)) == [5, 10, 20, 40]
+    assert [p.step for p in record.curve if p.val_loss_nats is not None] == list(evaluation_steps(spec)) == [14, 20, 28, 40]
     last = record.curve[-1]
     assert last.tokens == spec.train_tokens
     assert last.train_flops == spec.train_flops()
@@ -209,10 +209,10 @@ def test_evaluation_steps():
     def visits(**options) -> tuple[int, ...]:
         return evaluation_steps(tiny(1000, eval=EvalSpec(**options)))
 
-    assert visits(tokens=64, points=4) == (125, 250, 500, 1000)
+    assert visits(tokens=64, points=4) == (354, 500, 707, 1000)
     assert visits(tokens=64, points=1) == (1000,)
     # 256,000 training tokens at a tenth of their cost: 25,600 * 3 forward tokens, so two visits of 30,000.
-    assert visits(tokens=30_000, points=6) == (500, 1000)
+    assert visits(tokens=30_000, points=6, max_cost_fraction=0.1) == (707, 1000)
     # The last step is visited whatever it costs.
     assert visits(tokens=10**9, points=6) == (1000,)
     assert evaluation_steps(tiny(1, eval=EvalSpec(tokens=64, points=5, max_cost_fraction=100))) == (1,)

@@ -90,11 +90,11 @@ class OptimizerSpec:
 class EvalSpec:
     """The fixed validation set, the same for every size, and when it is visited."""
 
-    tokens: int = 65_536
+    tokens: int = 32_768
     """Size of the set: windows spread evenly over the validation split (fewer tokens where the split is smaller)."""
-    points: int = 6
-    """Visits per run at most, log-spaced in steps by a factor of 2 and ending at the last step."""
-    max_cost_fraction: float = 0.1
+    points: int = 8
+    """Visits per run at most, log-spaced in steps by a factor of sqrt(2) and ending at the last step."""
+    max_cost_fraction: float = 0.25
     """Visits before the last are left out where all of them would cost more than this share of the training FLOPs."""
 
     def __post_init__(self) -> None:

@@ -65,7 +65,7 @@ def standard_error(per_window: NDArray[np.float64]) -> float:
 
 
 def evaluation_steps(spec: RunSpec) -> tuple[int, ...]:
-    """Steps (counted from 1) after which the validation set is visited: the last, and halves of the run before it.
+    """Steps (counted from 1) after which the validation set is visited: the last, and before it factors of sqrt(2).
 
     At most `eval.points`, and no more visits than cost `eval.max_cost_fraction` of the training FLOPs: a forward pass
     costs a third of a training step. The last step is always visited.
@@ -73,4 +73,4 @@ def evaluation_steps(spec: RunSpec) -> tuple[int, ...]:
     visit_cost = spec.eval.tokens / 3
     affordable = int(spec.eval.max_cost_fraction * spec.train_tokens / visit_cost)
     points = max(1, min(spec.eval.points, affordable))
-    return tuple(sorted({max(1, spec.steps >> i) for i in range(points)}))
+    return tuple(sorted({max(1, round(spec.steps * 2 ** (-i / 2))) for i in range(points)}))
