@@ -122,7 +122,9 @@ def synthetic_records(
         for shape in shapes:
             for run_seed in (0, 1) if budget == noise_budget else (0,):
                 spec = make_spec(shape, budget, run_seed, batch_tokens, convention, sweep)
-                rng = np.random.default_rng([seed, run_seed, shape.width, shape.depth, int(math.log2(budget) * 1e6)])
+                rng = np.random.default_rng(
+                    [seed, run_seed, shape.width, shape.depth, int(math.log2(budget) * 1e6)]
+                )
                 records.append(make_record(spec, law, rng, noise, curve_points, annealing, step_noise))
     return records
 

@@ -59,13 +59,17 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = synthetic_records(curve_points=60)
     settings = AnalysisSettings(bootstrap=BootstrapSettings(resamples=40))
     analysis = analyse(observations_of_sweep(records), settings)
-    return write_report(analysis, records, tmp_path_factory.mktemp("page"), ReportOptions(plan=plan_of(records)))
+    return write_report(
+        analysis, records, tmp_path_factory.mktemp("page"), ReportOptions(plan=plan_of(records))
+    )
 
 
 def seen(page: Path, tmp_path: Path, width: int, *, dark: bool = False) -> dict[str, object]:
     """What the probe measured at this window width."""
     probed = tmp_path / "probed.html"
-    probed.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE + "</body>"), encoding="utf-8")
+    probed.write_text(
+        page.read_text(encoding="utf-8").replace("</body>", PROBE + "</body>"), encoding="utf-8"
+    )
     frame = tmp_path / "frame.html"
     frame.write_text(
         f'<iframe id="f" src="probed.html" width="{width}" height="900" style="border:0"></iframe>'

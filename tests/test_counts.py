@@ -62,7 +62,10 @@ def test_flops_equal_torchs_counter(shape):
     model = build_model(shape)
     sequences = 3
     tokens = torch.randint(0, shape.vocab_size, (sequences, shape.context + 1))
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
         token_loss(model(tokens[:, :-1]), tokens[:, 1:]).backward()
     ours = shape.count().flops_per_token(Convention.MATMUL_PLUS_ATTENTION) * sequences * shape.context
     assert counter.get_total_flops() == ours
@@ -108,7 +111,9 @@ TABLE_A4 = [
 ]
 
 
-@pytest.mark.parametrize(("name", "d", "ffw", "kv", "heads", "layers", "ratio"), TABLE_A4, ids=[r[0] for r in TABLE_A4])
+@pytest.mark.parametrize(
+    ("name", "d", "ffw", "kv", "heads", "layers", "ratio"), TABLE_A4, ids=[r[0] for r in TABLE_A4]
+)
 def test_chinchilla_table_a4(name, d, ffw, kv, heads, layers, ratio):
     block = 4 * d * kv * heads + 2 * d * ffw
     flops = decoder_flops(layers * block, kv * heads, heads, layers, 2048, 32_000)

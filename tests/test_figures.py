@@ -52,7 +52,15 @@ def law_fit(observations: Observations, residuals_log: np.ndarray) -> FitResult:
     law = QUICKSTART_LAW
     parameters = {"E": law.E, "A": law.A, "B": law.B, "alpha": law.alpha, "beta": law.beta}
     return FitResult(
-        "chinchilla", parameters, 0.0, observations.n_points, residuals_log, FitStatus.CONVERGED, "fine", 10, 10
+        "chinchilla",
+        parameters,
+        0.0,
+        observations.n_points,
+        residuals_log,
+        FitStatus.CONVERGED,
+        "fine",
+        10,
+        10,
     )
 
 
@@ -77,7 +85,8 @@ def test_counts_are_written_with_a_suffix(value: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "digits", "text"), [(250.4, 2, "250"), (0.0123, 2, "0.012"), (1259.0, 4, "1259"), (2.5e9, 2, "2.5e9")]
+    ("value", "digits", "text"),
+    [(250.4, 2, "250"), (0.0123, 2, "0.012"), (1259.0, 4, "1259"), (2.5e9, 2, "2.5e9")],
 )
 def test_significant_figures_without_an_exponent(value: float, digits: int, text: str) -> None:
     assert style.significant(value, digits) == text
@@ -137,8 +146,17 @@ def drawn_lines(ax, marker: str | None = None) -> list[tuple[np.ndarray, np.ndar
 
 def test_valleys_show_every_point_and_a_star_at_each_minimum() -> None:
     observations = grid_observations()
-    good = BudgetOptimum(1e11, 5, BudgetStatus.OK, None, 17e3, 1e6, 1.87, 0.1, np.log([1e4, 2e4, 3e4]), np.ones(3) * 1.9)
-    bad = BudgetOptimum(4e11, 5, BudgetStatus.EDGE, "at the edge", fit_log_params=np.log([1e4, 2e4, 3e4]), fit_loss=np.ones(3) * 1.7)
+    good = BudgetOptimum(
+        1e11, 5, BudgetStatus.OK, None, 17e3, 1e6, 1.87, 0.1, np.log([1e4, 2e4, 3e4]), np.ones(3) * 1.9
+    )
+    bad = BudgetOptimum(
+        4e11,
+        5,
+        BudgetStatus.EDGE,
+        "at the edge",
+        fit_log_params=np.log([1e4, 2e4, 3e4]),
+        fit_loss=np.ones(3) * 1.7,
+    )
     ax = Figure().add_subplot()
     shown = figures_frontier.isoflop_valleys(ax, observations, replace(ISOFLOP, budgets=(good, bad)))
     assert shown == {"budgets": 2, "ok": 1, "too_few": 0}
@@ -148,7 +166,9 @@ def test_valleys_show_every_point_and_a_star_at_each_minimum() -> None:
     texts = [t.get_text() for t in ax.texts]
     assert "1e11" in texts
     assert "4e11 (edge)" in texts
-    dashes = {float(line.get_ydata()[0]): line.get_linestyle() for line in ax.lines if len(line.get_ydata()) == 2}
+    dashes = {
+        float(line.get_ydata()[0]): line.get_linestyle() for line in ax.lines if len(line.get_ydata()) == 2
+    }
     assert dashes == {1.9: "-", 1.7: "--"}
 
 
@@ -162,16 +182,26 @@ def test_frontier_lines_have_the_slopes_they_name() -> None:
     assert {"IsoFLOP 0.60", "IsoFLOP 0.40", "Kaplan's slope 0.73", "Kaplan's slope 0.27"} <= named
     slopes = []
     for ax in (ax_n, ax_d):
-        slopes.append({round(float(np.log(y[-1] / y[0]) / np.log(x[-1] / x[0])), 6) for x, y in drawn_lines(ax) if x.size >= 30})
+        slopes.append(
+            {
+                round(float(np.log(y[-1] / y[0]) / np.log(x[-1] / x[0])), 6)
+                for x, y in drawn_lines(ax)
+                if x.size >= 30
+            }
+        )
     assert slopes[0] == {0.73, 0.5, 0.6}
     assert slopes[1] == {0.27, 0.5, 0.4}
 
 
 def test_the_twenty_to_one_line_is_twenty_to_one_at_the_runs_own_cost() -> None:
     observations = grid_observations()
-    dear = replace(observations, compute_flops=observations.compute_flops * 1.5)  # 9 FLOPs a parameter and token
+    dear = replace(
+        observations, compute_flops=observations.compute_flops * 1.5
+    )  # 9 FLOPs a parameter and token
     ax_n, ax_d = Figure().subplots(2, 1)
-    assert figures_frontier.frontier_scaling(ax_n, ax_d, dear, [ISOFLOP])["flops_per_param_token"] == pytest.approx(9)
+    assert figures_frontier.frontier_scaling(ax_n, ax_d, dear, [ISOFLOP])[
+        "flops_per_param_token"
+    ] == pytest.approx(9)
     (c, n), (_, d) = ([xy for xy in drawn_lines(ax) if xy[0].size == 60][-1] for ax in (ax_n, ax_d))
     np.testing.assert_allclose(d / n, 20)
     np.testing.assert_allclose(9 * n * d, c)
@@ -179,7 +209,16 @@ def test_the_twenty_to_one_line_is_twenty_to_one_at_the_runs_own_cost() -> None:
 
 def test_band_is_the_quantiles_of_the_samples_lines() -> None:
     slopes, logs = np.linspace(0.4, 0.6, 101), np.zeros(101)
-    band = Band("isoflop", 0.9, "run", "bootstrap", 101, 0, 0, {"params_exponent": slopes, "params_log_coefficient": logs})
+    band = Band(
+        "isoflop",
+        0.9,
+        "run",
+        "bootstrap",
+        101,
+        0,
+        0,
+        {"params_exponent": slopes, "params_log_coefficient": logs},
+    )
     found = figures_frontier.frontier_band(band, "params", np.array([np.e, np.e**2]))
     assert found is not None
     np.testing.assert_allclose(np.log(found[0]), [0.41, 0.82])
@@ -196,7 +235,12 @@ def test_contour_frontier_touches_the_lowest_contour_of_each_budget() -> None:
     n_law = PowerLaw(a, law.params_opt(6.0) / 6**a)
     frontier = replace(FRONTIER, params=n_law, tokens=PowerLaw(1 - a, 1 / (6 * n_law.coefficient)))
     estimate = Estimate(
-        "parametric", FitStatus.CONVERGED, "fine", frontier, "chinchilla", (law_fit(observations, np.zeros(10)),)
+        "parametric",
+        FitStatus.CONVERGED,
+        "fine",
+        frontier,
+        "chinchilla",
+        (law_fit(observations, np.zeros(10)),),
     )
     ax = Figure().add_subplot()
     assert figures_frontier.parametric_contour(ax, observations, estimate)
@@ -247,7 +291,9 @@ def test_loss_figure_draws_each_run_once_and_the_envelope_it_was_given() -> None
     )
     details = {"compute_flops": np.array([1e10, 1e11]), "loss_nats": np.array([1.5, 1.2])}
     ax = Figure().add_subplot()
-    shown = figures_curves.loss_vs_flops(ax, observations, [replace(ISOFLOP, approach="envelope", details=details)])
+    shown = figures_curves.loss_vs_flops(
+        ax, observations, [replace(ISOFLOP, approach="envelope", details=details)]
+    )
     assert shown == {"curves": 2, "drawn": 2, "runs": 2}
     assert len(ax.collections[0].get_segments()) == 2
     x, y = drawn_lines(ax)[0]
@@ -280,7 +326,10 @@ def test_training_curves_mark_a_diverged_run() -> None:
     records = synthetic_records(budgets=(1e11,), sizes=3, noise=0.0)
     records[1] = diverged(records[1])
     ax_loss, ax_lr = Figure().subplots(2, 1)
-    assert figures_curves.training_curves(ax_loss, ax_lr, records) == {"curves": len(records), "drawn": len(records)}
+    assert figures_curves.training_curves(ax_loss, ax_lr, records) == {
+        "curves": len(records),
+        "drawn": len(records),
+    }
     assert len(drawn_lines(ax_loss, "x")) == 1
     peak = max(float(y.max()) for _, y in drawn_lines(ax_lr))
     assert peak == pytest.approx(max(r.spec.optimizer.peak_lr for r in records), rel=0.02)
@@ -317,8 +366,10 @@ def test_inlined_figures_have_their_own_ids_and_a_name() -> None:
     assert not set(ids[0]) & set(ids[1])
     for s, own in zip((one, two), ids):
         assert len(own) == len(set(own))
-        assert set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', s)) <= {(i, "") for i in own} | {("", i) for i in own}
-    assert "<title id=\"first_one-alt\">a &amp; b</title>" in one
+        assert set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', s)) <= {(i, "") for i in own} | {
+            ("", i) for i in own
+        }
+    assert '<title id="first_one-alt">a &amp; b</title>' in one
     assert "<?xml" not in one
 
 
@@ -336,7 +387,9 @@ def test_shortened_coordinates_move_nothing_visibly() -> None:
 
     def numbers(text: str) -> list[float]:
         body = re.sub(r"<defs>.*?</defs>", "", text, flags=re.S)
-        return [float(v) for d in re.findall(r'\bd="([^"]*)"', body) for v in re.findall(r"-?\d+(?:\.\d+)?", d)]
+        return [
+            float(v) for d in re.findall(r'\bd="([^"]*)"', body) for v in re.findall(r"-?\d+(?:\.\d+)?", d)
+        ]
 
     a, b = numbers(raw.getvalue()), numbers(short)
     assert len(a) == len(b) > 40

@@ -12,11 +12,19 @@ from scaling_lab.train.models import build_model
 from scaling_lab.train.optim import FlatLayout, adamw_update, clip_scale, control_rows, group_vectors
 
 OPTIMIZER = OptimizerSpec(
-    peak_lr=0.01, embedding_lr_ratio=3.0, head_lr_ratio=0.5, beta1=0.9, beta2=0.95, weight_decay=0.1, clip_norm=0.7
+    peak_lr=0.01,
+    embedding_lr_ratio=3.0,
+    head_lr_ratio=0.5,
+    beta1=0.9,
+    beta2=0.95,
+    weight_decay=0.1,
+    clip_norm=0.7,
 )
 
 
-@pytest.mark.parametrize("shape", [GPTShape(width=16, depth=2, heads=2), GPT2Shape(width=16, depth=1, heads=2)])
+@pytest.mark.parametrize(
+    "shape", [GPTShape(width=16, depth=2, heads=2), GPT2Shape(width=16, depth=1, heads=2)]
+)
 def test_ten_steps_equal_torchs_adamw(shape):
     torch.manual_seed(0)
     model = build_model(shape).double()
@@ -27,7 +35,11 @@ def test_ten_steps_equal_torchs_adamw(shape):
     groups = [
         {
             "params": [p],
-            "ratio": 3.0 if n.startswith(("embedding", "positions")) else 0.5 if n.startswith("head") else 1.0,
+            "ratio": 3.0
+            if n.startswith(("embedding", "positions"))
+            else 0.5
+            if n.startswith("head")
+            else 1.0,
             "weight_decay": 0.1 if p.ndim >= 2 else 0.0,
         }
         for n, p in model.named_parameters()

@@ -27,7 +27,12 @@ from scaling_lab.plan.sizes import SizeLadder
 
 def settings(**changes) -> SweepSettings:
     base = SweepSettings(
-        sweep="t", design=IsoFlopDesign(), recipe=DefaultRecipe(), model=ModelSettings(), data=PySource(), schedule=Cosine()
+        sweep="t",
+        design=IsoFlopDesign(),
+        recipe=DefaultRecipe(),
+        model=ModelSettings(),
+        data=PySource(),
+        schedule=Cosine(),
     )
     return replace(base, **changes)
 
@@ -108,13 +113,22 @@ def test_a_budget_below_one_step_is_refused():
         (lambda: IsoFlopDesign(noise_budget=3), "design.noise_budget=3"),
         (lambda: SizeLadder(min_width=64, max_width=32), "design.sizes.min_width=64"),
         (lambda: SizeLadder(width_ratio=1.0), "design.sizes.width_ratio"),
-        (lambda: make_plan(settings(design=IsoFlopDesign(sizes_per_budget=50))), "gives .* sizes, fewer than"),
+        (
+            lambda: make_plan(settings(design=IsoFlopDesign(sizes_per_budget=50))),
+            "gives .* sizes, fewer than",
+        ),
         (lambda: make_plan(settings(recipe=DefaultRecipe(batch_tokens=100))), "recipe.batch_tokens=100"),
         (lambda: make_plan(settings(model=ModelSettings(options={"mpl": "gelu"}))), "model.mpl"),
         (lambda: make_plan(settings(model=ModelSettings(kind="lstm"))), "model='lstm'"),
         (lambda: plan_single(settings(), 1e6), "model.width is missing"),
-        (lambda: plan_single(settings(model=ModelSettings(width=32, depth=2)), 3), "train_tokens=3 is less than one step"),
-        (lambda: plan_single(settings(model=ModelSettings(width=32, depth=2)), 1e12), "passes over data=pysource"),
+        (
+            lambda: plan_single(settings(model=ModelSettings(width=32, depth=2)), 3),
+            "train_tokens=3 is less than one step",
+        ),
+        (
+            lambda: plan_single(settings(model=ModelSettings(width=32, depth=2)), 1e12),
+            "passes over data=pysource",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(make, named):
@@ -126,7 +140,9 @@ def test_what_cannot_be_planned_is_one_line(make, named):
 def test_recipe_scales_and_can_be_overridden():
     small, large = GPTShape(width=16, depth=1, heads=1), GPTShape(width=64, depth=2, heads=4)
     recipe = DefaultRecipe()
-    assert recipe.decide(small, 1e6).optimizer.peak_lr == pytest.approx(4 * recipe.decide(large, 1e6).optimizer.peak_lr)
+    assert recipe.decide(small, 1e6).optimizer.peak_lr == pytest.approx(
+        4 * recipe.decide(large, 1e6).optimizer.peak_lr
+    )
     assert recipe.decide(small, 1e7).batch_tokens > recipe.decide(small, 1e5).batch_tokens
     # 512 * 32^0.4 = 2,048 tokens at 32M tokens, 32 sequences of 64.
     assert recipe.decide(large, 32e6).batch_tokens == 2048
@@ -146,7 +162,16 @@ def test_batches_are_whole_sequences_near_what_was_wanted(tokens, context):
 
 
 def test_batches_by_hand():
-    assert [round_batch(64 * s, 64) // 64 for s in (0.3, 1.4, 7.4, 15.6, 17, 18.9, 100, 1000)] == [1, 1, 7, 16, 16, 18, 96, 1024]
+    assert [round_batch(64 * s, 64) // 64 for s in (0.3, 1.4, 7.4, 15.6, 17, 18.9, 100, 1000)] == [
+        1,
+        1,
+        7,
+        16,
+        16,
+        18,
+        96,
+        1024,
+    ]
 
 
 def test_compile_rule_depends_on_the_plan_alone(monkeypatch):
@@ -163,7 +188,9 @@ def test_compile_rule_depends_on_the_plan_alone(monkeypatch):
     assert not any(r.execution.compile for r in make_plan(settings()).runs)
     forced = settings(execution=ExecutionSettings(compile="true"))
     assert all(r.execution.compile for r in make_plan(forced).runs)
-    assert not any(r.execution.compile for r in make_plan(settings(execution=ExecutionSettings(device="mps"))).runs)
+    assert not any(
+        r.execution.compile for r in make_plan(settings(execution=ExecutionSettings(device="mps"))).runs
+    )
 
 
 def test_budgets_in_another_convention():

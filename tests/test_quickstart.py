@@ -16,7 +16,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 def quickstart(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(Path(sys.executable).parent / "scaling-lab"), "quickstart"], cwd=folder, capture_output=True, text=True
+        [str(Path(sys.executable).parent / "scaling-lab"), "quickstart"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -75,5 +78,7 @@ def test_another_folder_gives_the_same_losses(first, tmp_path):
     losses = []
     for folder in (first[0], tmp_path):
         records, _ = RunStore(folder / "results/quickstart").load_records()
-        losses.append({r.run_id: [p.train_loss_nats for p in r.curve] + [r.final_val_loss_nats] for r in records})
+        losses.append(
+            {r.run_id: [p.train_loss_nats for p in r.curve] + [r.final_val_loss_nats] for r in records}
+        )
     assert losses[0] == losses[1]

@@ -104,7 +104,9 @@ def made(records: list[RunRecord], tmp_path_factory: pytest.TempPathFactory) -> 
     (folder / "notes.txt").write_text("mine")
     (folder / "figures").mkdir()
     (folder / "figures" / "mine.svg").write_text("mine too")
-    analysis, page = make(records, folder, SETTINGS, plan=plan_of(records), command="scaling-lab analyze sweep=synthetic")
+    analysis, page = make(
+        records, folder, SETTINGS, plan=plan_of(records), command="scaling-lab analyze sweep=synthetic"
+    )
     return folder, analysis, page
 
 
@@ -176,7 +178,9 @@ def test_page_and_json_say_the_same_numbers(made: tuple[Path, Analysis, Page]) -
     assert float(law["E"][1]) == pytest.approx(parametric["standard_errors"]["E"], rel=0.06)
     budgets = page.table("The floor of each")
     assert [r[5] for r in budgets[1:]] == [f"{b['loss_opt']:.4f}" for b in data["estimates"][1]["budgets"]]
-    assert f"C{data['estimates'][1]['params_exponent']:.2f}" in page.text  # the headline, with a raised exponent
+    assert (
+        f"C{data['estimates'][1]['params_exponent']:.2f}" in page.text
+    )  # the headline, with a raised exponent
     assert analysis.agreement.message in page.text
 
 
@@ -193,7 +197,11 @@ def test_headline_is_the_truth_that_the_records_were_made_from(made: tuple[Path,
 def test_published_rows_are_the_papers_own(made: tuple[Path, Analysis, Page]) -> None:
     rows = {r[0]: (r[1], r[3]) for r in made[2].table("How optimal parameters")[1:]}
     assert rows["Kaplan et al. 2020"] == ("0.73", "0.27")
-    assert [rows[f"Chinchilla, approach {i}"] for i in (1, 2, 3)] == [("0.50", "0.50"), ("0.49", "0.51"), ("0.46", "0.54")]
+    assert [rows[f"Chinchilla, approach {i}"] for i in (1, 2, 3)] == [
+        ("0.50", "0.50"),
+        ("0.49", "0.51"),
+        ("0.46", "0.54"),
+    ]
 
 
 def test_table_of_runs_is_the_records(made: tuple[Path, Analysis, Page], records: list[RunRecord]) -> None:
@@ -231,7 +239,9 @@ def test_a_changed_record_changes_the_page(
     assert f"{old.params.exponent:.3f}" != f"{new.params.exponent:.3f}"
     assert page.table("How optimal parameters")[2][1] == f"{new.params.exponent:.3f}"
     assert page.table("Parameters of the fitted law") != before_page.table("Parameters of the fitted law")
-    assert json.loads((tmp_path / "analysis.json").read_text()) != json.loads((before_folder / "analysis.json").read_text())
+    assert json.loads((tmp_path / "analysis.json").read_text()) != json.loads(
+        (before_folder / "analysis.json").read_text()
+    )
     assert page.table("The floor of each")[3] != before_page.table("The floor of each")[3]
     for name in ("loss_vs_flops", "isoflop_valleys", "frontier_scaling", "residuals"):
         figure = f"figures/{name}.svg"
@@ -243,7 +253,9 @@ def test_written_twice_it_differs_in_its_date_alone(
 ) -> None:
     folder, analysis, _ = made
     options = ReportOptions(
-        made_on=datetime(2027, 5, 6, tzinfo=UTC), plan=plan_of(records), command="scaling-lab analyze sweep=synthetic"
+        made_on=datetime(2027, 5, 6, tzinfo=UTC),
+        plan=plan_of(records),
+        command="scaling-lab analyze sweep=synthetic",
     )
     write_report(analysis, records, tmp_path, options)
     one, two = ((f / "report.html").read_text().splitlines() for f in (folder, tmp_path))
@@ -296,7 +308,9 @@ def test_nothing_at_all_still_has_a_page(records: list[RunRecord], tmp_path: Pat
 
 def test_plain_table_says_which_parts_it_has_not(records: list[RunRecord], tmp_path: Path) -> None:
     o = observations_of_sweep(records)
-    table = Observations.from_arrays(n_params=o.n_params, n_tokens=o.n_tokens, loss_nats=o.loss_nats, run_id=o.run_id)
+    table = Observations.from_arrays(
+        n_params=o.n_params, n_tokens=o.n_tokens, loss_nats=o.loss_nats, run_id=o.run_id
+    )
     analysis = analyse(table, LIGHT)
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "training_curves.svg").write_text("of an older report")
@@ -317,10 +331,17 @@ def test_an_answer_that_did_not_converge_says_so_first(made: tuple[Path, Analysi
         analysis,
         estimates=(
             analysis.estimates[0],
-            replace(isoflop, status=FitStatus.NOT_IDENTIFIED, message="too flat", budgets=(budget, *isoflop.budgets[1:])),
+            replace(
+                isoflop,
+                status=FitStatus.NOT_IDENTIFIED,
+                message="too flat",
+                budgets=(budget, *isoflop.budgets[1:]),
+            ),
             replace(parametric, status=FitStatus.AT_BOUND, message="E ended at 0"),
         ),
-        agreement=replace(analysis.agreement, agree=False, message="isoflop and parametric disagree on everything"),
+        agreement=replace(
+            analysis.agreement, agree=False, message="isoflop and parametric disagree on everything"
+        ),
     )
     said = words.caveats(doubtful)
     assert any("too flat" in c for c in said)
@@ -337,9 +358,13 @@ def test_no_frontier_at_all_gives_no_headline_number(made: tuple[Path, Analysis,
     _, analysis, _ = made
     nothing = replace(
         analysis,
-        estimates=tuple(replace(e, frontier=None, status=FitStatus.NOT_APPLICABLE) for e in analysis.estimates),
+        estimates=tuple(
+            replace(e, frontier=None, status=FitStatus.NOT_APPLICABLE) for e in analysis.estimates
+        ),
     )
-    assert words.headline(nothing) == "These runs do not yet say how the optimal model size grows with compute."
+    assert (
+        words.headline(nothing) == "These runs do not yet say how the optimal model size grows with compute."
+    )
     assert not re.search(r"\d", words.plain_meaning(nothing))
 
 

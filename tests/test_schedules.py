@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -23,7 +24,9 @@ from scaling_lab.core.schedules import Constant, Cosine
     ],
 )
 def test_cosine_by_hand(progress, expected):
-    assert Cosine(warmup_fraction=0.1, final_fraction=0.1).multiplier(progress) == pytest.approx(expected, abs=1e-12)
+    assert Cosine(warmup_fraction=0.1, final_fraction=0.1).multiplier(progress) == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_longer_horizon_ends_early_in_its_cosine():
@@ -42,7 +45,7 @@ def test_shorter_horizon_stays_at_the_end():
 def test_cosine_falls_after_warmup_and_stays_in_range(warmup, final, points):
     schedule = Cosine(warmup_fraction=warmup, final_fraction=final)
     after = [schedule.multiplier(p) for p in sorted(points) if p >= warmup]
-    assert all(a >= b - 1e-12 for a, b in zip(after, after[1:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(after))
     assert all(0 <= schedule.multiplier(p) <= 1 + 1e-12 for p in points)
 
 

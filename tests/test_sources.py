@@ -33,7 +33,9 @@ def test_pysource_leaves_out_tests_encodings_and_tables():
 
     names = [name for name, _ in _source_files(False)]
     assert "stdlib/argparse.py" in names
-    assert not [n for n in names if "/test/" in n or "/tests/" in n or "/encodings/" in n or "site-packages" in n]
+    assert not [
+        n for n in names if "/test/" in n or "/tests/" in n or "/encodings/" in n or "site-packages" in n
+    ]
 
 
 def test_pysource_is_deterministic_and_says_so():
@@ -72,7 +74,11 @@ def test_token_file_split_and_fingerprint(tmp_path):
         (lambda p: None, {}, "there is no such file"),
         (lambda p: p.write_bytes(b""), {}, "is empty"),
         (lambda p: p.write_bytes(b"abc"), {}, "not a multiple"),
-        (lambda p: np.array([1, 2, 999, 3], np.uint16).tofile(p), {"vocab_size": 500}, "token 999 at index 2"),
+        (
+            lambda p: np.array([1, 2, 999, 3], np.uint16).tofile(p),
+            {"vocab_size": 500},
+            "token 999 at index 2",
+        ),
         (lambda p: None, {"dtype": "float32"}, "data.dtype='float32'"),
         (lambda p: None, {"validation_fraction": 1.0}, "data.validation_fraction"),
     ],

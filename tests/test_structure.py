@@ -23,7 +23,12 @@ ALLOWED = {
     "hydra_plugins": {"core", "plan", "train", "analyse", "report", "cli", "hydra_plugins"},
 }
 # Outside packages with one owner.
-ONLY_IN = {"torch": {"train"}, "hydra": {"cli", "hydra_plugins"}, "omegaconf": {"cli", "hydra_plugins"}, "wandb": {"train"}}
+ONLY_IN = {
+    "torch": {"train"},
+    "hydra": {"cli", "hydra_plugins"},
+    "omegaconf": {"cli", "hydra_plugins"},
+    "wandb": {"train"},
+}
 CORE_PACKAGES = {"numpy", "scaling_lab"}
 
 
@@ -49,20 +54,24 @@ def test_zones(path):
     for name in imports(path):
         parts = name.split(".")
         if parts[0] == "scaling_lab" and len(parts) > 1 and (PACKAGE / parts[1]).is_dir():
-            assert parts[1] in ALLOWED[zone] or (zone == "plan" and path.name == "power.py" and parts[1] == "analyse"), (
-                f"{zone} must not import {name}"
-            )
+            assert parts[1] in ALLOWED[zone] or (
+                zone == "plan" and path.name == "power.py" and parts[1] == "analyse"
+            ), f"{zone} must not import {name}"
         owners = ONLY_IN.get(parts[0])
         # cli may ask torch what this machine can do (doctor) and hand over wandb's login state; it trains nothing.
         assert owners is None or zone in owners or zone == "cli", f"{zone} must not import {parts[0]}"
         if zone == "core":
-            assert parts[0] in CORE_PACKAGES or parts[0] in sys.stdlib_module_names, f"core must not import {parts[0]}"
+            assert parts[0] in CORE_PACKAGES or parts[0] in sys.stdlib_module_names, (
+                f"core must not import {parts[0]}"
+            )
 
 
 def test_no_cycles_between_modules():
     """At import time (imports inside functions are free): a depth-first search finds no way back."""
     graph: dict[str, set[str]] = {}
-    names = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in sources()}
+    names = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in sources()
+    }
     for name, path in names.items():
         top = ast.parse(path.read_text(encoding="utf-8")).body
         targets = set()
@@ -95,8 +104,14 @@ def loaded_after(code: str) -> set[str]:
 @pytest.mark.parametrize(
     ("code", "forbidden"),
     [
-        ("import scaling_lab", {"torch", "hydra", "omegaconf", "wandb", "datasets", "numpy", "pandas", "matplotlib"}),
-        ("import scaling_lab.core.spec, scaling_lab.core.store", {"torch", "hydra", "wandb", "datasets", "pandas"}),
+        (
+            "import scaling_lab",
+            {"torch", "hydra", "omegaconf", "wandb", "datasets", "numpy", "pandas", "matplotlib"},
+        ),
+        (
+            "import scaling_lab.core.spec, scaling_lab.core.store",
+            {"torch", "hydra", "wandb", "datasets", "pandas"},
+        ),
         ("import scaling_lab.plan.design", {"torch", "hydra", "wandb", "datasets"}),
         ("import scaling_lab.analyse.analysis", {"torch", "hydra", "wandb", "datasets", "matplotlib"}),
         ("import scaling_lab.train.worker", {"hydra", "wandb", "datasets"}),

@@ -69,7 +69,10 @@ def test_an_offline_run_holds_the_whole_curve(tmp_path):
     assert config["C"] == spec.train_flops()
     assert config["D"] == spec.train_tokens
     history = [
-        {item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json) for item in r.history.item}
+        {
+            item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json)
+            for item in r.history.item
+        }
         for r in records
         if r.HasField("history")
     ]

@@ -62,7 +62,11 @@ def test_record_and_curve(tmp_path):
     record = train(store, spec)
     assert store.read_record(spec.run_id()) == record
     assert [p.step for p in record.curve] == list(range(1, 41))
-    assert [p.step for p in record.curve if p.val_loss_nats is not None] == list(evaluation_steps(spec)) == [14, 20, 28, 40]
+    assert (
+        [p.step for p in record.curve if p.val_loss_nats is not None]
+        == list(evaluation_steps(spec))
+        == [14, 20, 28, 40]
+    )
     last = record.curve[-1]
     assert last.tokens == spec.train_tokens
     assert last.train_flops == spec.train_flops()
@@ -95,7 +99,9 @@ def test_step_equals_plain_torch():
     decay = [p for p in model.parameters() if p.ndim >= 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=1.0, betas=(0.9, 0.95)
+        [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
+        lr=1.0,
+        betas=(0.9, 0.95),
     )
     theirs = []
     for step in range(12):
@@ -163,7 +169,9 @@ def test_an_error_of_the_run_is_a_failed_record_and_the_others_go_on(tmp_path, m
     good = tiny(10, shape=GPTShape(width=24, depth=1, heads=2))
     runs = tuple(PlannedRun(s, Execution()) for s in (tiny(10), good))
     store = RunStore(tmp_path)
-    records = {r.run_id: r for r in train_pending(store, Plan("t", runs, good.convention, good.data.fingerprint()))}
+    records = {
+        r.run_id: r for r in train_pending(store, Plan("t", runs, good.convention, good.data.fingerprint()))
+    }
     assert records[good.run_id()].status is RunStatus.COMPLETED
     failed = store.read_record(tiny(10).run_id())
     assert failed.status is RunStatus.FAILED
@@ -236,7 +244,9 @@ def test_validation_set_is_fixed_and_its_error_is_by_batch_means(tmp_path):
     one = ValidationSet(tokens, 64, EvalSpec(tokens=8192), device)
     assert one.n_tokens == 8192
     mean, sem = one.loss(model, dict(model.named_parameters()))
-    again, _ = ValidationSet(tokens, 64, EvalSpec(tokens=8192), device).loss(model, dict(model.named_parameters()))
+    again, _ = ValidationSet(tokens, 64, EvalSpec(tokens=8192), device).loss(
+        model, dict(model.named_parameters())
+    )
     assert mean == again
     # By hand: the mean over all tokens of all windows.
     starts = np.arange(128) * ((tokens.size - 1) // 64) // 128 * 64
@@ -248,7 +258,9 @@ def test_validation_set_is_fixed_and_its_error_is_by_batch_means(tmp_path):
 
 
 def test_long_runs_keep_block_means(tmp_path):
-    assert [curve_block_steps(s) for s in (1, MAX_CURVE_POINTS, MAX_CURVE_POINTS + 1, 3 * MAX_CURVE_POINTS)] == [1, 1, 2, 3]
+    assert [
+        curve_block_steps(s) for s in (1, MAX_CURVE_POINTS, MAX_CURVE_POINTS + 1, 3 * MAX_CURVE_POINTS)
+    ] == [1, 1, 2, 3]
     from scaling_lab.train.curve import CurveWriter
 
     spec = tiny(2 * MAX_CURVE_POINTS)

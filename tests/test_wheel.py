@@ -21,7 +21,8 @@ def installed(tmp_path_factory) -> Path:
     files are not read, so an editable install of the checkout there stays out of sight."""
     folder = tmp_path_factory.mktemp("wheel")
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder / "dist"), str(ROOT)], check=True
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder / "dist"), str(ROOT)],
+        check=True,
     )
     (wheel,) = (folder / "dist").glob("scaling_lab-*.whl")
     environment = folder / "env"
@@ -38,7 +39,11 @@ def installed(tmp_path_factory) -> Path:
 def run(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     return subprocess.run(
-        [str(installed / "bin" / "scaling-lab"), *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+        [str(installed / "bin" / "scaling-lab"), *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 

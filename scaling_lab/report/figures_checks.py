@@ -34,7 +34,10 @@ def residuals(ax_n: Axes, ax_d: Axes, observations: Observations, fit: FitResult
     shades = [colour(c) for c in observations.compute_flops]
     size = 20 if off.size <= 400 else 6
     reach = 1.12 * max(float(np.max(np.abs(off))), 0.05)
-    for ax, x, name in ((ax_n, observations.n_params, "parameters N"), (ax_d, observations.n_tokens, "tokens D")):
+    for ax, x, name in (
+        (ax_n, observations.n_params, "parameters N"),
+        (ax_d, observations.n_tokens, "tokens D"),
+    ):
         ax.axhline(0, color=INK, lw=0.8)
         ax.scatter(x, off, s=size, c=shades, edgecolors="white", linewidths=0.5, zorder=3)
         log_axis(ax, "x", float(x.min()), float(x.max()), format_count, most=6)
@@ -62,7 +65,9 @@ def forest_height(rows: Sequence[ForestRow]) -> float:
     return 0.9 + 0.2 * len(dict.fromkeys(r.label for r in rows)) + 0.05 * len(rows)
 
 
-def sensitivity_forest(ax: Axes, rows: Sequence[ForestRow], base: dict[str, tuple[float, float] | None]) -> None:
+def sensitivity_forest(
+    ax: Axes, rows: Sequence[ForestRow], base: dict[str, tuple[float, float] | None]
+) -> None:
     """The exponent of N under every choice: a row a choice, a marker an approach, bars where there are intervals.
 
     Args:
@@ -88,7 +93,14 @@ def sensitivity_forest(ax: Axes, rows: Sequence[ForestRow], base: dict[str, tupl
         ax.plot([row.value], [y], marker, color=shade, ms=5, mec="white", mew=0.6, zorder=3)
     for approach in approaches:
         marker = APPROACH_MARKERS[approach]
-        ax.plot([], [], marker, color=APPROACH_COLOURS[approach], ms=5, label=approach.replace("isoflop", "IsoFLOP"))
+        ax.plot(
+            [],
+            [],
+            marker,
+            color=APPROACH_COLOURS[approach],
+            ms=5,
+            label=approach.replace("isoflop", "IsoFLOP"),
+        )
     bold = {r.label for r in rows if r.is_base}
     ax.set_yticks([height[label] for label in labels], labels)
     for tick, label in zip(ax.get_yticklabels(), labels):
@@ -103,7 +115,9 @@ def sensitivity_forest(ax: Axes, rows: Sequence[ForestRow], base: dict[str, tupl
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, borderaxespad=0.1)
 
 
-def predicted_and_reached(ax: Axes, rows: Sequence[tuple[str, str, float, tuple[float, float] | None, float]]) -> None:
+def predicted_and_reached(
+    ax: Axes, rows: Sequence[tuple[str, str, float, tuple[float, float] | None, float]]
+) -> None:
     """Predictions of what was left out, beside what it came to: one line an approach and budget.
 
     Args:

@@ -61,7 +61,9 @@ def loss_vs_flops(ax: Axes, observations: Observations, estimates: Iterable[Esti
     ax.add_collection(LineCollection(lines, colors=shades, linewidths=0.9, alpha=0.75))
     dots = final.compute_flops, final.loss_nats
     size = 16 if final.n_points <= 400 else 5
-    ax.scatter(*dots, s=size, c=[colour(n) for n in final.n_params], linewidths=0.5, edgecolors="white", zorder=4.5)
+    ax.scatter(
+        *dots, s=size, c=[colour(n) for n in final.n_params], linewidths=0.5, edgecolors="white", zorder=4.5
+    )
     _envelope(ax, estimates)
     low = float(min(final.loss_nats.min(), min((line[:, 1].min() for line in lines), default=np.inf)))
     log_axis(ax, "x", start_c if lines else float(dots[0].min()), float(end.max()), format_flops)
@@ -79,7 +81,14 @@ def _envelope(ax: Axes, estimates: Iterable[Estimate]) -> None:
             continue
         c, loss = estimate.details["compute_flops"], estimate.details["loss_nats"]
         label = "lower envelope"
-        ax.plot(*thin(np.asarray(c), np.asarray(loss)), color=INK, lw=1.5, zorder=4, path_effects=halo(3.0), label=label)
+        ax.plot(
+            *thin(np.asarray(c), np.asarray(loss)),
+            color=INK,
+            lw=1.5,
+            zorder=4,
+            path_effects=halo(3.0),
+            label=label,
+        )
         frontier = estimate.frontier
         if frontier is not None and 0 < frontier.compute_flops.size <= 60:
             ax.plot(
@@ -116,7 +125,9 @@ def training_curves(ax_loss: Axes, ax_lr: Axes, records: Sequence[RunRecord]) ->
             ax_loss.plot(share, loss, color=shade, lw=0.8, alpha=0.8)
             lowest = min(lowest, float(loss[-1]), float(loss.min()))
             starts.append(float(np.interp(0.04, share, loss)))
-        seen = [(p.step / record.spec.steps, p.val_loss_nats) for p in record.curve if p.val_loss_nats is not None]
+        seen = [
+            (p.step / record.spec.steps, p.val_loss_nats) for p in record.curve if p.val_loss_nats is not None
+        ]
         if seen:
             x, y = (np.array(v) for v in zip(*seen))
             ax_loss.plot(x, y, "o", color=shade, ms=2.6, mec="white", mew=0.3)
@@ -133,7 +144,9 @@ def training_curves(ax_loss: Axes, ax_lr: Axes, records: Sequence[RunRecord]) ->
         log_axis(ax_loss, "y", lowest, max(starts), lambda v: f"{v:g}", margin=0.05)
     rates = [p.lr for r in picked for p in r.curve if p.lr > 0]
     if rates:
-        log_axis(ax_lr, "y", max(min(rates), max(rates) / 300), max(rates), lambda v: f"{v:g}", margin=0.08, most=5)
+        log_axis(
+            ax_lr, "y", max(min(rates), max(rates) / 300), max(rates), lambda v: f"{v:g}", margin=0.08, most=5
+        )
     for ax in (ax_loss, ax_lr):
         ax.set_xlim(0, 1.01)
     ax_loss.set_ylabel("loss (nats per token)")

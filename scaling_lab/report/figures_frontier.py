@@ -106,11 +106,20 @@ def _valley(
     if not ok:
         return end, f"{name} ({budget.status.value})", shade
     if budget.params_opt is not None and budget.loss_opt is not None:
-        ax.plot([budget.params_opt], [budget.loss_opt], "*", ms=11, color=shade, mec="white", mew=0.8, zorder=5)
+        ax.plot(
+            [budget.params_opt], [budget.loss_opt], "*", ms=11, color=shade, mec="white", mew=0.8, zorder=5
+        )
     if named and budget.params_opt is not None and budget.loss_opt is not None:
         ax.annotate(
-            f"N = {format_count(budget.params_opt)}", (budget.params_opt, budget.loss_opt), (0, -8),
-            textcoords="offset points", ha="center", va="top", size=7.5, color=text_colour(shade), path_effects=halo(),
+            f"N = {format_count(budget.params_opt)}",
+            (budget.params_opt, budget.loss_opt),
+            (0, -8),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            size=7.5,
+            color=text_colour(shade),
+            path_effects=halo(),
             zorder=6,
         )
     return end, name, shade
@@ -177,7 +186,9 @@ def _scaling_panel(
         points = frontier.params_opt if which == "params" else frontier.tokens_opt
         if estimate.approach != "parametric" and points.size <= 60:
             marker = APPROACH_MARKERS[estimate.approach]
-            ax.plot(frontier.compute_flops, points, marker, color=shade, ms=4.6, mec="white", mew=0.6, zorder=4)
+            ax.plot(
+                frontier.compute_flops, points, marker, color=shade, ms=4.6, mec="white", mew=0.6, zorder=4
+            )
         name = SHORT_APPROACH_NAMES[estimate.approach]
         entries.append((float(law(grid[-1])), f"{name} {law.exponent:.2f}", shade))
     return entries
@@ -201,7 +212,9 @@ def frontier_band(band: Band, which: str, grid: Array) -> tuple[Array, Array] | 
     return np.exp(lo), np.exp(hi)
 
 
-def _limit_y(ax: Axes, which: str, grid: Array, known: Sequence[tuple[Estimate, Frontier]], line_20: Array) -> None:
+def _limit_y(
+    ax: Axes, which: str, grid: Array, known: Sequence[tuple[Estimate, Frontier]], line_20: Array
+) -> None:
     """Limits from the estimates and the 20-to-1 line: a band that is wide must not flatten the rest."""
     values = [line_20[[0, -1]], *(getattr(f, which)(grid[[0, -1]]) for _, f in known)]
     values += [f.params_opt if which == "params" else f.tokens_opt for _, f in known]
@@ -228,9 +241,13 @@ def parametric_contour(ax: Axes, observations: Observations, estimate: Estimate)
     loss = np.broadcast_to(law.loss_nats(fit.parameters, columns), (80, 80))
     levels = _levels(loss, observations.loss_nats)
     _, norm, colours = sequential_colours(levels)
-    lines = ax.contour(grid_d, grid_n, loss, levels=levels, cmap=colours.reversed(), norm=norm, linewidths=0.9)
+    lines = ax.contour(
+        grid_d, grid_n, loss, levels=levels, cmap=colours.reversed(), norm=norm, linewidths=0.9
+    )
     _iso_flop_lines(ax, observations, estimate, grid_n)
-    ax.plot(d, n, "o", color=INK, ms=2.8 if n.size <= 400 else 1.4, mec="white", mew=0.3, alpha=0.85, zorder=4)
+    ax.plot(
+        d, n, "o", color=INK, ms=2.8 if n.size <= 400 else 1.4, mec="white", mew=0.3, alpha=0.85, zorder=4
+    )
     if estimate.frontier is not None:
         shade = APPROACH_COLOURS["parametric"]
         c = np.geomspace(observations.compute_flops.min() / 10, observations.compute_flops.max() * 10, 200)
@@ -240,8 +257,16 @@ def parametric_contour(ax: Axes, observations: Observations, estimate: Estimate)
         if inside.any():
             at = np.flatnonzero(inside)[-1]
             ax.annotate(
-                "efficient frontier", (x[at], y[at]), (-8, 2), textcoords="offset points", color=shade, size=8,
-                ha="right", va="bottom", path_effects=halo(3), zorder=6,
+                "efficient frontier",
+                (x[at], y[at]),
+                (-8, 2),
+                textcoords="offset points",
+                color=shade,
+                size=8,
+                ha="right",
+                va="bottom",
+                path_effects=halo(3),
+                zorder=6,
             )
     log_axis(ax, "x", float(grid_d[0]), float(grid_d[-1]), format_count, margin=0.0)
     log_axis(ax, "y", float(grid_n[0]), float(grid_n[-1]), format_count, margin=0.0)
@@ -277,10 +302,19 @@ def _iso_flop_lines(ax: Axes, observations: Observations, estimate: Estimate, gr
         d = budget / cost
         ax.plot(d, grid_n, color=MUTED, lw=0.7, ls=(0, (1, 2)), zorder=2)
         # Named near where the line leaves the picture, top left: the contours' own names are elsewhere.
-        near = int(np.argmin(np.maximum(np.log(lowest_d * 1.25 / d), np.log(grid_n * 1.25 / grid_n[-1])) ** 2))
+        near = int(
+            np.argmin(np.maximum(np.log(lowest_d * 1.25 / d), np.log(grid_n * 1.25 / grid_n[-1])) ** 2)
+        )
         ax.annotate(
-            format_flops(float(budget)), (d[near], grid_n[near]), color=MUTED, size=7, ha="center", va="center",
-            path_effects=halo(), zorder=3, annotation_clip=True,
+            format_flops(float(budget)),
+            (d[near], grid_n[near]),
+            color=MUTED,
+            size=7,
+            ha="center",
+            va="center",
+            path_effects=halo(),
+            zorder=3,
+            annotation_clip=True,
         )
 
 

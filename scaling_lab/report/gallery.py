@@ -62,7 +62,9 @@ def draw_all(analysis: Analysis | None, records: Sequence[RunRecord]) -> list[Pl
     """Every figure of the report, in its order."""
     plates: list[Plate] = []
     if analysis is not None:
-        plates = [f(analysis) for f in (_loss, _valleys, _scaling, _contour, _residuals, _backtest, _sensitivity)]
+        plates = [
+            f(analysis) for f in (_loss, _valleys, _scaling, _contour, _residuals, _backtest, _sensitivity)
+        ]
     plates.append(_training(records))
     return plates
 
@@ -85,7 +87,11 @@ def _loss(analysis: Analysis) -> Plate:
         points = analysis.points
         shown = figures_curves.loss_vs_flops(figure.add_subplot(), points, analysis.estimates)
         envelope = analysis.estimate("envelope")
-        some = "" if shown["drawn"] == shown["curves"] else f" {shown['drawn']} of {shown['curves']} curves are drawn."
+        some = (
+            ""
+            if shown["drawn"] == shown["curves"]
+            else f" {shown['drawn']} of {shown['curves']} curves are drawn."
+        )
         if not shown["curves"]:
             return (
                 "Each point is one run's final loss and what it cost. There are no curves in these data (one row a run), "
@@ -93,7 +99,11 @@ def _loss(analysis: Analysis) -> Plate:
                 f"Scatter of final loss against training FLOPs for {shown['runs']} runs.",
             )
         kind = points.curves.kind
-        said = f" {envelope.message}" if envelope.frontier is not None else f" Not usable here: {envelope.message}"
+        said = (
+            f" {envelope.message}"
+            if envelope.frontier is not None
+            else f" Not usable here: {envelope.message}"
+        )
         return (
             f"Each line is one run ({kind}); its end is its final loss. A small model (violet) falls early and then "
             "flattens; a large one (green) starts late and ends lower. The thick line is the lowest loss that any run "
@@ -123,14 +133,20 @@ def _valleys(analysis: Analysis) -> Plate:
             for b in estimate.budgets
             if b.status is BudgetStatus.OK and b.params_opt is not None and b.loss_opt is not None
         ]
-        rest = "" if shown["ok"] == shown["budgets"] else " A dashed curve has no usable minimum; its name says why."
+        rest = (
+            ""
+            if shown["ok"] == shown["budgets"]
+            else " A dashed curve has no usable minimum; its name says why."
+        )
         few = f" {shown['too_few']} budget(s) with too few sizes are not drawn." if shown["too_few"] else ""
         return (
             "Every curve is one compute budget, spent on models of different sizes. Too small a model (left) cannot "
             "learn what its many tokens hold; too large a one (right) gets too few tokens: in between lies the valley. "
             f"Its floor (star) is the best size for that budget, found by {how}. The floor moves right "
             f"as the budget grows: how fast is the exponent a, Approach 2.{rest}{few}",
-            "IsoFLOP valleys, final loss against parameters. Minima at " + ("; ".join(found) or "no budget") + ".",
+            "IsoFLOP valleys, final loss against parameters. Minima at "
+            + ("; ".join(found) or "no budget")
+            + ".",
         )
 
     return _finish("isoflop_valleys", "IsoFLOP valleys", 4.2, draw)
@@ -209,7 +225,9 @@ def _backtest(analysis: Analysis) -> Plate:
     for test in analysis.backtest:
         loss = test.predicted.loss_opt if test.predicted is not None else None
         if loss is not None:
-            reached = test.observed.loss_opt if test.observed.loss_opt is not None else test.best_sampled_loss_nats
+            reached = (
+                test.observed.loss_opt if test.observed.loss_opt is not None else test.best_sampled_loss_nats
+            )
             span = None if loss.interval is None else (loss.interval.lo, loss.interval.hi)
             rows.append((SHORT_APPROACH_NAMES[test.approach], test.approach, loss.estimate, span, reached))
 
@@ -237,7 +255,8 @@ def _sensitivity(analysis: Analysis) -> Plate:
         if len({r.label for r in rows}) < 2:
             return "No other choice was tried (sensitivity is off, or no approach has a frontier)."
         base = {
-            b.approach: None if (i := b.interval("params_exponent")) is None else (i.lo, i.hi) for b in analysis.bands
+            b.approach: None if (i := b.interval("params_exponent")) is None else (i.lo, i.hi)
+            for b in analysis.bands
         }
         figures_checks.sensitivity_forest(figure.add_subplot(), rows, base)
         values = [r.value for r in rows]
@@ -261,7 +280,9 @@ def forest_rows(analysis: Analysis) -> list[figures_checks.ForestRow]:
             interval = band.interval("params_exponent")
             span = None if interval is None else (interval.lo, interval.hi)
             rows.append(
-                figures_checks.ForestRow("this report", estimate.approach, estimate.frontier.params.exponent, span, True)
+                figures_checks.ForestRow(
+                    "this report", estimate.approach, estimate.frontier.params.exponent, span, True
+                )
             )
     for kind in ("convention", "data", "method", "influence"):
         for row in analysis.sensitivity:
@@ -285,7 +306,11 @@ def _training(records: Sequence[RunRecord]) -> Plate:
             return "This needs the runs' own records with their curves; the analysis was made from a plain table."
         ax_loss, ax_lr = figure.subplots(2, 1, height_ratios=[3, 1.3])
         shown = figures_curves.training_curves(ax_loss, ax_lr, records)
-        some = "" if shown["drawn"] == shown["curves"] else f" {shown['drawn']} of {shown['curves']} runs are drawn."
+        some = (
+            ""
+            if shown["drawn"] == shown["curves"]
+            else f" {shown['drawn']} of {shown['curves']} runs are drawn."
+        )
         return (
             "Every run from its first step to its last: training loss (line, averaged over short stretches) and loss on "
             "the validation set (dots). Below, the learning rate. Look here when a valley looks odd: a run that stops "

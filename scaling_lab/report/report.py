@@ -33,9 +33,15 @@ FIGURES_NAME = "figures"
 
 REFERENCES = (
     ("Kaplan et al. 2020, Scaling Laws for Neural Language Models", "https://arxiv.org/abs/2001.08361"),
-    ("Hoffmann et al. 2022, Training Compute-Optimal Large Language Models", "https://arxiv.org/abs/2203.15556"),
+    (
+        "Hoffmann et al. 2022, Training Compute-Optimal Large Language Models",
+        "https://arxiv.org/abs/2203.15556",
+    ),
     ("Besiroglu et al. 2024, Chinchilla Scaling: A replication attempt", "https://arxiv.org/abs/2404.10102"),
-    ("Porian et al. 2024, Resolving Discrepancies in Compute-Optimal Scaling", "https://arxiv.org/abs/2406.19146"),
+    (
+        "Porian et al. 2024, Resolving Discrepancies in Compute-Optimal Scaling",
+        "https://arxiv.org/abs/2406.19146",
+    ),
 )
 
 
@@ -96,7 +102,9 @@ def write_report(
     return page
 
 
-def render(analysis: Analysis | None, records: Sequence[RunRecord], plates: Sequence[Plate], options: ReportOptions) -> str:
+def render(
+    analysis: Analysis | None, records: Sequence[RunRecord], plates: Sequence[Plate], options: ReportOptions
+) -> str:
     """The whole page as HTML text."""
     import jinja2
     from markupsafe import Markup
@@ -119,7 +127,9 @@ def render(analysis: Analysis | None, records: Sequence[RunRecord], plates: Sequ
     )
 
 
-def _context(analysis: Analysis | None, records: Sequence[RunRecord], options: ReportOptions) -> dict[str, Any]:
+def _context(
+    analysis: Analysis | None, records: Sequence[RunRecord], options: ReportOptions
+) -> dict[str, Any]:
     sweeps = sorted({r.spec.sweep for r in records})
     title = options.title or (", ".join(sweeps) if sweeps else "A table of runs")
     made_on = (options.made_on or datetime.now(UTC)).strftime("%d %B %Y, %H:%M %Z").lstrip("0")
@@ -156,7 +166,9 @@ def _context(analysis: Analysis | None, records: Sequence[RunRecord], options: R
         "agreement_message": analysis.agreement.message,
         "sensitivity": tables.sensitivity(analysis),
         "warnings": analysis.observations.warnings,
-        "diagnostics": [(words.SHORT_APPROACH_NAMES[e.approach], e.message, e.diagnostics) for e in estimates],
+        "diagnostics": [
+            (words.SHORT_APPROACH_NAMES[e.approach], e.message, e.diagnostics) for e in estimates
+        ],
         "choices": choices(analysis),
     }
 
@@ -169,7 +181,9 @@ def banner(records: Sequence[RunRecord], plan: Plan | None) -> str | None:
         have = {r.run_id for r in records if r.status is not RunStatus.INTERRUPTED}
         done = sum(p.run_id in have for p in plan.runs)
         if done < len(plan.runs):
-            parts.append(f"{done} of {len(plan.runs)} runs are done: this is a half-done sweep, and its answer will move.")
+            parts.append(
+                f"{done} of {len(plan.runs)} runs are done: this is a half-done sweep, and its answer will move."
+            )
     if bad:
         parts.append(f"{len(bad)} run(s) diverged or failed and are not analysed.")
     return " ".join(parts) or None
@@ -232,14 +246,29 @@ def default_next_commands(analysis: Analysis | None, sweeps: Sequence[str]) -> l
     """What can follow, by what is there."""
     if not sweeps:
         return [
-            ("scaling-lab analyze runs=FILE convention=six_n_total", "the same table, saying what its params count"),
-            ("scaling-lab analyze runs=FILE bootstrap.unit=budget", "the same with another unit of resampling"),
+            (
+                "scaling-lab analyze runs=FILE convention=six_n_total",
+                "the same table, saying what its params count",
+            ),
+            (
+                "scaling-lab analyze runs=FILE bootstrap.unit=budget",
+                "the same with another unit of resampling",
+            ),
         ]
     sweep = sweeps[0]
-    out = [(f"scaling-lab sweep sweep={sweep}", "train what of the plan is not done")] if analysis is None else []
+    out = (
+        [(f"scaling-lab sweep sweep={sweep}", "train what of the plan is not done")]
+        if analysis is None
+        else []
+    )
     if analysis is not None:
         ten = 10 * float(analysis.points.compute_flops.max())
-        out.append((f"scaling-lab predict sweep={sweep} compute_flops={ten:.3g}", "the best model at ten times the compute"))
+        out.append(
+            (
+                f"scaling-lab predict sweep={sweep} compute_flops={ten:.3g}",
+                "the best model at ten times the compute",
+            )
+        )
         kaplan = f"scaling-lab analyze sweep={sweep} convention={Convention.SIX_N_NON_EMBEDDING}"
         out.append((kaplan, "the same runs, N and C counted as Kaplan et al. counted them"))
     out.append((f"scaling-lab report sweep={sweep}", "this page again, with what has been trained since"))

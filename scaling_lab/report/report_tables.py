@@ -69,14 +69,17 @@ def exponents(analysis: Analysis) -> TextTable:
                 _span(band.interval("tokens_exponent")),
             )
             how.append(f"{SHORT_APPROACH_NAMES[estimate.approach]}, {_how(band)}")
-        rows.append(Row((APPROACH_NAMES[estimate.approach], *values, estimate.status.value), "" if ok else "warn"))
+        rows.append(
+            Row((APPROACH_NAMES[estimate.approach], *values, estimate.status.value), "" if ok else "warn")
+        )
     rows += [Row((*p, "published"), "published") for p in PUBLISHED]
     level = f"{analysis.settings.bootstrap.level:.0%}"
     return TextTable(
         ("", "N as C to the", level, "D as C to the", level, "status"),
         tuple(rows),
         frozenset({1, 2, 3, 4}),
-        (f"Our intervals: {'; '.join(how)}. " if how else "") + "Chinchilla's intervals are the 10th and 90th percentiles of its table 2. Exponents compare only under the same "
+        (f"Our intervals: {'; '.join(how)}. " if how else "")
+        + "Chinchilla's intervals are the 10th and 90th percentiles of its table 2. Exponents compare only under the same "
         "counting of N and C: see “How N and C are counted”.",
     )
 
@@ -99,8 +102,14 @@ def law_parameters(analysis: Analysis) -> TextTable | None:
     for name, value in fit.parameters.items():
         se = band.standard_error(name)
         rows.append(
-            Row((GREEK.get(name, name), significant(value, 4), _maybe(se, lambda v: significant(v, 2)),
-                 _span(band.interval(name), lambda v: significant(v, 4))))
+            Row(
+                (
+                    GREEK.get(name, name),
+                    significant(value, 4),
+                    _maybe(se, lambda v: significant(v, 2)),
+                    _span(band.interval(name), lambda v: significant(v, 4)),
+                )
+            )
         )
     note = (
         f"{fit.message} Objective {fit.objective:.6g} (sum of Huber losses of ln L, "
@@ -356,4 +365,8 @@ def _quantity(quantity: Quantity | None, text: Callable[[float], str]) -> str:
     if quantity is None:
         return NOTHING
     value = text(quantity.estimate)
-    return value if quantity.interval is None else f"{value} ({text(quantity.interval.lo)} to {text(quantity.interval.hi)})"
+    return (
+        value
+        if quantity.interval is None
+        else f"{value} ({text(quantity.interval.lo)} to {text(quantity.interval.hi)})"
+    )

@@ -95,7 +95,9 @@ def sequential_map() -> Colormap:
     return LinearSegmentedColormap.from_list("sizes", mpl.colormaps["viridis"](np.linspace(0.0, 0.74, 64)))
 
 
-def sequential_colours(values: Sequence[float] | np.ndarray) -> tuple[Callable[[float], Any], LogNorm, Colormap]:
+def sequential_colours(
+    values: Sequence[float] | np.ndarray,
+) -> tuple[Callable[[float], Any], LogNorm, Colormap]:
     """A colour for a positive value by its place in the (logarithmic) range of `values`, with its norm and map."""
     lo, hi = float(np.min(values)), float(np.max(values))
     if not hi > lo:
@@ -179,7 +181,13 @@ def log_ticks(lo: float, hi: float, most: int = 7) -> list[float]:
         values = [float(f"{s}e{d}") for d in range(first, last + 1, stride) for s in steps]
         return [v for v in values if lo * (1 - 1e-9) <= v <= hi * (1 + 1e-9)]
 
-    for steps in ([1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9], [1, 1.5, 2, 3, 4, 5, 6, 8], [1, 2, 5], [1, 3], [1]):
+    for steps in (
+        [1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9],
+        [1, 1.5, 2, 3, 4, 5, 6, 8],
+        [1, 2, 5],
+        [1, 3],
+        [1],
+    ):
         ticks = inside(steps)
         if len(ticks) <= most:
             if len(ticks) >= 2:
@@ -199,7 +207,9 @@ def _linear_ticks(lo: float, hi: float, most: int) -> list[float]:
     for exponent in range(power, power - 4, -1):
         for step in (5, 2, 1):
             size = float(f"{step}e{exponent}")
-            ticks = [float(f"{k * size:.12g}") for k in range(math.ceil(lo / size), math.floor(hi / size) + 1)]
+            ticks = [
+                float(f"{k * size:.12g}") for k in range(math.ceil(lo / size), math.floor(hi / size) + 1)
+            ]
             if len(ticks) > most:
                 return best
             if len(ticks) >= 2:
@@ -208,7 +218,14 @@ def _linear_ticks(lo: float, hi: float, most: int) -> list[float]:
 
 
 def log_axis(
-    ax: Axes, which: str, lo: float, hi: float, text: Callable[[float], str], *, margin: float = 0.04, most: int = 7
+    ax: Axes,
+    which: str,
+    lo: float,
+    hi: float,
+    text: Callable[[float], str],
+    *,
+    margin: float = 0.04,
+    most: int = 7,
 ) -> None:
     """Make axis `which` ("x" or "y") logarithmic over [lo, hi] (a share `margin` wider) with few, readable ticks."""
     if not hi > lo:
@@ -228,7 +245,9 @@ def log_axis(
 def size_bar(ax: Axes, norm: LogNorm, colours: Colormap, text: Callable[[float], str], label: str) -> None:
     """A slim colour bar with the same readable ticks as an axis, for a quantity that has no axis of its own."""
     # Two dozen steps look like a gradient and weigh a tenth of one.
-    bar = ax.figure.colorbar(mpl.cm.ScalarMappable(norm, colours.resampled(24)), ax=ax, pad=0.015, fraction=0.03, aspect=32)
+    bar = ax.figure.colorbar(
+        mpl.cm.ScalarMappable(norm, colours.resampled(24)), ax=ax, pad=0.015, fraction=0.03, aspect=32
+    )
     ticks = log_ticks(float(norm.vmin or 0.0), float(norm.vmax or 0.0), most=6)
     bar.ax.yaxis.set_major_locator(FixedLocator(ticks))
     bar.ax.yaxis.set_major_formatter(FixedFormatter([text(t) for t in ticks]))
@@ -241,7 +260,9 @@ def size_bar(ax: Axes, norm: LogNorm, colours: Colormap, text: Callable[[float],
         bar.solids.set(edgecolor="face", linewidth=0.2, rasterized=False)
 
 
-def spread(positions: Sequence[float], gap: float, lo: float = -math.inf, hi: float = math.inf) -> list[float]:
+def spread(
+    positions: Sequence[float], gap: float, lo: float = -math.inf, hi: float = math.inf
+) -> list[float]:
     """Positions moved as little as needed so that neighbours are at least `gap` apart, within [lo, hi] where it fits."""
     order = sorted(range(len(positions)), key=lambda i: positions[i])
     placed = [positions[i] for i in order]
@@ -265,7 +286,9 @@ def spread(positions: Sequence[float], gap: float, lo: float = -math.inf, hi: fl
     return out
 
 
-def margin_labels(ax: Axes, entries: Sequence[tuple[float, str, Any]], *, size: float = 8.5, gap: float | None = None) -> None:
+def margin_labels(
+    ax: Axes, entries: Sequence[tuple[float, str, Any]], *, size: float = 8.5, gap: float | None = None
+) -> None:
     """Names beside the right edge of the axes, each at the height (data units) of its line there, pushed apart.
 
     Args:
@@ -291,4 +314,14 @@ def margin_labels(ax: Axes, entries: Sequence[tuple[float, str, Any]], *, size: 
     for at, y, (_, text, colour) in zip(wanted, spread(wanted, gap, 0.0, 1.0), entries):
         if abs(at - y) > gap / 3:
             ax.plot([1.0, 1.012], [at, y], transform=ax.transAxes, color=colour, lw=0.6, clip_on=False)
-        ax.text(1.016, y, text, transform=ax.transAxes, color=text_colour(colour), size=size, va="center", ha="left", clip_on=False)
+        ax.text(
+            1.016,
+            y,
+            text,
+            transform=ax.transAxes,
+            color=text_colour(colour),
+            size=size,
+            va="center",
+            ha="left",
+            clip_on=False,
+        )

@@ -63,7 +63,9 @@ def _shorten(svg: str) -> str:
     """Coordinates to `_DECIMALS`; glyph outlines (in <defs>, scaled down) and transforms stay as they are."""
 
     def rounded(match: re.Match[str]) -> str:
-        return _NUMBER.sub(lambda m: f"{float(m.group()):.{_DECIMALS}f}".rstrip("0").rstrip("."), match.group())
+        return _NUMBER.sub(
+            lambda m: f"{float(m.group()):.{_DECIMALS}f}".rstrip("0").rstrip("."), match.group()
+        )
 
     out = []
     for part in re.split(r"(<defs>.*?</defs>)", svg, flags=re.S):

@@ -45,7 +45,9 @@ def convention_words(convention: str) -> str:
 
 def headline_estimate(analysis: Analysis) -> Estimate | None:
     """The estimate that the first sentence quotes: converged if any is, in `HEADLINE_ORDER`."""
-    known = [e for a in HEADLINE_ORDER for e in analysis.estimates if e.approach == a and e.frontier is not None]
+    known = [
+        e for a in HEADLINE_ORDER for e in analysis.estimates if e.approach == a and e.frontier is not None
+    ]
     return next((e for e in known if e.status is FitStatus.CONVERGED), known[0] if known else None)
 
 
@@ -56,7 +58,11 @@ def headline(analysis: Analysis) -> str:
         return "These runs do not yet say how the optimal model size grows with compute."
     a, b = estimate.frontier.params.exponent, estimate.frontier.tokens.exponent
     span = interval_words(analysis.band(estimate.approach), "params_exponent")
-    inside = f"{span}, {SHORT_APPROACH_NAMES[estimate.approach]}" if span else SHORT_APPROACH_NAMES[estimate.approach]
+    inside = (
+        f"{span}, {SHORT_APPROACH_NAMES[estimate.approach]}"
+        if span
+        else SHORT_APPROACH_NAMES[estimate.approach]
+    )
     return f"Compute-optimal N grows as C^{a:.2f} ({inside}), and D as C^{b:.2f}."
 
 
@@ -96,7 +102,9 @@ def caveats(analysis: Analysis) -> list[str]:
         out.append(f"The approaches disagree: {analysis.agreement.message}")
     quoted = headline_estimate(analysis)
     if quoted is not None and quoted.approach != HEADLINE_ORDER[0]:
-        out.append(f"The headline quotes the {SHORT_APPROACH_NAMES[quoted.approach]} approach, as IsoFLOP gives no answer.")
+        out.append(
+            f"The headline quotes the {SHORT_APPROACH_NAMES[quoted.approach]} approach, as IsoFLOP gives no answer."
+        )
     for band in analysis.bands:
         interval = band.interval("params_exponent")
         if interval is not None and interval.width > WIDE_INTERVAL:
@@ -142,11 +150,19 @@ def key_numbers(analysis: Analysis, records: Sequence[RunRecord]) -> list[KeyNum
         loss = test.predicted.loss_opt if test.predicted is not None else None
         # The law has an irreducible loss, which two points of a frontier cannot show.
         if test.approach == "parametric" and loss is not None:
-            reached = test.observed.loss_opt if test.observed.loss_opt is not None else test.best_sampled_loss_nats
+            reached = (
+                test.observed.loss_opt if test.observed.loss_opt is not None else test.best_sampled_loss_nats
+            )
             note = f"at {format_flops(test.budget_flops)} FLOPs, without its runs; reached {format_loss(reached)}"
             tiles.append(KeyNumber(format_loss(loss.estimate), "predicted loss, nats", note))
     total = float(analysis.observations.final().compute_flops.sum())
     hours = sum(r.wall_time_s for r in records) / 3600
-    time = f", {hours * 60:.3g} minutes of training" if records and hours < 2 else f", {hours:.3g} hours" if records else ""
+    time = (
+        f", {hours * 60:.3g} minutes of training"
+        if records and hours < 2
+        else f", {hours:.3g} hours"
+        if records
+        else ""
+    )
     tiles.append(KeyNumber(str(points.n_runs), "runs analysed", f"{format_flops(total)} FLOPs{time}"))
     return tiles
