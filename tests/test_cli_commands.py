@@ -69,7 +69,7 @@ def test_overview_is_fast_and_names_every_command(capsys):
         assert f"\n  {command.name} " in out
         assert command.example in out
     # What does not exist yet is not promised.
-    for later in ("validate", "reproduce", "compare", "observe", "import-wandb", "prune"):
+    for later in ("validate", "compare", "observe", "import-wandb", "prune"):
         assert later not in out
 
 
@@ -155,6 +155,9 @@ def test_every_option_of_help_has_a_meaning(capsys):
         (["predict", "runs=no.csv"], ["compute_flops"]),
         (["status", "sweep=x"], ["sweep='x'"]),
         (["report", "sweep=x"], ["sweep='x'"]),
+        (["reproduce"], ["published", "besiroglu2024", "all"]),
+        (["reproduce", "published=porian2023"], ["Did you mean 'porian2024'?", "all"]),
+        (["reproduce", "publised=all"], ["Did you mean published?"]),
         (["report"], ["sweep"]),
         (["status", "--watch", "-m"], ["multirun"]),
     ],

@@ -86,6 +86,15 @@ _ALL = (
         STUDY,
     ),
     Command(
+        "reproduce",
+        "published results from published data, beside what the paper says",
+        "scaling-lab reproduce published=porian2024",
+        STUDY,
+        frozenset({"json"}),
+        "Prints the paper's number, ours, the difference and its reason. The data travel with the package; published=all "
+        "runs every publication in under a minute. Nothing is written.",
+    ),
+    Command(
         "train",
         "train one model; with -m, one for each value of a list",
         "scaling-lab train model.width=64 model.depth=2 train_tokens=2M",

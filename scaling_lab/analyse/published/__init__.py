@@ -1,1 +1,1 @@
-"""Published scaling data packed with the project, and what the papers say about them."""
+"""Published results, one file each beside its data (see README.md for where the tables come from): found by scanning."""

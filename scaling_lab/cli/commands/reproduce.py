@@ -1,0 +1,130 @@
+"""Owns `scaling-lab reproduce`: published results from packed data, side by side with what the papers say."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from decimal import Decimal
+from typing import TYPE_CHECKING, Literal
+
+from rich.table import Table
+
+from scaling_lab.cli.arguments import Arguments
+from scaling_lab.cli.commands.analyze import command_text
+from scaling_lab.cli.compose import read_command
+from scaling_lab.cli.console import Console
+from scaling_lab.cli.forms import Form, build, options_of
+
+if TYPE_CHECKING:
+    from scaling_lab.analyse.reproduce import Part, Reproduction, Row
+
+_COLUMNS = ("quantity", "published", "ours", "difference", "published interval", "agreement", "note")
+
+
+def form(arguments: Arguments) -> Form:
+    from scaling_lab.analyse.reproduce import ALL, ReproduceSettings, publication_names
+
+    options = options_of(ReproduceSettings)
+    names = (*publication_names(), ALL)
+    options["published"] = replace(options["published"], wanted=Literal[names] | None)
+    return Form(options)
+
+
+def run(arguments: Arguments) -> int:
+    from scaling_lab.analyse.reproduce import ReproduceSettings, reproduce
+
+    command = read_command(arguments, None, lambda tree: form(arguments))
+    settings: ReproduceSettings = build(ReproduceSettings, command.tree)
+    console = Console.for_flags(arguments.flags)
+    made: list[Reproduction] = []
+    for name in settings.names:
+        made.append(reproduce(name, resamples=settings.resamples, seed=settings.seed))
+        if not console.json:
+            print_reproduction(console, made[-1])
+    if console.json:
+        print(json.dumps(_document(made, command_text(arguments)), indent=1, allow_nan=False))
+    console.next_step(_next(made[0]) if len(made) == 1 else "scaling-lab analyze runs=FILE")
+    return 0
+
+
+def print_reproduction(console: Console, made: Reproduction) -> None:
+    """A heading, a table for each part, and the notes that the tables refer to by number."""
+    console.print(f"{made.name}: {made.title}", style="bold", markup=False)
+    console.print(f"  {made.reference}", markup=False)
+    console.print(f"  data: {made.data}", markup=False)
+    notes: dict[str, int] = {}
+    for part in made.parts:
+        console.print(_table(part, notes))
+        if part.options and made.table is not None:
+            console.note(f"scaling-lab analyze runs={shlex.quote(str(made.table))} {part.options}")
+    if any(row.published is not None and row.source == "reference" for row in made.rows):
+        console.print(
+            "  * not in the paper: computed apart from this project, from the same data or constants",
+            markup=False,
+        )
+    for remark, number in notes.items():
+        console.print(f"  ({number}) {remark}", markup=False)
+    console.print("")
+
+
+def _table(part: Part, notes: dict[str, int]) -> Table:
+    """A column that no row of the part fills is left out."""
+    cells = [_cells(row, notes) for row in part.rows]
+    table = Table(title=part.title, title_justify="left")
+    shown = [k for k in range(len(_COLUMNS)) if any(row[k] for row in cells)]
+    for k in shown:
+        table.add_column(
+            _COLUMNS[k], justify="right" if _COLUMNS[k] in ("published", "ours", "difference") else "left"
+        )
+    for row in cells:
+        table.add_row(*(row[k] for k in shown))
+    return table
+
+
+def _cells(row: Row, notes: dict[str, int]) -> tuple[str, ...]:
+    number = "" if row.remark is None else f"({notes.setdefault(row.remark, len(notes) + 1)})"
+    star = "*" if row.source == "reference" and row.published is not None else ""
+    published = f"{row.published or ''}{star}"
+    return row.quantity, published, _ours(row), _difference(row), _interval(row), row.verdict, number
+
+
+def _ours(row: Row) -> str:
+    """With one digit more than the published number has, so that a difference below its rounding shows."""
+    if row.published is None:
+        return f"{row.ours:.4g}"
+    published = Decimal(row.published)
+    exponent = int(published.as_tuple().exponent)
+    if "e" in row.published.lower():
+        return f"{row.ours:.{len(published.as_tuple().digits)}e}".replace("e+", "e")
+    return f"{row.ours:.{min(16, max(0, -exponent + 1))}f}"
+
+
+def _difference(row: Row) -> str:
+    return "" if row.difference is None else f"{row.difference:+.2g}" if row.difference else "0"
+
+
+def _interval(row: Row) -> str:
+    if row.interval is None:
+        return ""
+    return f"{row.interval.lo:.4g} to {row.interval.hi:.4g} ({row.interval_kind})"
+
+
+def _next(made: Reproduction) -> str:
+    """The command that gives the first part's numbers, to be played with; else another publication."""
+    options = next((p.options for p in made.parts if p.options), None)
+    if made.table is None or options is None:
+        return "scaling-lab reproduce published=all"
+    return f"scaling-lab analyze runs={shlex.quote(str(made.table))} {options} out=reproduced"
+
+
+def _document(made: list[Reproduction], command: str) -> dict[str, object]:
+    from scaling_lab.analyse.analysis_json import default_versions
+    from scaling_lab.analyse.reproduce import SCHEMA_VERSION
+
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": command,
+        "versions": default_versions(),
+        "publications": [m.to_json_dict() for m in made],
+    }
