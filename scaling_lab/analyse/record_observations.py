@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from scaling_lab.analyse.estimate import Array
+from scaling_lab.analyse.ledger import curve_columns
 from scaling_lab.analyse.observations import Curves, Dropped, Observations
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError, unknown
@@ -138,31 +139,27 @@ def _warnings(records: Sequence[RunRecord]) -> list[str]:
 def _curve_kind(records: Sequence[RunRecord], curve: CurveKind) -> str:
     if curve != "auto":
         return curve
-    visits = [sum(p.val_loss_nats is not None for p in r.curve) for r in records]
+    visits = [np.count_nonzero(np.isfinite(curve_columns(r.curve)["val_loss_nats"])) for r in records]
     return "validation" if visits and np.median(visits) >= _ENOUGH_VALIDATION_POINTS else "train"
 
 
 def _curves(records: Sequence[RunRecord], n: Array, per_token: Array, kind: str) -> Curves:
     index, tokens, losses = [], [], []
+    column = "val_loss_nats" if kind == "validation" else "train_loss_nats"
     for i, record in enumerate(records):
-        if kind == "validation":
-            points = [p for p in record.curve if _positive(p.val_loss_nats)]
-            loss = np.array([p.val_loss_nats for p in points], dtype=np.float64)
-        else:
-            points = [p for p in record.curve if _positive(p.train_loss_nats)]
-            loss = np.array([p.train_loss_nats for p in points], dtype=np.float64)
-            loss = smooth(loss, np.array([p.step for p in points], dtype=np.float64))
+        columns = curve_columns(record.curve)
+        loss = columns[column]
+        good = np.isfinite(loss) & (loss > 0)
+        loss = loss[good]
+        if kind != "validation":
+            loss = smooth(loss, columns["step"][good].astype(np.float64))
         index.append(np.full(loss.size, i, dtype=np.int64))
-        tokens.append(np.array([p.tokens for p in points], dtype=np.float64))
+        tokens.append(columns["tokens"][good].astype(np.float64))
         losses.append(loss)
     run = np.concatenate(index)
     d = np.concatenate(tokens)
     label = "validation points" if kind == "validation" else "training loss smoothed over 10 steps"
     return Curves(run, n[run], d, per_token[run] * d, np.concatenate(losses), label)
-
-
-def _positive(value: float | None) -> bool:
-    return value is not None and bool(np.isfinite(value)) and value > 0
 
 
 def _or_nan(value: float | None) -> float:

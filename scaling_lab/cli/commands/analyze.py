@@ -88,6 +88,7 @@ def analyse_source(
 ) -> tuple[Analysis, list[RunRecord]]:
     """Read the observations and analyse them; the records are empty for a table."""
     from scaling_lab.analyse.analysis import analyse, observations_of_sweep, read_observations
+    from scaling_lab.analyse.ledger import load_ledger
 
     if where.runs is not None:
         path = Path(where.runs).expanduser()
@@ -99,7 +100,7 @@ def analyse_source(
             f"{key}: these options are for tables (runs=FILE); a sweep's records have no columns to choose."
         )
     store = RunStore.for_sweep(where.results_dir, where.sweep)
-    records, problems = store.load_records()
+    records, problems = load_ledger(store)
     for run_id, reason in problems:
         console.warn(f"{run_id} is left out: {reason}")
     if not records:

@@ -66,9 +66,10 @@ def write_sweep_report(
 ) -> tuple[Analysis | None, Path]:
     """Analyse what is done of a sweep and write its report; no analysis where there is too little, and the page says so."""
     from scaling_lab.analyse.analysis import AnalysisSettings, analyse, observations_of_sweep
+    from scaling_lab.analyse.ledger import load_ledger
     from scaling_lab.report.report import ReportOptions, write_report
 
-    records, problems = store.load_records()
+    records, problems = load_ledger(store)
     for run_id, reason in problems:
         console.warn(f"{run_id} is left out: {reason}")
     plan = store.read_plan() if store.plan_path.exists() else None
