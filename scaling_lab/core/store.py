@@ -4,6 +4,7 @@
     <root>/<sweep>/runs/<run_id>/spec.json      what the run is
                                  claim-<g>.json who computes it: attempt g, refreshed as a heartbeat
                                  curve.jsonl    append-only
+                                 checkpoint/    the last two (train/checkpoint.py)
                                  record.json    written last: the run is over
     <root>/<sweep>/report/
 
@@ -38,31 +39,43 @@ class ClaimLost(RuntimeError):
     """Another process took the run over: this one must stop writing."""
 
 
+def temporary_beside(path: Path) -> Path:
+    """A name in the same folder (so that a rename is atomic) that no other process or thread uses."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+
+
 def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
-    """Replace `path` by `text` in one step: a reader sees the old or the new file, never a part."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Replace `path` by `text` in one step: a reader sees the old or the new file, never a part.
+
+    Raises OSError; `path` is then as it was, and nothing is left beside it.
+    """
+    temporary = temporary_beside(path)
+    try:
+        _write(temporary, text, durable=durable)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def create_exclusive(path: Path, text: str) -> bool:
     """Create `path` with all of `text` unless it exists; says whether it did. Atomic: linked only once complete."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary = temporary_beside(path)
     try:
+        _write(temporary, text, durable=True)
         os.link(temporary, path)
     except FileExistsError:
         return False
     finally:
         temporary.unlink(missing_ok=True)
     return True
+
+
+def _write(path: Path, text: str, *, durable: bool) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Sequence
 from typing import IO
 
 from scaling_lab.core.counts import train_flops
@@ -15,14 +17,19 @@ class CurveWriter:
     """Turns each step's loss into the points of curve.jsonl; keeps them all in `points`."""
 
     def __init__(
-        self, spec: RunSpec, file: IO[str], points: tuple[EvalPoint, ...] = (), wall_time_s: float = 0.0
+        self,
+        spec: RunSpec,
+        file: IO[str],
+        points: Sequence[EvalPoint] = (),
+        block_losses_nats: Sequence[float] = (),
+        wall_time_s: float = 0.0,
     ) -> None:
         self.points = list(points)
         self._spec = spec
         self._file = file
         self._flops_per_token = spec.flops_per_token()
         self._block_steps = curve_block_steps(spec.steps)
-        self._block: list[float] = []
+        self._block = list(block_losses_nats)
         self._began = time.perf_counter() - wall_time_s
 
     @property
@@ -57,5 +64,13 @@ class CurveWriter:
         self._file.write(curve_line(point))
         return point
 
-    def flush(self) -> None:
+    @property
+    def block_losses_nats(self) -> tuple[float, ...]:
+        """Losses since the last point."""
+        return tuple(self._block)
+
+    def flush(self, *, durable: bool = False) -> None:
+        """Hand the lines to the system; durable: to the disk, as a checkpoint needs that counts on them."""
         self._file.flush()
+        if durable:
+            os.fsync(self._file.fileno())

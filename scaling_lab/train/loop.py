@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import threading
@@ -9,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import EvalPoint, RunRecord, RunStatus
 from scaling_lab.core.spec import Execution, PlannedRun, RunSpec
 from scaling_lab.core.store import Claim, RunStore
+from scaling_lab.train.checkpoint import Checkpoint, load_latest, save_checkpoint
 from scaling_lab.train.curve import CurveWriter
 from scaling_lab.train.data import read_tokens
 from scaling_lab.train.devices import apply_execution, environment
@@ -28,9 +32,13 @@ from scaling_lab.train.order import WindowOrder, n_windows
 from scaling_lab.train.step import TrainStep
 from scaling_lab.train.tracking import NoTracker, Tracker
 
+log = logging.getLogger(__name__)
+
 # Losses are read back from the device, and the claim's heartbeat is checked, after at most this many steps.
 BLOCK_STEPS = 64
 HEARTBEAT_S = 2.0
+# A killed run loses at most this much work; a checkpoint of a tiny model takes milliseconds.
+CHECKPOINT_EVERY_S = 30.0
 # A run whose training loss, averaged over a block of steps, is this far above a uniform guess will not come back.
 DIVERGED_ABOVE_UNIFORM_NATS = 3.0
 # Exit status of a worker that was told to stop and can go on later (the BSD sysexits' EX_TEMPFAIL, used for requeueing).
@@ -60,34 +68,38 @@ def train_run(
     tracker: Tracker | None = None,
     *,
     expected_fingerprint: str | None = None,
-    on_point: Callable[[EvalPoint], None] | None = None,
+    checkpoint_every_s: float = CHECKPOINT_EVERY_S,
 ) -> RunRecord:
-    """Train one claimed run and write its record. Divergence is a record, not an exception.
+    """Train one claimed run, from its last checkpoint if it has one, and write its record. Divergence is a record.
 
     Raises `Interrupted` (the claim is released), `ClaimLost` (another process has it) or `UserError` (the data are not
     the plan's); an error of the run itself becomes a record with status FAILED.
     """
     spec, tracker = planned.spec, tracker or NoTracker()
     session = open_session(spec, planned.execution, expected_fingerprint)
-    with store.start_curve(planned.run_id) as file, stop_signals() as stopped:
-        curve = CurveWriter(spec, file)
+    folder = store.run_folder(planned.run_id) / "checkpoint"
+    saved = resume(session, planned, store)
+    kept = store.read_curve(planned.run_id)[: saved.curve_points] if saved else []
+    with store.start_curve(planned.run_id, kept) as file, stop_signals() as stopped:
+        curve = open_curve(spec, file, kept, saved)
         tracker.start(planned, session.fingerprint)
-        pulse = Pulse(claim, spec)
+        pulse, clock = Pulse(claim, spec), Timer(checkpoint_every_s)
         status, reason = RunStatus.COMPLETED, None
-        for first, last in blocks(spec):
+        for first, last in blocks(spec, saved.step if saved else 0):
             losses = train_block(session, first, last)
             validation = validation_loss(session) if last in evaluation_steps(spec) else None
             for point in record_block(curve, first, losses, validation):
                 tracker.log(point)
-                if on_point:
-                    on_point(point)
             curve.flush()
             reason = divergence(losses, validation, spec)
             if reason:
                 status = RunStatus.DIVERGED
                 break
             pulse.beat(last, losses[-1])
-            if stopped():
+            if clock.is_due() or stopped() or last == spec.steps:
+                claim.check()
+                keep(folder, planned, session, curve, last)
+            if stopped() and last < spec.steps:
                 claim.release()
                 raise Interrupted(planned.run_id)
     record = make_record(planned, session, curve, status, reason)
@@ -97,6 +109,49 @@ def train_run(
     claim.release()
     tracker.finish(record)
     return record
+
+
+def resume(session: Session, planned: PlannedRun, store: RunStore) -> Checkpoint | None:
+    """Take over the newest whole checkpoint whose part of the curve is there too; None: begin from the beginning."""
+    saved = load_latest(store.run_folder(planned.run_id) / "checkpoint", planned.run_id, planned.execution)
+    if saved is None:
+        return None
+    points = len(store.read_curve(planned.run_id))
+    if points < saved.curve_points:
+        log.warning(
+            "run %s begins again: its curve has %d of the %d points that its checkpoint counts on.",
+            planned.run_id, points, saved.curve_points,
+        )  # fmt: skip
+        return None
+    session.step.load_state(saved.tensors)
+    log.info("run %s goes on from step %d of %d.", planned.run_id, saved.step, planned.spec.steps)
+    return saved
+
+
+def open_curve(spec: RunSpec, file: IO[str], kept: list[EvalPoint], saved: Checkpoint | None) -> CurveWriter:
+    if saved is None:
+        return CurveWriter(spec, file)
+    return CurveWriter(spec, file, kept, saved.block_losses_nats, saved.wall_time_s)
+
+
+def keep(folder: Path, planned: PlannedRun, session: Session, curve: CurveWriter, step: int) -> None:
+    """Checkpoint. A disk that refuses is a warning: the run goes on, and would begin from an older one."""
+    try:
+        curve.flush(durable=True)
+        save_checkpoint(
+            folder,
+            Checkpoint(
+                run_id=planned.run_id,
+                step=step,
+                curve_points=len(curve.points),
+                block_losses_nats=curve.block_losses_nats,
+                wall_time_s=curve.wall_time_s,
+                execution=planned.execution,
+                tensors=session.step.state(),
+            ),
+        )
+    except OSError as error:
+        log.warning("run %s: no checkpoint at step %d (%s).", planned.run_id, step, error)
 
 
 def open_session(spec: RunSpec, execution: Execution, expected_fingerprint: str | None = None) -> Session:
@@ -136,11 +191,12 @@ def device_tokens(tokens: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(np.array(tokens, dtype=small)).to(device)
 
 
-def blocks(spec: RunSpec) -> Iterator[tuple[int, int]]:
-    """Stretches of steps (first counted from 0, last counted from 1) that end where validation is due."""
+def blocks(spec: RunSpec, done: int = 0) -> Iterator[tuple[int, int]]:
+    """Stretches of steps (first counted from 0, last counted from 1) after `done`, each ending where validation is due
+    at the latest."""
     due = sorted({*evaluation_steps(spec), *range(BLOCK_STEPS, spec.steps, BLOCK_STEPS), spec.steps})
-    first = 0
-    for last in due:
+    first = done
+    for last in (step for step in due if step > done):
         yield first, last
         first = last
 
@@ -230,6 +286,19 @@ class Pulse:
         speed = (step - self._last_step) * self._spec.batch_tokens / (now - self._last_time)
         self._claim.heartbeat(step, self._spec.steps, speed, train_loss_nats)
         self._last_time, self._last_step = now, step
+
+
+class Timer:
+    """Says every `every_s` seconds that it is time."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s, self._last = every_s, time.monotonic()
+
+    def is_due(self) -> bool:
+        if time.monotonic() - self._last < self._every_s:
+            return False
+        self._last = time.monotonic()
+        return True
 
 
 @contextmanager

@@ -64,3 +64,16 @@ class TrainStep:
     def parameters(self) -> dict[str, Tensor]:
         """The current parameters by name, views of the flat vector."""
         return self.layout.views(self.flat)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a step changes, by name; the tensors themselves, not copies."""
+        return {"flat": self.flat, "first_moment": self.first_moment, "second_moment": self.second_moment}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take over a saved state, in place. Raises ValueError for tensors of another size."""
+        for name, mine in self.state().items():
+            if state[name].shape != mine.shape:
+                raise ValueError(
+                    f"{name} has {tuple(state[name].shape)} elements, this model {tuple(mine.shape)}"
+                )
+            mine.copy_(state[name])

@@ -21,7 +21,7 @@ from scaling_lab.core.record import RunRecord, RunStatus
 from scaling_lab.core.spec import Plan, PlannedRun
 from scaling_lab.core.store import Claim, ClaimLost, RunStore
 from scaling_lab.train.devices import apply_execution, environment
-from scaling_lab.train.loop import EXIT_REQUEUE, Interrupted, train_run
+from scaling_lab.train.loop import CHECKPOINT_EVERY_S, EXIT_REQUEUE, Interrupted, train_run
 from scaling_lab.train.tracking import make_tracker
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,11 @@ def longest_first(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 
 
 def train_pending(
-    store: RunStore, plan: Plan, run_ids: Sequence[str] | None = None, tracker: dict[str, Any] | None = None
+    store: RunStore,
+    plan: Plan,
+    run_ids: Sequence[str] | None = None,
+    tracker: dict[str, Any] | None = None,
+    checkpoint_every_s: float = CHECKPOINT_EVERY_S,
 ) -> list[RunRecord]:
     """Train every run that is neither over nor computed by somebody else; returns the records made here.
 
@@ -45,7 +49,7 @@ def train_pending(
         claim = store.claim(planned.spec)
         if claim is None:
             continue
-        record = train_claimed(planned, store, claim, plan.data_fingerprint, tracker)
+        record = train_claimed(planned, store, claim, plan.data_fingerprint, tracker, checkpoint_every_s)
         if record is not None:
             made.append(record)
     return made
@@ -57,11 +61,17 @@ def train_claimed(
     claim: Claim,
     fingerprint: str | None,
     tracker: dict[str, Any] | None = None,
+    checkpoint_every_s: float = CHECKPOINT_EVERY_S,
 ) -> RunRecord | None:
     """Train one claimed run; an error of its own becomes a FAILED record, and the sweep goes on."""
     try:
         return train_run(
-            planned, store, claim, make_tracker(tracker, store.folder), expected_fingerprint=fingerprint
+            planned,
+            store,
+            claim,
+            make_tracker(tracker, store.folder),
+            expected_fingerprint=fingerprint,
+            checkpoint_every_s=checkpoint_every_s,
         )
     except ClaimLost:
         log.warning("run %s was taken over by another process.", planned.run_id)
@@ -102,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--run-ids", default=None)
+    parser.add_argument("--checkpoint-every-s", type=float, default=CHECKPOINT_EVERY_S)
     parser.add_argument("--tracker", default=None, help="JSON: kind and options")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -109,7 +120,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run_ids = options.run_ids.split(",") if options.run_ids else None
         train_pending(
-            store, store.read_plan(), run_ids, json.loads(options.tracker) if options.tracker else None
+            store,
+            store.read_plan(),
+            run_ids,
+            json.loads(options.tracker) if options.tracker else None,
+            options.checkpoint_every_s,
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

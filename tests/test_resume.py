@@ -1,0 +1,210 @@
+"""Checkpoints and exact resume: killed at random moments, a run ends with the same losses bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import tiny, train
+
+from scaling_lab.core.record import MAX_CURVE_POINTS, RunRecord
+from scaling_lab.core.spec import Execution, Plan, PlannedRun
+from scaling_lab.core.store import RunStore
+from scaling_lab.train.checkpoint import (
+    Checkpoint,
+    load_latest,
+    read_checkpoint,
+    save_checkpoint,
+    steps_saved,
+)
+
+
+def losses(record: RunRecord) -> list[object]:
+    return [(p.step, p.train_loss_nats, p.val_loss_nats) for p in record.curve] + [record.final_val_loss_nats]
+
+
+def interrupted_at(store: RunStore, spec, stop_after: int, execution: Execution | None = None) -> None:
+    """Train until a checkpoint at or after `stop_after` steps is written, then stop as SIGTERM would."""
+    import scaling_lab.train.loop as loop
+
+    real = loop.keep
+
+    def keep_and_stop(folder, planned, session, curve, step):
+        real(folder, planned, session, curve, step)
+        if step >= stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    loop.keep = keep_and_stop
+    try:
+        with pytest.raises(loop.Interrupted):
+            train(store, spec, execution, checkpoint_every_s=0.0)
+    finally:
+        loop.keep = real
+
+
+@pytest.mark.parametrize("stop_after", [1, 64, 130, 192])
+def test_resume_is_bit_identical(tmp_path, stop_after):
+    spec = tiny(250)
+    whole = train(RunStore(tmp_path / "whole"), spec)
+    store = RunStore(tmp_path / "resumed")
+    interrupted_at(store, spec, stop_after)
+    assert store.state(spec.run_id()).state == "interrupted"
+    resumed = train(store, spec)
+    assert losses(resumed) == losses(whole)
+    assert store.read_record(spec.run_id()) == resumed
+
+
+def test_compiled_resume_is_bit_identical(tmp_path):
+    spec, execution = tiny(150), Execution(compile=True)
+    whole = train(RunStore(tmp_path / "whole"), spec, execution)
+    store = RunStore(tmp_path / "resumed")
+    interrupted_at(store, spec, 64, execution)
+    assert losses(train(store, spec, execution)) == losses(whole)
+
+
+def test_block_means_survive_a_stop_in_the_middle_of_a_block(tmp_path):
+    """Runs longer than the curve keep means over blocks of steps; a checkpoint falls inside one."""
+    steps = 3 * MAX_CURVE_POINTS + 100
+    spec = tiny(steps, batch_tokens=64, train_tokens=64 * steps)
+    whole = train(RunStore(tmp_path / "whole"), spec)
+    store = RunStore(tmp_path / "resumed")
+    interrupted_at(store, spec, 1000)
+    assert losses(train(store, spec)) == losses(whole)
+
+
+def checkpoint(step: int, value: float = 1.0) -> Checkpoint:
+    return Checkpoint("run", step, step, (0.5,), 1.5, Execution(), {"flat": torch.full((5,), value)})
+
+
+def test_the_last_two_are_kept_and_read_back(tmp_path):
+    for step in (1, 2, 3, 10):
+        save_checkpoint(tmp_path, checkpoint(step, float(step)))
+    assert steps_saved(tmp_path) == [3, 10]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "step-10.json",
+        "step-10.pt",
+        "step-3.json",
+        "step-3.pt",
+    ]
+    latest = load_latest(tmp_path, "run", Execution())
+    assert latest is not None
+    assert (latest.step, latest.block_losses_nats, latest.wall_time_s) == (10, (0.5,), 1.5)
+    assert latest.tensors["flat"].tolist() == [10.0] * 5
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "gone", "json"])
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, damage, caplog):
+    save_checkpoint(tmp_path, checkpoint(1))
+    save_checkpoint(tmp_path, checkpoint(2))
+    path = tmp_path / "step-2.pt"
+    data = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    elif damage == "json":
+        path.with_suffix(".json").write_text('{"step": 2')
+    else:
+        middle = len(data) // 2
+        flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        path.write_bytes({"truncated": data[:-10], "flipped": flipped, "empty": b""}[damage])
+    latest = load_latest(tmp_path, "run", Execution())
+    assert latest is not None
+    assert latest.step == 1
+    assert "is skipped" in caplog.text
+
+
+def test_another_runs_or_executions_checkpoint_is_not_taken(tmp_path):
+    save_checkpoint(tmp_path, checkpoint(1))
+    assert load_latest(tmp_path, "other", Execution()) is None
+    assert load_latest(tmp_path, "run", Execution(compile=True)) is None
+
+
+def test_no_pickle_is_ever_executed(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path}/exploded",))
+
+    import hashlib
+
+    save_checkpoint(tmp_path, checkpoint(1))
+    path = tmp_path / "step-1.pt"
+    torch.save({"flat": Bomb()}, path)
+    meta = json.loads(path.with_suffix(".json").read_text())
+    meta["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.with_suffix(".json").write_text(json.dumps(meta))
+    with pytest.raises(Exception, match=r"[Ww]eights"):
+        read_checkpoint(path, "run")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_deleted_curve_begins_again(tmp_path, caplog):
+    spec = tiny(150)
+    whole = train(RunStore(tmp_path / "whole"), spec)
+    store = RunStore(tmp_path / "resumed")
+    interrupted_at(store, spec, 64)
+    (store.run_folder(spec.run_id()) / "curve.jsonl").unlink()
+    assert losses(train(store, spec)) == losses(whole)
+    assert "begins again" in caplog.text
+
+
+def test_a_disk_that_refuses_checkpoints_does_not_stop_the_run(tmp_path, caplog):
+    spec, store = tiny(100), RunStore(tmp_path)
+    folder = store.run_folder(spec.run_id())
+    folder.mkdir(parents=True)
+    (folder / "checkpoint").write_text("a file where the folder should be")
+    assert train(store, spec, checkpoint_every_s=0.0).final_val_loss_nats is not None
+    assert "no checkpoint at step" in caplog.text
+
+
+def kill_at_random(store: RunStore, folder: Path, kills: int, rng: random.Random) -> dict[str, int]:
+    """Start a worker and SIGKILL it, again and again; says in which stage the kills provably landed."""
+    hits = {"training": 0, "checkpoint write": 0, "record write": 0, "other": 0}
+    for kill in range(kills):
+        before = (folder / "curve.jsonl").stat().st_size if (folder / "curve.jsonl").exists() else 0
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "scaling_lab.train.worker", str(store.folder), "--checkpoint-every-s", "0"]
+        )
+        # Every third kill waits for a checkpoint's temporary file, the others for a random time after work began.
+        want_checkpoint, limit = kill % 3 == 0, time.monotonic() + 60
+        while worker.poll() is None and time.monotonic() < limit:
+            if want_checkpoint and list((folder / "checkpoint").glob(".*.tmp")):
+                break
+            size = (folder / "curve.jsonl").stat().st_size if (folder / "curve.jsonl").exists() else 0
+            if not want_checkpoint and size > before:
+                time.sleep(rng.uniform(0, 0.3))
+                break
+        worker.kill()
+        worker.wait()
+        if list((folder / "checkpoint").glob(".*.tmp")):
+            hits["checkpoint write"] += 1
+        elif (folder / "record.json").exists():
+            hits["other"] += 1
+            break
+        else:
+            hits["training"] += 1
+        for leftover in folder.rglob(".*.tmp"):
+            leftover.unlink()
+    return hits
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_twenty_kills_change_nothing(tmp_path):
+    """SIGKILL during steps and checkpoint writes; the final losses are those of an undisturbed run, bit for bit."""
+    spec = tiny(4_000)
+    whole = train(RunStore(tmp_path / "whole"), spec)
+    store = RunStore(tmp_path / "killed")
+    plan = Plan("t", (PlannedRun(spec, Execution()),), spec.convention, spec.data.fingerprint())
+    store.write_plan(plan)
+    hits = kill_at_random(store, store.run_folder(spec.run_id()), 20, random.Random(0))
+    assert hits["training"] >= 5, hits
+    assert hits["checkpoint write"] >= 2, hits
+    subprocess.run([sys.executable, "-m", "scaling_lab.train.worker", str(store.folder)], check=True)
+    assert losses(store.read_record(spec.run_id())) == losses(whole)
