@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaling_lab.core.errors import UserError
-from scaling_lab.core.schedules import Constant, Cosine
+from scaling_lab.core.schedules import Constant, Cosine, InverseSqrt, WarmupStableDecay
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,39 @@ def test_constant():
 def test_fractions_are_checked(field, value):
     with pytest.raises(UserError, match=f"schedule.{field}"):
         Cosine(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("cooldown", "progress", "expected"),
+    [
+        ("sqrt", 0.05, 0.5),
+        ("sqrt", 0.1, 1.0),
+        ("sqrt", 0.8, 1.0),
+        ("sqrt", 0.85, 0.5),  # a quarter of the cooldown: 1 - sqrt(1/4)
+        ("linear", 0.85, 0.75),
+        ("sqrt", 1.0, 0.0),
+        ("linear", 1.0, 0.0),
+    ],
+)
+def test_wsd_by_hand(cooldown, progress, expected):
+    schedule = WarmupStableDecay(warmup_fraction=0.1, decay_fraction=0.2, cooldown=cooldown)
+    assert schedule.multiplier(progress) == pytest.approx(expected, abs=1e-12)
+
+
+def test_wsd_ends_at_its_final_fraction():
+    assert WarmupStableDecay(final_fraction=0.1).multiplier(1.0) == pytest.approx(0.1)
+    with pytest.raises(UserError, match="schedule.cooldown='cosine'"):
+        WarmupStableDecay(cooldown="cosine")
+    with pytest.raises(UserError, match="overlap"):
+        WarmupStableDecay(warmup_fraction=0.5, decay_fraction=0.6)
+
+
+def test_inverse_sqrt_by_hand():
+    schedule = InverseSqrt(warmup_fraction=0.04)
+    assert [schedule.multiplier(p) for p in (0.02, 0.04, 0.16, 1.0)] == pytest.approx([0.5, 1.0, 0.5, 0.2])
+
+
+@given(st.floats(1e-9, 1))
+def test_every_schedule_stays_between_zero_and_one(progress):
+    for schedule in (Cosine(), Constant(), WarmupStableDecay(), InverseSqrt()):
+        assert 0 <= schedule.multiplier(progress) <= 1

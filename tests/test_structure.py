@@ -141,7 +141,15 @@ def test_configs_equal_the_codes_defaults():
         "recipe": members("scaling_lab.plan.recipes"),
         "design": members("scaling_lab.plan.designs"),
         "data": members("scaling_lab.core.sources"),
-        "schedule": {c.kind: c for c in (schedules.Cosine, schedules.Constant)},
+        "schedule": {
+            c.kind: c
+            for c in (
+                schedules.Cosine,
+                schedules.Constant,
+                schedules.WarmupStableDecay,
+                schedules.InverseSqrt,
+            )
+        },
     }
     compared = 0
     for group, classes in groups.items():

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from scaling_lab.core.errors import UserError
+from scaling_lab.core.errors import UserError, unknown
 
 
 def _warmup(progress: float, warmup_fraction: float) -> float | None:
@@ -73,3 +73,66 @@ class Constant:
         """LR over peak LR at `progress` in (0, 1]."""
         warm = _warmup(progress, self.warmup_fraction)
         return 1.0 if warm is None else warm
+
+
+COOLDOWNS = ("sqrt", "linear")
+
+
+@dataclass(frozen=True)
+class WarmupStableDecay:
+    """Linear warm-up, a constant stretch, and a cooldown to `final_fraction` over the last `decay_fraction` of the run.
+
+    Haegele et al. 2024 (arXiv 2405.18392): a cooldown over 20% of the run matches a cosine, and 1 - sqrt beats linear;
+    the best constant LR is about half of the best peak of a cosine.
+    """
+
+    kind: ClassVar[str] = "wsd"
+
+    warmup_fraction: float = 0.02
+    decay_fraction: float = 0.2
+    cooldown: str = "sqrt"
+    """sqrt: 1 - sqrt(share of the cooldown done); linear."""
+    final_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_fraction(self, "warmup_fraction")
+        _check_fraction(self, "decay_fraction", above_zero=True)
+        _check_fraction(self, "final_fraction")
+        if self.cooldown not in COOLDOWNS:
+            raise unknown("schedule.cooldown", self.cooldown, COOLDOWNS)
+        if self.warmup_fraction + self.decay_fraction > 1:
+            raise UserError(
+                f"schedule.decay_fraction={self.decay_fraction!r} and schedule.warmup_fraction={self.warmup_fraction!r} "
+                "overlap: together they must be at most 1."
+            )
+
+    def multiplier(self, progress: float) -> float:
+        """LR over peak LR at `progress` in (0, 1]."""
+        warm = _warmup(progress, self.warmup_fraction)
+        if warm is not None:
+            return warm
+        done = (progress - (1.0 - self.decay_fraction)) / self.decay_fraction
+        if done <= 0:
+            return 1.0
+        left = 1.0 - (math.sqrt(done) if self.cooldown == "sqrt" else done)
+        return self.final_fraction + (1.0 - self.final_fraction) * max(0.0, left)
+
+
+@dataclass(frozen=True)
+class InverseSqrt:
+    """Linear warm-up, then 1 / sqrt(progress), continuous at the end of the warm-up (Vaswani et al. 2017).
+
+    Needs a warm-up: without one the LR at the beginning would have no bound.
+    """
+
+    kind: ClassVar[str] = "inverse_sqrt"
+
+    warmup_fraction: float = 0.02
+
+    def __post_init__(self) -> None:
+        _check_fraction(self, "warmup_fraction", above_zero=True)
+
+    def multiplier(self, progress: float) -> float:
+        """LR over peak LR at `progress` in (0, 1]."""
+        warm = _warmup(progress, self.warmup_fraction)
+        return math.sqrt(self.warmup_fraction / progress) if warm is None else warm
