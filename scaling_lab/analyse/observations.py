@@ -6,6 +6,7 @@ kept, so that the envelope has curves; `final()` gives one row a run.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,7 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling_lab.analyse.estimate import Array
-from scaling_lab.analyse.tables import COLUMNS, Table, missing_column
+from scaling_lab.analyse.table_rows import (
+    COUNTS,
+    SIX_ND_TOLERANCE,
+    extra_columns,
+    oddities,
+    optional_column,
+    read_rows,
+    runs_of,
+)
+from scaling_lab.analyse.tables import Table, missing_column
 from scaling_lab.core.counts import FLOPS_PER_PARAM_TOKEN, Convention
 from scaling_lab.core.errors import UserError, unknown
 
@@ -25,8 +35,7 @@ CONVENTIONS = (AS_GIVEN, *(c.value for c in Convention))
 
 # With fewer rows nothing can be fitted: a five-parameter law, two budgets of three sizes, three curves of two points.
 MIN_ROWS = 6
-# flops = 6 params tokens "to 1%" (the closed-form frontier) and budgets as clusters "within 10%": analyze's contract.
-SIX_ND_TOLERANCE = 0.01
+# Budgets are clusters "within 10%": analyze's contract.
 BUDGET_TOLERANCE = 0.10
 
 
@@ -280,139 +289,61 @@ def from_table(table: Table, *, convention: str = AS_GIVEN, strict: bool = False
     warnings = list(table.notes)
     if not table.has("loss"):
         raise missing_column("loss", table)
-    counts = [name for name in ("params", "tokens", "flops") if table.has(name)]
+    counts = [name for name in COUNTS if table.has(name)]
     if len(counts) < 2:
-        wanted = next(n for n in ("params", "tokens", "flops") if n not in counts)
+        wanted = next(n for n in COUNTS if n not in counts)
         have = f" beside {counts[0]!r}" if counts else ""
         raise missing_column(wanted, table, why=f" (two of params, tokens and flops are needed{have})")
-    values = {name: table.numbers(name) for name in (*counts, "loss")}
-    reasons = _bad_rows(table, values)
-    _derive(values, warnings)
-    # Rows, not columns, may lack a product's factor: what is derived from a bad cell is bad by the same reason.
-    names, index, repeated = _runs_of(table)
-    good = np.ones(len(table.row), dtype=bool)
-    good[list(reasons)] = False
-    dropped = tuple(Dropped(str(names[index[at]]), int(table.row[at]), reasons[at]) for at in sorted(reasons))
+    rows = read_rows(table)
+    warnings += rows.notes
+    names, index, given = runs_of(table)
+    good = rows.good
+    dropped = tuple(
+        Dropped(str(names[index[at]]), int(table.row[at]), rows.reasons[at]) for at in sorted(rows.reasons)
+    )
     if strict and dropped:
         first = dropped[0]
         raise UserError(
             f"strict=true: {table.source} has {len(dropped)} bad row(s); row {first.row} ({first.run_id}): {first.reason}."
         )
     if int(good.sum()) < MIN_ROWS:
-        why = f"; the first bad one is row {dropped[0].row}: {dropped[0].reason}" if dropped else ""
-        raise UserError(
-            f"{table.source} has {int(good.sum())} usable row(s) of {len(table.row)}, at least {MIN_ROWS} are needed"
-            f" (with finite, positive loss and two of params, tokens, flops){why}."
-        )
-    warnings += _oddities(table, values, good, repeated, convention)
-    optional = {n: table.numbers(n) if table.has(n) else np.full(good.size, np.nan) for n in COLUMNS[5:]}
-    with np.errstate(invalid="ignore"):
-        optional["budget_flops"][~(optional["budget_flops"] > 0)] = np.nan
-        optional["loss_sem"][~(optional["loss_sem"] > 0)] = np.nan
-    keep_runs, run_index = np.unique(index[good], return_inverse=True)
+        raise _too_few(table, int(good.sum()), dropped)
+    warnings += oddities(table, rows, given)
+    params, tokens, flops = (rows.values[name][good] for name in COUNTS)
+    if convention != AS_GIVEN and Convention(convention).is_six_n:
+        off = np.abs(flops / (FLOPS_PER_PARAM_TOKEN * params * tokens) - 1.0) > SIX_ND_TOLERANCE
+        if off.any():
+            warnings.append(
+                f"convention={convention} means flops = 6 params tokens, but {int(off.sum())} of {off.size} rows differ"
+                " by more than 1%; the column flops is used as it is."
+            )
+    run_index = index[good]
+    kept = np.bincount(run_index, minlength=names.size) > 0
     return Observations(
-        names[keep_runs],
-        run_index.astype(np.int64),
-        values["params"][good],
-        values["tokens"][good],
-        values["flops"][good],
-        optional["budget_flops"][good],
-        values["loss"][good],
-        optional["loss_sem"][good],
-        optional["seed"][good],
+        names[kept],
+        (np.cumsum(kept) - 1)[run_index],
+        params,
+        tokens,
+        flops,
+        optional_column(table, "budget_flops", positive=True)[good],
+        rows.values["loss"][good],
+        optional_column(table, "loss_sem", positive=True)[good],
+        optional_column(table, "seed", positive=False)[good],
         convention,
         dropped,
         tuple(warnings),
-        _extra_columns(table, good),
+        extra_columns(table, good),
     )
 
 
-def _bad_rows(table: Table, values: Mapping[str, Array]) -> dict[int, str]:
-    """Position -> reason for every row with a cell that is missing, unparseable, infinite or not positive."""
-    reasons: dict[int, str] = {}
-    for name, column in values.items():
-        with np.errstate(invalid="ignore"):
-            bad = ~(np.isfinite(column) & (column > 0))
-        for at in np.flatnonzero(bad):
-            text = table.cell(name, int(at))
-            if not text or text.lower() in ("nan", "none", "null"):
-                reason = f"{name} is missing"
-            elif np.isnan(column[at]):
-                reason = f"{name} is not a number: {text!r}"
-            elif np.isinf(column[at]):
-                reason = f"{name} is not finite: {text}"
-            else:
-                reason = f"{name} is not positive: {text}"
-            reasons[int(at)] = f"{reasons[int(at)]}; {reason}" if int(at) in reasons else reason
-    return reasons
-
-
-def _derive(values: dict[str, Array], warnings: list[str]) -> None:
-    """Fill in the one of params, tokens, flops that the table lacks, in float64, and say so."""
-    with np.errstate(all="ignore"):
-        if "flops" not in values:
-            values["flops"] = FLOPS_PER_PARAM_TOKEN * values["params"] * values["tokens"]
-            warnings.append("flops is not in the table: taken as 6 params tokens.")
-        elif "tokens" not in values:
-            values["tokens"] = values["flops"] / (FLOPS_PER_PARAM_TOKEN * values["params"])
-            warnings.append("tokens is not in the table: taken as flops / (6 params).")
-        elif "params" not in values:
-            values["params"] = values["flops"] / (FLOPS_PER_PARAM_TOKEN * values["tokens"])
-            warnings.append("params is not in the table: taken as flops / (6 tokens).")
-
-
-def _runs_of(table: Table) -> tuple[NDArray[np.object_], NDArray[np.int64], int]:
-    """Names (runs,), run of each row (rows,), and how many rows repeat an earlier run id."""
-    import pandas as pd
-
-    n_rows = len(table.row)
-    if not table.has("run_id"):
-        return np.array([f"row{r}" for r in table.row], dtype=object), np.arange(n_rows, dtype=np.int64), 0
-    codes, uniques = pd.factorize(table.frame["run_id"])
-    names = np.array([str(u) for u in uniques], dtype=object)
-    index = np.asarray(codes, dtype=np.int64)
-    unnamed = np.flatnonzero(index < 0)
-    if unnamed.size:  # a row without an id is a run of its own
-        names = np.concatenate([names, np.array([f"row{table.row[i]}" for i in unnamed], dtype=object)])
-        index = index.copy()
-        index[unnamed] = np.arange(len(uniques), len(uniques) + unnamed.size)
-    return names, index, n_rows - names.size
-
-
-def _oddities(
-    table: Table, values: Mapping[str, Array], good: NDArray[np.bool_], repeated: int, convention: str
-) -> list[str]:
-    import pandas as pd
-
-    found = []
-    used = pd.DataFrame({name: values[name] for name in ("params", "tokens", "flops", "loss")})
-    if table.has("run_id"):
-        used["run_id"] = table.frame["run_id"].to_numpy()
-        copies = int(used[good].duplicated().sum())
-        if copies:
-            found.append(f"{copies} exact duplicate row(s) kept.")
-        if repeated:
-            found.append(f"{repeated} row(s) repeat a run_id: rows of one run are its curve.")
-    else:
-        copies = int(used[good].duplicated().sum())
-        if copies:
-            found.append(f"{copies} exact duplicate row(s) kept.")
-        found.append("run_id is not in the table: each row is a run.")
-    n, d, c = values["params"][good], values["tokens"][good], values["flops"][good]
-    off = np.abs(c / (FLOPS_PER_PARAM_TOKEN * n * d) - 1.0) > SIX_ND_TOLERANCE
-    if convention != AS_GIVEN and Convention(convention).is_six_n and off.any():
-        found.append(
-            f"convention={convention} means flops = 6 params tokens, but {int(off.sum())} of {off.size} rows differ"
-            " by more than 1%; the column flops is used as it is."
-        )
-    return found
-
-
-def _extra_columns(table: Table, good: NDArray[np.bool_]) -> dict[str, Array]:
-    import pandas as pd
-
-    kept = {}
-    for name in table.names:
-        if name not in COLUMNS and pd.api.types.is_numeric_dtype(table.frame[name]):
-            kept[name] = table.numbers(name)[good]
-    return kept
+def _too_few(table: Table, usable: int, dropped: tuple[Dropped, ...]) -> UserError:
+    """The one line for a table with nothing to fit: what is needed, and what is wrong with the rows that there are."""
+    why = ""
+    if dropped:
+        common, times = Counter(d.reason.split(":")[0] for d in dropped).most_common(1)[0]
+        why = f"; {times} row(s): {common}" if times > 1 else ""
+        why += f"; the first bad one is row {dropped[0].row}: {dropped[0].reason}"
+    return UserError(
+        f"{table.source} has {usable} usable row(s) of {len(table.row)}, at least {MIN_ROWS} are needed"
+        f" (with finite, positive loss and two of params, tokens, flops){why}."
+    )

@@ -1,6 +1,6 @@
-"""Owns reading a table of the user's: CSV, Parquet, JSON records or JSON lines, renames, filters, and what a cell means.
+"""Owns a table of the user's as the analysis sees it: renames, filters, and what a cell means.
 
-The result is a `Table`: named NumPy columns, unparseable cells already NaN with the text kept for the reason. Nothing
+The file itself is read by table_files.py. The result is a `Table`: named NumPy columns, unparseable cells already NaN with the text kept for the reason. Nothing
 here knows a scaling law. pandas is imported inside the functions, so that `import scaling_lab.analyse` stays light.
 """
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scaling_lab.analyse.table_files import read_frame
 from scaling_lab.core.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -50,17 +51,8 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-_READERS = {
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".txt": "csv",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".json": "json",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-}
-_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+# What people write into a cell that has no value.
+_NOTHING = ("", "nan", "none", "null", "na", "n/a", "-", "?")
 
 
 @dataclass(frozen=True)
@@ -86,17 +78,31 @@ class Table:
         import pandas as pd
 
         column = self.frame[name]
-        if pd.api.types.is_bool_dtype(column):
-            return column.to_numpy(dtype=np.float64)
-        values = pd.to_numeric(column, errors="coerce")
+        if pd.api.types.is_datetime64_any_dtype(column) or pd.api.types.is_timedelta64_dtype(column):
+            return np.full(len(column), np.nan)  # pandas would give nanoseconds
+        if pd.api.types.is_numeric_dtype(column):
+            return column.to_numpy(dtype=np.float64, na_value=np.nan)
+        try:
+            values = pd.to_numeric(column, errors="coerce")
+        except TypeError:  # cells that are lists or objects
+            values = pd.to_numeric(column.map(_plain), errors="coerce")
         return values.to_numpy(dtype=np.float64, na_value=np.nan)
+
+    def empty(self, name: str) -> NDArray[np.bool_]:
+        """(rows,) whether a cell says nothing: no value, blanks, or a word for no value."""
+        column = self.frame[name]
+        empty = column.isna().to_numpy(dtype=bool)
+        if column.dtype.kind not in "biufc":
+            words = column.astype(str).str.strip().str.lower()
+            empty = empty | words.isin(_NOTHING).to_numpy(dtype=bool)
+        return empty
 
     def cell(self, name: str, position: int) -> str:
         """A cell's text as the table has it, for a reason; '' where it is empty."""
         import pandas as pd
 
         value = self.frame[name].iloc[position]
-        return "" if pd.isna(value) else str(value)
+        return "" if np.ndim(value) == 0 and pd.isna(value) else str(value)
 
 
 def read_table(
@@ -118,8 +124,7 @@ def read_table(
         UserError: no such file, not a table, an unknown column; the message names the file and the nearest column.
     """
     path = Path(path)
-    frame = _read_frame(path)
-    frame.columns = [str(c) for c in frame.columns]
+    frame, notes = read_frame(path)
     row = np.arange(1, len(frame) + 1, dtype=np.int64)
     renames = dict(columns or {})
     if metric is not None:
@@ -128,11 +133,14 @@ def read_table(
     keep = np.ones(len(frame), dtype=bool)
     for key, value in (where or {}).items():
         keep &= _matches(frame, renames, key, value, path.name)
-    notes = () if keep.all() else (f"where: {int(keep.sum())} of {keep.size} rows match.",)
+    if not keep.all():
+        notes.append(f"where: {int(keep.sum())} of {keep.size} rows match.")
     if len(frame) and not keep.any():
         wanted = " ".join(f"where.{k}={v}" for k, v in (where or {}).items())
         raise UserError(f"{path.name}: no row matches {wanted} ({len(frame)} rows read).")
-    return Table(path.name, frame.loc[keep].reset_index(drop=True), row[keep], notes)
+    if not keep.all():
+        frame, row = frame.loc[keep].reset_index(drop=True), row[keep]
+    return Table(path.name, frame, row, tuple(notes))
 
 
 def table_from_mapping(data: Mapping[str, Any], source: str = "table") -> Table:
@@ -152,63 +160,6 @@ def missing_column(name: str, table: Table, *, why: str = "") -> UserError:
     return UserError(
         f"{table.source} has no column {name!r}{why}; its columns are {_listed(table.names)}.{hint}"
     )
-
-
-def _read_frame(path: Path) -> pd.DataFrame:
-    import pandas as pd
-
-    if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=1)
-        raise UserError(
-            f"runs={path}: no such file." + (f" Did you mean {path.parent / near[0]}?" if near else "")
-        )
-    if path.is_dir():
-        raise UserError(f"runs={path} is a directory; a table is one file: {', '.join(sorted(_READERS))}.")
-    suffixes = [s.lower() for s in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSIONS:
-        suffixes = suffixes[:-1]
-    kind = _READERS.get(suffixes[-1] if suffixes else "")
-    if kind is None:
-        raise unknown("runs: the file's ending", suffixes[-1] if suffixes else "", _READERS)
-    try:
-        if kind == "csv":
-            frame = pd.read_csv(path, low_memory=False)
-        elif kind == "tsv":
-            frame = pd.read_csv(path, sep="\t", low_memory=False)
-        elif kind == "parquet":
-            frame = pd.read_parquet(path)
-        else:
-            frame = _read_json(path, lines=kind == "jsonl")
-    except (ValueError, OSError, ImportError) as error:  # parser and Arrow errors are subclasses of these
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"runs={path} could not be read as {kind}: {first}") from error
-    if len(frame) == 0:
-        raise UserError(f"runs={path} holds no rows.")
-    return frame
-
-
-def _read_json(path: Path, *, lines: bool) -> pd.DataFrame:
-    """JSON records, JSON lines (also under the ending .json) or an object of columns; nested objects become a.b."""
-    import json
-
-    import pandas as pd
-
-    if path.suffix.lower() in _COMPRESSIONS:
-        return pd.read_json(path, lines=lines, orient="records")
-    text = path.read_text(encoding="utf-8")
-    if not lines:
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError:
-            lines = True  # a file of JSON lines that is called .json
-    if lines:
-        data = [json.loads(line) for line in text.splitlines() if line.strip()]
-    if isinstance(data, dict):
-        return pd.DataFrame(data)
-    if not isinstance(data, list) or not all(isinstance(record, dict) for record in data):
-        raise ValueError("expected a list of records, one object a row")
-    return pd.json_normalize(data)
 
 
 def _metric_column(metric: str, source: str, names: list[str]) -> str:
@@ -267,6 +218,11 @@ def _matches(
         # Written with eight digits in the table and with two in the question: equal to 1e-9 is equal.
         return np.isclose(values, number, rtol=1e-9, atol=0.0)
     return (cells.astype(str) == str(value)).to_numpy(dtype=bool)
+
+
+def _plain(value: Any) -> Any:
+    """A cell that can be read as a number, or nothing."""
+    return value if isinstance(value, (str, int, float)) else None
 
 
 def _number(value: Any) -> float | None:

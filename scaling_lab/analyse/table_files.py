@@ -1,0 +1,323 @@
+"""Owns the way from a file of the user's to a data frame: CSV in its dialects, Parquet, JSON records, JSON lines.
+
+Other people's files are not tidy: semicolons, decimal commas, byte order marks, Latin-1, a trailing comma on every row,
+a torn last line. What can be read is read, and a note says what was assumed; a row that cannot be read keeps its place,
+empty, so that row numbers stay those of the file and the row is dropped with a reason further on.
+"""
+
+from __future__ import annotations
+
+import bz2
+import difflib
+import gzip
+import io
+import json
+import lzma
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, cast
+
+from scaling_lab.core.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+KINDS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "csv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+}
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_COMPRESSIONS = (*_OPENERS, ".zst")
+_SEPARATORS = (",", ";", "\t", "|")
+# So much of a file shows its encoding, separator and decimal mark.
+_SAMPLE_BYTES = 1 << 16
+# JSON lines beyond this size are parsed by Arrow first, twenty times faster than by the standard library.
+_LARGE_BYTES = 8 << 20
+
+
+def read_frame(path: Path) -> tuple[pd.DataFrame, list[str]]:
+    """The file's rows, column names as distinct stripped text, and notes on how it was read.
+
+    Raises:
+        UserError: no such file, an unknown ending, or not a table; one line that names the file.
+    """
+    kind = _kind(path)
+    notes: list[str] = []
+    try:
+        if kind == "csv":
+            frame = _read_csv(path, notes)
+        elif kind == "parquet":
+            frame = _read_parquet(path)
+        else:
+            frame = _read_json(path, kind == "jsonl", notes)
+    except UserError:
+        raise
+    # Parser, Arrow and decoding errors are subclasses of these; a file nested too deeply is a RecursionError.
+    except (ValueError, OSError, EOFError, ImportError, TypeError, lzma.LZMAError, RecursionError) as error:
+        text = str(error).strip()
+        first = text.splitlines()[0] if text else type(error).__name__
+        raise UserError(f"runs={path} could not be read as {kind}: {first}") from error
+    if len(frame) == 0:
+        raise UserError(f"runs={path} holds no rows.")
+    frame.columns = cast("Any", _distinct([str(c) for c in frame.columns], notes))
+    return frame, notes
+
+
+def header_names(path: Path) -> list[str]:
+    """Column names of a CSV or Parquet file without reading its rows; empty where they are not to be had cheaply."""
+    try:
+        kind = _kind(path)
+        if kind == "parquet":
+            import pyarrow.parquet
+
+            return [str(name) for name in pyarrow.parquet.read_schema(path).names]
+        if kind == "csv":
+            import pandas as pd
+
+            return _distinct([str(c) for c in pd.read_csv(path, nrows=0, **_dialect(path, [])).columns], [])
+    except (OSError, ValueError):
+        pass  # reading the table itself will say what is wrong with it
+    return []
+
+
+def _kind(path: Path) -> str:
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, siblings, n=1)
+        raise UserError(
+            f"runs={path}: no such file." + (f" Did you mean {path.parent / near[0]}?" if near else "")
+        )
+    if path.is_dir():
+        raise UserError(f"runs={path} is a directory; a table is one file: {', '.join(sorted(KINDS))}.")
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSIONS:
+        suffixes = suffixes[:-1]
+    kind = KINDS.get(suffixes[-1] if suffixes else "")
+    if kind is None:
+        raise unknown("runs: the file's ending", suffixes[-1] if suffixes else "", KINDS)
+    return kind
+
+
+def _open(path: Path) -> IO[bytes]:
+    """The file's bytes, decompressed."""
+    suffix = path.suffix.lower()
+    if suffix in _OPENERS:
+        return cast("IO[bytes]", _OPENERS[suffix](path, "rb"))
+    if suffix == ".zst":
+        import pyarrow
+
+        return cast("IO[bytes]", pyarrow.input_stream(str(path), compression="zstd"))
+    return open(path, "rb")
+
+
+# -- CSV
+
+
+def _read_csv(path: Path, notes: list[str]) -> pd.DataFrame:
+    import pandas as pd
+
+    options = _dialect(path, notes)
+    try:
+        frame = pd.read_csv(path, low_memory=False, **options)
+    except UnicodeDecodeError:  # beyond the sample
+        options["encoding"] = "latin-1"
+        notes.append("The file is not UTF-8: read as Latin-1.")
+        frame = pd.read_csv(path, low_memory=False, **options)
+    except pd.errors.ParserError:
+        frame = _read_ragged_csv(path, options, notes)
+    if not isinstance(frame.index, pd.RangeIndex):
+        # Every row has one cell more than the header: pandas takes the first for the row's name. After a trailing
+        # separator it is the last one that is too many.
+        if frame.iloc[:, -1].isna().all():
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", pd.errors.ParserWarning
+                )  # of the cell too many, which is empty
+                frame = pd.read_csv(path, low_memory=False, index_col=False, **options)
+        else:
+            frame = frame.reset_index(names="index")
+    return frame
+
+
+def _read_ragged_csv(path: Path, options: dict[str, Any], notes: list[str]) -> pd.DataFrame:
+    """A file in which some rows have too many cells: they stay as empty rows, and a note counts them."""
+    import pandas as pd
+
+    width = len(pd.read_csv(path, nrows=0, **options).columns)
+    bad: list[list[str]] = []
+
+    def empty(cells: list[str]) -> list[str]:
+        bad.append(cells)
+        return [""] * width
+
+    frame = pd.read_csv(path, engine="python", on_bad_lines=empty, **options)
+    if bad:
+        first = ",".join(bad[0])
+        notes.append(
+            f"{len(bad)} row(s) have more cells than the header's {width} and are dropped; the first: {first[:60]!r}."
+        )
+    return frame
+
+
+def _dialect(path: Path, notes: list[str]) -> dict[str, Any]:
+    """Encoding, separator and decimal mark of a CSV file, as options of `pandas.read_csv`."""
+    with _open(path) as file:
+        sample = file.read(_SAMPLE_BYTES)
+    encoding = "utf-8"
+    if sample[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        encoding = "utf-16"
+    else:
+        try:
+            sample.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if error.start < len(sample) - 4:  # not merely a character cut in two by the sample's end
+                encoding = "latin-1"
+                notes.append("The file is not UTF-8: read as Latin-1.")
+    lines = sample.decode(encoding, errors="replace").lstrip("\ufeff").splitlines()
+    header = next((line for line in lines if line.strip()), "")
+    outside_quotes = re.sub(r'"[^"]*"', "", header)
+    separator = max(_SEPARATORS, key=outside_quotes.count)  # of equal ones the first: the comma
+    options: dict[str, Any] = {"sep": separator, "encoding": encoding}
+    if separator != ",":
+        cells = [cell.strip().strip('"') for line in lines[1:50] for cell in line.split(separator)]
+        comma = any(re.fullmatch(r"[+-]?\d+,\d+([eE][+-]?\d+)?", cell) for cell in cells)
+        if comma and not any(re.fullmatch(r"[+-]?\d+\.\d+([eE][+-]?\d+)?", cell) for cell in cells):
+            options["decimal"] = ","
+            notes.append("Numbers are written with a decimal comma.")
+    return options
+
+
+# -- Parquet
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    """The columns, those that pandas had stored as the frame's index among them."""
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.ParquetFile(path).read()
+    names = table.column_names
+    if len(set(names)) < len(names):  # the frame's own names must be distinct
+        table = table.rename_columns(_distinct(names, []))
+    nameless = [n for n in table.column_names if re.fullmatch(r"__index_level_\d+__", n)]
+    return table.drop_columns(nameless).to_pandas(ignore_metadata=True)
+
+
+# -- JSON
+
+
+def _read_json(path: Path, lines: bool, notes: list[str]) -> pd.DataFrame:
+    """JSON records, JSON lines (also under the ending .json), an object of columns or of one list of records; nested
+    objects become a.b."""
+    import pandas as pd
+
+    if lines and path.stat().st_size > _LARGE_BYTES:
+        frame = _arrow_lines(path)
+        if frame is not None:
+            return frame
+    with _open(path) as file:
+        raw = file.read()
+    text = _decoded(raw, notes)
+    data: Any = None
+    if not lines:
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            if "\n" not in text.strip() or not _is_json(text.strip().splitlines()[0]):
+                raise
+            if error.pos == len(text.rstrip()):
+                raise  # a single document that ends too early
+            lines = True  # a file of JSON lines that is called .json
+    if lines:
+        data = _json_lines(text, notes)
+    if isinstance(data, dict):
+        wrapped = [v for v in data.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+        if len(wrapped) == 1:
+            data = wrapped[0]  # {"runs": [...]}
+        elif any(isinstance(v, (list, dict)) for v in data.values()):
+            return pd.DataFrame(data)
+        else:
+            data = [data]
+    if not isinstance(data, list) or not all(isinstance(record, dict) for record in data):
+        raise ValueError("expected a list of records, one object a row")
+    return pd.json_normalize(data)
+
+
+def _json_lines(text: str, notes: list[str]) -> list[dict[str, Any]]:
+    """One record a line that is not blank; a line that is not an object is an empty record, and a note counts it."""
+    records: list[dict[str, Any]] = []
+    bad: list[str] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("not an object")
+            records.append(record)
+        except ValueError as error:
+            records.append({})
+            bad.append(f"line {number}: {error}")
+    if bad and len(bad) == len(records):
+        raise ValueError(bad[0])
+    if bad:
+        notes.append(f"{len(bad)} line(s) are not JSON objects and are dropped; the first is {bad[0]}.")
+    return records
+
+
+def _arrow_lines(path: Path) -> pd.DataFrame | None:
+    """A large file of JSON lines; None where Arrow does not read it as the standard library would."""
+    import pyarrow
+    from pyarrow import json as arrow_json
+
+    try:
+        with _open(path) as file:
+            table = arrow_json.read_json(file, read_options=arrow_json.ReadOptions(block_size=4 << 20))
+    except (pyarrow.ArrowException, ValueError):
+        return None
+    while any(pyarrow.types.is_struct(f.type) for f in table.schema):
+        table = table.flatten()
+    # Arrow takes text like "2026-01-01" for a time, which no filter written as that text would match.
+    odd = any(pyarrow.types.is_temporal(f.type) for f in table.schema)
+    return None if odd or len(set(table.column_names)) < table.num_columns else table.to_pandas()
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _decoded(raw: bytes, notes: list[str]) -> str:
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return raw.decode("utf-16")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        notes.append("The file is not UTF-8: read as Latin-1.")
+        return io.TextIOWrapper(io.BytesIO(raw), encoding="latin-1").read()
+
+
+def _distinct(names: list[str], notes: list[str]) -> list[str]:
+    """Names without blanks around them, a repeated one numbered."""
+    out: list[str] = []
+    repeated = []
+    for name in (n.strip().removeprefix("\ufeff") for n in names):
+        new, k = name, 1
+        while new in out:
+            new, k = f"{name}.{k}", k + 1
+        if new != name:
+            repeated.append(name)
+        out.append(new)
+    if repeated:
+        notes.append(f"Columns of the same name are numbered: {', '.join(dict.fromkeys(repeated))}.")
+    return out
