@@ -11,18 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from scaling_lab.analyse.agreement import Agreement, agreement
+from scaling_lab.analyse.compare_laws import LawComparison, compare_laws
 from scaling_lab.analyse.estimate import Array, Band, Estimate, FitStatus
+from scaling_lab.analyse.laws import get_law, law_names
 from scaling_lab.analyse.observations import AS_GIVEN, Observations, from_table
 from scaling_lab.analyse.predict import Backtest, Prediction, backtest, predict
 from scaling_lab.analyse.record_observations import observations_from_records
 from scaling_lab.analyse.sensitivity import SensitivityRow, sensitivity
-from scaling_lab.analyse.settings import AnalysisSettings
+from scaling_lab.analyse.settings import ALL_LAWS, AnalysisSettings
+from scaling_lab.analyse.skills import Skills, skill_optima
 from scaling_lab.analyse.tables import read_table
 from scaling_lab.analyse.uncertainty import Approach, bootstrap
 from scaling_lab.core.counts import Convention
@@ -51,8 +55,12 @@ class Analysis:
     sensitivity: tuple[SensitivityRow, ...]
     backtest: tuple[Backtest, ...]
     predictions: tuple[Prediction, ...]
+    skills: Skills | None = None
+    """The optimum of every column of `metrics`; None where none was asked for."""
+    law_comparison: LawComparison | None = None
+    """Laws by their error out of sample; None where `compare_laws` names none."""
 
-    @property
+    @cached_property
     def points(self) -> Observations:
         """The points that IsoFLOP and the parametric fit used."""
         return select_points(self.observations, self.settings)
@@ -77,7 +85,7 @@ def read_observations(path: str | Path, settings: AnalysisSettings | None = None
         UserError: no such file, a missing column, too few usable rows.
     """
     s = settings or AnalysisSettings()
-    table = read_table(path, columns=s.columns, where=s.where, metric=s.metric)
+    table = read_table(path, columns=s.columns, where=s.where, metric=s.metric, metrics=s.metrics)
     return from_table(table, convention=s.convention or AS_GIVEN, strict=s.strict)
 
 
@@ -133,6 +141,8 @@ def analyse(observations: Observations, settings: AnalysisSettings | None = None
         sensitivity(approaches, estimates, points, weights) if s.sensitivity else (),
         backtest(approaches, points, s.bootstrap, s.seed, weights) if s.backtest else (),
         tuple(p for p in predictions if p is not None),
+        skill_optima(observations, s, mean_compute),
+        _law_comparison(points, s),
     )
 
 
@@ -140,6 +150,31 @@ def anything_estimated(analysis: Analysis) -> bool:
     """Whether at least one approach gave a frontier or an identified fit."""
     return any(
         e.status not in (FitStatus.NOT_APPLICABLE, FitStatus.NOT_IDENTIFIED) for e in analysis.estimates
+    )
+
+
+def _law_comparison(points: Observations, settings: AnalysisSettings) -> LawComparison | None:
+    """The laws of `compare_laws`, and the analysis's own, on the same points; rows of one run are left out together."""
+    if not settings.compare_laws:
+        return None
+    own = settings.approach.parametric
+    names = law_names() if ALL_LAWS in settings.compare_laws else settings.compare_laws
+    laws = [get_law(own.law, **own.law_options), *(get_law(n) for n in dict.fromkeys(names) if n != own.law)]
+    columns = {
+        **points.extra,
+        "n_params": points.n_params,
+        "n_tokens": points.n_tokens,
+        "compute_flops": points.compute_flops,
+    }
+    return compare_laws(
+        laws,
+        columns,
+        loss_nats=points.loss_nats,
+        groups=points.run_index,
+        compute_flops=points.compute_flops,
+        huber_delta=own.huber_delta,
+        objective=own.objective,  # type: ignore[arg-type]
+        seed=settings.seed,
     )
 
 

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from scaling_lab.analyse.agreement import Agreement
+from scaling_lab.analyse.compare_laws import HeldOutError, LawComparison
 from scaling_lab.analyse.estimate import Band, BudgetOptimum, Estimate, Interval
 from scaling_lab.analyse.observations import Observations
 from scaling_lab.analyse.predict import Backtest, Prediction, Quantity
 from scaling_lab.analyse.sensitivity import SensitivityRow
+from scaling_lab.analyse.skills import Skills
 
 if TYPE_CHECKING:
     from scaling_lab.analyse.analysis import Analysis
@@ -40,6 +42,8 @@ def to_json_dict(
         "sensitivity": [_sensitivity(row) for row in analysis.sensitivity],
         "backtest": [_backtest(row) for row in analysis.backtest],
         "predictions": [_prediction(p) for p in analysis.predictions],
+        "skills": _skills(analysis.skills),
+        "law_comparison": _law_comparison(analysis.law_comparison),
     }
 
 
@@ -204,6 +208,78 @@ def _prediction(p: Prediction) -> dict[str, Any]:
         "tokens_per_param": _quantity(p.tokens_per_param),
         "loss_opt": _quantity(p.loss_opt),
         "extrapolation_factor": number(p.extrapolation_factor),
+    }
+
+
+def _skills(found: Skills | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {
+        "compute_flops": found.compute_flops,
+        "budgets_flops": list(found.budgets_flops),
+        "columns": [
+            {
+                "column": s.column,
+                "n_runs": s.n_runs,
+                "n_points": s.n_points,
+                "n_left_out": s.n_left_out,
+                "message": s.message,
+                "estimates": [
+                    _estimate(e, b, p, found.compute_flops)
+                    for e, b, p in zip(s.estimates, s.bands, s.at_mean_compute)
+                ],
+                "at_mean_compute": [_prediction(p) for p in s.at_mean_compute if p is not None],
+                "at_budgets": [_prediction(p) for p in s.at_budgets],
+            }
+            for s in found.columns
+        ],
+        "params_opt_ratios": [
+            {
+                "columns": list(r.columns),
+                "approach": r.approach,
+                "compute_flops": r.compute_flops,
+                "ratio": number(r.ratio),
+                "interval": _pair(r.interval),
+                "differ": r.differ,
+            }
+            for r in found.ratios
+        ],
+    }
+
+
+def _law_comparison(found: LawComparison | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {
+        "n_groups": found.n_groups,
+        "folds": found.folds,
+        "threshold_flops": number(found.threshold_flops),
+        "laws": [
+            {
+                "law": s.law.label,
+                "n_parameters": s.n_parameters,
+                "status": s.status.value,
+                "message": s.message,
+                "in_sample_mean_abs": number(s.in_sample_mean_abs),
+                "cross_validation": _held_out(s.cross_validation),
+                "folds_failed": s.folds_failed,
+                "excess": number(s.excess),
+                "excess_standard_error": number(s.excess_standard_error),
+                "extrapolation": _held_out(s.extrapolation),
+            }
+            for s in found.scores
+        ],
+    }
+
+
+def _held_out(error: HeldOutError | None) -> dict[str, Any] | None:
+    if error is None:
+        return None
+    return {
+        "n_points": error.n_points,
+        "mean_abs": number(error.mean_abs),
+        "rms": number(error.rms),
+        "bias": number(error.bias),
     }
 
 

@@ -14,12 +14,14 @@ from scaling_lab.analyse.approaches import (
     Parametric,
     ParametricSettings,
 )
+from scaling_lab.analyse.laws import law_names
 from scaling_lab.analyse.observations import CONVENTIONS
 from scaling_lab.analyse.uncertainty import BootstrapSettings
 from scaling_lab.core.errors import UserError, unknown
 
 POINTS = ("final", "all")
 WEIGHTS = ("loss_sem",)
+ALL_LAWS = "all"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class AnalysisSettings:
     """One point a run (its last by tokens), or every row. The envelope always uses every row."""
     metric: str | None = None
     """Column to analyse in place of the loss."""
+    metrics: tuple[str, ...] = ()
+    """Further loss columns, such as [eval.code,eval.facts]: the optimum of each, and whether they differ."""
+    compare_laws: tuple[str, ...] = ()
+    """Laws to compare with approach.parametric.law by their error on points that they were not fitted to; [all] takes
+    every law."""
     where: Mapping[str, Any] = field(default_factory=dict)
     """COLUMN, COLUMN.min or COLUMN.max -> value."""
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -70,6 +77,9 @@ class AnalysisSettings:
             raise unknown("weights", self.weights, WEIGHTS)
         if self.convention is not None and self.convention not in CONVENTIONS:
             raise unknown("convention", self.convention, CONVENTIONS)
+        for law in self.compare_laws:
+            if law != ALL_LAWS and law not in law_names():
+                raise unknown("compare_laws", law, (ALL_LAWS, *law_names()))
         for flops in self.predict_flops:
             if not flops > 0:
                 raise UserError(f"compute_flops={flops} must be positive.")

@@ -7,8 +7,8 @@ here knows a scaling law. pandas is imported inside the functions, so that `impo
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +111,7 @@ def read_table(
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, Any] | None = None,
     metric: str | None = None,
+    metrics: Sequence[str] = (),
 ) -> Table:
     """Read a table, rename its columns to ours and keep the rows that match.
 
@@ -119,6 +120,7 @@ def read_table(
         columns: ours -> theirs (`{"loss": "val_loss"}`).
         where: `COLUMN`, `COLUMN.min` or `COLUMN.max` -> value, by the table's own names (or ours after renaming).
         metric: the column to analyse in place of `loss`.
+        metrics: further loss columns, made numbers; without a column `loss` the first one stands for it.
 
     Raises:
         UserError: no such file, not a table, an unknown column; the message names the file and the nearest column.
@@ -130,6 +132,8 @@ def read_table(
     if metric is not None:
         renames["loss"] = _metric_column(metric, path.name, list(frame.columns))
     frame = _rename(frame, renames, path.name)
+    for name in metrics:
+        _metric_column(name, path.name, list(frame.columns), "metrics")
     keep = np.ones(len(frame), dtype=bool)
     for key, value in (where or {}).items():
         keep &= _matches(frame, renames, key, value, path.name)
@@ -138,9 +142,16 @@ def read_table(
     if len(frame) and not keep.any():
         wanted = " ".join(f"where.{k}={v}" for k, v in (where or {}).items())
         raise UserError(f"{path.name}: no row matches {wanted} ({len(frame)} rows read).")
-    if not keep.all():
+    if not keep.all():  # (a copy of everything)
         frame, row = frame.loc[keep].reset_index(drop=True), row[keep]
-    return Table(path.name, frame, row, tuple(notes))
+    table = Table(path.name, frame, row, tuple(notes))
+    if not metrics:
+        return table
+    numbers = {name: table.numbers(name) for name in metrics}
+    if "loss" not in frame:
+        numbers["loss"] = numbers[metrics[0]]
+        notes.append(f"loss is not in the table: {metrics[0]} stands for it.")
+    return replace(table, frame=frame.assign(**numbers), notes=tuple(notes))
 
 
 def table_from_mapping(data: Mapping[str, Any], source: str = "table") -> Table:
@@ -162,12 +173,14 @@ def missing_column(name: str, table: Table, *, why: str = "") -> UserError:
     )
 
 
-def _metric_column(metric: str, source: str, names: list[str]) -> str:
+def _metric_column(metric: str, source: str, names: list[str], option: str = "metric") -> str:
     if metric in names:
         return metric
     near = _near(metric, names)
-    hint = f" Did you mean metric={near}?" if near else ""
-    raise UserError(f"metric={metric}: {source} has no such column; its columns are {_listed(names)}.{hint}")
+    hint = f" Did you mean {option}={near}?" if near else ""
+    raise UserError(
+        f"{option}={metric}: {source} has no such column; its columns are {_listed(names)}.{hint}"
+    )
 
 
 def _rename(frame: pd.DataFrame, renames: Mapping[str, str], source: str) -> pd.DataFrame:

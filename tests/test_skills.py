@@ -1,0 +1,229 @@
+"""Tests of optima per skill: two loss columns of one table with known, different optima; and of the comparison of laws."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic import Law
+
+from scaling_lab.analyse.analysis import Analysis, AnalysisSettings, analyse, read_observations
+from scaling_lab.analyse.observations import Observations
+from scaling_lab.analyse.skills import column_of
+from scaling_lab.analyse.uncertainty import BootstrapSettings
+from scaling_lab.core.errors import UserError
+
+# The same sizes and tokens, but what knowledge gains from parameters falls more slowly than what code does.
+CODE = Law(E=0.9, A=120.0, B=4000.0, alpha=0.36, beta=0.40)
+FACTS = Law(E=1.9, A=900.0, B=4000.0, alpha=0.36, beta=0.40)
+BUDGETS = np.geomspace(1e18, 1e20, 5)
+QUICK = AnalysisSettings(
+    bootstrap=BootstrapSettings(resamples=200), sensitivity=False, backtest=False, points="all"
+)
+
+
+def table(noise: float = 0.002, seed: int = 0) -> pd.DataFrame:
+    """An IsoFLOP grid over a factor of 400 in size, wide enough for both optima, with three loss columns."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for budget in BUDGETS:
+        middle = np.sqrt(CODE.params_opt(budget) * FACTS.params_opt(budget))
+        for n in middle * np.geomspace(1 / 20, 20, 15):
+            d = budget / (6 * n)
+            row = {"params": n, "tokens": d, "flops": budget}
+            for name, law in (("eval/code (nats)", CODE), ("facts", FACTS)):
+                row[name] = law.loss_nats(n, d) * np.exp(rng.normal(0, noise))
+            row["loss"] = (row["eval/code (nats)"] + row["facts"]) / 2
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+COLUMNS = ("eval/code (nats)", "facts")
+
+
+@pytest.fixture(scope="module")
+def analysis(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
+    path = tmp_path_factory.mktemp("skills") / "t.csv"
+    table().to_csv(path, index=False)
+    settings = replace(QUICK, metrics=COLUMNS)
+    return analyse(read_observations(path, settings), settings)
+
+
+@pytest.mark.parametrize("approach", ["isoflop", "parametric"])
+def test_each_column_has_its_own_optimum(analysis: Analysis, approach: str) -> None:
+    assert analysis.skills is not None
+    c = analysis.mean_compute_flops
+    for skill, law in zip(analysis.skills.columns, (CODE, FACTS)):
+        found = next(p for p in skill.at_mean_compute if p is not None and p.approach == approach)
+        truth = law.params_opt(c)
+        assert found.params_opt.estimate == pytest.approx(truth, rel=0.1)
+        assert found.params_opt.interval is not None
+        assert found.params_opt.interval.lo < truth < found.params_opt.interval.hi
+        assert found.tokens_per_param.estimate == pytest.approx(c / (6 * truth**2), rel=0.2)
+        assert found.tokens_per_param.interval is not None
+
+
+def test_there_is_an_optimum_with_interval_at_every_budget(analysis: Analysis) -> None:
+    assert analysis.skills is not None
+    assert analysis.skills.budgets_flops == pytest.approx(BUDGETS)
+    for skill, law in zip(analysis.skills.columns, (CODE, FACTS)):
+        rows = [p for p in skill.at_budgets if p.approach == "isoflop"]
+        assert [p.compute_flops for p in rows] == pytest.approx(BUDGETS)
+        for p in rows:
+            assert p.params_opt.estimate == pytest.approx(law.params_opt(p.compute_flops), rel=0.15)
+            assert p.params_opt.interval is not None
+
+
+def test_the_columns_are_said_to_differ_by_the_right_factor(analysis: Analysis) -> None:
+    assert analysis.skills is not None
+    truth = CODE.params_opt(1e19) / FACTS.params_opt(1e19)
+    assert truth < 0.2
+    ratios = {r.approach: r for r in analysis.skills.ratios}
+    for approach in ("isoflop", "parametric"):
+        r = ratios[approach]
+        assert r.columns == COLUMNS
+        assert r.ratio == pytest.approx(truth, rel=0.2)
+        assert r.interval is not None
+        assert r.interval.lo < truth < r.interval.hi
+        assert r.differ
+
+
+def test_equal_columns_are_not_said_to_differ(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    again = table(seed=1)
+    table().assign(other=again["facts"]).to_csv(path, index=False)
+    settings = replace(QUICK, metrics=("facts", "other"))
+    found = analyse(read_observations(path, settings), settings).skills
+    assert found is not None
+    assert all(r.differ is False for r in found.ratios if r.approach == "isoflop")
+
+
+def test_a_columns_optimum_is_that_of_the_column_analysed_alone(analysis: Analysis, tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    table().to_csv(path, index=False)
+    alone = analyse(read_observations(path, s := replace(QUICK, metric="facts")), s)
+    assert analysis.skills is not None
+    for one, two in zip(alone.estimates, analysis.skills.columns[1].estimates):
+        assert one.status == two.status
+        if one.frontier is not None and two.frontier is not None:
+            assert two.frontier.params.exponent == pytest.approx(one.frontier.params.exponent, rel=1e-9)
+
+
+def test_the_skills_are_in_analysis_json(analysis: Analysis) -> None:
+    schema = json.loads(
+        resources.files("scaling_lab.analyse").joinpath("analysis.schema.json").read_text("utf-8")
+    )
+    data = json.loads(json.dumps(analysis.to_json_dict("x"), allow_nan=False))
+    jsonschema.validate(data, schema)
+    assert [c["column"] for c in data["skills"]["columns"]] == list(COLUMNS)
+    rows = data["skills"]["columns"][0]["at_budgets"]
+    assert {r["approach"] for r in rows} >= {"isoflop", "parametric"}
+    assert all(r["tokens_per_param"]["interval"] for r in rows)
+    assert len(data["skills"]["params_opt_ratios"]) >= 2
+
+
+def test_no_metrics_no_block() -> None:
+    t = table()
+    obs = Observations.from_arrays(n_params=t["params"], n_tokens=t["tokens"], loss_nats=t["loss"])
+    analysis = analyse(obs, QUICK)
+    assert analysis.skills is None
+    assert analysis.to_json_dict()["skills"] is None
+
+
+def test_cells_without_a_value_are_left_out_and_counted(tmp_path: Path) -> None:
+    t = table().astype({"facts": object})
+    t.loc[[3, 4], "facts"] = "n/a"
+    t.loc[5, "facts"] = -1
+    t["empty"] = np.nan
+    path = tmp_path / "t.csv"
+    t.to_csv(path, index=False)
+    settings = replace(QUICK, metrics=("facts", "empty"))
+    found = analyse(read_observations(path, settings), settings)
+    assert found.observations.n_points == len(t)  # the loss itself is whole
+    assert found.skills is not None
+    facts, empty = found.skills.columns
+    assert (facts.n_points, facts.n_left_out) == (len(t) - 3, 3)
+    assert empty.message is not None
+    assert "0 row(s)" in empty.message
+    assert empty.estimates == ()
+    json.dumps(found.to_json_dict("x"), allow_nan=False)
+
+
+def test_curves_of_a_column_are_its_own(tmp_path: Path) -> None:
+    """Several rows a run: the envelope of a column reads that column's curve."""
+    rows = []
+    for i, n in enumerate(np.geomspace(1e6, 1e8, 8)):
+        for d in np.geomspace(1e7, 3e9, 40):
+            rows.append((f"r{i}", n, d, CODE.loss_nats(n, d), FACTS.loss_nats(n, d)))
+    path = tmp_path / "t.parquet"
+    pd.DataFrame(rows, columns=["run_id", "params", "tokens", "loss", "facts"]).to_parquet(path)
+    settings = replace(QUICK, points="final", metrics=("facts",), bootstrap=BootstrapSettings(resamples=0))
+    analysis = analyse(read_observations(path, settings), settings)
+    assert analysis.skills is not None
+    envelope = analysis.skills.columns[0].estimates[0]
+    assert envelope.frontier is not None
+    assert float(envelope.frontier.params(1e17)) == pytest.approx(FACTS.params_opt(1e17), rel=0.1)
+
+
+def test_without_a_loss_column_the_first_metric_stands_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    table().drop(columns="loss").to_csv(path, index=False)
+    obs = read_observations(path, replace(QUICK, metrics=COLUMNS))
+    assert any("eval/code (nats) stands for it" in w for w in obs.warnings)
+
+
+def test_an_unknown_column_is_named_with_a_near_one(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    table().to_csv(path, index=False)
+    with pytest.raises(UserError, match=r"metrics=fact: t\.csv has no such column.*metrics=facts"):
+        read_observations(path, replace(QUICK, metrics=("fact",)))
+    obs = read_observations(path, QUICK)
+    with pytest.raises(UserError, match="metrics"):
+        column_of(obs, "fact")
+
+
+# -- laws compared
+
+
+def compared(noise: float, laws: tuple[str, ...]) -> Analysis:
+    t = table(noise)
+    obs = Observations.from_arrays(n_params=t["params"], n_tokens=t["tokens"], loss_nats=t["facts"])
+    settings = replace(QUICK, compare_laws=laws, bootstrap=BootstrapSettings(resamples=0))
+    return analyse(obs, settings)
+
+
+def test_the_law_that_made_the_data_predicts_best() -> None:
+    analysis = compared(0.002, ("kaplan_nd", "power_c"))
+    found = analysis.law_comparison
+    assert found is not None
+    assert [s.law.name for s in found.scores][0] == "chinchilla"  # the analysis's own is always among them
+    assert {s.law.name for s in found.scores} == {"chinchilla", "kaplan_nd", "power_c"}
+    best, worst = found.scores[0], found.scores[-1]
+    assert best.cross_validation is not None
+    assert best.cross_validation.mean_abs < 0.004
+    assert best.extrapolation is not None
+    assert worst.excess is not None
+    assert worst.excess > 2 * (worst.excess_standard_error or np.inf)
+
+
+def test_the_comparison_is_in_analysis_json_also_of_laws_that_lack_a_column() -> None:
+    schema = json.loads(
+        resources.files("scaling_lab.analyse").joinpath("analysis.schema.json").read_text("utf-8")
+    )
+    data = json.loads(json.dumps(compared(0.002, ("all",)).to_json_dict("x"), allow_nan=False))
+    jsonschema.validate(data, schema)
+    laws = {row["law"]: row for row in data["law_comparison"]["laws"]}
+    missing = [row for row in laws.values() if row["status"] == "not_applicable"]
+    assert any("unique_tokens" in row["message"] for row in missing)
+    assert laws["chinchilla"]["cross_validation"]["n_points"] == len(table())
+
+
+def test_an_unknown_law_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(UserError, match="compare_laws='chinchila'"):
+        AnalysisSettings(compare_laws=("chinchila",))
