@@ -227,3 +227,31 @@ def test_the_comparison_is_in_analysis_json_also_of_laws_that_lack_a_column() ->
 def test_an_unknown_law_is_refused_before_anything_is_read() -> None:
     with pytest.raises(UserError, match="compare_laws='chinchila'"):
         AnalysisSettings(compare_laws=("chinchila",))
+
+
+# -- as a user sees it
+
+
+def test_the_summary_shows_skills_and_laws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from scaling_lab.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    table().to_csv("t.csv", index=False)
+    common = ["analyze", "runs=t.csv", "bootstrap.resamples=60", "sensitivity=false", "backtest=false"]
+    assert main([*common, "metrics=[eval/code (nats),facts]", "compare_laws=kaplan_nd"]) == 0
+    out = capsys.readouterr().out
+    for part in ("optima per skill", "eval/code (nats)", "facts", "differ", "kaplan_nd", "left out"):
+        assert part in out
+    assert main([*common, "compare_laws=chinchila"]) == 2
+    assert "compare_laws" in capsys.readouterr().err
+
+
+def test_metrics_are_for_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from scaling_lab.cli.main import main
+
+    (tmp_path / "s" / "runs").mkdir(parents=True)
+    assert main(["analyze", "sweep=s", f"results_dir={tmp_path}", "metrics=a,b"]) == 2
+    assert "metrics" in capsys.readouterr().err

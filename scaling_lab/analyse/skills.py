@@ -18,7 +18,7 @@ from scaling_lab.analyse.estimate import Array, Band, Estimate, Interval
 from scaling_lab.analyse.frontiers import at_compute
 from scaling_lab.analyse.observations import MIN_ROWS, Observations
 from scaling_lab.analyse.predict import Prediction, predict
-from scaling_lab.analyse.uncertainty import bootstrap
+from scaling_lab.analyse.uncertainty import Approach, bootstrap
 from scaling_lab.core.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _skill(
         return Skill(column, int(with_rows.sum()), int(usable.sum()), left_out, why)
     rows = rows.runs(with_rows)
     points = rows.final() if settings.points == "final" else rows
-    approaches = settings.approach.all()
+    approaches: tuple[Approach, ...] = settings.approach.all()
     estimates = tuple(a.estimate(points) for a in approaches)
     bands = tuple(
         bootstrap(a, points, e, settings.bootstrap, settings.seed) for a, e in zip(approaches, estimates)

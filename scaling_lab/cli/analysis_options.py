@@ -37,12 +37,14 @@ def _choices() -> dict[str, Any]:
     """Options that the settings declare as text and check themselves: known here, so that help can list them."""
     from scaling_lab.analyse.laws import law_names
     from scaling_lab.analyse.observations import CONVENTIONS
-    from scaling_lab.analyse.settings import WEIGHTS
+    from scaling_lab.analyse.settings import ALL_LAWS, WEIGHTS
 
+    laws = (ALL_LAWS, *law_names())
     return {
         "convention": Literal[CONVENTIONS] | None,
         "weights": Literal[WEIGHTS] | None,
         "approach.parametric.law": Literal[law_names()],
+        "compare_laws": tuple[Literal[laws], ...],  # type: ignore[valid-type]
     }
 
 
@@ -60,30 +62,11 @@ def settle_where(arguments: Arguments) -> Arguments:
     doubtful = [a for a in arguments.assignments if a.key.startswith("where.") and "=" in a.value]
     if path is None or not doubtful:
         return arguments
+    from scaling_lab.analyse.table_files import header_names
+
     names = header_names(Path(unquoted(path)).expanduser())
     settled = [_settled(a, names) if a in doubtful else a for a in arguments.assignments]
     return Arguments(arguments.command, arguments.flags, tuple(settled))
-
-
-def header_names(path: Path) -> list[str]:
-    """Column names of a CSV or Parquet file without reading its rows; empty where they are not to be had cheaply."""
-    try:
-        if path.suffix.lower() == ".parquet":
-            import pyarrow.parquet
-
-            return [str(name) for name in pyarrow.parquet.read_schema(path).names]
-        if path.suffix.lower() in (".csv", ".tsv"):
-            import pandas as pd
-
-            return [
-                str(c)
-                for c in pd.read_csv(
-                    path, sep="\t" if path.suffix.lower() == ".tsv" else ",", nrows=0
-                ).columns
-            ]
-    except (OSError, ValueError):
-        pass  # reading the table itself will say what is wrong with it
-    return []
 
 
 def _settled(assignment: Assignment, names: Sequence[str]) -> Assignment:

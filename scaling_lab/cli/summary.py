@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+from rich.text import Text
 
 from scaling_lab.analyse.estimate import FitStatus, Interval
 from scaling_lab.cli.console import Console, human_count
 
 if TYPE_CHECKING:
     from scaling_lab.analyse.analysis import Analysis
+    from scaling_lab.analyse.compare_laws import LawComparison
     from scaling_lab.analyse.estimate import Band, Estimate
     from scaling_lab.analyse.predict import Prediction, Quantity
+    from scaling_lab.analyse.skills import Skills
 
 
 def print_analysis(console: Console, analysis: Analysis) -> None:
@@ -36,6 +39,13 @@ def print_analysis(console: Console, analysis: Analysis) -> None:
     _print_law(console, analysis)
     console.print(f"agreement: {analysis.agreement.message}", markup=False)
     _print_backtest(console, analysis)
+    if analysis.skills is not None:
+        _print_skills(console, analysis.skills)
+    if analysis.law_comparison is not None:
+        console.print(laws_table(analysis.law_comparison))
+        for s in analysis.law_comparison.scores:
+            if s.cross_validation is None:
+                console.print(f"  {s.law.label}: {s.status.value}: {s.message}", markup=False)
 
 
 def exponents_table(analysis: Analysis) -> Table:
@@ -99,6 +109,85 @@ def _print_backtest(console: Console, analysis: Analysis) -> None:
     )
     for row in analysis.backtest:
         console.print(f"  {row.approach:<10} {row.message}", markup=False)
+
+
+def _print_skills(console: Console, skills: Skills) -> None:
+    """The optimum of every loss column at every budget, and which columns differ."""
+    console.print(skills_table(skills))
+    for skill in skills.columns:
+        if skill.message is not None:
+            console.print(f"  {skill.column}: {skill.message}", markup=False)
+        elif skill.best is None:
+            reasons = "; ".join(f"{e.approach}: {e.message}" for e in skill.estimates)
+            console.print(f"  {skill.column}: no optimum. {reasons}", markup=False)
+    for ratio in skills.ratios:
+        shown = {s.best.approach for s in skills.columns if s.best is not None and s.column in ratio.columns}
+        if shown == {ratio.approach}:
+            words = {True: "differ", False: "do not differ beyond their intervals", None: "(no interval)"}
+            console.print(
+                f"  N_opt of {ratio.columns[0]} / N_opt of {ratio.columns[1]} = {ratio.ratio:.3g}"
+                f"{_range(ratio.interval, '.3g')} at {ratio.compute_flops:.2g} FLOPs, {ratio.approach}:"
+                f" {words[ratio.differ]}",
+                markup=False,
+            )
+
+
+def skills_table(skills: Skills) -> Table:
+    """One row a column and budget, by the approach that is shown first; the mean compute last."""
+    table = Table(title="optima per skill", title_justify="left")
+    for name in ("loss column", "approach", "FLOPs", "parameters", "tokens per parameter", "loss, nats"):
+        table.add_column(name)
+    for skill in skills.columns:
+        if skill.best is None:
+            continue
+        rows = [p for p in skill.at_budgets if p.approach == skill.best.approach]
+        # The mean compute often is one of the budgets.
+        between = all(abs(p.compute_flops / skill.best.compute_flops - 1) > 0.01 for p in rows)
+        for p, mean in [*((p, "") for p in rows), *([(skill.best, " (mean)")] if between else [])]:
+            table.add_row(
+                Text(skill.column if p is rows[0] else ""),
+                p.approach if p is rows[0] else "",
+                f"{p.compute_flops:.3g}{mean}",
+                _counted(p.params_opt),
+                _counted(p.tokens_per_param),
+                "-"
+                if p.loss_opt is None
+                else f"{p.loss_opt.estimate:.4f}{_range(p.loss_opt.interval, '.4f')}",
+            )
+        table.add_section()
+    return table
+
+
+def laws_table(comparison: LawComparison) -> Table:
+    """One row a law: mean |error| of ln L in sample, on runs left out, and beyond the compute that was fitted."""
+    threshold = comparison.threshold_flops
+    beyond = "" if threshold is None else f" above {threshold:.2g} FLOPs"
+    table = Table(
+        title=f"laws by their error on runs left out ({comparison.folds} parts of {comparison.n_groups} runs)",
+        title_justify="left",
+    )
+    for name in (
+        "law",
+        "parameters",
+        "in sample",
+        "left out",
+        "worse than the best by",
+        f"predicted{beyond}",
+    ):
+        table.add_column(name)
+    for s in comparison.scores:
+        if s.cross_validation is None:
+            continue  # a line below the table says why
+        error = "" if s.excess_standard_error is None else f" ± {s.excess_standard_error:.2%}"
+        table.add_row(
+            s.law.label,
+            str(s.n_parameters),
+            "-" if s.in_sample_mean_abs is None else f"{s.in_sample_mean_abs:.2%}",
+            f"{s.cross_validation.mean_abs:.2%}",
+            "best" if s is comparison.scores[0] else "-" if s.excess is None else f"{s.excess:.2%}{error}",
+            "-" if s.extrapolation is None else f"{s.extrapolation.mean_abs:.2%}",
+        )
+    return table
 
 
 def predictions_table(predictions: list[Prediction], level: float) -> Table:

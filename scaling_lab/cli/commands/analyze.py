@@ -94,11 +94,12 @@ def analyse_source(
         path = Path(where.runs).expanduser()
         console.note(f"reading {path}")
         return analyse(read_observations(path, settings), settings), []
-    if settings.where or settings.columns:
-        key = "where." if settings.where else "columns."
-        raise UserError(
-            f"{key}: these options are for tables (runs=FILE); a sweep's records have no columns to choose."
-        )
+    options = {"where.": settings.where, "columns.": settings.columns, "metric": settings.metric}
+    for key, given in {**options, "metrics": settings.metrics}.items():
+        if given:
+            raise UserError(
+                f"{key}: this option is for tables (runs=FILE); a sweep's records have no columns to choose."
+            )
     store = RunStore.for_sweep(where.results_dir, where.sweep)
     records, problems = load_ledger(store)
     for run_id, reason in problems:
