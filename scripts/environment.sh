@@ -28,11 +28,20 @@ use_environment() {
   cd "$root"
   if [ -n "${VIRTUAL_ENV:-}" ] && [ -x "$VIRTUAL_ENV/bin/python" ]; then
     target=$VIRTUAL_ENV
+  elif [ -n "${CONDA_PREFIX:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" != base ] && [ -x "$CONDA_PREFIX/bin/python" ]; then
+    target=$CONDA_PREFIX
   else
     target=$root/.venv
-    [ -x "$target/bin/python" ] || { say "Making .venv with $(find_python)"; "$(find_python)" -m venv "$target"; }
+    if [ ! -x "$target/bin/python" ]; then
+      local python
+      python=$(find_python) || exit 2
+      say "Making .venv with $python"
+      "$python" -m venv "$target" || fail "$python cannot make a virtual environment (on Debian: apt install python3-venv)."
+    fi
   fi
   supported "$target/bin/python" || fail "$target has $("$target/bin/python" -V 2>&1); scaling_lab needs Python 3.11 to 3.13."
+  "$target/bin/python" -m pip --version >/dev/null 2>&1 || "$target/bin/python" -m ensurepip >/dev/null 2>&1 ||
+    fail "$target has no pip. Remove it and run again, or install pip there."
   PATH=$target/bin:$PATH
   export PATH VIRTUAL_ENV=$target
   # A stamp per extra: installing again takes seconds, but a second quickstart should begin at once.
@@ -55,7 +64,7 @@ install_project() {
     *) grep -v '^torch==' constraints.txt >"$constraints" || true ;;
   esac
   if [ "${SCALING_LAB_TORCH:-}" != keep ]; then
-    python -m pip install --quiet --disable-pip-version-check -c "$constraints" "${index[@]}" "${SCALING_LAB_TORCH:-torch}"
+    python -m pip install --quiet --disable-pip-version-check -c "$constraints" ${index[@]+"${index[@]}"} "${SCALING_LAB_TORCH:-torch}"
   fi
   python -m pip install --quiet --disable-pip-version-check -c "$constraints" -e ".${extra:+[$extra]}"
   rm -f "$constraints"

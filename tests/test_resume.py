@@ -81,7 +81,7 @@ def test_block_means_survive_a_stop_in_the_middle_of_a_block(tmp_path):
 
 
 def checkpoint(step: int, value: float = 1.0) -> Checkpoint:
-    return Checkpoint("run", step, step, (0.5,), 1.5, Execution(), {"flat": torch.full((5,), value)})
+    return Checkpoint("run", step, step, (0.5,), 1.5, Execution(), "data", {"flat": torch.full((5,), value)})
 
 
 def test_the_last_two_are_kept_and_read_back(tmp_path):
@@ -94,7 +94,7 @@ def test_the_last_two_are_kept_and_read_back(tmp_path):
         "step-3.json",
         "step-3.pt",
     ]
-    latest = load_latest(tmp_path, "run", Execution())
+    latest = load_latest(tmp_path, "run", Execution(), "data")
     assert latest is not None
     assert (latest.step, latest.block_losses_nats, latest.wall_time_s) == (10, (0.5,), 1.5)
     assert latest.tensors["flat"].tolist() == [10.0] * 5
@@ -114,7 +114,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, damage, ca
         middle = len(data) // 2
         flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
         path.write_bytes({"truncated": data[:-10], "flipped": flipped, "empty": b""}[damage])
-    latest = load_latest(tmp_path, "run", Execution())
+    latest = load_latest(tmp_path, "run", Execution(), "data")
     assert latest is not None
     assert latest.step == 1
     assert "is skipped" in caplog.text
@@ -122,8 +122,10 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, damage, ca
 
 def test_another_runs_or_executions_checkpoint_is_not_taken(tmp_path):
     save_checkpoint(tmp_path, checkpoint(1))
-    assert load_latest(tmp_path, "other", Execution()) is None
-    assert load_latest(tmp_path, "run", Execution(compile=True)) is None
+    assert load_latest(tmp_path, "other", Execution(), "data") is None
+    assert load_latest(tmp_path, "run", Execution(compile=True), "data") is None
+    assert load_latest(tmp_path, "run", Execution(), "other data") is None
+    assert load_latest(tmp_path, "run", Execution(), "data") is not None
 
 
 def test_no_pickle_is_ever_executed(tmp_path):
@@ -189,8 +191,6 @@ def kill_at_random(store: RunStore, folder: Path, kills: int, rng: random.Random
             break
         else:
             hits["training"] += 1
-        for leftover in folder.rglob(".*.tmp"):
-            leftover.unlink()
     return hits
 
 
@@ -208,3 +208,46 @@ def test_twenty_kills_change_nothing(tmp_path):
     assert hits["checkpoint write"] >= 2, hits
     subprocess.run([sys.executable, "-m", "scaling_lab.train.worker", str(store.folder)], check=True)
     assert losses(store.read_record(spec.run_id())) == losses(whole)
+    # Nothing of the killed attempts is left.
+    folder = store.run_folder(spec.run_id()) / "checkpoint"
+    assert sorted(p.name for p in folder.iterdir()) == [f"step-{spec.steps}.json", f"step-{spec.steps}.pt"]
+
+
+def test_a_superseded_owner_that_was_loading_leaves_the_curve_alone(tmp_path, monkeypatch):
+    """It was paused while it loaded its data, and lost the run: the new owner's curve must stay."""
+    import scaling_lab.train.loop as loop
+    from scaling_lab.core.claims import ClaimLost
+
+    spec, store = tiny(100), RunStore(tmp_path)
+    claim = store.claim(spec)
+    assert claim is not None
+    real = loop.open_session
+
+    def slow(*args, **options):
+        session = real(*args, **options)
+        (store.run_folder(spec.run_id()) / "claim-2.json").write_text("{}")
+        (store.run_folder(spec.run_id()) / "curve.jsonl").write_text("the new owner's")
+        return session
+
+    monkeypatch.setattr(loop, "open_session", slow)
+    with pytest.raises(ClaimLost):
+        loop.train_run(PlannedRun(spec, Execution()), store, claim)
+    assert (store.run_folder(spec.run_id()) / "curve.jsonl").read_text() == "the new owner's"
+    assert not (store.run_folder(spec.run_id()) / "record.json").exists()
+
+
+def test_a_superseded_owners_error_is_not_the_runs(tmp_path, monkeypatch):
+    import scaling_lab.train.loop as loop
+    from scaling_lab.train.worker import train_claimed
+
+    spec, store = tiny(100), RunStore(tmp_path)
+    claim = store.claim(spec)
+    assert claim is not None
+
+    def broken(*args, **options):
+        (store.run_folder(spec.run_id()) / "claim-2.json").write_text("{}")
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(loop, "open_session", broken)
+    assert train_claimed(PlannedRun(spec, Execution()), store, claim, None) is None
+    assert not (store.run_folder(spec.run_id()) / "record.json").exists()

@@ -49,6 +49,11 @@ def test_cosine_falls_after_warmup_and_stays_in_range(warmup, final, points):
     assert all(0 <= schedule.multiplier(p) <= 1 + 1e-12 for p in points)
 
 
+def test_a_horizon_that_is_all_warmup_has_nothing_to_decay():
+    schedule = Cosine(warmup_fraction=1.0)
+    assert [schedule.multiplier(p) for p in (0.25, 0.5, 1.0)] == [0.25, 0.5, 1.0]
+
+
 def test_no_warmup_begins_at_the_peak():
     assert Cosine(warmup_fraction=0.0).multiplier(1e-9) == pytest.approx(1.0)
     assert Constant(warmup_fraction=0.0).multiplier(1e-9) == 1.0

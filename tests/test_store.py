@@ -13,10 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from test_spec import spec
 
+from scaling_lab.core.claims import ClaimLost, last_claim
 from scaling_lab.core.errors import UserError
+from scaling_lab.core.files import create_exclusive, write_atomic
 from scaling_lab.core.record import EvalPoint
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
-from scaling_lab.core.store import ClaimLost, RunStore, create_exclusive, curve_line, write_atomic
+from scaling_lab.core.store import RunStore, curve_line
 
 HOLDER = """
 import sys, time
@@ -76,14 +78,14 @@ def test_the_former_owner_is_fenced(store, monkeypatch):
     """A paused owner that wakes after a takeover sees the newer claim and stops; its record is not written."""
     old = store.claim(spec())
     assert old is not None
-    monkeypatch.setattr("scaling_lab.core.store.process_start", lambda pid: None)
+    monkeypatch.setattr("scaling_lab.core.claims.process_start", lambda pid: None)
     new = store.claim(spec())
     assert new is not None
     assert new.generation == old.generation + 1
     with pytest.raises(ClaimLost):
         old.heartbeat(step=3)
     new.heartbeat(step=5, steps=10, tokens_per_s=2.0, train_loss_nats=1.5)
-    info = store.last_claim(store.run_folder(spec().run_id()))
+    info = last_claim(store.run_folder(spec().run_id()))
     assert info is not None
     assert (info.step, info.generation) == (5, 2)
 
@@ -95,8 +97,69 @@ def test_a_claim_of_another_host_is_dead_only_without_heartbeat(store):
     data = json.loads(path.read_text())
     path.write_text(json.dumps({**data, "host": "elsewhere", "pid": 1}))
     assert store.claim(spec()) is None
-    path.write_text(json.dumps({**data, "host": "elsewhere", "heartbeat_unix_s": time.time() - 3600}))
+    # The heartbeat is the file's own time, by its filesystem's clock: what another machine's clock says is no matter.
+    path.write_text(json.dumps({**data, "host": "elsewhere", "pid": 1, "heartbeat_unix_s": 0.0}))
+    assert store.claim(spec()) is None
+    os.utime(path, (time.time() - 3600, time.time() - 3600))
     assert store.claim(spec()) is not None
+
+
+def test_another_containers_process_of_this_host_name_is_not_judged_by_its_pid(store):
+    claim = store.claim(spec())
+    assert claim is not None
+    path = store.run_folder(spec().run_id()) / "claim-1.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "machine": "another boot", "pid": 2**22 - 1, "pid_started": "1"}))
+    assert store.claim(spec()) is None
+    os.utime(path, (time.time() - 3600, time.time() - 3600))
+    assert store.claim(spec()) is not None
+
+
+def test_without_start_times_the_heartbeat_decides(store, monkeypatch):
+    """macOS: a reused pid must not hold a run for ever."""
+    monkeypatch.setattr("scaling_lab.core.claims.process_start", lambda pid: "unknown")
+    assert store.claim(spec()) is not None
+    assert store.claim(spec()) is None
+    path = store.run_folder(spec().run_id()) / "claim-1.json"
+    os.utime(path, (time.time() - 3600, time.time() - 3600))
+    assert store.claim(spec()) is not None
+
+
+def test_a_claim_that_cannot_be_read_is_not_a_dead_owners(store, monkeypatch):
+    """A shared filesystem between two renames (ESTALE): the run is left alone."""
+    from pathlib import Path
+
+    assert store.claim(spec()) is not None
+    real = Path.read_text
+
+    def stale(self, *args, **options):
+        if self.name.startswith("claim-"):
+            raise OSError(116, "Stale file handle")
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    assert store.claim(spec()) is None
+
+
+def test_claims_without_hard_links(store, monkeypatch):
+    """exFAT and many network mounts have none: exclusive creation still lets one win."""
+
+    def refuse(*args):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with ThreadPoolExecutor(16) as pool:
+        claims = list(pool.map(lambda _: store.claim(spec()), range(32)))
+    assert sum(claim is not None for claim in claims) == 1
+
+
+def test_a_record_that_is_no_object_is_a_failed_run(store):
+    folder = store.run_folder(spec().run_id())
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text("[]")
+    assert store.state(spec().run_id()).state == "failed"
+    with pytest.raises(UserError, match="cannot be read"):
+        store.read_record(spec().run_id())
 
 
 def test_released_and_unreadable_claims_are_free(store):

@@ -203,6 +203,25 @@ def test_a_worker_that_is_told_to_stop_gives_its_run_back(tmp_path):
     assert store.claim(spec) is not None
 
 
+def test_a_plan_for_another_device_is_refused_before_anything_fails(tmp_path):
+    """A plan for a GPU, taken up on a machine without one: one line, and no run is recorded as failed."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has the device")
+    store = RunStore(tmp_path)
+    plan = Plan(
+        "t", (PlannedRun(tiny(), Execution(device="cuda")),), tiny().convention, tiny().data.fingerprint()
+    )
+    with pytest.raises(UserError, match="device=cuda is not available"):
+        train_pending(store, plan)
+    assert store.state(tiny().run_id()).state == "planned"
+
+
+def test_one_window_of_validation_has_no_standard_error(tmp_path):
+    record = train(RunStore(tmp_path), tiny(20, eval=EvalSpec(tokens=64)))
+    assert record.status is RunStatus.COMPLETED
+    assert record.final_val_loss_sem_nats is None
+
+
 def test_worker_rejects_a_folder_without_a_plan(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "scaling_lab.train.worker", str(tmp_path / "none")], capture_output=True, text=True,

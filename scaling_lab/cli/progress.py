@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from scaling_lab.cli.console import Console, human_count, human_time
+from scaling_lab.core.claims import ClaimInfo
 from scaling_lab.core.spec import PlannedRun
 from scaling_lab.core.store import RunState, RunStore
 
@@ -53,22 +54,23 @@ class Progress:
 
     def claimed_by(self, pid: int) -> list[str]:
         """Runs that a live process of this number computes."""
-        return [s.run_id for s in self.running() if s.claim is not None and s.claim.pid == pid]
+        return [s.run_id for s in self.running() if s.claim is not None and _is_of(s.claim, pid)]
 
     def last_claimed_by(self, pid: int) -> list[str]:
         """Runs whose newest claim, live or not, is this process's."""
-        return [s.run_id for s in self.states.values() if s.claim is not None and s.claim.pid == pid]
+        return [s.run_id for s in self.states.values() if s.claim is not None and _is_of(s.claim, pid)]
 
     def count(self, *names: str) -> int:
         return sum(s.state in names for s in self.states.values())
 
     def done_flops(self) -> float:
-        """FLOPs of the runs that are over and of the steps done in those that are running."""
+        """FLOPs of the runs that are over and of the steps done in those that are not."""
         total = 0.0
         for run_id, state in self.states.items():
             if state.state in OVER:
                 total += self.flops[run_id]
-            elif state.state == "running" and state.claim is not None and state.claim.steps:
+            elif state.claim is not None and state.claim.steps:
+                # An interrupted run counts too: what its checkpoint brings back is not gained in this launch.
                 total += self.flops[run_id] * state.claim.step / state.claim.steps
         return total
 
@@ -94,6 +96,11 @@ class Progress:
             parts += [f"{rate / 1e9:.3g} GFLOP/s", f"ETA {human_time(eta)}"]
         parts.append(f"{human_time(time.monotonic() - self.started)} so far")
         return ", ".join(parts)
+
+
+def _is_of(claim: ClaimInfo, pid: int) -> bool:
+    """Whether a claim is this machine's process `pid`'s: other machines' processes may have the same number."""
+    return claim.pid == pid and claim.is_of_this_machine
 
 
 class Display:

@@ -248,10 +248,13 @@ def sweep_settings(
 
 
 def resolve_device(name: str) -> str:
-    """What `device=auto` is on this machine; asking needs torch only for that."""
+    """What `device=auto` is on this machine; asking needs torch only for that.
+
+    A device that is named is taken at its word: a login node plans for the GPUs of its cluster. Whoever trains checks.
+    """
     from scaling_lab.train.devices import resolve_device as resolve
 
-    return name if name == "cpu" else resolve(name)
+    return resolve(name) if name == "auto" else name
 
 
 def tracker_options(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,9 @@ class Cosine:
         if warm is not None:
             return warm
         span = self.horizon_fraction - self.warmup_fraction
-        done = min(1.0, (progress - self.warmup_fraction) / span) if span > 0 else 1.0
+        if span <= 0:
+            return 1.0  # all of the horizon is warm-up: there is nothing left to decay over
+        done = min(1.0, (progress - self.warmup_fraction) / span)
         return self.final_fraction + (1.0 - self.final_fraction) * 0.5 * (1.0 + math.cos(math.pi * done))
 
 

@@ -8,165 +8,27 @@
                                  record.json    written last: the run is over
     <root>/<sweep>/report/
 
-A claim is taken by creating claim-<g>.json exclusively, g one more than the last. That is atomic on every filesystem,
-shared ones included, and fences the past: whoever holds an older g sees a newer one at its next heartbeat and stops.
+Files are replaced atomically (files.py), runs are claimed without locks (claims.py).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from scaling_lab.core.claims import Claim, ClaimInfo, last_claim, take
 from scaling_lab.core.errors import UserError
+from scaling_lab.core.files import create_exclusive, write_atomic
 from scaling_lab.core.record import EvalPoint, RunRecord
 from scaling_lab.core.serial import dumps
 from scaling_lab.core.spec import Plan, RunSpec
 
-# A claim without a heartbeat for this long is dead. Heartbeats come every 2 s, but a compilation, a full disk or a
-# paused machine may delay one; on the same host a dead process is seen at once, without waiting.
-STALE_AFTER_S = 120.0
 SWEEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-class ClaimLost(RuntimeError):
-    """Another process took the run over: this one must stop writing."""
-
-
-def temporary_beside(path: Path) -> Path:
-    """A name in the same folder (so that a rename is atomic) that no other process or thread uses."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}.tmp")
-
-
-def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
-    """Replace `path` by `text` in one step: a reader sees the old or the new file, never a part.
-
-    Raises OSError; `path` is then as it was, and nothing is left beside it.
-    """
-    temporary = temporary_beside(path)
-    try:
-        _write(temporary, text, durable=durable)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def create_exclusive(path: Path, text: str) -> bool:
-    """Create `path` with all of `text` unless it exists; says whether it did. Atomic: linked only once complete."""
-    temporary = temporary_beside(path)
-    try:
-        _write(temporary, text, durable=True)
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    return True
-
-
-def _write(path: Path, text: str, *, durable: bool) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-
-
-@dataclass(frozen=True)
-class ClaimInfo:
-    """What a claim file says: who computes a run, and how far it is."""
-
-    host: str
-    pid: int
-    pid_started: str
-    """The kernel's start time of the process: tells a reused pid from the same process."""
-    generation: int
-    started_unix_s: float
-    heartbeat_unix_s: float
-    step: int = 0
-    steps: int = 0
-    tokens_per_s: float | None = None
-    train_loss_nats: float | None = None
-    released: bool = False
-
-    def is_live(self, now_unix_s: float, stale_after_s: float = STALE_AFTER_S) -> bool:
-        """Whether its owner is, as far as can be seen from here, still at work."""
-        if self.released:
-            return False
-        if self.host == socket.gethostname():
-            return process_start(self.pid) == self.pid_started
-        return now_unix_s - self.heartbeat_unix_s < stale_after_s
-
-
-def process_start(pid: int) -> str | None:
-    """Start time of a process on this host as the kernel counts it; None where there is no such process.
-
-    Where /proc is missing (macOS), a constant for a live process: a reused pid is then told apart by the heartbeat only.
-    """
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        if Path("/proc/self").exists():
-            return None
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            pass
-        return "unknown"
-    except OSError:
-        return None
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else fields[19]
-
-
-class Claim:
-    """The right to compute one run, held by this process until released. Made by `RunStore.claim`."""
-
-    def __init__(self, path: Path, info: ClaimInfo) -> None:
-        self._path = path
-        self._info = info
-
-    @property
-    def generation(self) -> int:
-        return self._info.generation
-
-    def check(self) -> None:
-        """Raise `ClaimLost` if somebody took the run over."""
-        newer = self._path.with_name(f"claim-{self._info.generation + 1}.json")
-        if newer.exists() or not self._path.exists():
-            raise ClaimLost(f"run {self._path.parent.name} was taken over by another process")
-
-    def heartbeat(
-        self,
-        step: int = 0,
-        steps: int = 0,
-        tokens_per_s: float | None = None,
-        train_loss_nats: float | None = None,
-    ) -> None:
-        """Say that the owner is alive and how far it is. Raises `ClaimLost`."""
-        self.check()
-        self._info = replace(
-            self._info,
-            heartbeat_unix_s=time.time(),
-            step=step,
-            steps=steps,
-            tokens_per_s=tokens_per_s,
-            train_loss_nats=train_loss_nats,
-        )
-        write_atomic(self._path, dumps(self._info), durable=False)
-
-    def release(self) -> None:
-        """Give the run back (interrupted): anybody may claim it at once."""
-        if self._path.exists():
-            write_atomic(self._path, dumps(replace(self._info, released=True)), durable=False)
 
 
 @dataclass(frozen=True)
@@ -239,49 +101,16 @@ class RunStore:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "record.json").exists():
             return None
-        last = self.last_claim(folder)
-        if last is not None and last.is_live(time.time()):
-            return None
-        now = time.time()
-        info = ClaimInfo(
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            pid_started=process_start(os.getpid()) or "unknown",
-            generation=1 if last is None else last.generation + 1,
-            started_unix_s=now,
-            heartbeat_unix_s=now,
-            steps=spec.steps,
-        )
-        path = folder / f"claim-{info.generation}.json"
-        if not create_exclusive(path, dumps(info)):
+        claim = take(folder, spec.steps)
+        if claim is None:
             return None
         # Between the look at record.json and the claim the former owner may have finished.
         if (folder / "record.json").exists():
-            path.unlink(missing_ok=True)
+            claim.release()
             return None
         if not (folder / "spec.json").exists():
             write_atomic(folder / "spec.json", dumps(spec.to_dict()))
-        return Claim(path, info)
-
-    @staticmethod
-    def last_claim(folder: Path) -> ClaimInfo | None:
-        """The newest claim on a run folder; an unreadable one counts as a dead owner's."""
-        newest = max(
-            (
-                int(m[1])
-                for p in folder.glob("claim-*.json")
-                if (m := re.fullmatch(r"claim-(\d+)\.json", p.name))
-            ),
-            default=0,
-        )
-        if not newest:
-            return None
-        path = folder / f"claim-{newest}.json"
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            return ClaimInfo(**data)
-        except (OSError, ValueError, TypeError):
-            return ClaimInfo("", 0, "", newest, 0.0, 0.0)
+        return claim
 
     # -- curve and record
     def start_curve(self, run_id: str, kept: Iterable[EvalPoint] = ()) -> Any:
@@ -357,9 +186,9 @@ class RunStore:
                     final_val_loss_nats=data.get("final_val_loss_nats"),
                     wall_time_s=data.get("wall_time_s"),
                 )
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 return RunState(run_id, "failed", f"record.json cannot be read: {error}")
-        claim = self.last_claim(folder)
+        claim = last_claim(folder)
         if claim is None:
             return RunState(run_id, "planned")
         if claim.is_live(time.time()):

@@ -18,6 +18,8 @@ CPU_COMPILE_S = 15.0
 # Importing torch and reading the corpus, once a worker.
 WORKER_START_S = 5.0
 CURVE_LINE_BYTES = 170
+# Parameters and AdamW's two moments, float32.
+CHECKPOINT_BYTES_PER_PARAM = 12
 
 
 def cpu_flops_per_s(n_params: float, compiled: bool) -> float:
@@ -48,5 +50,9 @@ def estimate_plan_seconds(runs: Iterable[PlannedRun], workers: int) -> float | N
 
 
 def estimate_disk_bytes(runs: Iterable[PlannedRun]) -> int:
-    """Bytes of the curves, nearly all of what a sweep writes."""
-    return sum(min(run.spec.steps, MAX_CURVE_POINTS) * CURVE_LINE_BYTES for run in runs)
+    """Bytes of the curves and of one checkpoint a run, what a sweep leaves behind."""
+    return sum(
+        min(run.spec.steps, MAX_CURVE_POINTS) * CURVE_LINE_BYTES
+        + CHECKPOINT_BYTES_PER_PARAM * run.spec.count().params.total
+        for run in runs
+    )

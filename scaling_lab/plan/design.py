@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+import sysconfig
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from scaling_lab.core.counts import tokens_for_budget, whole_steps
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.serial import to_dict
 from scaling_lab.core.spec import Execution, Plan, PlannedRun, RunSpec
+from scaling_lab.plan.designs.isoflop import MIN_SIZES
 from scaling_lab.plan.settings import ExecutionSettings, SweepSettings
 
 # On a CPU, compiling a tiny model's whole step costs 10-25 s of one core and makes it about 2.5 times faster than the
@@ -43,6 +46,7 @@ class GridRow:
 
 def make_plan(settings: SweepSettings) -> Plan:
     """Everything that the sweep will train. Raises `UserError` for what cannot be planned; nothing is launched."""
+    check_corpus(settings)
     corpus_tokens = settings.data.n_tokens("train")
     shapes = ladder_shapes(settings)
     log_params = [math.log(shape.count().n_params(settings.convention)) for shape in shapes]
@@ -69,8 +73,13 @@ def make_plan(settings: SweepSettings) -> Plan:
                 role = "isoflop" if seed == 0 else "noise"
                 number = settings.seed + seed
                 specs.append(replace(spec, role=role, seed_init=number, seed_data=number))
-        if 0 < kept < 3:
-            notes.append(f"the budget of {budget:.3g} FLOPs has {kept} sizes left: too few for a valley.")
+        planned = len(design.window(log_params, budget))
+        if kept < planned:
+            few = f": fewer than the {MIN_SIZES} of a valley" if kept < MIN_SIZES else ""
+            notes.append(
+                f"the budget of {budget:.3g} FLOPs has {kept} of its {planned} sizes left{few}, and its window is "
+                "one-sided, which biases its minimum. More data, or a smaller budget, mends it."
+            )
     if not specs:
         raise UserError(
             f"design.budgets_flops={list(design.budgets_flops)}: no run is left, every one would pass over the "
@@ -87,6 +96,17 @@ def make_plan(settings: SweepSettings) -> Plan:
         notes=tuple(notes),
         settings=to_dict(settings),
     )
+
+
+def check_corpus(settings: SweepSettings) -> None:
+    """Refuse a corpus in which a split is shorter than one window of the context."""
+    for split in ("train", "validation"):
+        tokens = settings.data.n_tokens(split)
+        if tokens <= settings.model.context:
+            raise UserError(
+                f"data={settings.data.kind}: the {split} split has {tokens:,} tokens, less than one window of "
+                f"model.context={settings.model.context} and a target."
+            )
 
 
 def ladder_shapes(settings: SweepSettings) -> list[Any]:
@@ -147,6 +167,7 @@ def plan_single(settings: SweepSettings, train_tokens: float) -> PlannedRun:
         )
     if not train_tokens > 0:
         raise UserError(f"train_tokens={train_tokens!r} must be positive.")
+    check_corpus(settings)
     shape = model.shape(model.width, model.depth, settings.data.vocab_size)
     flops = shape.count().flops_per_token(settings.convention) * float(train_tokens)
     spec, _ = plan_run(settings, shape, flops, settings.seed, role="single")
@@ -174,7 +195,8 @@ def executions(specs: list[RunSpec], settings: ExecutionSettings) -> list[Execut
         if settings.compile != "auto":
             return settings.compile == "true"
         if settings.device == "cuda":
-            return True
+            # Triton builds its launcher with a C compiler.
+            return has_compiler("cc", "gcc", "clang")
         repaid = group_flops[spec.shape, spec.batch_tokens] >= COMPILE_REPAID_FLOPS
         return settings.device == "cpu" and repaid and can_compile_on_cpu()
 
@@ -182,8 +204,14 @@ def executions(specs: list[RunSpec], settings: ExecutionSettings) -> list[Execut
 
 
 def can_compile_on_cpu() -> bool:
-    """Whether torch.compile has a C++ compiler here (Linux; elsewhere it needs more than a compiler)."""
-    return sys.platform == "linux" and any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    """Whether torch.compile has what it needs here: a C++ compiler and Python's headers (on Linux; elsewhere more)."""
+    return sys.platform == "linux" and has_compiler("g++", "clang++", "c++")
+
+
+def has_compiler(*names: str) -> bool:
+    """A compiler of one of these names, and the headers that what torch.compile writes includes."""
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return headers.exists() and any(shutil.which(name) for name in names)
 
 
 def describe(plan: Plan, corpus_tokens: int | None = None) -> list[GridRow]:

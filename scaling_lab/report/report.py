@@ -19,10 +19,10 @@ from typing import Any
 from scaling_lab.analyse.analysis import Analysis
 from scaling_lab.analyse.observations import AS_GIVEN
 from scaling_lab.core.counts import Convention
+from scaling_lab.core.files import write_atomic
 from scaling_lab.core.record import RunRecord, RunStatus
 from scaling_lab.core.serial import dumps
 from scaling_lab.core.spec import Plan
-from scaling_lab.core.store import write_atomic
 from scaling_lab.report import report_tables as tables
 from scaling_lab.report import words
 from scaling_lab.report.gallery import Drawn, Plate, draw_all

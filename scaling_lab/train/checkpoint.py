@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scaling_lab.core.files import remove_leftovers, temporary_beside, write_atomic
 from scaling_lab.core.serial import dumps, to_dict
 from scaling_lab.core.spec import Execution
-from scaling_lab.core.store import temporary_beside, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +43,12 @@ class Checkpoint:
     """Training losses since the last line of the curve (runs that record block means)."""
     wall_time_s: float
     execution: Execution
+    data_fingerprint: str
     tensors: dict[str, Tensor] = field(repr=False)
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write durably, then remove all but the last two. Raises OSError (a full disk, say); what was there stays."""
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = KEPT) -> None:
+    """Write durably, then remove all but the last `keep`. Raises OSError (a full disk, say); what was there stays."""
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save({name: tensor.cpu() for name, tensor in checkpoint.tensors.items()}, buffer)
@@ -69,10 +70,21 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "format_version": FORMAT_VERSION,
     }
     write_atomic(path.with_suffix(".json"), dumps(meta))
-    for step in steps_saved(folder)[:-KEPT]:
+    for step in steps_saved(folder)[:-keep]:
         # The .json first: a .pt alone is no checkpoint, a .json alone would look like a damaged one.
         (folder / f"step-{step}.json").unlink(missing_ok=True)
         (folder / f"step-{step}.pt").unlink(missing_ok=True)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed process left: temporary files, and tensors whose .json was never written."""
+    if not folder.is_dir():
+        return
+    remove_leftovers(folder)
+    whole = {f"step-{step}.pt" for step in steps_saved(folder)}
+    for path in folder.glob("step-*.pt"):
+        if path.name not in whole:
+            path.unlink(missing_ok=True)
 
 
 def steps_saved(folder: Path) -> list[int]:
@@ -81,18 +93,20 @@ def steps_saved(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def load_latest(folder: Path, run_id: str, execution: Execution) -> Checkpoint | None:
-    """The newest whole checkpoint of this run under this execution, on the CPU; None where there is none."""
+def load_latest(folder: Path, run_id: str, execution: Execution, fingerprint: str) -> Checkpoint | None:
+    """The newest whole checkpoint of this run, execution and data, on the CPU; None where there is none."""
     for step in reversed(steps_saved(folder)):
         path = folder / f"step-{step}.pt"
         try:
-            return read_checkpoint(path, run_id, execution)
+            return read_checkpoint(path, run_id, execution, fingerprint)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             log.warning("checkpoint %s is skipped (%s); the one before it is tried.", path, error)
     return None
 
 
-def read_checkpoint(path: Path, run_id: str, execution: Execution | None = None) -> Checkpoint:
+def read_checkpoint(
+    path: Path, run_id: str, execution: Execution | None = None, fingerprint: str | None = None
+) -> Checkpoint:
     """One checkpoint. Raises ValueError or OSError that says what is wrong with it."""
     meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     data = path.read_bytes()
@@ -105,6 +119,8 @@ def read_checkpoint(path: Path, run_id: str, execution: Execution | None = None)
     written_under = Execution(**meta["execution"])
     if execution is not None and written_under != execution:
         raise ValueError(f"it was computed as {written_under}, the plan says {execution}")
+    if fingerprint is not None and meta["data_fingerprint"] != fingerprint:
+        raise ValueError(f"it was trained on other data, content {meta['data_fingerprint'][:12]}")
     return Checkpoint(
         run_id=run_id,
         step=meta["step"],
@@ -112,5 +128,6 @@ def read_checkpoint(path: Path, run_id: str, execution: Execution | None = None)
         block_losses_nats=tuple(meta["block_losses_nats"]),
         wall_time_s=meta["wall_time_s"],
         execution=written_under,
+        data_fingerprint=meta["data_fingerprint"],
         tensors=torch.load(io.BytesIO(data), map_location="cpu", weights_only=True),
     )

@@ -83,15 +83,15 @@ def git_revision() -> str | None:
     return revision + ("+" if changed else "")
 
 
-def environment(device: torch.device, data_fingerprint: str) -> Environment:
-    """What a record says about where it was computed."""
+def environment(device: torch.device | None, data_fingerprint: str, planned_device: str = "") -> Environment:
+    """What a record says about where it was computed; `device` is None where the run never reached its device."""
     return Environment(
         scaling_lab=scaling_lab.__version__,
         python=platform.python_version(),
         torch=torch.__version__,
         git_revision=git_revision(),
-        device=device.type,
-        device_name=device_name(device),
+        device=device.type if device else planned_device,
+        device_name=device_name(device) if device else "unknown",
         host=socket.gethostname(),
         platform=platform.platform(),
         data_fingerprint=data_fingerprint,

@@ -40,7 +40,7 @@ class ValidationSet:
     @torch.no_grad()
     def loss(
         self, model: nn.Module, parameters: dict[str, Tensor], *, dtype: str = "float32"
-    ) -> tuple[float, float]:
+    ) -> tuple[float, float | None]:
         """(mean loss, standard error of the mean), nats per token."""
         context = self._windows.shape[1] - 1
         rows = max(1, EVAL_BATCH_TOKENS // context)
@@ -51,14 +51,14 @@ class ValidationSet:
                 logits = torch.func.functional_call(model, parameters, (window[:, :-1],))
             losses = token_loss(logits, window[:, 1:], reduction="none")
             means.append(losses.view(len(window), context).mean(1))
-        per_window = torch.cat(means).double().cpu().numpy()
+        per_window = torch.cat(means).cpu().double().numpy()
         return float(per_window.mean()), standard_error(per_window)
 
 
-def standard_error(per_window: NDArray[np.float64]) -> float:
-    """Standard error of the mean by batch means over contiguous stretches (NaN with fewer than two windows)."""
+def standard_error(per_window: NDArray[np.float64]) -> float | None:
+    """Standard error of the mean by batch means over contiguous stretches; None with fewer than two windows."""
     if per_window.size < 2:
-        return math.nan
+        return None
     blocks = np.array_split(per_window, min(SEM_BLOCKS, per_window.size))
     means = np.array([block.mean() for block in blocks])
     return float(means.std(ddof=1) / math.sqrt(means.size))

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scaling_lab.core.claims import Claim, ClaimLost
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import EvalPoint, RunRecord, RunStatus
 from scaling_lab.core.spec import Execution, PlannedRun, RunSpec
-from scaling_lab.core.store import Claim, RunStore
-from scaling_lab.train.checkpoint import Checkpoint, load_latest, save_checkpoint
+from scaling_lab.core.store import RunStore
+from scaling_lab.train.checkpoint import KEPT, Checkpoint, clean, load_latest, save_checkpoint
 from scaling_lab.train.curve import CurveWriter
 from scaling_lab.train.data import read_tokens
 from scaling_lab.train.devices import apply_execution, environment
@@ -34,13 +35,15 @@ from scaling_lab.train.tracking import NoTracker, Tracker
 
 log = logging.getLogger(__name__)
 
-# Losses are read back from the device, and the claim's heartbeat is checked, after at most this many steps.
+# Losses are read back from the device, and signals looked at, after about this time and at most this many steps.
+BLOCK_S = 0.5
 BLOCK_STEPS = 64
 HEARTBEAT_S = 2.0
 # A killed run loses at most this much work; a checkpoint of a tiny model takes milliseconds.
 CHECKPOINT_EVERY_S = 30.0
-# A run whose training loss, averaged over a block of steps, is this far above a uniform guess will not come back.
+# A run whose training loss stays this far above a uniform guess for so many steps will not come back.
 DIVERGED_ABOVE_UNIFORM_NATS = 3.0
+DIVERGED_STEPS = 32
 # Exit status of a worker that was told to stop and can go on later (the BSD sysexits' EX_TEMPFAIL, used for requeueing).
 EXIT_REQUEUE = 75
 
@@ -76,44 +79,45 @@ def train_run(
     the plan's); an error of the run itself becomes a record with status FAILED.
     """
     spec, tracker = planned.spec, tracker or NoTracker()
-    session = open_session(spec, planned.execution, expected_fingerprint)
-    folder = store.run_folder(planned.run_id) / "checkpoint"
-    saved = resume(session, planned, store)
-    kept = store.read_curve(planned.run_id)[: saved.curve_points] if saved else []
-    with store.start_curve(planned.run_id, kept) as file, stop_signals() as stopped:
-        curve = open_curve(spec, file, kept, saved)
-        tracker.start(planned, session.fingerprint)
-        pulse, clock = Pulse(claim, spec), Timer(checkpoint_every_s)
-        status, reason = RunStatus.COMPLETED, None
-        for first, last in blocks(spec, saved.step if saved else 0):
-            losses = train_block(session, first, last)
-            validation = validation_loss(session) if last in evaluation_steps(spec) else None
-            for point in record_block(curve, first, losses, validation):
-                tracker.log(point)
-            curve.flush()
-            reason = divergence(losses, validation, spec)
-            if reason:
-                status = RunStatus.DIVERGED
-                break
-            pulse.beat(last, losses[-1])
-            if clock.is_due() or stopped() or last == spec.steps:
-                claim.check()
-                keep(folder, planned, session, curve, last)
-            if stopped() and last < spec.steps:
-                claim.release()
-                raise Interrupted(planned.run_id)
-    record = make_record(planned, session, curve, status, reason)
-    claim.check()
-    store.write_record(record)
-    # A run that is over belongs to nobody: delete its record, and the next sweep takes it at once.
-    claim.release()
+    folder = store.run_folder(planned.run_id)
+    with Pulse(claim, spec) as pulse, stop_signals() as stopped:
+        session = open_session(spec, planned.execution, expected_fingerprint)
+        # From here on files are changed: whoever was superseded while it loaded must not touch them.
+        claim.check()
+        clean(folder / "checkpoint")
+        saved = resume(session, planned, store)
+        kept = store.read_curve(planned.run_id)[: saved.curve_points] if saved else []
+        with store.start_curve(planned.run_id, kept) as file:
+            curve = open_curve(spec, file, kept, saved)
+            tracker.start(planned, session.fingerprint)
+            pulse.begin(saved.step if saved else 0)
+            clock, watch = Timer(checkpoint_every_s), Divergence(spec, kept)
+            for first, last in blocks(spec, saved.step if saved else 0):
+                losses = train_block(session, first, last)
+                validation = validation_loss(session) if last in evaluation_steps(spec) else None
+                for point in record_block(curve, first, losses, validation, watch):
+                    tracker.log(point)
+                curve.flush()
+                if watch.reason:
+                    break
+                pulse.progress(last, losses[-1])
+                if clock.is_due() or stopped() or last == spec.steps:
+                    pulse.check()
+                    keep(folder / "checkpoint", planned, session, curve, last)
+                if stopped() and last < spec.steps:
+                    raise Interrupted(planned.run_id)
+        record = make_record(planned, session, curve, watch.reason)
+        pulse.check()
+        if not store.write_record(record):
+            raise ClaimLost(f"run {planned.run_id} already has a record")
     tracker.finish(record)
     return record
 
 
 def resume(session: Session, planned: PlannedRun, store: RunStore) -> Checkpoint | None:
     """Take over the newest whole checkpoint whose part of the curve is there too; None: begin from the beginning."""
-    saved = load_latest(store.run_folder(planned.run_id) / "checkpoint", planned.run_id, planned.execution)
+    folder = store.run_folder(planned.run_id) / "checkpoint"
+    saved = load_latest(folder, planned.run_id, planned.execution, session.fingerprint)
     if saved is None:
         return None
     points = len(store.read_curve(planned.run_id))
@@ -147,8 +151,11 @@ def keep(folder: Path, planned: PlannedRun, session: Session, curve: CurveWriter
                 block_losses_nats=curve.block_losses_nats,
                 wall_time_s=curve.wall_time_s,
                 execution=planned.execution,
+                data_fingerprint=session.fingerprint,
                 tensors=session.step.state(),
             ),
+            # A run that is over needs one: its weights, to sample from.
+            keep=1 if step == planned.spec.steps else KEPT,
         )
     except OSError as error:
         log.warning("run %s: no checkpoint at step %d (%s).", planned.run_id, step, error)
@@ -192,12 +199,19 @@ def device_tokens(tokens: np.ndarray, device: torch.device) -> Tensor:
 
 
 def blocks(spec: RunSpec, done: int = 0) -> Iterator[tuple[int, int]]:
-    """Stretches of steps (first counted from 0, last counted from 1) after `done`, each ending where validation is due
-    at the latest."""
-    due = sorted({*evaluation_steps(spec), *range(BLOCK_STEPS, spec.steps, BLOCK_STEPS), spec.steps})
-    first = done
-    for last in (step for step in due if step > done):
+    """Stretches of steps (first counted from 0, last counted from 1) after `done`: about `BLOCK_S` seconds each as far
+    as steps allow, ending where validation is due at the latest. What is computed does not depend on them."""
+    due = [step for step in evaluation_steps(spec) if step > done]
+    size, first = 1, done
+    while first < spec.steps:
+        began = time.monotonic()
+        last = min(first + size, next(step for step in due if step > first))
         yield first, last
+        elapsed = time.monotonic() - began
+        if elapsed < BLOCK_S / 2:
+            size = min(2 * size, BLOCK_STEPS)
+        elif elapsed > 2 * BLOCK_S:
+            size = max(1, size // 2)
         first = last
 
 
@@ -209,58 +223,77 @@ def train_block(session: Session, first: int, last: int) -> list[float]:
     rates = [spec.learning_rate(step) for step in range(first, last)]
     controls = control_rows(rates, first, spec.optimizer).to(session.device)
     losses = [session.step(starts[i], controls[i]) for i in range(count)]
-    out: list[float] = torch.stack(losses).double().tolist()
+    # Read back first: not every device has float64 (MPS).
+    out: list[float] = torch.stack(losses).cpu().double().tolist()
     return out
 
 
-def validation_loss(session: Session) -> tuple[float, float]:
+def validation_loss(session: Session) -> tuple[float, float | None]:
     return session.validation.loss(session.step.model, session.step.parameters(), dtype=session.spec.dtype)
 
 
 def record_block(
-    curve: CurveWriter, first: int, losses: list[float], validation: tuple[float, float] | None
+    curve: CurveWriter,
+    first: int,
+    losses: list[float],
+    validation: tuple[float, float | None] | None,
+    watch: Divergence,
 ) -> Iterator[EvalPoint]:
-    """Add a block's losses to the curve, up to the first that is not finite; yields the points made."""
+    """Add a block's losses to the curve, up to the step at which the run diverged; yields the points made."""
     for i, loss in enumerate(losses):
-        if not math.isfinite(loss):
+        if watch.step(loss):
             return
-        at_end = (
-            validation
-            if i == len(losses) - 1 and validation and math.isfinite(validation[0])
-            else (None, None)
-        )
+        at_end: tuple[float | None, float | None] = (None, None)
+        if validation and i == len(losses) - 1 and not watch.validation(validation[0]):
+            at_end = validation
         point = curve.add(first + i + 1, loss, *at_end)
         if point:
             yield point
 
 
-def divergence(losses: list[float], validation: tuple[float, float] | None, spec: RunSpec) -> str | None:
-    """Why the run is lost, or None."""
-    mean = sum(losses) / len(losses)
-    limit = math.log(spec.shape.vocab_size) + DIVERGED_ABOVE_UNIFORM_NATS
-    if not math.isfinite(mean):
-        return "the training loss is not finite"
-    if mean > limit:
-        return f"the training loss, {mean:.3g} nats, is far above a uniform guess of {math.log(spec.shape.vocab_size):.3g}"
-    if validation and not math.isfinite(validation[0]):
-        return "the validation loss is not finite"
-    return None
+class Divergence:
+    """Watches the losses, one step after the other: when the run is lost, `reason` says why."""
+
+    def __init__(self, spec: RunSpec, points: Sequence[EvalPoint] = ()) -> None:
+        self.reason: str | None = None
+        uniform = math.log(spec.shape.vocab_size)
+        self._limit = uniform + DIVERGED_ABOVE_UNIFORM_NATS
+        self._why = f"is far above a uniform guess of {uniform:.3g} for {DIVERGED_STEPS} steps"
+        # A resumed run has its last losses in its curve.
+        self._above = 0
+        for point in points:
+            self._count(point.train_loss_nats or 0.0)
+
+    def step(self, loss: float) -> bool:
+        """Take one step's training loss; says whether the run is lost."""
+        self._count(loss)
+        if not math.isfinite(loss):
+            self.reason = "the training loss is not finite"
+        elif self._above >= DIVERGED_STEPS:
+            self.reason = f"the training loss, {loss:.3g} nats, {self._why}"
+        return self.reason is not None
+
+    def validation(self, loss: float) -> bool:
+        if not math.isfinite(loss):
+            self.reason = "the validation loss is not finite"
+        return self.reason is not None
+
+    def _count(self, loss: float) -> None:
+        self._above = self._above + 1 if loss > self._limit else 0
 
 
-def make_record(
-    planned: PlannedRun, session: Session, curve: CurveWriter, status: RunStatus, reason: str | None
-) -> RunRecord:
-    """The record of a run that is over."""
+def make_record(planned: PlannedRun, session: Session, curve: CurveWriter, reason: str | None) -> RunRecord:
+    """The record of a run that is over: diverged where there is a reason, else completed."""
     count = planned.spec.count()
     last = curve.points[-1] if curve.points else None
-    done = status is RunStatus.COMPLETED and last is not None
+    done = reason is None and last is not None
     return RunRecord(
         run_id=planned.run_id,
         spec=planned.spec,
         execution=planned.execution,
         params=count.params,
         flops=count.flops,
-        status=status,
+        status=RunStatus.COMPLETED if reason is None else RunStatus.DIVERGED,
         reason=reason,
         final_val_loss_nats=last.val_loss_nats if done and last else None,
         final_val_loss_sem_nats=last.val_loss_sem_nats if done and last else None,
@@ -272,20 +305,56 @@ def make_record(
 
 
 class Pulse:
-    """The run's heartbeat: says every couple of seconds, through the claim, how far it is."""
+    """The claim's heartbeat, from a thread: compiling, evaluating or a slow step must not look like a dead process.
+
+    The claim is released at the end, however the run ended. `check` raises `ClaimLost` if somebody took the run over.
+    """
 
     def __init__(self, claim: Claim, spec: RunSpec) -> None:
         self._claim, self._spec = claim, spec
-        self._last_time = time.monotonic()
-        self._last_step = 0
+        self._stop, self._lost = threading.Event(), threading.Event()
+        self._done = self._began_at = 0
+        self._loss: float | None = None
+        self._began = time.monotonic()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="heartbeat")
 
-    def beat(self, step: int, train_loss_nats: float) -> None:
-        now = time.monotonic()
-        if now - self._last_time < HEARTBEAT_S:
-            return
-        speed = (step - self._last_step) * self._spec.batch_tokens / (now - self._last_time)
-        self._claim.heartbeat(step, self._spec.steps, speed, train_loss_nats)
-        self._last_time, self._last_step = now, step
+    def __enter__(self) -> Pulse:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        try:
+            self._claim.release()
+        except OSError as problem:
+            log.warning("the claim could not be released (%s): it ends with this process.", problem)
+
+    def begin(self, step: int) -> None:
+        """Training begins after `step`: speed is counted from here."""
+        self._done = self._began_at = step
+        self._began = time.monotonic()
+
+    def progress(self, step: int, train_loss_nats: float) -> None:
+        """Say how far the run is; raises `ClaimLost`."""
+        self._done, self._loss = step, train_loss_nats
+        if self._lost.is_set():
+            self._claim.check()
+
+    def check(self) -> None:
+        self._claim.check()
+
+    def _work(self) -> None:
+        while not self._stop.wait(HEARTBEAT_S):
+            elapsed = time.monotonic() - self._began
+            speed = (self._done - self._began_at) * self._spec.batch_tokens / elapsed
+            try:
+                self._claim.heartbeat(self._done, self._spec.steps, speed or None, self._loss)
+            except ClaimLost:
+                self._lost.set()
+                return
+            except OSError as problem:
+                log.warning("run %s: no heartbeat (%s).", self._spec.run_id(), problem)
 
 
 class Timer:

@@ -23,6 +23,7 @@ class Tracker(Protocol):
     def start(self, planned: PlannedRun, data_fingerprint: str) -> None: ...
     def log(self, point: EvalPoint) -> None: ...
     def finish(self, record: RunRecord) -> None: ...
+    def abandon(self) -> None: ...
 
 
 class NoTracker:
@@ -37,6 +38,9 @@ class NoTracker:
         pass
 
     def finish(self, record: RunRecord) -> None:
+        pass
+
+    def abandon(self) -> None:
         pass
 
 
@@ -93,6 +97,12 @@ class WandbTracker:
                     "tracker=wandb did not finish in %g s: the local record is complete.", FINISH_TIMEOUT_S
                 )
 
+    def abandon(self) -> None:
+        """The run stopped without a record here (interrupted, failed, taken over): close its mirror, do not wait long."""
+        self._queue.put(("abandon", None))
+        if self._thread:
+            self._thread.join(timeout=ABANDON_TIMEOUT_S)
+
     def _work(self, planned: PlannedRun, data_fingerprint: str) -> None:
         try:
             run = self._open(planned, data_fingerprint)
@@ -101,8 +111,9 @@ class WandbTracker:
                 if kind == "log":
                     run.log(point_metrics(value))
                     continue
-                run.summary.update(record_summary(value))
-                run.finish(exit_code=0 if value.status.value == "completed" else 1)
+                if kind == "finish":
+                    run.summary.update(record_summary(value))
+                run.finish(exit_code=0 if kind == "finish" and value.status.value == "completed" else 1)
                 return
         except (
             BaseException
@@ -128,6 +139,8 @@ class WandbTracker:
             # An id is unique in a project: the sweep's name keeps the same run of two sweeps apart.
             id=f"{spec.sweep}-{planned.run_id}",
             resume="allow",
+            # A run that hangs or failed may still be open in this process: never log into it.
+            reinit="create_new",
             tags=[spec.shape.kind, f"C={spec.budget_flops:.2g}"],
             config=run_config(planned, data_fingerprint),
             settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
@@ -138,6 +151,7 @@ class WandbTracker:
 
 
 FINISH_TIMEOUT_S = 60.0
+ABANDON_TIMEOUT_S = 5.0
 
 
 def wandb_mode(mode: str) -> str:

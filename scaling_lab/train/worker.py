@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scaling_lab.core.claims import Claim, ClaimLost
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord, RunStatus
 from scaling_lab.core.spec import Plan, PlannedRun
-from scaling_lab.core.store import Claim, ClaimLost, RunStore
-from scaling_lab.train.devices import apply_execution, environment
+from scaling_lab.core.store import RunStore
+from scaling_lab.train.devices import environment, resolve_device
 from scaling_lab.train.loop import CHECKPOINT_EVERY_S, EXIT_REQUEUE, Interrupted, train_run
 from scaling_lab.train.tracking import make_tracker
 
@@ -44,6 +45,8 @@ def train_pending(
     Raises `Interrupted` when told to stop and `UserError` where the data are not the plan's.
     """
     wanted = None if run_ids is None else set(run_ids)
+    for device in {run.execution.device for run in plan.runs}:
+        resolve_device(device)
     made = []
     for planned in longest_first([r for r in plan.runs if wanted is None or r.run_id in wanted]):
         claim = store.claim(planned.spec)
@@ -64,26 +67,33 @@ def train_claimed(
     checkpoint_every_s: float = CHECKPOINT_EVERY_S,
 ) -> RunRecord | None:
     """Train one claimed run; an error of its own becomes a FAILED record, and the sweep goes on."""
+    mirror = make_tracker(tracker, store.folder)
     try:
         return train_run(
             planned,
             store,
             claim,
-            make_tracker(tracker, store.folder),
+            mirror,
             expected_fingerprint=fingerprint,
             checkpoint_every_s=checkpoint_every_s,
         )
     except ClaimLost:
+        mirror.abandon()
         log.warning("run %s was taken over by another process.", planned.run_id)
         return None
     except (Interrupted, UserError, KeyboardInterrupt):
-        claim.release()
+        mirror.abandon()
         raise
     except Exception as error:
+        mirror.abandon()
         log.error("run %s failed:\n%s", planned.run_id, traceback.format_exc())
         record = failed_record(planned, store, fingerprint or "", f"{type(error).__name__}: {error}")
-        store.write_record(record)
-        return record
+        try:
+            # A former owner's error is not the run's.
+            claim.check()
+        except ClaimLost:
+            return None
+        return record if store.write_record(record) else None
 
 
 def failed_record(planned: PlannedRun, store: RunStore, fingerprint: str, reason: str) -> RunRecord:
@@ -101,7 +111,7 @@ def failed_record(planned: PlannedRun, store: RunStore, fingerprint: str, reason
         final_val_loss_nats=None,
         final_val_loss_sem_nats=None,
         wall_time_s=curve[-1].wall_time_s if curve else 0.0,
-        environment=environment(apply_execution(planned.execution), fingerprint),
+        environment=environment(None, fingerprint, planned.execution.device),
         curve_points=len(curve),
         curve=curve,
     )

@@ -1,0 +1,89 @@
+"""Owns writing files so that a crash, a full disk or a second process never leaves half of one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from pathlib import Path
+from typing import TextIO
+
+# What filesystems without hard links answer (exFAT, many FUSE and SMB mounts).
+NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name in the same folder (so that a rename is atomic) that no other process or thread uses."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files that killed processes left. A live one that loses its file sees an OSError."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replace `path` by `text` in one step: a reader sees the old or the new file, never a part.
+
+    Raises OSError; `path` is then as it was, and nothing is left beside it.
+    """
+    temporary = temporary_beside(path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            write_and_sync(file, text, durable=durable)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def create_exclusive(path: Path, text: str) -> bool:
+    """Create `path` with all of `text` unless it exists; says whether it did.
+
+    Linked into place once complete, so that no reader sees a part. Where the filesystem has no hard links the file is
+    created exclusively and then filled: a reader may see it short for a moment, and readers of ours take that as torn.
+    """
+    temporary = temporary_beside(path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            write_and_sync(file, text)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            # On NFS a link may succeed and its answer be lost: the repeated request then finds the name taken, by us.
+            return temporary.stat().st_nlink == 2
+        except OSError as error:
+            if error.errno not in NO_HARD_LINKS:
+                raise
+            return _create_by_open(path, text)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def filesystem_now(folder: Path) -> float:
+    """The time (Unix seconds) by the clock that stamps this folder's files: a shared filesystem's, whatever ours says."""
+    probe = temporary_beside(folder / "clock")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def write_and_sync(file: TextIO, text: str, *, durable: bool = True) -> None:
+    """Write to an open text file and, if durable, to the disk."""
+    file.write(text)
+    if durable:
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _create_by_open(path: Path, text: str) -> bool:
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            write_and_sync(file, text)
+    except FileExistsError:
+        return False
+    return True
