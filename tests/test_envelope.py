@@ -151,6 +151,70 @@ def test_records_of_an_isoflop_sweep_are_flagged_where_runs_are_not_annealed() -
     assert any("last 15% of their run" in d for d in estimate.diagnostics)
 
 
+def with_schedules(schedules: list) -> Observations:
+    """A sweep's observations with these schedules, given to its runs in turn."""
+    from dataclasses import replace
+
+    records = synthetic_records(curve_points=30)
+    changed = [
+        replace(r, spec=replace(r.spec, schedule=schedules[i % len(schedules)]))
+        for i, r in enumerate(records)
+    ]
+    return observations_from_records(changed)
+
+
+def test_curves_under_a_constant_lr_or_another_horizon_are_flagged() -> None:
+    from scaling_lab.core.schedules import Constant, Cosine
+
+    matched = Envelope().estimate(with_schedules([Cosine(), Cosine(horizon_fraction=1.2)]))
+    assert not any("constant LR" in d or "LR horizon" in d or "not known" in d for d in matched.diagnostics)
+    mixed = Envelope().estimate(
+        with_schedules([Cosine(), Constant(), Cosine(horizon_fraction=2.0), Constant()])
+    )
+    runs = len(synthetic_records(curve_points=30))
+    assert mixed.status is matched.status
+    (constant,) = (d for d in mixed.diagnostics if "constant LR" in d)
+    assert constant.startswith(f"{runs // 2} of {runs} curves have a constant LR (")
+    (horizon,) = (d for d in mixed.diagnostics if "LR horizon" in d)
+    assert horizon.startswith(f"{runs // 4} of {runs} curves")
+    assert "up to 2 times" in horizon
+    # A horizon that ends before half of the run is no constant LR: its LR has come down.
+    short = Envelope().estimate(with_schedules([Cosine(horizon_fraction=0.4)]))
+    assert not any("constant LR" in d for d in short.diagnostics)
+    assert any("up to 0.4 times" in d for d in short.diagnostics)
+
+
+@pytest.mark.parametrize(
+    "approach", [Envelope(), Envelope(EnvelopeSettings(method="hull"))], ids=["interpolate", "hull"]
+)
+def test_a_tables_schedules_are_read_and_their_absence_is_said(approach: Envelope, tmp_path) -> None:
+    import pandas as pd
+
+    from scaling_lab.analyse.observations import from_table
+    from scaling_lab.analyse.tables import read_table
+
+    obs = Truth(0.34, 0.28).curves(1e9 * 2.0 ** np.arange(-3, 4), points=50)
+    frame = pd.DataFrame(
+        {"run_id": obs.run_id, "params": obs.n_params, "tokens": obs.n_tokens, "loss": obs.loss_nats}
+    )
+
+    def diagnostics(**more: object) -> tuple[str, ...]:
+        path = tmp_path / "runs.csv"
+        frame.assign(**more).to_csv(path, index=False)
+        return approach.estimate(from_table(read_table(path))).diagnostics
+
+    assert any("schedules are not known" in d for d in diagnostics())
+    words = np.where(obs.n_params > 5e8, "Constant", "cosine")
+    assert any(
+        d.startswith("4 of 7 curves have a constant LR (n3, n4, n5 and 1 more)")
+        for d in diagnostics(lr_schedule=words)
+    )
+    numbers = np.where(obs.n_params > 5e8, 1.0, 4.0)
+    found = diagnostics(lr_horizon_fraction=numbers)
+    assert any(d.startswith("3 of 7 curves have an LR horizon") and "up to 4 times" in d for d in found)
+    assert not any("schedule" in d for d in diagnostics(lr_schedule="cosine"))
+
+
 def test_settings_refuse_unknown_choices() -> None:
     with pytest.raises(UserError, match=r"approach.envelope.method='hul'.*hull"):
         EnvelopeSettings(method="hul")  # type: ignore[arg-type]

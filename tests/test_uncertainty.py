@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from truth import Truth
 
+from scaling_lab.analyse.agreement import agreement
 from scaling_lab.analyse.approaches import IsoFlop, Parametric
-from scaling_lab.analyse.estimate import Array, Estimate
+from scaling_lab.analyse.estimate import Array, Band, Estimate, FitStatus, Frontier, PowerLaw
+from scaling_lab.analyse.frontiers import fit_loss_curves
 from scaling_lab.analyse.observations import Observations
+from scaling_lab.analyse.profiles import profile
 from scaling_lab.analyse.uncertainty import UNITS, BootstrapSettings, Draws, NoInterval, bootstrap
 from scaling_lab.core.errors import UserError
 
@@ -99,7 +104,11 @@ class Failing:
         return "run"
 
     def resample(
-        self, observations: Observations, draws: Draws, weights: Array | None = None
+        self,
+        observations: Observations,
+        draws: Draws,
+        weights: Array | None = None,
+        estimate: Estimate | None = None,
     ) -> Mapping[str, Array]:
         values = np.linspace(0.4, 0.6, draws.resamples)
         values[: int(self.share * draws.resamples)] = np.nan
@@ -138,3 +147,136 @@ def test_zero_resamples_and_bad_settings() -> None:
     for bad in ({"unit": "runs"}, {"level": 1.5}, {"resamples": -1}):
         with pytest.raises(UserError, match=f"bootstrap.{next(iter(bad))}"):
             BootstrapSettings(**bad)  # type: ignore[arg-type]
+
+
+def noisy_isoflop(noise: float = 0.005, seed: int = 0) -> Observations:
+    clean = LAW.isoflop(np.array([1e18, 4e18, 1.6e19]), np.geomspace(0.25, 4, 7))
+    eps = noise * np.random.default_rng(seed).standard_normal(clean.n_points)
+    return Observations.from_arrays(
+        n_params=clean.n_params,
+        n_tokens=clean.n_tokens,
+        loss_nats=clean.loss_nats + eps,
+        budget_flops=clean.budget_flops,
+    )
+
+
+def test_profile_intervals_stand_beside_the_bootstraps() -> None:
+    obs = noisy_isoflop()
+    approach = Parametric()
+    estimate = approach.estimate(obs)
+    band = bootstrap(approach, obs, estimate, BootstrapSettings(resamples=300), 0)
+    found = profile(approach, obs, estimate, 0.9)
+    assert found.message is None
+    assert set(found.intervals) == {"E", "A", "B", "alpha", "beta", "params_exponent", "tokens_exponent"}
+    for name in ("E", "alpha", "beta", "params_exponent", "tokens_exponent"):
+        ends, resampled = found.intervals[name], band.interval(name)
+        assert ends.lo is not None
+        assert ends.hi is not None
+        assert resampled is not None
+        # Two ways to the same thing: of like width, and about the same place.
+        assert 0.5 < (ends.hi - ends.lo) / resampled.width < 2.0
+        assert abs((ends.lo + ends.hi) - (resampled.lo + resampled.hi)) < resampled.width
+    a, b = found.intervals["params_exponent"], found.intervals["tokens_exponent"]
+    assert (b.lo, b.hi) == pytest.approx((1 - a.hi, 1 - a.lo))
+    assert estimate.frontier is not None
+    assert a.lo < estimate.frontier.params.exponent < a.hi
+
+
+def test_where_a_profile_cannot_be_it_says_why() -> None:
+    approach = Parametric()
+    flat = Observations.from_arrays(
+        n_params=[1e7] * 6, n_tokens=np.geomspace(1e8, 1e9, 6), loss_nats=[3.0] * 6
+    )
+    none = profile(approach, flat, approach.estimate(flat), 0.9)
+    assert none.intervals == {}
+    assert (none.message or "").startswith("No profile intervals: ")
+    curve = Observations.from_arrays(
+        n_params=np.repeat(np.geomspace(1e7, 1e9, 5), 4),
+        n_tokens=np.tile(np.geomspace(1e8, 1e9, 4), 5),
+        loss_nats=LAW.loss(np.repeat(np.geomspace(1e7, 1e9, 5), 4), np.tile(np.geomspace(1e8, 1e9, 4), 5)),
+        run_id=np.repeat(np.arange(5), 4),
+    )
+    several = profile(approach, curve, approach.estimate(curve), 0.9)
+    assert several.intervals == {}
+    assert "several are of one run" in (several.message or "")
+
+
+def test_an_end_that_the_data_do_not_bound_is_none_and_says_so() -> None:
+    # No floor in the truth: E may be anything down to 0, and the profile ends at the law's own bound.
+    floorless = Truth(0.34, 0.28, E=1e-9)
+    clean = floorless.isoflop(np.array([1e18, 4e18, 1.6e19]), np.geomspace(0.25, 4, 7))
+    eps = 0.01 * np.random.default_rng(3).standard_normal(clean.n_points)
+    obs = Observations.from_arrays(
+        n_params=clean.n_params,
+        n_tokens=clean.n_tokens,
+        loss_nats=clean.loss_nats + eps,
+        budget_flops=clean.budget_flops,
+    )
+    found = profile(Parametric(), obs, Parametric().estimate(obs), 0.9)
+    ends = found.intervals["E"]
+    assert ends.lo is None
+    assert ends.hi is not None
+    assert "do not bound E from below" in (ends.message or "")
+
+
+def test_resamples_of_a_law_without_a_floor_reach_below_it_but_never_report_it() -> None:
+    floorless = Truth(0.08, 0.2, E=1e-9)
+    clean = floorless.isoflop(np.array([1e18, 4e18, 1.6e19]), np.geomspace(0.25, 4, 7))
+    eps = 0.005 * np.random.default_rng(1).standard_normal(clean.n_points)
+    obs = Observations.from_arrays(
+        n_params=clean.n_params,
+        n_tokens=clean.n_tokens,
+        loss_nats=clean.loss_nats + eps,
+        budget_flops=clean.budget_flops,
+    )
+    approach = Parametric()
+    band = bootstrap(approach, obs, approach.estimate(obs), BootstrapSettings(resamples=200), 0)
+    at_zero = band.samples["E"] == 0
+    assert band.samples["E"].min() == 0
+    assert at_zero.sum() > 10
+    # The resamples at E = 0 differ in alpha as the others do: nothing is cut off.
+    assert np.ptp(band.samples["alpha"][at_zero]) > 0.5 * np.ptp(band.samples["alpha"][~at_zero])
+    assert band.samples["loss_floor_nats"].min() < 0
+
+
+def test_the_loss_curve_is_found_exactly_with_and_without_a_floor() -> None:
+    log_c = np.log(np.geomspace(6e18, 3e21, 9))[None]
+    ones = np.ones((1, 9))
+    for floor, k, gamma in ((1.8, 60.0, 0.12), (1.08, 700.0, 0.266), (0.0, 12.0, 0.0554)):
+        e, log_k, g = fit_loss_curves(log_c, floor + k * np.exp(-gamma * log_c), ones)
+        assert e[0] == pytest.approx(floor, abs=1e-4)
+        assert log_k[0] == pytest.approx(np.log(k), abs=1e-4)
+        assert g[0] == pytest.approx(gamma, rel=1e-4)
+    # A loss that falls faster than any power law has a floor below 0, or 0 where that is not allowed.
+    falling = 20.0 * np.exp(-0.05 * log_c) - 1.0
+    assert fit_loss_curves(log_c, falling, ones)[0][0] == 0
+    assert fit_loss_curves(log_c, falling, ones, floor_at_zero=False)[0][0] == pytest.approx(-1.0, abs=1e-3)
+
+
+def test_estimates_whose_coefficients_underflow_are_compared_without_warnings() -> None:
+    # An exponent of 60 leaves a coefficient of 0 in float64, and an N of which no logarithm exists.
+    c = np.geomspace(1e18, 1e20, 3)
+    tiny = PowerLaw(60.0, 0.0)
+    frontier = Frontier(tiny, PowerLaw(0.5, 1.0), (1e18, 1e20), c, c, c, c)
+    sane = replace(frontier, params=PowerLaw(0.5, 1e-1))
+    rng = np.random.default_rng(0)
+
+    def band(name: str, exponent: float, log_k: float) -> Band:
+        wobble = 0.01 * rng.standard_normal(100)
+        samples = {
+            "params_exponent": exponent + wobble,
+            "tokens_exponent": 0.5 + wobble,
+            "params_log_coefficient": np.where(np.arange(100) < 50, -np.inf, log_k),
+        }
+        return Band(name, 0.9, "run", "bootstrap", 100, 0, 0, samples)
+
+    estimates = [
+        Estimate("isoflop", FitStatus.CONVERGED, "m", frontier),
+        Estimate("parametric", FitStatus.CONVERGED, "m", sane),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = agreement(estimates, [band("isoflop", 60.0, -2700.0), band("parametric", 0.5, -2.3)], 1e19)
+    by_quantity = {p.quantity: p for p in found.pairs}
+    assert by_quantity["log_params_opt"].agree is None
+    assert by_quantity["params_exponent"].agree is False

@@ -9,7 +9,6 @@ from itertools import combinations
 import numpy as np
 
 from scaling_lab.analyse.estimate import Array, Band, Estimate, Interval
-from scaling_lab.analyse.frontiers import at_compute
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def agreement(estimates: Sequence[Estimate], bands: Sequence[Band], compute_flop
             x, y = _value(one, quantity, compute_flops), _value(two, quantity, compute_flops)
             xs, ys = _samples(band_one, quantity, compute_flops), _samples(band_two, quantity, compute_flops)
             interval = _difference_interval(xs, ys, band_one.level)
-            agree = None if interval is None else interval.contains(0.0)
+            agree = None if interval is None or not np.isfinite(x - y) else interval.contains(0.0)
             pairs.append(PairAgreement((one.approach, two.approach), quantity, x - y, interval, agree))
     return _summary(estimates, usable, pairs)
 
@@ -104,15 +103,20 @@ def _value(estimate: Estimate, quantity: str, compute_flops: float) -> float:
         return frontier.params.exponent
     if quantity == "tokens_exponent":
         return frontier.tokens.exponent
-    return float(np.log(frontier.params(compute_flops)))
+    # A coefficient that underflowed to 0 leaves no N to compare.
+    k = frontier.params.coefficient
+    return float(np.log(k) + frontier.params.exponent * np.log(compute_flops)) if k > 0 else float("nan")
 
 
 def _samples(band: Band, quantity: str, compute_flops: float) -> Array | None:
     if not band.samples:
         return None
     if quantity == "log_params_opt":
-        return np.log(at_compute(band.samples, compute_flops)["params_opt"])
-    return band.samples[quantity]
+        s = band.samples
+        values = s["params_log_coefficient"] + s["params_exponent"] * np.log(compute_flops)
+    else:
+        values = band.samples[quantity]
+    return np.asarray(values[np.isfinite(values)])
 
 
 def _difference_interval(xs: Array | None, ys: Array | None, level: float) -> Interval | None:
@@ -122,5 +126,5 @@ def _difference_interval(xs: Array | None, ys: Array | None, level: float) -> In
     size = max(xs.size, ys.size)
     difference = rng.choice(xs, size) - rng.choice(ys, size)
     tail = (1 - level) / 2
-    lo, hi = np.nanquantile(difference, [tail, 1 - tail])
+    lo, hi = np.quantile(difference, [tail, 1 - tail])
     return Interval(float(lo), float(hi))

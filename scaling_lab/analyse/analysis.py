@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 
 from scaling_lab.analyse.agreement import Agreement, agreement
+from scaling_lab.analyse.approaches import Parametric
 from scaling_lab.analyse.compare_laws import LawComparison, compare_laws
 from scaling_lab.analyse.estimate import Array, Band, Estimate, FitStatus
 from scaling_lab.analyse.laws import get_law, law_names
 from scaling_lab.analyse.observations import AS_GIVEN, Observations, from_table
 from scaling_lab.analyse.predict import Backtest, Prediction, backtest, predict
+from scaling_lab.analyse.profiles import Profile, profile
 from scaling_lab.analyse.record_observations import observations_from_records
 from scaling_lab.analyse.sensitivity import SensitivityRow, sensitivity
 from scaling_lab.analyse.settings import ALL_LAWS, AnalysisSettings
@@ -59,6 +61,8 @@ class Analysis:
     """The optimum of every column of `metrics`; None where none was asked for."""
     law_comparison: LawComparison | None = None
     """Laws by their error out of sample; None where `compare_laws` names none."""
+    profile: Profile | None = None
+    """Profile-likelihood intervals of the parametric fit (None where they were not asked for)."""
 
     @cached_property
     def points(self) -> Observations:
@@ -143,6 +147,7 @@ def analyse(observations: Observations, settings: AnalysisSettings | None = None
         tuple(p for p in predictions if p is not None),
         skill_optima(observations, s, mean_compute),
         _law_comparison(points, s),
+        _profile(points, estimates[2], s, weights),
     )
 
 
@@ -176,6 +181,15 @@ def _law_comparison(points: Observations, settings: AnalysisSettings) -> LawComp
         objective=own.objective,  # type: ignore[arg-type]
         seed=settings.seed,
     )
+
+
+def _profile(
+    points: Observations, parametric: Estimate, settings: AnalysisSettings, weights: Array | None
+) -> Profile | None:
+    if not settings.profile:
+        return None
+    approach = Parametric(settings.approach.parametric)
+    return profile(approach, points, parametric, settings.bootstrap.level, weights)
 
 
 def _weights(points: Observations, settings: AnalysisSettings) -> Array | None:

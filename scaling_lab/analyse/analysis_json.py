@@ -12,6 +12,7 @@ from scaling_lab.analyse.compare_laws import HeldOutError, LawComparison
 from scaling_lab.analyse.estimate import Band, BudgetOptimum, Estimate, Interval
 from scaling_lab.analyse.observations import Observations
 from scaling_lab.analyse.predict import Backtest, Prediction, Quantity
+from scaling_lab.analyse.profiles import Profile
 from scaling_lab.analyse.sensitivity import SensitivityRow
 from scaling_lab.analyse.skills import Skills
 
@@ -35,7 +36,10 @@ def to_json_dict(
         "versions": dict(versions) if versions is not None else default_versions(),
         "observations": _observations(analysis.observations, analysis.points.n_points),
         "estimates": [
-            _estimate(e, b, p, analysis.mean_compute_flops)
+            {
+                **_estimate(e, b, p, analysis.mean_compute_flops),
+                "profile": _profile(analysis.profile) if e.approach == "parametric" else None,
+            }
             for e, b, p in zip(analysis.estimates, analysis.bands, analysis.at_mean_compute)
         ],
         "agreement": _agreement(analysis.agreement),
@@ -155,6 +159,19 @@ def _interval(band: Band) -> dict[str, Any]:
 def _standard_errors(band: Band) -> dict[str, Any]:
     names = (*_FRONTIER_QUANTITIES, *_parameter_names(band))
     return {"method": band.method, **{name: number(band.standard_error(name)) for name in names}}
+
+
+def _profile(p: Profile | None) -> dict[str, Any] | None:
+    if p is None:
+        return None
+    return {
+        "method": "profile likelihood",
+        "scale": p.scale,
+        "level": p.level,
+        "message": p.message,
+        "intervals": {name: [number(ends.lo), number(ends.hi)] for name, ends in p.intervals.items()},
+        "messages": {name: ends.message for name, ends in p.intervals.items() if ends.message},
+    }
 
 
 def _budget(b: BudgetOptimum) -> dict[str, Any]:

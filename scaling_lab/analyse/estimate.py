@@ -183,11 +183,14 @@ class Band:
         if values is None or np.count_nonzero(np.isfinite(values)) < 20:
             return None
         tail = (1.0 - self.level) / 2.0
-        lo, hi = np.nanquantile(values, [tail, 1.0 - tail])
+        # Infinite samples (a coefficient that overflowed) count as such: an end may be infinite, or NaN beside one.
+        with np.errstate(invalid="ignore"):
+            lo, hi = np.nanquantile(values, [tail, 1.0 - tail])
         return Interval(float(lo), float(hi))
 
     def standard_error(self, quantity: str) -> float | None:
         values = self.samples.get(quantity)
         if values is None or np.count_nonzero(np.isfinite(values)) < 20:
             return None
-        return float(np.nanstd(values, ddof=1))
+        with np.errstate(invalid="ignore", over="ignore"):
+            return float(np.nanstd(values, ddof=1))

@@ -11,6 +11,7 @@ import numpy as np
 from scaling_lab.analyse.estimate import Array
 from scaling_lab.analyse.ledger import curve_columns
 from scaling_lab.analyse.observations import Curves, Dropped, Observations
+from scaling_lab.analyse.table_rows import LR_HORIZON
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError, unknown
 from scaling_lab.core.record import RunRecord, RunStatus
@@ -83,6 +84,7 @@ def observations_from_records(
             "depth": np.array([float(r.spec.shape.depth) for r in usable]),
             "n_steps": np.array([float(r.spec.steps) for r in usable]),
             "batch_tokens": np.array([float(r.spec.batch_tokens) for r in usable]),
+            LR_HORIZON: np.array([_lr_horizon(r) for r in usable]),
         },
         separate_curves=_curves(usable, n, per_token, kind),
         alternatives={
@@ -111,6 +113,14 @@ def smooth(values: Array, steps: Array, window_steps: float = SMOOTHING_WINDOW_S
         total[:-k] += w * values[k:]
         weight[:-k] += w
     return total / weight
+
+
+def _lr_horizon(record: RunRecord) -> float:
+    """Length of the run's LR schedule over the run's own; infinite where the LR ends at its peak."""
+    schedule = record.spec.schedule
+    if schedule.multiplier(1.0) > 0.999:
+        return float("inf")
+    return float(getattr(schedule, "horizon_fraction", 1.0))
 
 
 def _why_unusable(record: RunRecord) -> str | None:

@@ -69,6 +69,8 @@ class AnalysisSettings:
     """Whether to ask the same question under other choices."""
     backtest: bool = True
     """Whether to predict the largest budget from the others."""
+    profile: bool = True
+    """Whether to trace profile-likelihood intervals of the parametric fit, beside the bootstrap's."""
 
     def __post_init__(self) -> None:
         if self.points not in POINTS:

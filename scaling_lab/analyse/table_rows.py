@@ -17,6 +17,9 @@ from scaling_lab.core.counts import FLOPS_PER_PARAM_TOKEN
 
 COUNTS = ("params", "tokens", "flops")
 _NEEDED = (*COUNTS, "loss")
+LR_HORIZON = "lr_horizon_fraction"
+"""The extra column that says over how much of a run its LR schedule stretches: 1 is matched, infinite a constant LR."""
+_LR_SCHEDULE = "lr_schedule"
 # flops = 6 params tokens "to 1%": analyze's contract.
 SIX_ND_TOLERANCE = 0.01
 # Beyond these a number is a mistake, and products of several of them would leave float64.
@@ -218,14 +221,23 @@ def _count_copies(columns: list[Array]) -> int:
 
 
 def extra_columns(table: Table, good: NDArray[np.bool_]) -> dict[str, Array]:
-    """The further numeric columns, for laws that need them (width, depth, unique_tokens ...)."""
+    """The further numeric columns, for laws that need them (width, depth, unique_tokens ...).
+
+    A column `lr_schedule` of words becomes `lr_horizon_fraction`: infinite for a constant LR, else 1, a schedule that fits
+    its run; a table that knows better gives the number itself.
+    """
     import pandas as pd
 
-    return {
+    found = {
         name: table.numbers(name)[good]
         for name in table.names
         if name not in COLUMNS and pd.api.types.is_numeric_dtype(table.frame[name])
     }
+    if _LR_SCHEDULE in table.names and LR_HORIZON not in found:
+        kinds = table.frame[_LR_SCHEDULE].astype(str).str.strip().str.lower()[good]
+        constant, unknown = kinds.str.contains("constant"), kinds.isin(("", "nan", "none", "null", "<na>"))
+        found[LR_HORIZON] = np.where(constant, np.inf, np.where(unknown, np.nan, 1.0))
+    return found
 
 
 def optional_column(table: Table, name: str, *, positive: bool) -> Array:

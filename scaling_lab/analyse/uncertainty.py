@@ -88,9 +88,16 @@ class Approach(Protocol):
     def default_unit(self, observations: Observations) -> str: ...
 
     def resample(
-        self, observations: Observations, draws: Draws, weights: Array | None = None
+        self,
+        observations: Observations,
+        draws: Draws,
+        weights: Array | None = None,
+        estimate: Estimate | None = None,
     ) -> Mapping[str, Array]:
-        """(resamples,) each: the quantities of every resample's estimate, NaN where it failed. Raises `NoInterval`."""
+        """(resamples,) each: the quantities of every resample's estimate, NaN where it failed. Raises `NoInterval`.
+
+        `estimate`, of the same observations and weights, saves fitting them again; it changes no number.
+        """
         ...
 
 
@@ -118,7 +125,7 @@ def bootstrap(
     if settings.resamples == 0:
         return empty("No interval: bootstrap.resamples=0.")
     try:
-        samples = approach.resample(observations, Draws(unit, settings.resamples, seed), weights)
+        samples = approach.resample(observations, Draws(unit, settings.resamples, seed), weights, estimate)
     except NoInterval as reason:
         return empty(f"No interval: {reason}")
     succeeded = np.isfinite(samples["params_exponent"]) & np.isfinite(samples["tokens_exponent"])

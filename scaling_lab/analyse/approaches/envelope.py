@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from scaling_lab.analyse.approaches.annealing import schedule_notes, training_notes
 from scaling_lab.analyse.estimate import Array, Estimate, FitStatus
 from scaling_lab.analyse.frontiers import FrontierPoints, frontier_from, quantities
 from scaling_lab.analyse.observations import Curves, Observations
@@ -27,8 +28,6 @@ from scaling_lab.core.errors import UserError, unknown
 
 METHODS = ("interpolate", "hull")
 EDGES = ("drop", "keep")
-# Hoffmann et al. 2022: the envelope's points lie in the last 15% of training.
-LAST_PART_OF_TRAINING = 0.85
 # Up to so many points a run a monotone cubic interpolates between them; denser curves are joined by straight lines.
 _SPARSE_CURVE = 200
 
@@ -108,7 +107,10 @@ class Envelope:
                 else f"{with_curve} run(s) with a curve, of {sizes} size(s); at least three sizes are needed."
             )
             return Estimate(self.name, FitStatus.NOT_APPLICABLE, f"The envelope needs curves: {what}")
-        notes = [f"Curves: {curves.kind}, {with_curve} runs, {sizes} sizes."]
+        notes = [
+            f"Curves: {curves.kind}, {with_curve} runs, {sizes} sizes.",
+            *schedule_notes(observations, rows >= 2),
+        ]
         if self.settings.method == "hull":
             return self._hull_estimate(observations, notes)
         return self._interpolated_estimate(observations, notes)
@@ -132,7 +134,7 @@ class Envelope:
             )
             if forced:
                 notes.append(f"{forced} change(s) of the best size left out: a run's curve ended there.")
-        notes += _training_notes(grid, stairs)
+        notes += training_notes(grid.log_c[seen], grid.log_c_end[stairs.best[seen]])
         return self._finish(points, details, notes)
 
     def _hull_estimate(self, observations: Observations, notes: list[str]) -> Estimate:
@@ -162,7 +164,11 @@ class Envelope:
         return "run"
 
     def resample(
-        self, observations: Observations, draws: Draws, weights: Array | None = None
+        self,
+        observations: Observations,
+        draws: Draws,
+        weights: Array | None = None,
+        estimate: Estimate | None = None,
     ) -> dict[str, Array]:
         """(resamples,) each: the frontier's quantities; see `uncertainty.Approach`. Curves are drawn whole, whatever the unit."""
         if draws.unit == "residual":
@@ -173,7 +179,7 @@ class Envelope:
             if self.settings.method == "hull"
             else self._resampled_envelopes(observations.curves, drawn)
         )
-        return quantities(_padded(many))
+        return quantities(_padded(many), floor_at_zero=False)
 
     def _resampled_envelopes(self, curves: Curves, drawn: NDArray[np.bool_]) -> list[FrontierPoints]:
         grid = interpolate(curves, self.settings.grid_points)
@@ -386,17 +392,3 @@ def _details(grid: Interpolated, stairs: Staircase) -> dict[str, NDArray[Any]]:
         "params": np.exp(grid.log_size[grid.size[best]]),
         "run_index": grid.run[best],
     }
-
-
-def _training_notes(grid: Interpolated, stairs: Staircase) -> list[str]:
-    """Whether the envelope is made of runs near their end, where a matched horizon makes them optimal."""
-    seen = np.flatnonzero(stairs.best >= 0)
-    late = grid.log_c[seen] >= grid.log_c_end[stairs.best[seen]] + np.log(LAST_PART_OF_TRAINING)
-    share = float(late.mean())
-    text = f"{share:.0%} of the envelope's points lie in the last 15% of their run."
-    if share < 0.5:
-        text += (
-            " Elsewhere a run whose learning rate still falls (or never does) is not at the loss that its compute can buy,"
-            " so the envelope is too high there and its exponents may be biased."
-        )
-    return [text]

@@ -104,20 +104,26 @@ class IsoFlop:
         return "residual"
 
     def resample(
-        self, observations: Observations, draws: Draws, weights: Array | None = None
+        self,
+        observations: Observations,
+        draws: Draws,
+        weights: Array | None = None,
+        estimate: Estimate | None = None,
     ) -> dict[str, Array]:
         """(resamples,) each: the frontier's quantities; see `uncertainty.Approach`."""
         valleys, _ = split_valleys(observations, self.settings.budget_tolerance, weights)
         start = self._fit(valleys)
         if draws.unit == "residual":
             fit = self._fit(valleys, losses=_noisy_losses(valleys, start, draws), start=start)
-            return quantities(self._frontier_points(valleys, fit))
+            return quantities(self._frontier_points(valleys, fit), floor_at_zero=False)
         counts = draws.point_counts(observations)
         if draws.unit == "budget":
             drawn = np.stack([counts[:, v.point[0]] for v in valleys], axis=-1)
-            return quantities(self._frontier_points(valleys, start, budget_weights=drawn))
+            return quantities(
+                self._frontier_points(valleys, start, budget_weights=drawn), floor_at_zero=False
+            )
         fit = self._fit(valleys, weights=[counts[:, v.point] * v.weight for v in valleys], start=start)
-        return quantities(self._frontier_points(valleys, fit))
+        return quantities(self._frontier_points(valleys, fit), floor_at_zero=False)
 
     def _fit(
         self,

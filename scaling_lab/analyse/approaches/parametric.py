@@ -18,6 +18,7 @@ from scaling_lab.analyse.estimate import Array, Estimate, FitResult, FitStatus, 
 from scaling_lab.analyse.fitting import DEFAULT_HUBER_DELTA, fit, fit_many
 from scaling_lab.analyse.frontiers import FrontierPoints, at_compute, quantities
 from scaling_lab.analyse.laws import LossLaw, get_law
+from scaling_lab.analyse.laws.sums import LogSumLaw
 from scaling_lab.analyse.observations import Observations
 from scaling_lab.analyse.uncertainty import Draws, NoInterval
 from scaling_lab.core.counts import FLOPS_PER_PARAM_TOKEN
@@ -116,10 +117,19 @@ class Parametric:
         return "residual" if one_each and small else "run"
 
     def resample(
-        self, observations: Observations, draws: Draws, weights: Array | None = None
+        self,
+        observations: Observations,
+        draws: Draws,
+        weights: Array | None = None,
+        estimate: Estimate | None = None,
     ) -> dict[str, Array]:
-        """(resamples,) each: the frontier's quantities and the law's parameters; see `uncertainty.Approach`."""
+        """(resamples,) each: the frontier's quantities and the law's parameters; see `uncertainty.Approach`.
+
+        A resample's E may be below 0 (it is reported as 0): where the truth has no floor, resamples held at E = 0 pile up
+        there and cut one tail off every other parameter (90% intervals of alpha then cover 75%: scripts/calibrate.py).
+        """
         law = self.law
+        free = law.with_free_floor() if isinstance(law, LogSumLaw) else law
         if draws.resamples * float(observations.n_points) > _LARGEST_RESAMPLE:
             raise NoInterval(
                 f"{observations.n_points} points x {draws.resamples} resamples are too many; use points=final or a"
@@ -131,37 +141,25 @@ class Parametric:
             "objective": self.settings.objective,
         }
         if draws.unit == "residual":
-            losses = self._residual_losses(observations, draws, weights, options)
-            batch = fit_many(law, columns, loss_nats=losses, weights=weights, **options)
+            if estimate is not None and estimate.fits:
+                found = estimate.fits[0]
+            else:
+                found = fit(law, columns, loss_nats=observations.loss_nats, weights=weights, **options)
+            losses = _residual_losses(observations, found, draws, weights)
+            # The losses are noise about this fit: their minima are near it, and need no search.
+            batch = fit_many(
+                free, columns, loss_nats=losses, weights=weights, starts=found.parameters, **options
+            )
         else:
             counts = draws.point_counts(observations)
             w = counts.astype(np.uint16) if weights is None else counts * weights
-            batch = fit_many(law, columns, loss_nats=observations.loss_nats, weights=w, **options)
+            batch = fit_many(free, columns, loss_nats=observations.loss_nats, weights=w, **options)
         samples = self._quantities(observations, law, batch.parameters)
         failed = ~batch.reached
         out = {**{k: np.asarray(v, dtype=np.float64) for k, v in batch.parameters.items()}, **samples}
+        if "E" in batch.parameters:
+            out["E"] = np.maximum(out["E"], 0.0)
         return {name: np.where(failed, np.nan, values) for name, values in out.items()}
-
-    def _residual_losses(
-        self, observations: Observations, draws: Draws, weights: Array | None, options: dict[str, Any]
-    ) -> Array:
-        """(resamples, points): the fitted losses times Gaussian noise of the residuals' scale, itself redrawn.
-
-        Drawing the residuals themselves would not do: a fit that is nearly L1 passes exactly through as many points as
-        it has parameters, so that among few residuals many are 0 (measured: 90% intervals cover 80%).
-        """
-        law = self.law
-        result = fit(
-            law, law_columns(observations, law), loss_nats=observations.loss_nats, weights=weights, **options
-        )
-        n, p = observations.n_points, len(law.parameters)
-        if n <= p:
-            raise NoInterval(f"{n} points leave no residuals beside {p} parameters.")
-        rng = draws.rng()
-        w = np.ones(n) if weights is None else weights
-        scale = np.sqrt((w * result.residuals_log**2).sum() / rng.chisquare(n - p, size=draws.resamples))
-        noise = scale[:, None] * rng.standard_normal((draws.resamples, n)) / np.sqrt(w)
-        return observations.loss_nats * np.exp(result.residuals_log + noise)
 
     def _frontier(
         self, observations: Observations, law: LossLaw, result: FitResult, notes: list[str]
@@ -209,6 +207,24 @@ class Parametric:
             if _closed_form(observations, law):
                 return _closed_quantities(law, parameters, observations)
             return quantities(numerical_frontier(law, parameters, observations))
+
+
+def _residual_losses(
+    observations: Observations, result: FitResult, draws: Draws, weights: Array | None
+) -> Array:
+    """(resamples, points): the fitted losses times Gaussian noise of the residuals' scale, itself redrawn.
+
+    Drawing the residuals themselves would not do: a fit that is nearly L1 passes exactly through as many points as it has
+    parameters, so that among few residuals many are 0 (measured: 90% intervals cover 80%).
+    """
+    n, p = observations.n_points, len(result.parameters)
+    if n <= p:
+        raise NoInterval(f"{n} points leave no residuals beside {p} parameters.")
+    rng = draws.rng()
+    w = np.ones(n) if weights is None else weights
+    scale = np.sqrt((w * result.residuals_log**2).sum() / rng.chisquare(n - p, size=draws.resamples))
+    noise = scale[:, None] * rng.standard_normal((draws.resamples, n)) / np.sqrt(w)
+    return observations.loss_nats * np.exp(result.residuals_log + noise)
 
 
 def law_columns(observations: Observations, law: LossLaw) -> dict[str, Array]:

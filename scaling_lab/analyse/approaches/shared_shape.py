@@ -106,8 +106,8 @@ def shared_curve(steepness: Array, coefficients: Array, x: Array) -> Array:
 def _grid_start(valleys: Sequence[ValleyData]) -> Array:
     first = [ValleyData(v.x, v.loss[:1], v.weight[:1]) for v in valleys]
     pairs = np.array([(a, b) for a in _GRID for b in _GRID])
-    values = [float((_residuals(first, pair[None]) ** 2).sum()) for pair in pairs]
-    return pairs[int(np.argmin(values))]
+    values = (_residuals(first, pairs) ** 2).sum(axis=1)
+    return np.asarray(pairs[int(np.argmin(values))])
 
 
 def _project(valley: ValleyData, steepness: Array) -> tuple[Array, Array, NDArray[np.bool_]]:

@@ -7,11 +7,12 @@ linear for squared error on the loss: variable projection over a grid of exponen
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -26,6 +27,9 @@ _GRID_POINTS = {1: 40, 2: 10, 3: 6, 4: 4}
 
 # A start gives each term at least this share of the loss.
 _SMALLEST_SHARE = 0.01
+
+# The lowest E of a resample, in mean losses: far below what any table leaves open.
+_LOWEST_FREE_FLOOR = -2.0
 
 # ln of the smallest amplitude, relative to the mean loss: a term of a millionth of the loss is absent.
 _LOG_AMPLITUDE_BOUNDS = (float(np.log(1e-6)), 50.0)
@@ -51,6 +55,9 @@ class Term:
 
 class LogSumLaw(LossLaw):
     """Base of the laws that are sums of power terms; a subclass states `terms` and whether there is an E."""
+
+    lowest_floor: ClassVar[float] = 0.0
+    """Lower bound of E, in mean losses."""
 
     @property
     @abstractmethod
@@ -87,6 +94,12 @@ class LogSumLaw(LossLaw):
             log_amplitude = np.log(parameters[term.amplitude]) * (exponent if term.is_scale else 1.0)
             loss = loss + np.exp(log_amplitude - exponent * z)
         return loss
+
+    def with_free_floor(self) -> Self:
+        """The same law with E allowed below 0, for resamples: held at 0 theirs would pile up there (see `Parametric`)."""
+        free = copy.copy(self)
+        object.__setattr__(free, "lowest_floor", _LOWEST_FREE_FLOOR)
+        return free
 
     # -- internal coordinates: E / mean loss, ln amplitudes at the centre, exponents ---------------------------------
     def _layout(self) -> list[tuple[int, int]]:
@@ -145,7 +158,7 @@ class LogSumLaw(LossLaw):
         for amplitude, _ in self._layout():
             lower[amplitude], upper[amplitude] = _LOG_AMPLITUDE_BOUNDS
         if self.has_irreducible:
-            upper[0] = 1e3
+            lower[0], upper[0] = self.lowest_floor, 1e3
         return lower, upper
 
     def bound_sentence(self, name: str, at_upper: bool) -> str:
