@@ -219,3 +219,20 @@ def test_plan_on_disk(store):
 def test_sweep_names_are_folder_names(tmp_path, name):
     with pytest.raises(UserError, match="sweep="):
         RunStore.for_sweep(tmp_path, name)
+
+
+def test_failed_runs_can_be_tried_again(store):
+    planned = PlannedRun(spec(), Execution())
+    plan = Plan("sweep", (planned,), spec().convention, "abc")
+    folder = store.run_folder(spec().run_id())
+    folder.mkdir(parents=True)
+    for attempt in (1, 2):
+        (folder / "record.json").write_text('{"status": "failed", "reason": "no memory"}')
+        assert store.claim(spec()) is None
+        assert store.reopen_failed(plan) == [spec().run_id()]
+        assert (folder / f"record-failed-{attempt}.json").exists()
+        claim = store.claim(spec())
+        assert claim is not None
+        claim.release()
+    (folder / "record.json").write_text('{"status": "completed"}')
+    assert store.reopen_failed(plan) == []

@@ -18,7 +18,7 @@ from scaling_lab.core.store import RunStore
 from scaling_lab.plan.design import make_plan
 
 # Options that say where, with what and for whom a sweep runs, not which runs it has.
-NOT_OF_THE_PLAN = frozenset({"sweep", "results_dir", "config_dir", "workers", "tracker", "run_ids"})
+NOT_OF_THE_PLAN = frozenset({"sweep", "results_dir", "config_dir", "workers", "tracker", "run_ids", "retry"})
 EXECUTION = frozenset({"device", "compile", "threads", "deterministic"})
 
 

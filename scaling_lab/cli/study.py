@@ -76,8 +76,12 @@ class SweepOnly:
 
     workers: int | None = None
     """Worker processes of the local launcher; default: one a core, or a few a GPU"""
+    retry: Literal["failed"] | None = None
+    """failed: run those again that failed or diverged, from their last checkpoint"""
 
     def __post_init__(self) -> None:
+        if self.retry not in (None, "failed"):
+            raise unknown("retry", self.retry, ("failed",))
         if self.workers is not None and self.workers < 1:
             raise UserError(f"workers={self.workers} must be at least 1.")
 

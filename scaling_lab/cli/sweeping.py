@@ -134,6 +134,9 @@ def report_outcome(console: Console, store: RunStore, plan: Plan) -> int:
     )
     for state in bad:
         console.warn(f"{state.run_id} {state.state}: {state.reason}")
+    if bad:
+        results = "" if store.folder.parent == Path("results") else f" results_dir={store.folder.parent}"
+        console.say(f"to try them again: scaling-lab sweep sweep={store.folder.name}{results} retry=failed")
     if open_runs:
         console.warn(
             f"{len(open_runs)} runs are not over ({_counts(open_runs)}): scaling-lab sweep sweep={store.folder.name}"

@@ -173,6 +173,7 @@ def last_claim(folder: Path) -> ClaimInfo | None:
     if not newest:
         return None
     path = folder / f"claim-{newest}.json"
+    refreshed = 0.0
     for attempt in range(READ_ATTEMPTS):
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -180,7 +181,8 @@ def last_claim(folder: Path) -> ClaimInfo | None:
             known = {field.name for field in fields(ClaimInfo)}
             return ClaimInfo(**{**{k: v for k, v in data.items() if k in known}, "heartbeat_unix_s": written})
         except (ValueError, TypeError, AttributeError):
-            return ClaimInfo("", 0, "", newest, 0.0, 0.0)
+            refreshed = 0.0  # torn; or, without hard links, being written at this moment: look again
         except OSError:
-            time.sleep(0.02 * (attempt + 1))
-    return ClaimInfo("", 0, "", newest, 0.0, time.time())
+            refreshed = time.time()
+        time.sleep(0.02 * (attempt + 1))
+    return ClaimInfo("", 0, "", newest, 0.0, refreshed)

@@ -171,6 +171,24 @@ class RunStore:
         runs = self.folder / "runs"
         return sorted(p.parent.name for p in runs.glob("*/record.json")) if runs.is_dir() else []
 
+    def reopen_failed(self, plan: Plan) -> list[str]:
+        """Make the failed and diverged runs of a plan pending again; their records stay beside as record-failed-<k>.json.
+
+        A diverged run begins from the beginning: its last checkpoint may be past saving. Returns the run ids.
+        """
+        reopened = []
+        for state in self.states(plan):
+            if state.state not in ("failed", "diverged"):
+                continue
+            folder = self.run_folder(state.run_id)
+            kept = len(list(folder.glob("record-failed-*.json"))) + 1
+            (folder / "record.json").rename(folder / f"record-failed-{kept}.json")
+            if state.state == "diverged":
+                for path in (folder / "checkpoint").glob("step-*.json"):
+                    path.unlink(missing_ok=True)
+            reopened.append(state.run_id)
+        return reopened
+
     # -- states
     def state(self, run_id: str) -> RunState:
         """Where one run stands."""

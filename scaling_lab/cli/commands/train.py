@@ -78,6 +78,13 @@ def train_job(config: Any) -> str:
     claim = store.claim(spec)
     if claim is None:
         state = store.state(planned.run_id)
+        if state.state == RunStatus.COMPLETED:
+            seen = store.read_record(planned.run_id, curve=False).environment.data_fingerprint
+            if seen != spec.data.fingerprint():
+                raise UserError(
+                    f"data={spec.data.kind} has changed since {planned.run_id} was trained (content {seen[:12]} then, "
+                    f"{spec.data.fingerprint()[:12]} now): give the new runs a folder of their own, sweep=NAME."
+                )
         console.say(f"{planned.run_id} is {state.state} already: nothing to do.")
         return planned.run_id
     console.say(

@@ -66,6 +66,9 @@ class PlanSweeper(Sweeper):
             console.say(f"planned {len(plan.runs)} runs, {plan.total_flops:.3g} FLOPs: {store.plan_path}")
             for note in plan.notes:
                 console.say(f"  {note}")
+        if trees[0].get("retry"):
+            again = store.reopen_failed(plan)
+            console.say(f"{len(again)} failed or diverged runs are tried again.")
         run_ids = pending(store, plan)
         done = len(plan.runs) - len(run_ids)
         if not run_ids:
