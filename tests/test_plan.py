@@ -216,6 +216,11 @@ def test_cost_and_description():
     assert estimate_plan_seconds(gpu.runs, 2) is None
 
 
+def test_a_single_run_without_a_depth_takes_the_ladders():
+    run = plan_single(settings(model=ModelSettings(width=160)), 200_000)
+    assert run.spec.shape.depth == SizeLadder().depth(160) == 4
+
+
 def test_single_run():
     run = plan_single(settings(model=ModelSettings(width=32, depth=2)), 200_000)
     assert run.spec.role == "single"

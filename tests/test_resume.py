@@ -251,3 +251,28 @@ def test_a_superseded_owners_error_is_not_the_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "open_session", broken)
     assert train_claimed(PlannedRun(spec, Execution()), store, claim, None) is None
     assert not (store.run_folder(spec.run_id()) / "record.json").exists()
+
+
+def test_a_worker_stops_in_good_order_when_its_launcher_is_killed(tmp_path):
+    """SIGKILL leaves the launcher no time to stop anybody: the worker sees that it is an orphan."""
+    spec, store = tiny(500_000), RunStore(tmp_path)
+    plan = Plan("t", (PlannedRun(spec, Execution()),), spec.convention, spec.data.fingerprint())
+    store.write_plan(plan)
+    launcher = subprocess.Popen(
+        [
+            sys.executable, "-c",
+            "import os, subprocess, sys; subprocess.run([sys.executable, '-m', 'scaling_lab.train.worker', "
+            f"{str(store.folder)!r}, '--stop-with', str(os.getpid())])",
+        ]
+    )  # fmt: skip
+    curve = store.run_folder(spec.run_id()) / "curve.jsonl"
+    deadline = time.monotonic() + 90
+    while not (curve.exists() and curve.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert store.state(spec.run_id()).state == "running"
+    launcher.kill()
+    launcher.wait()
+    while store.state(spec.run_id()).state == "running" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert store.state(spec.run_id()).state == "interrupted"
+    assert steps_saved(store.run_folder(spec.run_id()) / "checkpoint")

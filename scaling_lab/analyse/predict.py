@@ -107,6 +107,8 @@ def backtest(
         return ()
     budget, runs = held
     train = observations.runs(~runs)
+    if train.n_points == 0:
+        return ()
     test = observations.runs(runs)
     train_weights = None if weights is None else weights[~runs[observations.run_index]]
     resampling = replace(settings, resamples=min(settings.resamples, _BACKTEST_RESAMPLES))
@@ -155,18 +157,19 @@ def _held_out_error(approach: Approach, estimate: Estimate, test: Observations) 
 def _sentence(estimate: Estimate, prediction: Prediction | None, observed: BudgetOptimum, best: float) -> str:
     if prediction is None:
         return f"Without the largest budget: {estimate.message}"
-    reached = observed.loss_opt if observed.loss_opt is not None else best
     if prediction.loss_opt is None:
         return (
             f"Predicted N = {prediction.params_opt.estimate:.4g}; two budgets are too few to extrapolate a loss: they show no"
             " floor."
         )
-    text = f"Predicted {prediction.loss_opt.estimate:.4f} nats, reached {reached:.4f}"
+    text = f"Predicted {prediction.loss_opt.estimate:.4f} nats, reached {best:.4f} by its best run"
     interval = prediction.loss_opt.interval
     if interval is not None:
-        inside = "inside" if interval.contains(reached) else "outside"
+        inside = "inside" if interval.contains(best) else "outside"
         text += f" ({inside} {interval.lo:.4f} to {interval.hi:.4f})"
-    text += f", {prediction.extrapolation_factor:.3g} times beyond the fitted range."
+    if observed.loss_opt is not None:
+        text += f"; the floor of its valley, fitted, is {observed.loss_opt:.4f}"
+    text += f"; {prediction.extrapolation_factor:.3g} times beyond the fitted range."
     if observed.status is not BudgetStatus.OK:
         text += f" The budget shows no minimum ({observed.status.value}): compared with its best sampled run."
     return text

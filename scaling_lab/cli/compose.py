@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from scaling_lab.cli.arguments import Arguments, Assignment
-from scaling_lab.cli.configs import Slot, config_folders, default_groups, group_choices, merge, nested
+from scaling_lab.cli.configs import (
+    Slot,
+    config_folders,
+    default_groups,
+    find_config,
+    group_choices,
+    merge,
+    nested,
+    read_yaml,
+)
 from scaling_lab.cli.forms import Form
 from scaling_lab.cli.values import read_value, show, split_list, unquoted
 from scaling_lab.core.errors import UserError, unknown
@@ -110,6 +119,19 @@ def read_command(
     return Command(tuple(combinations), tuple(hydra), config_dir)
 
 
+GLOBAL_PACKAGE = "# @package _global_"
+
+
+def check_experiment(path: Path) -> None:
+    """Refuse an experiment that Hydra would put below `experiment:`, where nobody reads it."""
+    read_yaml(path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if not any(line.strip() == GLOBAL_PACKAGE for line in lines[:5]):
+        raise UserError(
+            f"{path} must begin with the line {GLOBAL_PACKAGE!r}: without it Hydra ignores what it sets."
+        )
+
+
 def compose_groups(config_name: str, groups: Mapping[Slot, str], folders: Sequence[Path]) -> dict[str, Any]:
     """The config `config_name` with these group choices, as plain values, composed by Hydra."""
     from hydra import compose, initialize_config_dir
@@ -117,6 +139,9 @@ def compose_groups(config_name: str, groups: Mapping[Slot, str], folders: Sequen
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    for slot, choice in groups.items():
+        if slot.group == "experiment" and choice != "null":
+            check_experiment(find_config(f"experiment/{choice}", folders))
     overrides = [f"{slot.hydra_key}={choice}" for slot, choice in groups.items()]
     own = folders[0] if len(folders) > 1 else None
     try:

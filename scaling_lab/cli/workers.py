@@ -172,6 +172,7 @@ class Crew:
         log = self.store.folder / "logs" / f"worker-{slot}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "scaling_lab.train.worker", str(self.store.folder)]
+        command += ["--stop-with", str(os.getpid())]
         ids = ",".join(self.progress.open_ids())
         if len(self.runs) < len(self.plan.runs) and len(ids) < MAX_ARGUMENT_BYTES:
             command += ["--run-ids", ids]

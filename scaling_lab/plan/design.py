@@ -17,6 +17,7 @@ from scaling_lab.core.serial import to_dict
 from scaling_lab.core.spec import Execution, Plan, PlannedRun, RunSpec
 from scaling_lab.plan.designs.isoflop import MIN_SIZES
 from scaling_lab.plan.settings import ExecutionSettings, SweepSettings
+from scaling_lab.plan.sizes import SizeLadder
 
 # On a CPU, compiling a tiny model's whole step costs 10-25 s of one core and makes it about 2.5 times faster than the
 # eager 10-15 GFLOP/s (measured, results/LOG.md): it is repaid above about this many FLOPs of one shape and batch.
@@ -158,17 +159,16 @@ def plan_run(
 
 
 def plan_single(settings: SweepSettings, train_tokens: float) -> PlannedRun:
-    """One run outside a sweep: the shape from `settings.model`, the horizon in tokens, rounded to whole steps."""
+    """One run outside a sweep: the shape from `settings.model` (without a depth the ladder's own), the horizon in tokens,
+    rounded to whole steps."""
     model = settings.model
-    if model.width is None or model.depth is None:
-        missing = "model.width" if model.width is None else "model.depth"
-        raise UserError(
-            f"{missing} is missing: one run needs a width and a depth, for example model.width=64 model.depth=2."
-        )
+    if model.width is None:
+        raise UserError("model.width is missing: one run needs a width, for example model.width=64.")
+    depth = SizeLadder().depth(model.width) if model.depth is None else model.depth
     if not train_tokens > 0:
         raise UserError(f"train_tokens={train_tokens!r} must be positive.")
     check_corpus(settings)
-    shape = model.shape(model.width, model.depth, settings.data.vocab_size)
+    shape = model.shape(model.width, depth, settings.data.vocab_size)
     flops = shape.count().flops_per_token(settings.convention) * float(train_tokens)
     spec, _ = plan_run(settings, shape, flops, settings.seed, role="single")
     # The budget is what the run spends: a single run belongs to no other.

@@ -37,13 +37,17 @@ class SizeLadder:
                 f"aspect_ratio={self.aspect_ratio} must be positive."
             )
 
+    def depth(self, width: int) -> int:
+        """The rule's depth at a width."""
+        return max(self.min_depth, round(width / self.aspect_ratio))
+
     def sizes(self) -> list[tuple[int, int]]:
         """(width, depth) ascending, without repetitions."""
         found: list[tuple[int, int]] = []
         width = float(self.min_width)
         while width <= self.max_width * (1 + 1e-9) and len(found) < MAX_LADDER_SIZES:
             rounded = max(self.width_multiple, round(width / self.width_multiple) * self.width_multiple)
-            size = (rounded, max(self.min_depth, round(rounded / self.aspect_ratio)))
+            size = (rounded, self.depth(rounded))
             if not found or size != found[-1]:
                 found.append(size)
             width *= self.width_ratio

@@ -225,9 +225,7 @@ def _backtest(analysis: Analysis) -> Plate:
     for test in analysis.backtest:
         loss = test.predicted.loss_opt if test.predicted is not None else None
         if loss is not None:
-            reached = (
-                test.observed.loss_opt if test.observed.loss_opt is not None else test.best_sampled_loss_nats
-            )
+            reached = test.best_sampled_loss_nats
             span = None if loss.interval is None else (loss.interval.lo, loss.interval.hi)
             rows.append((SHORT_APPROACH_NAMES[test.approach], test.approach, loss.estimate, span, reached))
 

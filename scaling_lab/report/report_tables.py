@@ -149,13 +149,12 @@ def backtest(analysis: Analysis) -> TextTable:
     rows = []
     for t in analysis.backtest:
         p = t.predicted
-        reached = t.observed.loss_opt if t.observed.loss_opt is not None else t.best_sampled_loss_nats
         rows.append(
             Row(
                 (
                     APPROACH_NAMES[t.approach],
                     _quantity(p.loss_opt if p else None, lambda v: f"{v:.4f}"),
-                    f"{reached:.4f}",
+                    f"{t.best_sampled_loss_nats:.4f}",
                     _quantity(p.params_opt if p else None, format_count),
                     _maybe(t.observed.params_opt, format_count),
                     _maybe(p.extrapolation_factor if p else None, lambda v: f"{v:.3g}x"),
@@ -163,7 +162,7 @@ def backtest(analysis: Analysis) -> TextTable:
                 "" if p is not None else "warn",
             )
         )
-    columns = ("", "loss predicted", "loss reached", "best N predicted", "best N found", "beyond the fit")
+    columns = ("", "loss predicted", "best run", "best N predicted", "best N found", "beyond the fit")
     return TextTable(columns, tuple(rows), frozenset({1, 2, 3, 4, 5}))
 
 

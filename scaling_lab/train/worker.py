@@ -10,7 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +30,8 @@ from scaling_lab.train.loop import CHECKPOINT_EVERY_S, EXIT_REQUEUE, Interrupted
 from scaling_lab.train.tracking import make_tracker
 
 log = logging.getLogger(__name__)
+
+PARENT_POLL_S = 1.0
 
 
 def longest_first(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
@@ -117,16 +123,27 @@ def failed_record(planned: PlannedRun, store: RunStore, fingerprint: str, reason
     )
 
 
+def stop_with(parent: int) -> None:
+    """Ask this process to stop in good order once its parent is gone: a killed launcher leaves nobody to watch it."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_S)
+    log.warning("the launcher is gone: stopping after a checkpoint.")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 when nothing is left to do here, 2 for bad input, 75 when told to stop."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--run-ids", default=None)
+    parser.add_argument("--stop-with", type=int, default=None, help="pid of the parent: stop when it is gone")
     parser.add_argument("--checkpoint-every-s", type=float, default=CHECKPOINT_EVERY_S)
     parser.add_argument("--tracker", default=None, help="JSON: kind and options")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     store = RunStore(options.folder)
+    if options.stop_with is not None:
+        threading.Thread(target=stop_with, args=(options.stop_with,), daemon=True).start()
     try:
         run_ids = options.run_ids.split(",") if options.run_ids else None
         train_pending(
