@@ -110,7 +110,7 @@ def test_final_loss_is_the_validation_splits_at_the_last_parameters(tmp_path, co
     by_hand = reference_loss(shape, last, windows_of(corpus.validation, range(VALIDATION_WINDOWS)))
     assert record.final_val_loss_nats == pytest.approx(by_hand, abs=FLOAT32_NATS)
     # That it would show: the training split's loss, and that of the validation split without its last window.
-    assert by_hand > reference_loss(shape, last, windows_of(corpus.train, range(TRAIN_WINDOWS))) + 1
+    assert by_hand > reference_loss(shape, last, windows_of(corpus.train, range(TRAIN_WINDOWS))) + 0.5
     assert abs(by_hand - reference_loss(shape, last, windows_of(corpus.validation, range(19)))) > 0.01
 
 
@@ -230,7 +230,9 @@ def test_the_gradient_is_clipped_to_its_norm(tmp_path, corpus, clip_norm):
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert gradient.norm() > 0.1
     expected = gradient * min(1.0, clip_norm / gradient.norm().item())
-    torch.testing.assert_close(saved["first_moment"] / 0.25, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(
+        saved["first_moment"] / 0.25, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
+    )
 
 
 # -- execution
