@@ -309,7 +309,7 @@ def write_tables(folder: Path, n_runs: int) -> None:
     )  # fmt: skip
     parquet = pyarrow.parquet.ParquetWriter(folder / "table.parquet", schema)
     csv = pyarrow.csv.CSVWriter(folder / "table.csv", schema)
-    lines = open(folder / "table.jsonl", "w")
+    lines = open(folder / "table.jsonl", "w")  # noqa: SIM115 (closed with the others below)
     for spec, curve in runs(0, n_runs):
         tokens = curve["step"] * spec.batch_tokens
         columns = {

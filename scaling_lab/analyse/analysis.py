@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 
 from scaling_lab.analyse.agreement import Agreement, agreement
 from scaling_lab.analyse.approaches import Parametric
+from scaling_lab.analyse.caveats import caveats
 from scaling_lab.analyse.compare_laws import LawComparison, compare_laws
 from scaling_lab.analyse.estimate import Array, Band, Estimate, FitStatus
 from scaling_lab.analyse.laws import get_law, law_names
@@ -115,6 +116,8 @@ def select_points(observations: Observations, settings: AnalysisSettings) -> Obs
     return observations.final() if settings.points == "final" else observations
 
 
+# Starts, resamples and extrapolations may leave float64; whoever uses a number checks that it is finite.
+@np.errstate(all="ignore")
 def analyse(observations: Observations, settings: AnalysisSettings | None = None) -> Analysis:
     """The three approaches with their intervals, whether they agree, how they react to choices, and how they predict.
 
@@ -133,7 +136,12 @@ def analyse(observations: Observations, settings: AnalysisSettings | None = None
     )
     mean_compute = float(np.exp(np.log(points.compute_flops).mean()))
     budgets = (*s.predict_flops, _NEXT_DECADE * float(points.compute_flops.max()))
-    predictions = (predict(e, b, c) for c in sorted(set(budgets)) for e, b in zip(estimates, bands))
+    predictions = [predict(e, b, c) for c in sorted(set(budgets)) for e, b in zip(estimates, bands)]
+    farthest = max(budgets) / float(points.compute_flops.max())
+    estimates = tuple(
+        replace(e, diagnostics=(*e.diagnostics, *caveats(e, b, a.default_unit(points), farthest)))
+        for a, e, b in zip(approaches, estimates, bands)
+    )
     return Analysis(
         observations,
         s,

@@ -69,6 +69,8 @@ def sensitivity(
         rows += _again("convention", choice, asked, changed, weights)
     for choice, keep in _subsets(asked, observations):
         part = observations.runs(keep)
+        if part.n_points == 0:
+            continue
         w = None if weights is None else weights[keep[observations.run_index]]
         rows += _again("data", choice, asked, part, w)
     for approach, base in asked:

@@ -82,7 +82,9 @@ def header_names(path: Path) -> list[str]:
         if kind == "csv":
             import pandas as pd
 
-            return _distinct([str(c) for c in pd.read_csv(path, nrows=0, **_dialect(path, [])).columns], [])
+            return _distinct(
+                [str(c) for c in pd.read_csv(_source(path), nrows=0, **_dialect(path, [])).columns], []
+            )
     except (OSError, ValueError):
         pass  # reading the table itself will say what is wrong with it
     return []
@@ -118,6 +120,14 @@ def _open(path: Path) -> IO[bytes]:
     return open(path, "rb")
 
 
+def _source(path: Path) -> Any:
+    """What pandas can read: the path, or the bytes of a compression that it needs a further package for."""
+    if path.suffix.lower() != ".zst":
+        return path
+    with _open(path) as file:
+        return io.BytesIO(file.read())
+
+
 # -- CSV
 
 
@@ -126,11 +136,11 @@ def _read_csv(path: Path, notes: list[str]) -> pd.DataFrame:
 
     options = _dialect(path, notes)
     try:
-        frame = pd.read_csv(path, low_memory=False, **options)
+        frame = pd.read_csv(_source(path), low_memory=False, **options)
     except UnicodeDecodeError:  # beyond the sample
         options["encoding"] = "latin-1"
         notes.append("The file is not UTF-8: read as Latin-1.")
-        frame = pd.read_csv(path, low_memory=False, **options)
+        frame = pd.read_csv(_source(path), low_memory=False, **options)
     except pd.errors.ParserError:
         frame = _read_ragged_csv(path, options, notes)
     if not isinstance(frame.index, pd.RangeIndex):
@@ -141,7 +151,7 @@ def _read_csv(path: Path, notes: list[str]) -> pd.DataFrame:
                 warnings.simplefilter(
                     "ignore", pd.errors.ParserWarning
                 )  # of the cell too many, which is empty
-                frame = pd.read_csv(path, low_memory=False, index_col=False, **options)
+                frame = pd.read_csv(_source(path), low_memory=False, index_col=False, **options)
         else:
             frame = frame.reset_index(names="index")
     return frame
@@ -151,14 +161,14 @@ def _read_ragged_csv(path: Path, options: dict[str, Any], notes: list[str]) -> p
     """A file in which some rows have too many cells: they stay as empty rows, and a note counts them."""
     import pandas as pd
 
-    width = len(pd.read_csv(path, nrows=0, **options).columns)
+    width = len(pd.read_csv(_source(path), nrows=0, **options).columns)
     bad: list[list[str]] = []
 
     def empty(cells: list[str]) -> list[str]:
         bad.append(cells)
         return [""] * width
 
-    frame = pd.read_csv(path, engine="python", on_bad_lines=empty, **options)
+    frame = pd.read_csv(_source(path), engine="python", on_bad_lines=empty, **options)
     if bad:
         first = ",".join(bad[0])
         notes.append(
@@ -286,7 +296,9 @@ def _arrow_lines(path: Path) -> pd.DataFrame | None:
         table = table.flatten()
     # Arrow takes text like "2026-01-01" for a time, which no filter written as that text would match.
     odd = any(pyarrow.types.is_temporal(f.type) for f in table.schema)
-    return None if odd or len(set(table.column_names)) < table.num_columns else table.to_pandas()
+    if odd or len(set(table.column_names)) < table.num_columns:
+        return None
+    return table.to_pandas(split_blocks=True, self_destruct=True)  # column by column: never twice in memory
 
 
 def _is_json(text: str) -> bool:

@@ -164,7 +164,7 @@ def table_from_mapping(data: Mapping[str, Any], source: str = "table") -> Table:
 
 def missing_column(name: str, table: Table, *, why: str = "") -> UserError:
     """The one-line error for a wanted column that is not there, with a near match."""
-    near = _near(name, table.names)
+    near = _near(name, [n for n in table.names if n not in COLUMNS])  # params is not what loss is called
     hint = (
         f" Did you mean columns.{name}={near}?" if near else f" Say which one it is with columns.{name}=NAME."
     )

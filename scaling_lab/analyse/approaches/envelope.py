@@ -97,19 +97,19 @@ class Envelope:
     def estimate(self, observations: Observations, weights: Array | None = None) -> Estimate:
         """Curves -> envelope -> frontier. Always uses every row of every run; `weights` has no meaning here."""
         curves = observations.curves
-        rows = np.bincount(curves.run_index, minlength=observations.n_runs)
-        with_curve = int((rows >= 2).sum())
-        sizes = np.unique(np.round(np.log(curves.n_params[rows[curves.run_index] >= 2]), 9)).size
+        is_curve = _has_curve(curves, observations.n_runs)
+        with_curve = int(is_curve.sum())
+        sizes = np.unique(np.round(np.log(curves.n_params[is_curve[curves.run_index]]), 9)).size
         if with_curve < 2 or sizes < 3:
             what = (
-                "every run has a single row: there are no curves."
+                "every run has a single row, or all its rows at one C: there are no curves."
                 if with_curve == 0
                 else f"{with_curve} run(s) with a curve, of {sizes} size(s); at least three sizes are needed."
             )
             return Estimate(self.name, FitStatus.NOT_APPLICABLE, f"The envelope needs curves: {what}")
         notes = [
             f"Curves: {curves.kind}, {with_curve} runs, {sizes} sizes.",
-            *schedule_notes(observations, rows >= 2),
+            *schedule_notes(observations, is_curve),
         ]
         if self.settings.method == "hull":
             return self._hull_estimate(observations, notes)
@@ -239,6 +239,15 @@ class Envelope:
             diagnostics=tuple(notes),
             details=details,
         )
+
+
+def _has_curve(curves: Curves, n_runs: int) -> NDArray[np.bool_]:
+    """(runs,) whether a run's loss is known at two values of C at least."""
+    log_c = np.log(curves.compute_flops)
+    lowest, highest = np.full(n_runs, np.inf), np.full(n_runs, -np.inf)
+    np.minimum.at(lowest, curves.run_index, log_c)
+    np.maximum.at(highest, curves.run_index, log_c)
+    return highest > lowest
 
 
 def interpolate(curves: Curves, grid_points: int) -> Interpolated:

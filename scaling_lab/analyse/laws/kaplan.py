@@ -79,11 +79,15 @@ class KaplanND(LossLaw):
         x, y = design.log_columns
         found = []
         for power, ratio in product(np.geomspace(0.03, 1.2, 10), np.geomspace(0.25, 4.0, 8)):
-            relative = np.exp(-log_loss / power)
-            basis = np.stack([np.exp(-ratio * x) * relative, np.exp(-y) * relative], axis=1)
-            scale = np.sqrt(np.mean(basis**2, axis=0))
-            share = np.linalg.lstsq(basis / scale, np.ones_like(x), rcond=None)[0]
-            p, q = np.log(np.maximum(share, 0.01) / scale)
+            with np.errstate(all="ignore"):  # losses over many decades leave float64 at small powers
+                relative = np.exp(-log_loss / power)
+                basis = np.stack([np.exp(-ratio * x) * relative, np.exp(-y) * relative], axis=1)
+                scale = np.sqrt(np.mean(basis**2, axis=0))
+                scaled = basis / scale
+                share = np.ones(2)
+                if np.isfinite(scaled).all():
+                    share = np.linalg.lstsq(scaled, np.ones_like(x), rcond=None)[0]
+                p, q = np.nan_to_num(np.log(np.maximum(share, 0.01) / scale))
             found.append([p, q, power, ratio])
         return np.clip(np.array(found), *self.bounds(design))
 
