@@ -4,7 +4,7 @@
     scripts/calibrate.py                              # 500 studies a cell, every cell: about half an hour of one core
     scripts/calibrate.py --studies 50                 # a quick look, as CI takes it
     scripts/calibrate.py --cells "paper chinchilla"   # only cells whose name contains this
-    scripts/calibrate.py --state calibration.json     # saves after every cell; run again, it resumes
+    scripts/calibrate.py --state build/calibration    # keeps the studies; stopped and run again, it resumes
     scripts/calibrate.py --out results/calibration.txt
 
 Cells, laws and the rule of passing are in scaling_lab/analyse/calibration.py. Median widths are printed too: wide
@@ -28,9 +28,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import scaling_lab.analyse
 from scaling_lab.analyse.calibration import (
@@ -46,7 +48,7 @@ from scaling_lab.analyse.calibration import (
 )
 
 # The sources that decide an approach's numbers, under scaling_lab/analyse: saved results of another version do not count.
-_SHARED = ("frontiers.py", "uncertainty.py", "predict.py")
+_SHARED = ("frontiers.py", "uncertainty.py")
 _FITTING = ("fitting*.py", "laws/base.py", "laws/sums.py", "laws/chinchilla.py", "approaches/parametric.py")
 _DECISIVE = {
     "envelope": ("approaches/envelope.py",),
@@ -84,32 +86,73 @@ def revision() -> str:
         return "unknown"
 
 
-def run_cell(
-    cell: Cell, studies: int, resamples: int, workers: int, done_before: float, total: float
-) -> list[dict[str, Covering]]:
-    """All studies of a cell, with progress and the time left on standard error."""
-    one = partial(run_study, cell, resamples=resamples)
-    began, results = time.monotonic(), []
-    for result in _in_order(one, studies, workers):
-        results.append(result)
-        if len(results) % 10 == 0 and sys.stderr.isatty():
-            spent = time.monotonic() - began
-            left = spent / len(results) * (studies - len(results)) + total - done_before
-            print(
-                f"\r{cell.name}: {len(results)}/{studies}, {spent:.0f} s, about {left / 60:.0f} min left  ",
-                end="",
-                file=sys.stderr,
-            )
-    print(f"\r{cell.name}: {studies} studies in {time.monotonic() - began:.0f} s", file=sys.stderr)
-    return results
+@dataclass
+class Progress:
+    """Seconds a study of each cell has taken, and from them the time left."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def say(self, cell: Cell, done: int, missing: dict[str, int]) -> None:
+        known = list(self.seconds.values()) or [0.0]
+        typical = sum(known) / len(known)
+        left = sum(n * self.seconds.get(name, typical) for name, n in missing.items())
+        print(f"{cell.name}: {done} studies; about {left / 60:.0f} min left", file=sys.stderr, flush=True)
 
 
-def _in_order(one: partial[dict[str, Covering]], studies: int, workers: int) -> Iterator[dict[str, Covering]]:
-    if workers <= 1:
-        yield from map(one, range(studies))
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(one, range(studies), chunksize=5)
+@dataclass
+class Results:
+    """Studies done so far, cell by cell, kept in a folder if there is one: one JSON file a cell."""
+
+    folder: Path | None
+    resamples: int
+    now: str
+    """The git revision of studies computed now."""
+    kept: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def load(self, cell: Cell) -> None:
+        """What was saved of a cell, unless other sources or another number of resamples made it."""
+        fresh = {"key": f"{fingerprint(cell)} {self.resamples}", "revisions": [], "studies": []}
+        file = self._file(cell)
+        saved = json.loads(file.read_text()) if file is not None and file.exists() else fresh
+        self.kept[cell.name] = saved if saved["key"] == fresh["key"] else fresh
+
+    def add(self, cell: Cell, studies: Sequence[dict[str, Covering]]) -> None:
+        kept = self.kept[cell.name]
+        kept["studies"] += [{k: (c.lo, c.hi, c.truth) for k, c in s.items()} for s in studies]
+        kept["revisions"] = sorted({*kept["revisions"], self.now})
+        file = self._file(cell)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(".new")
+            temporary.write_text(json.dumps(kept))
+            temporary.replace(file)
+
+    def count(self, cell: Cell) -> int:
+        return len(self.kept[cell.name]["studies"])
+
+    def studies(self, cell: Cell) -> list[dict[str, Covering]]:
+        return [{k: Covering(*v) for k, v in s.items()} for s in self.kept[cell.name]["studies"]]
+
+    def _file(self, cell: Cell) -> Path | None:
+        return None if self.folder is None else self.folder / f"{cell.name.replace(' ', '_')}.json"
+
+
+def run(cells: Sequence[Cell], studies: int, workers: int, results: Results) -> None:
+    """Every cell to so many studies, in rounds over all cells, so that an interrupted run has something of each."""
+    progress = Progress()
+    one_round = min(50, studies)
+    with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
+        for target in (*range(one_round, studies, one_round), studies):
+            for cell in cells:
+                todo = range(results.count(cell), target)
+                if not todo:
+                    continue
+                one = partial(run_study, cell, resamples=results.resamples)
+                began = time.monotonic()
+                results.add(cell, list(map(one, todo) if pool is None else pool.map(one, todo, chunksize=2)))
+                progress.seconds[cell.name] = (time.monotonic() - began) / len(todo)
+                missing = {c.name: max(studies - results.count(c), 0) for c in cells}
+                progress.say(cell, results.count(cell), missing)
 
 
 def verdict(c: Coverage, claimed: bool) -> str:
@@ -119,26 +162,26 @@ def verdict(c: Coverage, claimed: bool) -> str:
     return f"FAIL: too {side}" if claimed else f"too {side} (not claimed)"
 
 
-def tables(rows: Sequence[tuple[Cell, list[Coverage], int]]) -> Iterator[str]:
+def tables(rows: Sequence[tuple[Cell, Sequence[dict[str, Covering]]]]) -> Iterator[str]:
     """The summary, then every quantity of every cell."""
-    yield "Cells"
-    yield f"{'grid':18} {'law':13} {'noise':>6}  {'approach':19} {'interval':>8}  verdict"
-    for cell, found, studies in rows:
-        bad = [c.quantity for c in found if not c.passes]
-        n = max((c.n for c in found), default=0)
-        text = (
-            "pass"
-            if found and not bad
-            else ("not claimed: " if not cell.claimed else "FAILS: ") + ", ".join(bad)
+    yield f"{'grid':18} {'law':13} {'noise':>6}  {'approach':19} {'studies':>7} {'no interval':>11}  verdict"
+    found = {cell.name: coverages(studies) for cell, studies in rows}
+    for cell, studies in rows:
+        bad = [c.quantity for c in found[cell.name] if not c.passes]
+        none = sum(not s for s in studies)
+        text = "pass" if not bad else ("FAILS: " if cell.claimed else "not claimed: ") + ", ".join(bad)
+        text = text if found[cell.name] else "no intervals"
+        yield (
+            f"{cell.grid:18} {cell.law:13} {cell.noise_nats:6g}  {cell.approach:19} {len(studies):7d} {none:11d}  {text}"
         )
-        share = f"{n / studies:8.1%}"
-        yield f"{cell.grid:18} {cell.law:13} {cell.noise_nats:6g}  {cell.approach:19} {share}  {text}"
     yield ""
     yield "Every interval: coverage, its Wilson 99.9% interval, truths below and above, median width (* of the logarithm)"
-    for cell, found, _ in rows:
+    for cell, studies in rows:
         yield ""
-        yield f"{cell.grid} | {cell.law} | noise {cell.noise_nats:g} nats | {cell.approach}"
-        for c in found:
+        yield (
+            f"{cell.grid} | {cell.law} | noise {cell.noise_nats:g} nats | {cell.approach} | {len(studies)} studies"
+        )
+        for c in found[cell.name]:
             lo, hi = c.wilson
             star = "*" if c.logarithmic else " "
             yield (
@@ -151,43 +194,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--studies", type=int, default=500)
-    parser.add_argument("--resamples", type=int, default=300)
+    parser.add_argument("--studies", type=int, default=500, help="studies a cell (default 500)")
+    parser.add_argument("--resamples", type=int, default=300, help="of each bootstrap (default 300)")
     parser.add_argument(
         "--cells", default="", help="only cells whose name (grid law noise approach) contains this"
     )
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument(
-        "--state", type=Path, help="a JSON file to save finished cells in, and to resume from"
+        "--state", type=Path, help="a folder that keeps the studies: a later call resumes from it"
     )
+    parser.add_argument("--table-only", action="store_true", help="print what --state has; simulate nothing")
     parser.add_argument("--out", type=Path, help="also writes the table here")
     options = parser.parse_args()
-    state = json.loads(options.state.read_text()) if options.state and options.state.exists() else {}
-    now = revision()
-    chosen = [c for c in CELLS if options.cells in c.name]
-    rows, revisions, spent = [], set(), {}
-    for i, cell in enumerate(chosen):
-        key = f"{cell.name} {options.studies} {options.resamples} {fingerprint(cell)}"
-        if key not in state:
-            began = time.monotonic()
-            # The cells to come are taken to cost what the ones so far did.
-            mean = sum(spent.values()) / len(spent) if spent else 0.0
-            to_come = mean * (len(chosen) - i - 1)
-            results = run_cell(cell, options.studies, options.resamples, options.workers, 0.0, to_come)
-            spent[cell.name] = time.monotonic() - began
-            saved = [{k: (c.lo, c.hi, c.truth) for k, c in study.items()} for study in results]
-            state[key] = {"revision": now, "cell": asdict(cell), "studies": saved}
-            if options.state:
-                temporary = options.state.with_suffix(".new")
-                temporary.write_text(json.dumps(state))
-                temporary.replace(options.state)
-        studies = [{k: Covering(*v) for k, v in study.items()} for study in state[key]["studies"]]
-        revisions.add(state[key]["revision"])
-        rows.append((cell, coverages(studies), len(studies)))
+    cells = [c for c in CELLS if options.cells in c.name]
+    if not cells:
+        parser.error(f"--cells {options.cells!r}: no such cell; there are {', '.join(c.name for c in CELLS)}")
+    results = Results(options.state, options.resamples, revision())
+    for cell in cells:
+        results.load(cell)
+    if not options.table_only:
+        run(cells, options.studies, options.workers, results)
+    rows = [(cell, results.studies(cell)) for cell in cells]
+    revisions = sorted({r for c in cells for r in results.kept[c.name]["revisions"]})
     text = "\n".join(
         [
-            f"Coverage of {LEVEL:.0%} intervals over {options.studies} simulated studies a cell, {options.resamples} resamples each.",
-            f"scripts/calibrate.py, {datetime.date.today()}, git {', '.join(sorted(revisions))}.",
+            f"Coverage of {LEVEL:.0%} intervals in simulated studies, {options.resamples} resamples each (scripts/calibrate.py).",
+            f"{datetime.date.today()}, git {', '.join(revisions)}.",
             f"A quantity passes if the Wilson 99.9% interval of its coverage meets {PASS_RANGE[0]:.0%} to {PASS_RANGE[1]:.0%}.",
             "",
             *tables(rows),
@@ -197,7 +229,7 @@ def main() -> int:
     print(text)
     if options.out:
         options.out.write_text(text)
-    return int(any(not c.passes for cell, found, _ in rows if cell.claimed for c in found))
+    return int(any(not c.passes for cell, s in rows if cell.claimed for c in coverages(s)))
 
 
 if __name__ == "__main__":

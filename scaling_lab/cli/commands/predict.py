@@ -36,7 +36,7 @@ class Predict(Where):
 def form(arguments: Arguments) -> Form:
     made = analysis_form("predict", Predict, arguments.get("config_dir"))
     # What only analyze writes or prints has no meaning here.
-    hidden = ("out", "predict_flops", "sensitivity", "backtest", "metrics", "compare_laws")
+    hidden = ("out", "predict_flops", "sensitivity", "backtest", "metrics", "compare_laws", "profile")
     return Form({k: v for k, v in made.options.items() if k not in hidden}, free=made.free)
 
 
@@ -46,7 +46,9 @@ def run(arguments: Arguments) -> int:
     own = tuple(Predict.__dataclass_fields__)
     where: Predict = build(Predict, command.tree, skip=tuple(command.tree.keys() - set(own)))
     settings = analysis_settings(command.tree, skip=own)
-    settings = replace(settings, predict_flops=where.compute_flops, sensitivity=False, backtest=False)
+    settings = replace(
+        settings, predict_flops=where.compute_flops, sensitivity=False, backtest=False, profile=False
+    )
     console = Console.for_flags(arguments.flags)
     analysis, _ = analyse_source(where, settings, console)
     wanted = [p for p in analysis.predictions if p.compute_flops in where.compute_flops]
