@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from scaling_lab.analyse.approaches.valleys import Valley, split_valleys
 from scaling_lab.analyse.estimate import (
     Array,
     Band,
@@ -49,34 +51,39 @@ LOG_LOSS_RATIO = 1.8
 CONTOUR_MARGIN = 1.6
 
 
-def isoflop_valleys(ax: Axes, observations: Observations, estimate: Estimate) -> dict[str, int]:
+def isoflop_valleys(
+    ax: Axes, observations: Observations, estimate: Estimate, tolerance: float = 0.10
+) -> dict[str, int]:
     """Loss against N, one curve a budget, each with its fitted minimum (or, dashed, why there is none).
+
+    Of runs that were recounted (their plan's budgets are of another convention) the points are those that the approach
+    fitted, their losses moved to one cost a budget. `tolerance`: the approach's `budget_tolerance`.
 
     Returns how many budgets are drawn, how many have a minimum, and how many have too few sizes to draw.
     """
-    points = observations.with_budgets()
     shown = [b for b in estimate.budgets if b.status is not BudgetStatus.TOO_FEW]
     few = len(estimate.budgets) - len(shown)
+    moved = _moved(observations, tolerance)
+    seen = [_points_of(b, observations, moved) for b in shown]
+    shown, seen = [b for b, (n, _) in zip(shown, seen) if n.size], [v for v in seen if v[0].size]
     if not shown:
         ax.text(0.5, 0.5, "no budget has enough sizes", transform=ax.transAxes, ha="center", color=MUTED)
         return {"budgets": 0, "ok": 0, "too_few": few}
     colour, norm, colours = sequential_colours([b.budget_flops for b in shown])
-    mine = [np.isclose(points.budget_flops, b.budget_flops, rtol=1e-6) for b in shown]
-    used = np.any(mine, axis=0)
-    log_axis(ax, "x", float(points.n_params[used].min()), float(points.n_params[used].max()), format_count)
-    losses = points.loss_nats[used]
+    sizes, losses = (np.concatenate([v[i] for v in seen]) for i in (0, 1))
+    log_axis(ax, "x", float(sizes.min()), float(sizes.max()), format_count)
     fits = [b.fit_loss for b in shown if b.fit_loss is not None]
     low = min(float(losses.min()), *(float(f.min()) for f in fits)) if fits else float(losses.min())
     high = float(losses.max())
-    if high > LOG_LOSS_RATIO * low:
+    if low > 0 and high > LOG_LOSS_RATIO * low:  # a curve through nonsense may dip below zero
         log_axis(ax, "y", low * (low / high) ** 0.06, high, lambda v: f"{v:g}")
     else:
-        ax.set_ylim(low - 0.125 * (high - low), high + 0.05 * (high - low))
+        span = max(high - low, 1e-3 * high)  # equal losses still need an axis
+        ax.set_ylim(low - 0.125 * span, high + 0.05 * span)
     named = len(shown) <= NAMED_BUDGETS
     names: list[tuple[float, str, Any]] = []
-    for budget, at in zip(shown, mine):
-        n, loss = points.n_params[at], points.loss_nats[at]
-        names.append(_valley(ax, n, loss, budget, colour(budget.budget_flops), named))
+    for budget, (n, loss) in zip(shown, seen):
+        names.append(_valley(ax, n, loss, budget, colour(budget.budget_flops)))
     minima = [b for b in shown if b.status is BudgetStatus.OK]
     if minima:
         x = np.array([b.params_opt for b in minima], dtype=np.float64)
@@ -88,12 +95,74 @@ def isoflop_valleys(ax: Axes, observations: Observations, estimate: Estimate) ->
         size_bar(ax, norm, colours, format_flops, "training FLOPs")
     ax.set_xlabel("parameters N")
     ax.set_ylabel("final loss (nats per token)")
+    if named:
+        _name_minima(ax, [(b, colour(b.budget_flops)) for b in minima], sizes, losses)
     return {"budgets": len(shown), "ok": len(minima), "too_few": few}
 
 
-def _valley(
-    ax: Axes, n: Array, loss: Array, budget: BudgetOptimum, shade: Any, named: bool
-) -> tuple[float, str, Any]:
+def _moved(observations: Observations, tolerance: float) -> list[Valley] | None:
+    """What the approach fitted, where that is not the runs' losses as they are; None where it is."""
+    return None if observations.budgets_match_convention else split_valleys(observations, tolerance)[0]
+
+
+def _points_of(
+    budget: BudgetOptimum, observations: Observations, moved: Sequence[Valley] | None
+) -> tuple[Array, Array]:
+    """(runs,) N and loss of a budget's points; empty where no run lies on it."""
+    if moved is None:
+        points = observations.with_budgets()
+        at = np.isclose(points.budget_flops, budget.budget_flops, rtol=1e-6)
+        return points.n_params[at], points.loss_nats[at]
+    for valley in moved:
+        if np.isclose(valley.budget_flops, budget.budget_flops, rtol=1e-6):
+            return np.exp(valley.log_n), valley.loss
+    return np.empty(0), np.empty(0)
+
+
+# Where the name of a minimum may stand, in points from its star, the best place first.
+_NAME_PLACES = (
+    (0, -13),
+    (0, -22),
+    (0, 14),
+    (0, 24),
+    (-38, -9),
+    (38, -9),
+    (-38, 9),
+    (38, 9),
+    (0, -32),
+    (0, 36),
+)
+_NAME_SIZE = 7.5
+
+
+def _name_minima(ax: Axes, minima: Sequence[tuple[BudgetOptimum, Any]], n: Array, loss: Array) -> None:
+    """Write N_opt at every star, at the first place where it covers no point, star or other name."""
+    if isinstance(ax.figure, Figure):
+        ax.figure.draw_without_rendering()  # the layout decides what lies beneath a text
+    unit = ax.figure.dpi / 72.0
+    stars = [(float(b.params_opt or 0), float(b.loss_opt or 0)) for b, _ in minima]
+    taken = ax.transData.transform([*zip(n, loss), *stars]) / unit
+    low_y = ax.transAxes.transform((0.0, 0.0))[1] / unit
+    for (budget, shade), star in zip(minima, stars):
+        text = f"N = {format_count(float(budget.params_opt or 0))}"
+        # Half the text's width and height, and the radius of a point.
+        half = np.array([0.29 * _NAME_SIZE * len(text), 0.5 * _NAME_SIZE]) + 2.5
+        centre = ax.transData.transform(star) / unit
+        covered = [
+            int(np.all(np.abs(taken - (centre + place)) < half, axis=1).sum())
+            + 100 * int(centre[1] + place[1] - half[1] < low_y)
+            for place in _NAME_PLACES
+        ]
+        place = _NAME_PLACES[int(np.argmin(covered))]
+        ax.annotate(
+            text, star, place, textcoords="offset points", ha="center", va="center", size=_NAME_SIZE,
+            color=text_colour(shade), path_effects=halo(), zorder=6,
+        )  # fmt: skip
+        corners = np.array([(i, j) for i in (-0.7, 0.0, 0.7) for j in (-0.5, 0.5)]) * half
+        taken = np.vstack([taken, centre + place + corners])
+
+
+def _valley(ax: Axes, n: Array, loss: Array, budget: BudgetOptimum, shade: Any) -> tuple[float, str, Any]:
     """One budget's points, fit and minimum; returns the height, text and colour of its name."""
     ax.plot(n, loss, "o", color=shade, ms=4.2, mec="white", mew=0.5, zorder=3)
     ok = budget.status is BudgetStatus.OK
@@ -108,19 +177,6 @@ def _valley(
     if budget.params_opt is not None and budget.loss_opt is not None:
         ax.plot(
             [budget.params_opt], [budget.loss_opt], "*", ms=11, color=shade, mec="white", mew=0.8, zorder=5
-        )
-    if named and budget.params_opt is not None and budget.loss_opt is not None:
-        ax.annotate(
-            f"N = {format_count(budget.params_opt)}",
-            (budget.params_opt, budget.loss_opt),
-            (0, -8),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            size=7.5,
-            color=text_colour(shade),
-            path_effects=halo(),
-            zorder=6,
         )
     return end, name, shade
 
@@ -226,7 +282,7 @@ def _limit_y(
 def parametric_contour(ax: Axes, observations: Observations, estimate: Estimate) -> bool:
     """Contours of the fitted L(N, D) over tokens and parameters, the runs, lines of equal compute, and the frontier.
 
-    Returns False (and draws nothing) where the fitted law is not a function of N and D alone.
+    Returns False (and draws nothing) where the fitted law is not a function of N and D alone, or is flat.
     """
     if not estimate.fits or estimate.law is None:
         return False
@@ -240,6 +296,8 @@ def parametric_contour(ax: Axes, observations: Observations, estimate: Estimate)
     columns = {"n_params": grid_n[:, None], "n_tokens": grid_d[None, :]}
     loss = np.broadcast_to(law.loss_nats(fit.parameters, columns), (80, 80))
     levels = _levels(loss, observations.loss_nats)
+    if not levels.size:
+        return False
     _, norm, colours = sequential_colours(levels)
     lines = ax.contour(
         grid_d, grid_n, loss, levels=levels, cmap=colours.reversed(), norm=norm, linewidths=0.9
@@ -279,9 +337,14 @@ def parametric_contour(ax: Axes, observations: Observations, estimate: Estimate)
 
 
 def _levels(loss: Array, seen: Array) -> Array:
-    """A dozen losses, denser near the bottom: equal steps in the logarithm of the loss above the lowest drawn."""
+    """A dozen losses, denser near the bottom: equal steps in the logarithm of the loss above the lowest drawn.
+
+    Empty where there is nothing to choose among: the law is flat, or far above every loss that was seen.
+    """
     low, high = float(loss.min()), float(min(loss.max(), 1.6 * seen.max()))
-    above = np.geomspace(max(0.04 * (high - low), 1e-6), high - low, 10)
+    if not (low > 0 and high - low > 1e-6 * high):
+        return np.empty(0)
+    above = np.geomspace(0.04 * (high - low), high - low, 10)
     # As many decimals as keep the steps apart: labels such as 1.46, not 1.4603.
     decimals = max(2, int(np.ceil(-np.log10(above[0]))))
     return np.unique(np.round(low + above, decimals))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import textwrap
 from collections.abc import Callable, Sequence
@@ -11,6 +13,7 @@ from matplotlib.figure import Figure
 
 from scaling_lab.analyse.analysis import Analysis
 from scaling_lab.analyse.estimate import BudgetStatus
+from scaling_lab.analyse.laws import get_law
 from scaling_lab.core.record import RunRecord
 from scaling_lab.report import figures_checks, figures_curves, figures_frontier
 from scaling_lab.report.style import (
@@ -50,6 +53,10 @@ class NotDrawn:
 
 Plate = Drawn | NotDrawn
 
+STRICT_VARIABLE = "SCALING_LAB_STRICT"
+"""Environment variable that lets an error of a figure through: tests set it, so that no bug hides in a report."""
+_log = logging.getLogger(__name__)
+
 MINIMUM_WORDS = {
     "parabola": "a parabola in ln N",
     "cubic": "a cubic in ln N",
@@ -71,6 +78,20 @@ def draw_all(analysis: Analysis | None, records: Sequence[RunRecord]) -> list[Pl
 
 def _finish(name: str, title: str, height: float, draw: Callable[[Figure], tuple[str, str] | str]) -> Plate:
     """Draw into a new figure. `draw` returns (caption, alt), or the reason why there is nothing to draw."""
+    try:
+        return _draw(name, title, height, draw)
+    except Exception as error:
+        if os.environ.get(STRICT_VARIABLE):
+            raise
+        # Hours of training and a good analysis must not be without a report for the sake of one picture.
+        _log.error("the figure %s could not be drawn", name, exc_info=error)
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        return NotDrawn(
+            name, title, f"Drawing it failed ({what}). This is a bug of scaling-lab; please report it."
+        )
+
+
+def _draw(name: str, title: str, height: float, draw: Callable[[Figure], tuple[str, str] | str]) -> Plate:
     with figure_style():
         # Without pyplot: no window system is asked for, and no global state is left behind.
         figure = Figure(figsize=(FIGURE_WIDTH, height))
@@ -106,10 +127,10 @@ def _loss(analysis: Analysis) -> Plate:
         )
         return (
             f"Each line is one run ({kind}); its end is its final loss. A small model (violet) falls early and then "
-            "flattens; a large one (green) starts late and ends lower. The thick line is the lowest loss that any run "
-            "had reached at each cost: the lower envelope. Where it passes from one size to the next, marked in blue, "
-            f"both sizes are equally good: those points are Approach 1.{said} It steps back up where the runs of one "
-            f"budget end.{some}",
+            "flattens; a large one (green) starts late and ends lower. The thick line, the lower envelope, is at each cost "
+            "the lowest loss among the runs still in training there: a run that has ended no longer counts. Where it passes from one size to the next, marked in blue, "
+            f"both sizes are equally good: those points are Approach 1.{said} The line steps "
+            f"up where the runs of one budget end.{some}",
             f"Loss against training FLOPs of {shown['runs']} runs on logarithmic axes, coloured by size, with their "
             f"lower envelope, which falls from {format_loss(float(points.curves.loss_nats.max()))} to "
             f"{format_loss(float(points.loss_nats.min()))} nats.",
@@ -124,8 +145,13 @@ def _valleys(analysis: Analysis) -> Plate:
     def draw(figure: Figure) -> tuple[str, str] | str:
         if all(b.status is BudgetStatus.TOO_FEW for b in estimate.budgets):
             return estimate.message
-        shown = figures_frontier.isoflop_valleys(figure.add_subplot(), analysis.points, estimate)
-        minimum = analysis.settings.approach.isoflop.minimum
+        isoflop = analysis.settings.approach.isoflop
+        shown = figures_frontier.isoflop_valleys(
+            figure.add_subplot(), analysis.points, estimate, isoflop.budget_tolerance
+        )
+        if not shown["budgets"]:
+            return f"There is nothing to draw: no run lies on a budget with enough sizes. {estimate.message}"
+        minimum = isoflop.minimum
         how = MINIMUM_WORDS.get(minimum, f"the method {minimum!r}")
         found = [
             f"{format_flops(b.budget_flops)} FLOPs: N = {format_count(b.params_opt)}, "
@@ -139,11 +165,17 @@ def _valleys(analysis: Analysis) -> Plate:
             else " A dashed curve has no usable minimum; its name says why."
         )
         few = f" {shown['too_few']} budget(s) with too few sizes are not drawn." if shown["too_few"] else ""
+        moved = (
+            ""
+            if analysis.points.budgets_match_convention
+            else " The budgets were planned under another way of counting: each run's loss is shown moved to its budget's "
+            "mean cost along the fitted law, as the approach used it."
+        )
         return (
             "Every curve is one compute budget, spent on models of different sizes. Too small a model (left) cannot "
             "learn what its many tokens hold; too large a one (right) gets too few tokens: in between lies the valley. "
             f"Its floor (star) is the best size for that budget, found by {how}. The floor moves right "
-            f"as the budget grows: how fast is the exponent a, Approach 2.{rest}{few}",
+            f"as the budget grows: how fast is the exponent a, Approach 2.{rest}{few}{moved}",
             "IsoFLOP valleys, final loss against parameters. Minima at "
             + ("; ".join(found) or "no budget")
             + ".",
@@ -187,6 +219,8 @@ def _contour(analysis: Analysis) -> Plate:
         if not estimate.fits:
             return estimate.message
         if not figures_frontier.parametric_contour(figure.add_subplot(), analysis.points, estimate):
+            if set(get_law(estimate.fits[0].law).columns) <= {"n_params", "n_tokens"}:
+                return "The fitted law is flat over these sizes and tokens, or far from their losses: there is nothing to draw."
             return f"The fitted law, {estimate.law}, depends on more than N and D: it has no contour over the two."
         shown = ", ".join(f"{k} = {v:.4g}" for k, v in estimate.fits[0].parameters.items())
         return (

@@ -1,0 +1,108 @@
+"""Tests of what a newcomer's tables do: recounted sweeps, duplicates, equal losses, two files of one name, hints."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from synthetic import QUICKSTART_LAW, synthetic_records
+
+from scaling_lab.analyse.analysis import AnalysisSettings, analyse, observations_of_sweep, read_observations
+from scaling_lab.analyse.settings import BootstrapSettings
+from scaling_lab.report import figures_frontier, gallery
+from scaling_lab.report.gallery import Drawn, NotDrawn, draw_all
+
+FAST = {"bootstrap": BootstrapSettings(resamples=0), "sensitivity": False, "backtest": False}
+
+
+def rows_of_a_law(flops_factor: float = 1.0) -> list[str]:
+    """CSV rows of a Chinchilla-like law, 3 budgets of 7 sizes."""
+    rows = ["run_id,params,tokens,flops,loss"]
+    for c in (1e15, 1e16, 1e17):
+        for m in range(7):
+            n = math.sqrt(c / 120) * 2 ** ((m - 3) / 2)
+            d = c / 6 / n
+            loss = 1.8 + 400 * n**-0.34 + 400 * d**-0.28
+            rows.append(f"r{len(rows)},{n},{d},{c * flops_factor},{loss}")
+    return rows
+
+
+def table(folder: Path, rows: list[str], name: str = "plain.csv") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("convention", ["six_n_total", "chinchilla_appendix_f"])
+def test_valleys_of_a_recounted_sweep_show_the_points_that_were_fitted(convention: str) -> None:
+    settings = AnalysisSettings(convention=convention, **FAST)
+    analysis = analyse(observations_of_sweep(synthetic_records(QUICKSTART_LAW), settings), settings)
+    assert not analysis.points.budgets_match_convention
+    ax = Figure().add_subplot()
+    shown = figures_frontier.isoflop_valleys(ax, analysis.points, analysis.estimate("isoflop"))
+    assert shown["budgets"] > 0
+    drawn = np.concatenate([line.get_xdata() for line in ax.lines if line.get_marker() == "o"])
+    assert drawn.size
+    assert set(np.round(np.log(drawn), 6)) <= set(
+        np.round(np.log(analysis.points.n_params), 6)
+    )
+
+
+def test_names_of_minima_cover_no_point() -> None:
+    settings = AnalysisSettings(**FAST)
+    analysis = analyse(observations_of_sweep(synthetic_records(QUICKSTART_LAW), settings), settings)
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    ax = figure.add_subplot()
+    figures_frontier.isoflop_valleys(ax, analysis.points, analysis.estimate("isoflop"))
+    figure.draw_without_rendering()
+    names = [t for t in ax.texts if t.get_text().startswith("N = ")]
+    assert names
+    points = np.concatenate([line.get_xydata() for line in ax.lines if line.get_marker() == "o"])
+    for name in names:
+        box = name.get_window_extent()
+        inside = [p for p in ax.transData.transform(points) if box.contains(*p)]
+        assert not inside, name.get_text()
+
+
+def test_exact_duplicate_rows_are_no_curve(tmp_path: Path) -> None:
+    rows = rows_of_a_law()
+    settings = AnalysisSettings(**FAST)
+    analysis = analyse(read_observations(table(tmp_path, rows + rows[1:6]), settings), settings)
+    assert "no curves" in analysis.estimate("envelope").message
+    assert any(isinstance(p, Drawn) and p.name == "loss_vs_flops" for p in draw_all(analysis, []))
+
+
+def test_equal_and_nonsense_losses_are_drawn_or_said(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for losses in (np.full(21, 3.0), rng.lognormal(0, 4, 21), np.full(21, 1e-12)):
+        rows = rows_of_a_law()
+        rows[1:] = [",".join([*r.split(",")[:4], repr(float(x))]) for r, x in zip(rows[1:], losses)]
+        settings = AnalysisSettings(**FAST)
+        analysis = analyse(read_observations(table(tmp_path, rows), settings), settings)
+        assert len(draw_all(analysis, [])) == 8
+
+
+def test_a_figure_that_fails_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise IndexError("no such thing")
+
+    settings = AnalysisSettings(**FAST)
+    analysis = analyse(read_observations(table(tmp_path, rows_of_a_law()), settings), settings)
+    monkeypatch.setattr(figures_frontier, "isoflop_valleys", broken)
+    with pytest.raises(IndexError):
+        draw_all(analysis, [])
+    monkeypatch.delenv(gallery.STRICT_VARIABLE)
+    with caplog.at_level(logging.ERROR):
+        plates = {p.name: p for p in draw_all(analysis, [])}
+    failed = plates["isoflop_valleys"]
+    assert isinstance(failed, NotDrawn)
+    assert "IndexError: no such thing" in failed.reason
+    assert isinstance(plates["frontier_scaling"], Drawn)
+    assert "isoflop_valleys" in caplog.text
