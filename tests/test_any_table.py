@@ -206,6 +206,22 @@ def test_large_json_lines_take_the_fast_way_to_the_same_table(
     same_numbers(read(path))
 
 
+def test_a_column_that_begins_late_in_large_json_lines_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_files, "_LARGE_BYTES", 0)
+    path = tmp_path / "t.jsonl"
+    records = grid().to_dict(orient="records")
+    filler = [{"note": "x" * 1000}] * 5000  # more than one block
+    late = {**records[-1], "eval": {"code": 2.5}}
+    path.write_text("\n".join(map(json.dumps, [*filler, *records[:-1], late])))
+    table = read_table(path)
+    assert table.numbers("eval.code")[-1] == 2.5
+    obs = read(path)
+    assert obs.n_points == len(records)
+    assert len(obs.dropped) == len(filler)
+
+
 def test_parquet_of_every_type(tmp_path: Path) -> None:
     g = grid()
     path = tmp_path / "t.parquet"

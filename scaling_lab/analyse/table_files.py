@@ -287,9 +287,14 @@ def _arrow_lines(path: Path) -> pd.DataFrame | None:
     import pyarrow
     from pyarrow import json as arrow_json
 
+    options = arrow_json.ReadOptions(block_size=4 << 20)
     try:
-        with _open(path) as file:
-            table = arrow_json.read_json(file, read_options=arrow_json.ReadOptions(block_size=4 << 20))
+        try:  # block by block, in a third of the memory; the first block must show every column's type
+            with _open(path) as file, arrow_json.open_json(file, read_options=options) as blocks:
+                table = pyarrow.Table.from_batches(list(blocks), blocks.schema)
+        except pyarrow.ArrowException:
+            with _open(path) as file:
+                table = arrow_json.read_json(file, read_options=options)
     except (pyarrow.ArrowException, ValueError):
         return None
     while any(pyarrow.types.is_struct(f.type) for f in table.schema):
