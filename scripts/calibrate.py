@@ -21,7 +21,6 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import argparse
 import datetime
-import hashlib
 import json
 import subprocess
 import sys
@@ -34,7 +33,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import scaling_lab.analyse
+import numpy as np
+
 from scaling_lab.analyse.calibration import (
     CELLS,
     LEVEL,
@@ -44,32 +44,7 @@ from scaling_lab.analyse.calibration import (
     Covering,
     coverages,
     run_study,
-    simulate,
 )
-
-# The sources that decide an approach's numbers, under scaling_lab/analyse: saved results of another version do not count.
-_SHARED = ("frontiers.py", "uncertainty.py")
-_FITTING = ("fitting*.py", "laws/base.py", "laws/sums.py", "laws/chinchilla.py", "approaches/parametric.py")
-_DECISIVE = {
-    "envelope": ("approaches/envelope.py",),
-    "envelope-hull": ("approaches/envelope.py",),
-    "isoflop": ("approaches/isoflop.py", "approaches/*_*.py", "approaches/valley*.py"),
-    "parametric": _FITTING,
-    "parametric-profile": (*_FITTING, "profiles.py"),
-}
-
-
-def fingerprint(cell: Cell) -> str:
-    """A hash of what decides a cell's numbers: the sources, and the first simulated study itself."""
-    folder = Path(scaling_lab.analyse.__file__).parent
-    patterns = (*_SHARED, *_DECISIVE[cell.approach])
-    digest = hashlib.sha256()
-    for file in sorted({f for pattern in patterns for f in folder.glob(pattern)}):
-        digest.update(file.read_bytes())
-    first = simulate(cell, 0)
-    for values in (first.n_params, first.compute_flops, first.loss_nats):
-        digest.update(values.tobytes())
-    return digest.hexdigest()[:12]
 
 
 def revision() -> str:
@@ -110,11 +85,19 @@ class Results:
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def load(self, cell: Cell) -> None:
-        """What was saved of a cell, unless other sources or another number of resamples made it."""
-        fresh = {"key": f"{fingerprint(cell)} {self.resamples}", "revisions": [], "studies": []}
+        """What was saved of a cell, if its first study still comes out the same; else nothing."""
+        fresh: dict[str, Any] = {"resamples": self.resamples, "revisions": [], "studies": []}
         file = self._file(cell)
         saved = json.loads(file.read_text()) if file is not None and file.exists() else fresh
-        self.kept[cell.name] = saved if saved["key"] == fresh["key"] else fresh
+        self.kept[cell.name] = saved if self._still_true(cell, saved) else fresh
+
+    def _still_true(self, cell: Cell, saved: dict[str, Any]) -> bool:
+        if saved["resamples"] != self.resamples or not saved["studies"]:
+            return False
+        now, then = run_study(cell, 0, resamples=self.resamples), saved["studies"][0]
+        return set(now) == set(then) and all(
+            np.allclose((c.lo, c.hi, c.truth), then[name], rtol=1e-6) for name, c in now.items()
+        )
 
     def add(self, cell: Cell, studies: Sequence[dict[str, Covering]]) -> None:
         kept = self.kept[cell.name]

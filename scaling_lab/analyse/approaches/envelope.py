@@ -144,8 +144,8 @@ class Envelope:
         edge = (n <= curves.n_params.min()) | (n >= curves.n_params.max())
         keep = at if self.settings.edge == "keep" else at[~edge]
         notes.append(
-            "A hull has few vertices, mostly of the luckiest runs: intervals by run are too narrow (90% ones covered 57% in"
-            " scripts/calibrate.py)."
+            "A hull has few vertices, mostly of the luckiest runs: intervals by run are too narrow (90% ones of the exponent"
+            " covered 70% of simulated studies: results/calibration.txt)."
         )
         verb = "kept" if self.settings.edge == "keep" else "dropped"
         notes.append(
