@@ -25,8 +25,8 @@ SIX_ND_TOLERANCE = 0.01
 # Beyond these a number is a mistake, and products of several of them would leave float64.
 _SMALLEST, _LARGEST = 1e-60, 1e60
 _FORMULAS = {"flops": "6 params tokens", "tokens": "flops / (6 params)", "params": "flops / (6 tokens)"}
-# flops beyond this factor of 6 params tokens: no way of counting explains that, a unit does.
-_UNIT_FACTOR = 20.0
+# flops beyond this factor of 6 params tokens overall are told: embeddings and attention seldom make up for it, a unit does.
+_UNIT_FACTOR = 3.0
 # Of so many bad cells the text is looked up for the reason; further ones share a general one.
 _REASONS_WITH_TEXT = 10_000
 

@@ -7,6 +7,7 @@ here knows a scaling law. pandas is imported inside the functions, so that `impo
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -166,7 +167,9 @@ def missing_column(name: str, table: Table, *, why: str = "") -> UserError:
     """The one-line error for a wanted column that is not there, with a near match."""
     near = _near(name, [n for n in table.names if n not in COLUMNS])  # params is not what loss is called
     hint = (
-        f" Did you mean columns.{name}={near}?" if near else f" Say which one it is with columns.{name}=NAME."
+        f" Did you mean {shlex.quote(f'columns.{name}={near}')}?"
+        if near
+        else f" Say which one it is with columns.{name}=NAME."
     )
     return UserError(
         f"{table.source} has no column {name!r}{why}; its columns are {_listed(table.names)}.{hint}"
@@ -177,7 +180,7 @@ def _metric_column(metric: str, source: str, names: list[str], option: str = "me
     if metric in names:
         return metric
     near = _near(metric, names)
-    hint = f" Did you mean {option}={near}?" if near else ""
+    hint = f" Did you mean {shlex.quote(f'{option}={near}')}?" if near else ""
     raise UserError(
         f"{option}={metric}: {source} has no such column; its columns are {_listed(names)}.{hint}"
     )
@@ -190,7 +193,7 @@ def _rename(frame: pd.DataFrame, renames: Mapping[str, str], source: str) -> pd.
             raise unknown("columns.", ours, COLUMNS)
         if theirs not in names:
             near = _near(theirs, names)
-            hint = f" Did you mean columns.{ours}={near}?" if near else ""
+            hint = f" Did you mean {shlex.quote(f'columns.{ours}={near}')}?" if near else ""
             raise UserError(
                 f"columns.{ours}={theirs}: {source} has no such column; its columns are {_listed(names)}.{hint}"
             )
@@ -208,8 +211,9 @@ def _matches(
     if key not in names and key.rpartition(".")[2] in ("min", "max") and key.rpartition(".")[0] in names:
         column, _, bound = key.rpartition(".")
     if column not in names:
+        end = next((e for e in (".min", ".max") if column.endswith(e)), "")
         near = _near(column.removesuffix(".min").removesuffix(".max"), names)
-        hint = f" Did you mean where.{near}?" if near else ""
+        hint = f" Did you mean {shlex.quote(f'where.{near}{end}={value}')}?" if near else ""
         raise UserError(
             f"where.{key}={value}: {source} has no such column; its columns are {_listed(names)}.{hint}"
         )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal
+
+# Of output into a file or a pipe nothing is cropped; COLUMNS says otherwise.
+PIPED_WIDTH = 400
 
 
 class Console:
@@ -14,7 +18,8 @@ class Console:
         from rich.console import Console as RichConsole
 
         self.json, self.quiet, self.verbose = json, quiet, verbose
-        width = None if sys.stdout.isatty() else 110
+        columns = os.environ.get("COLUMNS", "")
+        width = None if sys.stdout.isatty() else int(columns) if columns.isdecimal() else PIPED_WIDTH
         self.out = RichConsole(file=sys.stdout, width=width, soft_wrap=False, highlight=False)
         self.err = RichConsole(file=sys.stderr, width=None if sys.stderr.isatty() else 200, highlight=False)
 
@@ -48,6 +53,49 @@ class Console:
         """The command to try next: the last line of every command."""
         if not self.json and not self.quiet:
             self.out.print(f"next: {command}", soft_wrap=True, markup=False)
+
+
+def fitting_table(
+    title: str,
+    columns: Mapping[str, Literal["left", "right"]],
+    rows: Sequence[Sequence[Any]],
+    width: int,
+    *,
+    drop: Sequence[str] = (),
+    sections: Collection[int] = (),
+) -> Any:
+    """A table whose cells are never cropped: where `width` does not do, whole columns are left out and named.
+
+    Args:
+        columns: name -> how its cells stand.
+        rows: cells, texts or rich's Text, as many as there are columns (a shorter row is filled up).
+        drop: names of columns that may be left out, the least important first.
+        sections: rows before which a line is drawn.
+    """
+    from rich.cells import cell_len
+    from rich.table import Table
+    from rich.text import Text
+
+    names = list(columns)
+    needed = {
+        name: max([cell_len(name), *(cell_len(str(row[i])) for row in rows if i < len(row))])
+        for i, name in enumerate(names)
+    }
+    left_out: list[str] = []
+    for name in (n for n in drop if n in needed):
+        if sum(needed[n] + 3 for n in names if n not in left_out) + 1 <= width:
+            break
+        left_out.append(name)
+    caption = f"too narrow for: {', '.join(n for n in names if n in left_out)}" if left_out else None
+    table = Table(title=Text(title), title_justify="left", caption=caption, caption_justify="left")
+    shown = [i for i, name in enumerate(names) if name not in left_out]
+    for i in shown:
+        table.add_column(names[i], justify=columns[names[i]], no_wrap=True)
+    for at, row in enumerate(rows):
+        if at in sections:
+            table.add_section()
+        table.add_row(*(row[i] if i < len(row) else "" for i in shown))
+    return table
 
 
 def human_count(value: float) -> str:

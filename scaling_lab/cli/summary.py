@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from scaling_lab.analyse.analysis import Analysis
     from scaling_lab.analyse.compare_laws import LawComparison
     from scaling_lab.analyse.estimate import Band, Estimate
+    from scaling_lab.analyse.observations import Dropped
     from scaling_lab.analyse.predict import Prediction, Quantity
     from scaling_lab.analyse.skills import Skills
 
@@ -22,7 +25,7 @@ def print_analysis(console: Console, analysis: Analysis) -> None:
     """The summary that quickstart, analyze and report end with."""
     obs = analysis.observations
     lo, hi = float(obs.compute_flops.min()), float(obs.compute_flops.max())
-    dropped = f", {len(obs.dropped)} dropped" if obs.dropped else ""
+    dropped = f", {len(obs.dropped)} dropped ({dropped_reasons(obs.dropped)})" if obs.dropped else ""
     console.print(
         f"{obs.n_runs} runs, {analysis.points.n_points} points{dropped}; {lo:.2g} to {hi:.2g} FLOPs; "
         f"N and C counted as {obs.convention}"
@@ -46,6 +49,14 @@ def print_analysis(console: Console, analysis: Analysis) -> None:
         for s in analysis.law_comparison.scores:
             if s.cross_validation is None:
                 console.print(f"  {s.law.label}: {s.status.value}: {s.message}", markup=False)
+
+
+def dropped_reasons(dropped: Sequence[Dropped], most: int = 3) -> str:
+    """The commonest reasons with their counts, without the cells' own values: `4 loss is missing, 1 ...`."""
+    counts = Counter(d.reason.split(":")[0] for d in dropped).most_common()
+    told = "; ".join(f"{n}: {reason}" for reason, n in counts[:most])
+    rest = sum(n for _, n in counts[most:])
+    return told + (f"; {rest} for other reasons" if rest else "")
 
 
 def exponents_table(analysis: Analysis) -> Table:

@@ -7,7 +7,7 @@ from typing import Any
 
 from scaling_lab.cli.arguments import Arguments
 from scaling_lab.cli.compose import Command, read_command
-from scaling_lab.cli.console import Console, human_count, human_time
+from scaling_lab.cli.console import Console, fitting_table, human_count, human_time
 from scaling_lab.cli.forms import Form
 from scaling_lab.cli.planning import begun, settle_plan
 from scaling_lab.cli.study import SweepOnly, experiment_name, form_of_tree, study_form
@@ -80,7 +80,7 @@ def print_plan(console: Console, plan: Plan, workers: int | None = None) -> None
     """Grid, cost, roundings and notes."""
     from scaling_lab.plan.cost import estimate_disk_bytes, estimate_plan_seconds
 
-    console.print(grid_table(plan))
+    console.print(grid_table(plan, console.out.width))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     side_by_side = workers or max(1, cores // plan.runs[0].execution.threads)
     seconds = estimate_plan_seconds(plan.runs, side_by_side)
@@ -101,40 +101,31 @@ def print_plan(console: Console, plan: Plan, workers: int | None = None) -> None
             console.print(f"  {title}: {line}", markup=False)
 
 
-def grid_table(plan: Plan) -> Any:
-    """One row a run."""
-    from rich.table import Table
-
+def grid_table(plan: Plan, width: int) -> Any:
+    """One row a run; on a screen of few columns without the least important ones."""
     from scaling_lab.plan.design import describe
 
-    table = Table(title=f"sweep {plan.sweep}", title_justify="left")
-    for name in (
-        "budget FLOPs",
-        "width",
-        "depth",
-        "N",
-        "tokens D",
-        "D/N",
-        "epochs",
-        "steps",
-        "batch",
-        "peak LR",
-        "seed",
-        "compiled",
-    ):
-        table.add_column(name, justify="right")
+    names = ("budget FLOPs", "width", "depth", "N", "tokens D", "D/N", "epochs", "steps", "batch", "peak LR", "seed",
+             "compiled")  # fmt: skip
     rows = describe(plan, corpus_tokens(plan))
-    for i, row in enumerate(rows[:MAX_ROWS]):
-        if i and row.budget_flops != rows[i - 1].budget_flops:
-            table.add_section()
-        table.add_row(
+    cells: list[tuple[str, ...]] = [
+        (
             f"{row.budget_flops:.3g}", str(row.width), str(row.depth), human_count(row.n_params),
             human_count(row.train_tokens), f"{row.tokens_per_param:.3g}", f"{row.epochs:.2f}", f"{row.steps:,}",
             f"{row.batch_tokens:,}", f"{row.peak_lr:.2g}", str(row.seed), "yes" if row.compiled else "no",
-        )  # fmt: skip
+        )
+        for row in rows[:MAX_ROWS]
+    ]  # fmt: skip
     if len(rows) > MAX_ROWS:
-        table.add_row(f"and {len(rows) - MAX_ROWS} more")
-    return table
+        cells.append((f"and {len(rows) - MAX_ROWS} more",))
+    return fitting_table(
+        f"sweep {plan.sweep}",
+        dict.fromkeys(names, "right"),
+        cells,
+        width,
+        drop=("compiled", "seed", "peak LR", "batch", "steps", "epochs", "depth", "width", "D/N"),
+        sections={i for i in range(1, len(rows)) if rows[i].budget_flops != rows[i - 1].budget_flops},
+    )
 
 
 def corpus_tokens(plan: Plan) -> int | None:

@@ -13,7 +13,7 @@ from scaling_lab.cli.arguments import Arguments
 from scaling_lab.cli.commands.analyze import sweeps_of
 from scaling_lab.cli.commands.report import existing_sweep
 from scaling_lab.cli.compose import read_command
-from scaling_lab.cli.console import Console, human_count, human_time
+from scaling_lab.cli.console import Console, fitting_table, human_count, human_time
 from scaling_lab.cli.forms import Form, build, options_of
 from scaling_lab.cli.progress import OVER
 from scaling_lab.core.errors import UserError
@@ -52,10 +52,10 @@ def run(arguments: Arguments) -> int:
     while "watch" in arguments.flags and any(s.state not in OVER for _, s in states):
         if console.out.is_terminal:
             console.out.clear()
-        console.print(status_table(settings.sweep, states))
+        _print_states(console, settings.sweep, states)
         time.sleep(WATCH_EVERY_S)
         states = read_states(store)
-    console.print(status_table(settings.sweep, states))
+    _print_states(console, settings.sweep, states)
     counts = Counter(state.state for _, state in states)
     console.print(", ".join(f"{n} {name}" for name, n in counts.items()) or "no runs yet")
     over = all(state.state in OVER for _, state in states)
@@ -84,9 +84,17 @@ def _spec(path: Any) -> RunSpec | None:
         return None  # shown without its numbers; what is wrong with it is the analysis's to say
 
 
-def status_table(sweep: str, states: list[tuple[RunSpec | None, RunState]]) -> Any:
-    """One row a run, with the last error."""
-    from rich.table import Table
+def _print_states(console: Console, sweep: str, states: list[tuple[RunSpec | None, RunState]]) -> None:
+    """The table, and below it, whole, why runs did not end well."""
+    console.print(status_table(sweep, states, console.out.width))
+    for _, state in states:
+        if state.reason:
+            reason = " ".join(state.reason.split())
+            console.print(f"{state.run_id} {state.state}: {reason}", markup=False)
+
+
+def status_table(sweep: str, states: list[tuple[RunSpec | None, RunState]], width: int) -> Any:
+    """One row a run; on a screen of few columns without the least important ones."""
     from rich.text import Text
 
     colours = {
@@ -96,14 +104,7 @@ def status_table(sweep: str, states: list[tuple[RunSpec | None, RunState]]) -> A
         "diverged": "red",
         "interrupted": "yellow",
     }
-    table = Table(title=f"sweep {sweep}", title_justify="left")
-    errors = any(state.reason for _, state in states)
-    for name in ("run", "FLOPs", "N", "D", "state", "progress", "loss, nats", "time"):
-        table.add_column(
-            name, no_wrap=name != "time", justify="right" if name in ("FLOPs", "N", "D") else "left"
-        )
-    if errors:
-        table.add_column("what happened", min_width=20)
+    rows = []
     for spec, state in states:
         claim = state.claim
         loss = state.final_val_loss_nats
@@ -117,8 +118,17 @@ def status_table(sweep: str, states: list[tuple[RunSpec | None, RunState]]) -> A
             "" if loss is None else f"{loss:.4f}",
             "" if state.wall_time_s is None else human_time(state.wall_time_s),
         ]
-        table.add_row(*cells, *([Text(state.reason or "")] if errors else []))
-    return table
+        rows.append(cells)
+    return fitting_table(
+        f"sweep {sweep}",
+        {
+            "run": "left", "FLOPs": "right", "N": "right", "D": "right", "state": "left", "progress": "left",
+            "loss, nats": "left", "time": "left",
+        },
+        rows,
+        width,
+        drop=("time", "D", "N", "FLOPs", "progress", "loss, nats"),
+    )  # fmt: skip
 
 
 def status_json(sweep: str, states: list[tuple[RunSpec | None, RunState]]) -> dict[str, Any]:
