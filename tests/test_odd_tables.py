@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rich.console
 from matplotlib.figure import Figure
 from synthetic import QUICKSTART_LAW, synthetic_records
 
 from scaling_lab.analyse.analysis import AnalysisSettings, analyse, observations_of_sweep, read_observations
 from scaling_lab.analyse.settings import BootstrapSettings
+from scaling_lab.cli.commands import status
+from scaling_lab.cli.console import Console, fitting_table
+from scaling_lab.cli.main import main
+from scaling_lab.core.store import RunState
 from scaling_lab.report import figures_frontier, gallery
 from scaling_lab.report.gallery import Drawn, NotDrawn, draw_all
 
@@ -48,9 +56,7 @@ def test_valleys_of_a_recounted_sweep_show_the_points_that_were_fitted(conventio
     assert shown["budgets"] > 0
     drawn = np.concatenate([line.get_xdata() for line in ax.lines if line.get_marker() == "o"])
     assert drawn.size
-    assert set(np.round(np.log(drawn), 6)) <= set(
-        np.round(np.log(analysis.points.n_params), 6)
-    )
+    assert set(np.round(np.log(drawn), 6)) <= set(np.round(np.log(analysis.points.n_params), 6))
 
 
 def test_names_of_minima_cover_no_point() -> None:
@@ -106,3 +112,83 @@ def test_a_figure_that_fails_leaves_the_others(
     assert "IndexError: no such thing" in failed.reason
     assert isinstance(plates["frontier_scaling"], Drawn)
     assert "isoflop_valleys" in caplog.text
+
+
+def lines_of(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
+    code = main(list(argv))
+    out = capsys.readouterr()
+    assert code == 0, out.err
+    return out.out.splitlines()
+
+
+QUICK = ("bootstrap.resamples=0", "sensitivity=false", "backtest=false")
+
+
+def test_two_tables_of_one_name_have_a_folder_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        table(tmp_path / folder, rows_of_a_law())
+    for folder in ("a", "b", "a"):
+        lines_of(capsys, "analyze", f"runs={folder}/plain.csv", *QUICK)
+    tables = tmp_path / "results" / "tables"
+    sources = {p.parent.name: json.loads(p.read_text())["source"] for p in tables.glob("*/analysis.json")}
+    assert sources == {
+        "plain": str((tmp_path / "a/plain.csv").resolve()),
+        "plain-2": str((tmp_path / "b/plain.csv").resolve()),
+    }
+
+
+def test_a_foreign_report_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = table(tmp_path, rows_of_a_law())
+    page = tmp_path / "mine" / "report.html"
+    page.parent.mkdir()
+    page.write_text("<html>my thesis</html>")
+    assert main(["analyze", f"runs={path}", f"out={page.parent}", *QUICK]) == 2
+    assert "was not written by scaling-lab" in capsys.readouterr().err
+    assert page.read_text() == "<html>my thesis</html>"
+
+
+def test_the_next_command_works_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = rows_of_a_law(flops_factor=5.0)
+    rows[0] = "run_id,params,tokens,flops,val loss (c4)"
+    rows.append("bad,1e6,1e7,3e14,")
+    table(tmp_path, rows, "my runs (v2).csv")
+    out = lines_of(
+        capsys,
+        "analyze",
+        "runs=my runs (v2).csv",
+        "columns.loss=val loss (c4)",
+        "where.params.min=1000",
+        *QUICK,
+    )
+    assert any("1 dropped (1: loss is missing)" in line for line in out)
+    assert any("flops is about 5 times 6 params tokens" in line for line in out)
+    words = shlex.split(out[-1].removeprefix("next: "))
+    assert words[:2] == ["scaling-lab", "predict"]
+    lines_of(capsys, *words[1:], "bootstrap.resamples=0")
+    assert main(["analyze", "runs=my runs (v2).csv", "columns.loss=val loss"]) == 2
+    assert "Did you mean 'columns.loss=val loss (c4)'?" in capsys.readouterr().err
+
+
+def test_tables_leave_out_columns_and_never_crop() -> None:
+    columns = {"run": "left", "D": "right", "state": "left"}
+    rows = [("a-long-run-name", "123,456,789", "completed"), ("b",)]
+    for width, names in ((200, ["run", "D", "state"]), (40, ["run", "state"]), (20, ["run"])):
+        shown = fitting_table("t", columns, rows, width, drop=("D", "state"))
+        assert [c.header for c in shown.columns] == names
+    out = io.StringIO()
+    rich.console.Console(file=out, width=40).print(fitting_table("t", columns, rows, 40, drop=("D", "state")))
+    assert "a-long-run-name" in out.getvalue()
+    assert "too narrow for: D" in out.getvalue()
+
+
+def test_status_prints_whole_reasons_below_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    reason = "OutOfMemoryError: " + "tried to allocate a lot " * 12
+    state = RunState("run-1", "failed", reason=reason.strip())
+    status._print_states(Console(), "s", [(None, state)])
+    assert f"run-1 failed: {reason.strip()}" in capsys.readouterr().out

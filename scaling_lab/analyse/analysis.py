@@ -76,11 +76,13 @@ class Analysis:
     def band(self, approach: str) -> Band:
         return next(b for b in self.bands if b.approach == approach)
 
-    def to_json_dict(self, command: str = "", versions: dict[str, str] | None = None) -> dict[str, Any]:
+    def to_json_dict(
+        self, command: str = "", versions: dict[str, str] | None = None, source: str | None = None
+    ) -> dict[str, Any]:
         """analysis.json as plain data: see analysis.schema.json."""
         from scaling_lab.analyse.analysis_json import to_json_dict
 
-        return to_json_dict(self, command, versions)
+        return to_json_dict(self, command, versions, source)
 
 
 def read_observations(path: str | Path, settings: AnalysisSettings | None = None) -> Observations:

@@ -27,12 +27,16 @@ _FRONTIER_QUANTITIES = ("params_exponent", "tokens_exponent")
 
 
 def to_json_dict(
-    analysis: Analysis, command: str = "", versions: Mapping[str, str] | None = None
+    analysis: Analysis,
+    command: str = "",
+    versions: Mapping[str, str] | None = None,
+    source: str | None = None,
 ) -> dict[str, Any]:
-    """The analysis as plain data, ready for `json.dumps(..., allow_nan=False)`."""
+    """The analysis as plain data, ready for `json.dumps(..., allow_nan=False)`; `source`: the path of a table."""
     return {
         "schema_version": SCHEMA_VERSION,
         "command": command,
+        "source": source,
         "versions": dict(versions) if versions is not None else default_versions(),
         "observations": _observations(analysis.observations, analysis.points.n_points),
         "estimates": [

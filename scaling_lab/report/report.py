@@ -55,6 +55,8 @@ class ReportOptions:
     """The command that made it, for analysis.json and the page."""
     next_commands: Sequence[tuple[str, str]] = ()
     """(command, what it does). Default: what can follow, by what is there."""
+    source: str | None = None
+    """Of a table: its file's absolute path, for analysis.json."""
     plan: Plan | None = None
     """Of a sweep: which runs there should be; a banner says how many are done."""
     problem: str | None = None
@@ -96,7 +98,7 @@ def write_report(
             for ending in ("svg", "png"):
                 (figures / f"{plate.name}.{ending}").unlink(missing_ok=True)
     if analysis is not None:
-        write_atomic(folder / ANALYSIS_NAME, dumps(analysis.to_json_dict(o.command, o.versions)))
+        write_atomic(folder / ANALYSIS_NAME, dumps(analysis.to_json_dict(o.command, o.versions, o.source)))
     page = folder / REPORT_NAME
     write_atomic(page, render(analysis, records, plates, o))
     return page

@@ -5,6 +5,7 @@ A table never needs torch: nothing here imports it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from dataclasses import dataclass
@@ -22,6 +23,14 @@ from scaling_lab.core.store import RunStore
 
 if TYPE_CHECKING:
     from scaling_lab.analyse.analysis import Analysis, AnalysisSettings
+
+
+# What a page of ours says of itself in its head.
+GENERATOR = b'<meta name="generator" content="scaling-lab">'
+NOT_OURS = object()
+# Options that decide which observations there are and how they are counted: a next command needs them too.
+CARRIED = ("convention", "points", "metric", "weights")
+CARRIED_UNDER = ("columns.", "where.", "approach.")
 
 
 @dataclass(frozen=True)
@@ -49,13 +58,52 @@ class Where:
             )
 
     @property
-    def folder(self) -> Path:
-        """Where the results are written."""
+    def source(self) -> str | None:
+        """Absolute path of the table; None of a sweep."""
+        return None if self.runs is None else str(Path(self.runs).expanduser().resolve())
+
+    def settled_folder(self) -> Path:
+        """Where the results are written; never over another table's, nor over a page that is not ours.
+
+        Raises:
+            UserError: `out` holds a report.html that scaling-lab did not write.
+        """
         if self.out is not None:
-            return Path(self.out).expanduser()
+            return checked_out(Path(self.out).expanduser())
         if self.sweep is not None:
             return RunStore.for_sweep(self.results_dir, self.sweep).report_folder
-        return Path(self.results_dir) / "tables" / Path(self.runs or "table").stem
+        first = Path(self.results_dir) / "tables" / Path(self.runs or "table").stem
+        return next(
+            folder
+            for i in itertools.count(1)
+            if _free_for(folder := first if i == 1 else first.with_name(f"{first.name}-{i}"), self.source)
+        )
+
+
+def checked_out(folder: Path) -> Path:
+    """`folder`, unless it has a report.html of somebody else's; then `UserError`."""
+    page = folder / "report.html"
+    if page.is_file() and GENERATOR not in page.read_bytes()[:4096] and _known_source(folder) is NOT_OURS:
+        raise UserError(
+            f"out={folder}: its report.html was not written by scaling-lab and would be lost. Choices: another folder, "
+            "or one without a report.html."
+        )
+    return folder
+
+
+def _free_for(folder: Path, source: str | None) -> bool:
+    """Whether a table's report may go there: nothing is there yet, or one of the same table."""
+    taken = (folder / "analysis.json").exists() or (folder / "report.html").exists()
+    return not taken or _known_source(folder) == source
+
+
+def _known_source(folder: Path) -> Any:
+    """The table that the analysis in `folder` is of (None: a sweep, or not said); NOT_OURS without an analysis of ours."""
+    try:
+        found = json.loads((folder / "analysis.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return NOT_OURS
+    return found.get("source") if isinstance(found, dict) and "schema_version" in found else NOT_OURS
 
 
 def form(arguments: Arguments, settings: type = Where) -> Form:
@@ -69,8 +117,9 @@ def run(arguments: Arguments) -> int:
     where = build(Where, command.tree, skip=tuple(command.tree.keys() - set(Where.__dataclass_fields__)))
     settings = analysis_settings(command.tree, skip=tuple(Where.__dataclass_fields__))
     console = Console.for_flags(arguments.flags)
+    folder = where.settled_folder()  # before minutes of work
     analysis, records = analyse_source(where, settings, console)
-    return publish(analysis, records, where, arguments, console)
+    return publish(analysis, records, where, folder, arguments, console)
 
 
 def sweeps_of(results_dir: str) -> list[str]:
@@ -114,35 +163,43 @@ def analyse_source(
 
 
 def publish(
-    analysis: Analysis, records: list[RunRecord], where: Any, arguments: Arguments, console: Console
+    analysis: Analysis,
+    records: list[RunRecord],
+    where: Where,
+    folder: Path,
+    arguments: Arguments,
+    console: Console,
 ) -> int:
     """Write the report and print the summary, or print analysis.json alone."""
     from scaling_lab.cli.summary import print_analysis
 
     text = command_text(arguments)
     if "json" in arguments.flags:
-        print(json.dumps(analysis.to_json_dict(command=text), indent=1, allow_nan=False))
+        print(json.dumps(analysis.to_json_dict(command=text, source=where.source), indent=1, allow_nan=False))
         if where.out is None:
             return 0
-    report = write(analysis, records, where.folder, text)
+    report = write(analysis, records, folder, text, where.source)
     if "json" in arguments.flags:
         return 0
     print_analysis(console, analysis)
     console.print(f"report: {report}", style="bold", highlight=False)
-    source = f"sweep={where.sweep}" if where.sweep else f"runs={shlex.quote(str(where.runs))}"
-    largest = float(analysis.observations.compute_flops.max())
-    results = "" if where.results_dir == "results" else f" results_dir={shlex.quote(where.results_dir)}"
-    console.next_step(
-        f"scaling-lab predict {source}{results} compute_flops={100 * largest:.0e}".replace("e+", "e")
+    source = " ".join(
+        shlex.quote(a.text)
+        for a in arguments.assignments
+        if a.key in ("sweep", "runs", "results_dir", *CARRIED) or a.key.startswith(CARRIED_UNDER)
     )
+    largest = float(analysis.observations.compute_flops.max())
+    console.next_step(f"scaling-lab predict {source} compute_flops={100 * largest:.0e}".replace("e+", "e"))
     return 0
 
 
-def write(analysis: Analysis, records: list[RunRecord], folder: Path, command: str) -> Path:
+def write(
+    analysis: Analysis, records: list[RunRecord], folder: Path, command: str, source: str | None = None
+) -> Path:
     """The report and analysis.json in `folder`; returns the report's path."""
     from scaling_lab.report.report import ReportOptions, write_report
 
-    return write_report(analysis, records, folder, ReportOptions(command=command))
+    return write_report(analysis, records, folder, ReportOptions(command=command, source=source))
 
 
 def command_text(arguments: Arguments) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scaling_lab.cli.arguments import Arguments
-from scaling_lab.cli.commands.analyze import command_text, sweeps_of
+from scaling_lab.cli.commands.analyze import checked_out, command_text, sweeps_of
 from scaling_lab.cli.compose import read_command
 from scaling_lab.cli.console import Console
 from scaling_lab.cli.forms import Form, build, options_of
@@ -40,7 +40,7 @@ def run(arguments: Arguments) -> int:
     settings: ReportCommand = build(ReportCommand, command.tree)
     console = Console.for_flags(arguments.flags)
     store = existing_sweep(settings.results_dir, settings.sweep)
-    out = None if settings.out is None else Path(settings.out).expanduser()
+    out = None if settings.out is None else checked_out(Path(settings.out).expanduser())
     analysis, report = write_sweep_report(store, command_text(arguments), console, out)
     if analysis is not None:
         print_analysis(console, analysis)
