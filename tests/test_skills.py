@@ -202,7 +202,7 @@ def test_the_law_that_made_the_data_predicts_best() -> None:
     analysis = compared(0.002, ("kaplan_nd", "power_c"))
     found = analysis.law_comparison
     assert found is not None
-    assert [s.law.name for s in found.scores][0] == "chinchilla"  # the analysis's own is always among them
+    assert next(s.law.name for s in found.scores) == "chinchilla"  # the analysis's own is always among them
     assert {s.law.name for s in found.scores} == {"chinchilla", "kaplan_nd", "power_c"}
     best, worst = found.scores[0], found.scores[-1]
     assert best.cross_validation is not None
@@ -222,6 +222,21 @@ def test_the_comparison_is_in_analysis_json_also_of_laws_that_lack_a_column() ->
     missing = [row for row in laws.values() if row["status"] == "not_applicable"]
     assert any("unique_tokens" in row["message"] for row in missing)
     assert laws["chinchilla"]["cross_validation"]["n_points"] == len(table())
+
+
+def test_a_last_budget_with_most_of_the_runs_is_still_predicted_from_the_others() -> None:
+    t = table()
+    t = pd.concat([t, *[t[t["flops"] == t["flops"].max()]] * 5])
+    obs = Observations.from_arrays(
+        n_params=t["params"], n_tokens=t["tokens"], loss_nats=t["facts"], compute_flops=t["flops"]
+    )
+    settings = replace(QUICK, compare_laws=("kaplan_nd",), bootstrap=BootstrapSettings(resamples=0))
+    found = analyse(obs, settings).law_comparison
+    assert found is not None
+    assert found.threshold_flops == pytest.approx(BUDGETS[-2])
+    best = found.scores[0].extrapolation
+    assert best is not None
+    assert best.n_points == 6 * 15
 
 
 def test_an_unknown_law_is_refused_before_anything_is_read() -> None:

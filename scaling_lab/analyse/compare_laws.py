@@ -131,6 +131,8 @@ def compare_laws(
     threshold, above = None, None
     if compute is not None and np.ptp(compute) > 0:
         threshold = float(np.quantile(compute, extrapolation_quantile))
+        if threshold >= compute.max():  # a large last budget: it is what is predicted
+            threshold = float(compute[compute < compute.max()].max())
         above = compute > threshold
     settings = {"huber_delta": huber_delta, "objective": objective}
     scored = [_score(law, data, loss, held_out, above, settings) for law in laws]
