@@ -54,8 +54,43 @@ class SharedFit:
     """(samples,): weighted, over all valleys."""
 
 
+@dataclass(frozen=True)
+class _Stack:
+    """Valleys with equally many points as one array, so that a grid costs a few array operations and not a few a valley."""
+
+    valley: list[int]
+    """Their positions among the valleys."""
+    x: Array
+    """(valleys, 1, points)"""
+    loss: Array
+    """(valleys, samples, points); samples may be 1 for all."""
+    weight: Array
+
+    @property
+    def used(self) -> NDArray[np.bool_]:
+        """(valleys, samples) which samples have points at all."""
+        return np.asarray(np.any(self.weight > 0, axis=-1))
+
+
+def _stacked(valleys: Sequence[ValleyData]) -> list[_Stack]:
+    n_samples = max(max(v.loss.shape[0], v.weight.shape[0]) for v in valleys)
+    stacks = []
+    for points in sorted({v.x.size for v in valleys}):
+        at = [i for i, v in enumerate(valleys) if v.x.size == points]
+        shape = (n_samples, points)
+        stacks.append(
+            _Stack(
+                at,
+                np.stack([valleys[i].x for i in at])[:, None, :],
+                np.stack([np.broadcast_to(valleys[i].loss, shape) for i in at]),
+                np.stack([np.broadcast_to(valleys[i].weight, shape) for i in at]),
+            )
+        )
+    return stacks
+
+
 def basis(steepness: Array, x: Array) -> Array:
-    """(samples, points, 3): 1, about x, and about x^2, which span 1, exp(-alpha x), exp(beta x) and stay apart as the
+    """(..., samples, points, 3): 1, about x, and about x^2, which span 1, exp(-alpha x), exp(beta x) and stay apart as the
     steepnesses vanish."""
     a, b = steepness[:, :1], steepness[:, 1:]
     falling, rising = np.expm1(-a * x), np.expm1(b * x)
@@ -70,23 +105,22 @@ def fit_shared(valleys: Sequence[ValleyData], start: Array | None = None) -> Sha
     Args:
         start: (2,) steepnesses to begin from; None searches a grid on the first sample.
     """
-    n_samples = max(v.loss.shape[0] for v in valleys)
+    stacks = _stacked(valleys)
+    n_samples = stacks[0].loss.shape[1]
     theta = np.log(np.tile(_grid_start(valleys) if start is None else start, (n_samples, 1)))
     damping = np.full(n_samples, 1e-3)
-    residual = _residuals(valleys, np.exp(theta))
+    residual = _residuals(stacks, np.exp(theta))
     value = (residual**2).sum(axis=1)
     step_size = 1e-4
     for _ in range(_STEPS):
         shifts = (theta + step_size * np.eye(2)[k] for k in (0, 1))
-        jacobian = np.stack(
-            [(_residuals(valleys, np.exp(t)) - residual) / step_size for t in shifts], axis=-1
-        )
+        jacobian = np.stack([(_residuals(stacks, np.exp(t)) - residual) / step_size for t in shifts], axis=-1)
         gram = np.einsum("sni,snj->sij", jacobian, jacobian)
         gradient = np.einsum("sni,sn->si", jacobian, residual)
         ridge = damping[:, None] * np.einsum("sii->si", gram) + 1e-14
         move = np.linalg.solve(gram + ridge[:, :, None] * np.eye(2), gradient[:, :, None])[:, :, 0]
         trial = np.clip(theta - np.clip(move, -0.7, 0.7), *np.log(_STEEPNESS_RANGE))
-        trial_residual = _residuals(valleys, np.exp(trial))
+        trial_residual = _residuals(stacks, np.exp(trial))
         trial_value = (trial_residual**2).sum(axis=1)
         better = trial_value < value
         theta = np.where(better[:, None], trial, theta)
@@ -95,7 +129,7 @@ def fit_shared(valleys: Sequence[ValleyData], start: Array | None = None) -> Sha
         damping = np.where(better, damping / 5, damping * 8)
         if np.all(np.abs(move).max(axis=1) < _SMALLEST_MOVE):
             break
-    return _solution(valleys, np.exp(theta), value)
+    return _solution(stacks, len(valleys), np.exp(theta), value)
 
 
 def shared_curve(steepness: Array, coefficients: Array, x: Array) -> Array:
@@ -104,45 +138,50 @@ def shared_curve(steepness: Array, coefficients: Array, x: Array) -> Array:
 
 
 def _grid_start(valleys: Sequence[ValleyData]) -> Array:
-    first = [ValleyData(v.x, v.loss[:1], v.weight[:1]) for v in valleys]
+    first = _stacked([ValleyData(v.x, v.loss[:1], v.weight[:1]) for v in valleys])
     pairs = np.array([(a, b) for a in _GRID for b in _GRID])
     values = (_residuals(first, pairs) ** 2).sum(axis=1)
     return np.asarray(pairs[int(np.argmin(values))])
 
 
-def _project(valley: ValleyData, steepness: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
-    """Residuals (samples, points), coefficients (samples, 3), and which samples have points at all."""
-    used: NDArray[np.bool_] = np.any(valley.weight > 0, axis=1)
+def _project(stack: _Stack, steepness: Array) -> tuple[Array, Array]:
+    """Residuals (valleys, samples, points) and coefficients (valleys, samples, 3)."""
+    used = stack.used[..., None]
     # A sample without points is solved with unit weights, so that the batch stays regular, and blanked after.
-    root = np.sqrt(np.where(used[:, None], valley.weight, 1.0))
-    design = root[:, :, None] * basis(steepness, valley.x)
+    root = np.sqrt(np.where(used, stack.weight, 1.0))
+    design = root[..., None] * basis(steepness, stack.x)
     # Gram-Schmidt over the three columns of the whole batch at once: a LAPACK call a sample would be the slower way.
-    residual, r = root * valley.loss, np.zeros((design.shape[0], 3, 3))
+    residual = root * stack.loss
+    r: dict[tuple[int, int], Array] = {}
     q: list[Array] = []
     target: list[Array] = []
     for k in range(3):
-        column = design[:, :, k]
+        column = design[..., k]
         for j in range(k):
-            r[:, j, k] = (q[j] * column).sum(axis=1)
-            column = column - r[:, j, k, None] * q[j]
-        r[:, k, k] = np.sqrt((column**2).sum(axis=1))
-        q.append(column / r[:, k, k, None])
-        target.append((q[k] * residual).sum(axis=1))
-        residual = residual - target[k][:, None] * q[k]
-    c2 = target[2] / r[:, 2, 2]
-    c1 = (target[1] - r[:, 1, 2] * c2) / r[:, 1, 1]
-    c0 = (target[0] - r[:, 0, 1] * c1 - r[:, 0, 2] * c2) / r[:, 0, 0]
+            r[j, k] = (q[j] * column).sum(axis=-1)
+            column = column - r[j, k][..., None] * q[j]
+        r[k, k] = np.sqrt((column**2).sum(axis=-1))
+        q.append(column / r[k, k][..., None])
+        target.append((q[k] * residual).sum(axis=-1))
+        residual = residual - target[k][..., None] * q[k]
+    c2 = target[2] / r[2, 2]
+    c1 = (target[1] - r[1, 2] * c2) / r[1, 1]
+    c0 = (target[0] - r[0, 1] * c1 - r[0, 2] * c2) / r[0, 0]
     coefficients = np.stack([c0, c1, c2], axis=-1)
-    return np.where(used[:, None], residual, 0.0), np.where(used[:, None], coefficients, np.nan), used
+    return np.where(used, residual, 0.0), np.where(used, coefficients, np.nan)
 
 
-def _residuals(valleys: Sequence[ValleyData], steepness: Array) -> Array:
-    return np.concatenate([_project(v, steepness)[0] for v in valleys], axis=1)
+def _residuals(stacks: Sequence[_Stack], steepness: Array) -> Array:
+    """(samples, points of all valleys)"""
+    parts = [np.swapaxes(_project(s, steepness)[0], 0, 1) for s in stacks]
+    return np.concatenate([p.reshape(p.shape[0], -1) for p in parts], axis=1)
 
 
-def _solution(valleys: Sequence[ValleyData], steepness: Array, value: Array) -> SharedFit:
+def _solution(stacks: Sequence[_Stack], n_valleys: int, steepness: Array, value: Array) -> SharedFit:
     a, b = steepness[:, 0], steepness[:, 1]
-    coefficients = np.stack([_project(v, steepness)[1] for v in valleys], axis=1)
+    coefficients = np.empty((steepness.shape[0], n_valleys, PARAMETERS_PER_VALLEY))
+    for stack in stacks:
+        coefficients[:, stack.valley] = np.swapaxes(_project(stack, steepness)[1], 0, 1)
     linear, square = coefficients[:, :, 1], coefficients[:, :, 2]
     a, b = a[:, None], b[:, None]
     # Back to c1 exp(-alpha x) + c2 exp(beta x): a minimum needs both positive.
