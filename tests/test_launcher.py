@@ -23,9 +23,14 @@ TINY = TINY_LINE.split()
 
 
 def start(folder: Path, *argv: str, **environment: str) -> subprocess.Popen[str]:
+    def hear_interrupts() -> None:
+        # A test run in the background of a shell inherits an ignored SIGINT; a user's terminal does not.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     return subprocess.Popen(
         [sys.executable, "-m", "scaling_lab.cli.main", "sweep", *argv],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
+        preexec_fn=hear_interrupts,
     )  # fmt: skip
 
 

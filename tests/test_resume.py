@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_train import tiny, train
 
-from scaling_lab.core.record import MAX_CURVE_POINTS, RunRecord
+from scaling_lab.core.record import RunRecord
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.store import RunStore
 from scaling_lab.train.checkpoint import (
@@ -70,13 +70,16 @@ def test_compiled_resume_is_bit_identical(tmp_path):
     assert losses(train(store, spec, execution)) == losses(whole)
 
 
-def test_block_means_survive_a_stop_in_the_middle_of_a_block(tmp_path):
-    """Runs longer than the curve keep means over blocks of steps; a checkpoint falls inside one."""
-    steps = 3 * MAX_CURVE_POINTS + 100
-    spec = tiny(steps, batch_tokens=64, train_tokens=64 * steps)
+def test_block_means_survive_a_stop_in_the_middle_of_a_block(tmp_path, monkeypatch):
+    """Runs longer than the curve keep means over blocks of steps, here of three; a checkpoint falls inside one."""
+    monkeypatch.setattr("scaling_lab.core.record.MAX_CURVE_POINTS", 100)
+    spec = tiny(250)
     whole = train(RunStore(tmp_path / "whole"), spec)
+    assert len(whole.curve) < 100
     store = RunStore(tmp_path / "resumed")
-    interrupted_at(store, spec, 1000)
+    interrupted_at(store, spec, 64)
+    (saved,) = steps_saved(store.run_folder(spec.run_id()) / "checkpoint")[-1:]
+    assert saved % 3
     assert losses(train(store, spec)) == losses(whole)
 
 

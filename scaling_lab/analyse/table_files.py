@@ -153,7 +153,8 @@ def _read_csv(path: Path, notes: list[str]) -> pd.DataFrame:
                 )  # of the cell too many, which is empty
                 frame = pd.read_csv(_source(path), low_memory=False, index_col=False, **options)
         else:
-            frame = frame.reset_index(names="index")
+            levels = frame.index.nlevels
+            frame = frame.reset_index(names=[f"index_{k}" if levels > 1 else "index" for k in range(levels)])
     return frame
 
 

@@ -277,7 +277,7 @@ def _backtest(analysis: Analysis) -> Plate:
             f"Predicted against reached loss at the largest budget: {told}; reached {format_loss(rows[0][4])} nats.",
         )
 
-    return _finish("backtest", "Predicted and reached", 0.75 + 0.33 * max(2, len(rows)), draw)
+    return _finish("backtest", "Predicted and reached", 0.95 + 0.33 * max(2, len(rows)), draw)
 
 
 def _sensitivity(analysis: Analysis) -> Plate:
