@@ -219,6 +219,17 @@ def test_an_analysis_says_where_its_intervals_are_not_calibrated() -> None:
     assert not any("calibrat" in d or "too wide" in d for d in without.estimate("envelope").diagnostics)
 
 
+def test_a_floor_that_cannot_be_told_from_none_is_said() -> None:
+    s = AnalysisSettings(
+        bootstrap=BootstrapSettings(resamples=60), sensitivity=False, backtest=False, profile=False
+    )
+    said = {}
+    for law in ("quickstart", "kaplan-small"):
+        found = analyse(simulate(Cell("quickstart", law, 0.005, "parametric"), 0), s).estimate("parametric")
+        said[law] = any(d.startswith("E is 0 in ") for d in found.diagnostics)
+    assert said == {"quickstart": False, "kaplan-small": True}
+
+
 def test_profile_intervals_are_in_the_json_and_can_be_left_out() -> None:
     s = AnalysisSettings(bootstrap=BootstrapSettings(resamples=60), sensitivity=False, backtest=False)
     observations = observations_of_sweep(synthetic_records(curve_points=30), s)

@@ -33,6 +33,13 @@ def caveats(estimate: Estimate, band: Band, default_unit: str, farthest: float =
             " exponents (93% of studies of a Chinchilla-like law, 32% of a Kaplan-like one, where valleys are shallow;"
             f" {_EVIDENCE})."
         )
+    if "E" in band.samples:
+        at_zero = float((band.samples["E"] <= 0).mean())
+        if at_zero > (1 - band.level) / 2:
+            found.append(
+                f"E is 0 in {at_zero:.0%} of the resamples: the loss shows no sure floor within these data. The intervals of E and"
+                f" A are then too wide (90% ones held the truth in 97% and 99% of studies of a law without a floor; {_EVIDENCE})."
+            )
     if farthest > CALIBRATED_EXTRAPOLATION * 1.01:
         found.append(
             f"Predictions reach {farthest:.3g} times beyond the largest observed compute; their intervals are calibrated to ten times, and"
