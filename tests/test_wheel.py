@@ -59,7 +59,7 @@ def test_quickstart_from_a_wheel(installed, tmp_path):
     """The quickstart's own command, on a smaller grid (the full one is test_quickstart.py)."""
     done = run(
         installed, tmp_path, "quickstart", "design.budgets_flops=[2e9,8e9,3.2e10]", "design.sizes.min_width=4",
-        "design.n_opt_at_1e12=4e4", "bootstrap.resamples=200",
+        "design.n_opt_at_1e12=4e4",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     analysis = json.loads((tmp_path / "results/quickstart/report/analysis.json").read_text())
