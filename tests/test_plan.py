@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import replace
 
@@ -17,12 +18,17 @@ from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.sources.tokens import TokenFile
 from scaling_lab.plan.cost import estimate_disk_bytes, estimate_plan_seconds, estimate_seconds
-from scaling_lab.plan.design import COMPILE_REPAID_FLOPS, describe, make_plan, plan_single
+from scaling_lab.plan.design import COMPILE_REPAID_FLOPS, describe, make_plan, plan_single, sweep_horizons
+from scaling_lab.plan.designs.base import RunRequest
 from scaling_lab.plan.designs.isoflop import IsoFlopDesign
-from scaling_lab.plan.recipes.base import round_batch
+from scaling_lab.plan.designs.learning_rate import LearningRateDesign
+from scaling_lab.plan.recipes.base import SweepHorizons, round_batch
 from scaling_lab.plan.recipes.default import DefaultRecipe
 from scaling_lab.plan.settings import ExecutionSettings, ModelSettings, SweepSettings, heads_for
 from scaling_lab.plan.sizes import SizeLadder
+
+# Recipes that do not look at the sweep do not care.
+ALONE = SweepHorizons(1e6, 1e6)
 
 
 def settings(**changes) -> SweepSettings:
@@ -104,6 +110,72 @@ def test_a_budget_below_one_step_is_refused():
     assert "\n" not in str(error.value)
 
 
+def test_golden_plan():
+    """The plan of a sweep that somebody has begun: these ids, in this order, are on users' disks."""
+    plan = make_plan(settings())
+    digest = hashlib.sha256("\n".join(run.run_id for run in plan.runs).encode()).hexdigest()
+    assert digest[:16] == "30ce119f30a9001a"
+    assert [r.spec.role for r in plan.runs[:3]] == ["isoflop", "noise", "isoflop"]
+    assert plan.runs[0].run_id == "gpt-w12-d2-c5e10-s0-47550a9e62"
+
+
+def lr_design(**changes) -> LearningRateDesign:
+    return LearningRateDesign(
+        **{"budgets_flops": (5e10,), "widths": (16, 64), "lr_multipliers": (0.5, 1.0, 2.0)} | changes
+    )
+
+
+def test_learning_rate_design_multiplies_what_the_recipe_says():
+    plan = make_plan(settings(design=lr_design(seeds=2, batch_multipliers=(1.0, 2.0))))
+    specs = [run.spec for run in plan.runs]
+    assert len(specs) == 2 * 3 * 2 * 2
+    assert {s.role for s in specs} == {"lr_sweep"}
+    assert {s.seed_init for s in specs} == {0, 1}
+    for width, lr in ((16, 0.028), (64, 0.007)):
+        at = [s for s in specs if s.shape.width == width]
+        assert sorted({s.optimizer.peak_lr for s in at}) == pytest.approx([lr / 2, lr, lr * 2])
+        small, large = sorted({s.batch_tokens for s in at})
+        assert large == 2 * small
+        # Twice the batch, half the steps, the same budget.
+        assert all(abs(s.train_flops() / 5e10 - 1) < 0.02 for s in at)
+
+
+def test_the_middle_of_an_lr_sweep_is_the_isoflop_run():
+    """So one results folder holds both, and nothing is trained twice."""
+    isoflop = {r.run_id for r in make_plan(settings()).runs if r.spec.shape.width == 24}
+    middle = make_plan(settings(design=lr_design(widths=(24,), lr_multipliers=(1.0,)))).runs[0]
+    assert middle.run_id in isoflop
+
+
+def test_learning_rate_design_at_horizons_and_depths():
+    design = lr_design(budgets_flops=(), horizons_tokens=(2e5, 1e5), depths=(2, 4), lr_multipliers=(1.0,))
+    specs = [run.spec for run in make_plan(settings(design=design)).runs]
+    assert [(s.shape.width, s.shape.depth) for s in specs] == 2 * [(16, 2), (16, 4), (64, 2), (64, 4)]
+    for spec, wanted in zip(specs, [1e5] * 4 + [2e5] * 4, strict=True):
+        assert abs(spec.train_tokens - wanted) <= spec.batch_tokens / 2
+        assert spec.budget_flops == spec.train_flops()
+
+
+def test_multipliers_that_round_to_one_run_are_one_run():
+    # 64 tokens a step are one sequence: less is not possible.
+    recipe = DefaultRecipe(batch_tokens=64)
+    design = lr_design(widths=(16,), lr_multipliers=(1.0,), batch_multipliers=(0.5, 1.0, 2.0))
+    plan = make_plan(settings(design=design, recipe=recipe))
+    assert [r.spec.batch_tokens for r in plan.runs] == [64, 128]
+    assert any("1 x batch, 1 x LR rounds to a run that is planned already" in line for line in plan.rounding)
+
+
+def test_sweep_horizons_by_hand():
+    requests = [RunRequest(GPTShape(width=8, depth=1, heads=1), train_tokens=t) for t in (3.0, 5.0)]
+    assert sweep_horizons(requests, Convention.SIX_N_TOTAL) == SweepHorizons(pytest.approx(3.0), 5.0)
+    small, large = GPTShape(width=8, depth=1, heads=1), GPTShape(width=64, depth=4, heads=4)
+    n_small, n_large = (s.count().n_params(Convention.SIX_N_TOTAL) for s in (small, large))
+    budgets = [RunRequest(s, budget_flops=b) for b in (6e9, 6e8) for s in (small, large)]
+    found = sweep_horizons(budgets, Convention.SIX_N_TOTAL)
+    assert found.smallest_budget_tokens == pytest.approx(1e8 / math.sqrt(n_small * n_large))
+    assert found.longest_tokens == pytest.approx(1e9 / n_small)
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [
@@ -111,6 +183,16 @@ def test_a_budget_below_one_step_is_refused():
         (lambda: IsoFlopDesign(budgets_flops=(1e9, 1e9)), "design.budgets_flops"),
         (lambda: IsoFlopDesign(sizes_per_budget=3), "design.sizes_per_budget=3"),
         (lambda: IsoFlopDesign(noise_budget=3), "design.noise_budget=3"),
+        (lambda: LearningRateDesign(), "design.horizons_tokens"),
+        (lambda: lr_design(horizons_tokens=(1e6,)), "give one of the two"),
+        (lambda: lr_design(lr_multipliers=(1, 1)), "design.lr_multipliers"),
+        (lambda: lr_design(batch_multipliers=(0.0,)), "design.batch_multipliers"),
+        (lambda: lr_design(widths=(0,)), "design.widths"),
+        (lambda: lr_design(seeds=0), "design.seeds=0"),
+        (
+            lambda: make_plan(settings(design=lr_design(budgets_flops=(), horizons_tokens=(3.0,)))),
+            "design.horizons_tokens: 3 is less than one step",
+        ),
         (lambda: SizeLadder(min_width=64, max_width=32), "design.sizes.min_width=64"),
         (lambda: SizeLadder(width_ratio=1.0), "design.sizes.width_ratio"),
         (
@@ -140,16 +222,16 @@ def test_what_cannot_be_planned_is_one_line(make, named):
 def test_recipe_scales_and_can_be_overridden():
     small, large = GPTShape(width=16, depth=1, heads=1), GPTShape(width=64, depth=2, heads=4)
     recipe = DefaultRecipe()
-    assert recipe.decide(small, 1e6).optimizer.peak_lr == pytest.approx(
-        4 * recipe.decide(large, 1e6).optimizer.peak_lr
+    assert recipe.decide(small, 1e6, ALONE).optimizer.peak_lr == pytest.approx(
+        4 * recipe.decide(large, 1e6, ALONE).optimizer.peak_lr
     )
-    assert recipe.decide(small, 1e7).batch_tokens > recipe.decide(small, 1e5).batch_tokens
+    assert recipe.decide(small, 1e7, ALONE).batch_tokens > recipe.decide(small, 1e5, ALONE).batch_tokens
     # 512 * 32^0.4 = 2,048 tokens at 32M tokens, 32 sequences of 64.
-    assert recipe.decide(large, 32e6).batch_tokens == 2048
-    fixed = DefaultRecipe(peak_lr=0.003, batch_tokens=640).decide(small, 1e6)
+    assert recipe.decide(large, 32e6, ALONE).batch_tokens == 2048
+    fixed = DefaultRecipe(peak_lr=0.003, batch_tokens=640).decide(small, 1e6, ALONE)
     assert (fixed.optimizer.peak_lr, fixed.batch_tokens) == (0.003, 640)
-    assert not recipe.decide(small, 1e6).notes
-    assert "was tuned at" in recipe.decide(GPTShape(width=1024, depth=12, heads=16), 1e9).notes[0]
+    assert not recipe.decide(small, 1e6, ALONE).notes
+    assert "was tuned at" in recipe.decide(GPTShape(width=1024, depth=12, heads=16), 1e9, ALONE).notes[0]
 
 
 @given(st.floats(1, 1e9), st.sampled_from([16, 64, 1024]))

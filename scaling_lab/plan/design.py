@@ -7,15 +7,18 @@ import shutil
 import sys
 import sysconfig
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from scaling_lab.core.counts import tokens_for_budget, whole_steps
+from scaling_lab.core.counts import Convention, train_flops, whole_steps
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.serial import to_dict
 from scaling_lab.core.spec import Execution, Plan, PlannedRun, RunSpec
-from scaling_lab.plan.designs.isoflop import MIN_SIZES
+from scaling_lab.plan.designs.base import RunRequest
+from scaling_lab.plan.recipes.base import Hyperparameters, SweepHorizons, round_batch
 from scaling_lab.plan.settings import ExecutionSettings, SweepSettings
 from scaling_lab.plan.sizes import SizeLadder
 
@@ -45,57 +48,109 @@ class GridRow:
     compiled: bool
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes as shapes of the plan's family, vocabulary and context (`designs.base.ShapeMaker`)."""
+
+    settings: SweepSettings
+
+    @property
+    def convention(self) -> Convention:
+        return self.settings.convention
+
+    def shape(self, width: int, depth: int) -> Any:
+        return self.settings.model.shape(width, depth, self.settings.data.vocab_size)
+
+    def ladder(self, sizes: SizeLadder) -> list[Any]:
+        """The ladder's shapes, ascending in N under the plan's convention."""
+        shapes = [self.shape(width, depth) for width, depth in sizes.sizes()]
+        return sorted(shapes, key=lambda shape: shape.count().n_params(self.convention))
+
+
 def make_plan(settings: SweepSettings) -> Plan:
     """Everything that the sweep will train. Raises `UserError` for what cannot be planned; nothing is launched."""
     check_corpus(settings)
-    corpus_tokens = settings.data.n_tokens("train")
-    shapes = ladder_shapes(settings)
-    log_params = [math.log(shape.count().n_params(settings.convention)) for shape in shapes]
     design = settings.design
+    requests = list(design.requests(Shapes(settings)))
+    horizons = sweep_horizons(requests, settings.convention)
     rounding: list[str] = []
     notes: list[str] = []
-    specs: list[RunSpec] = []
-    for index, budget in enumerate(sorted(design.budgets_flops)):
-        kept = 0
-        for size in design.window(log_params, budget):
-            spec, said = plan_run(settings, shapes[size], budget, settings.seed)
-            epochs = spec.train_tokens / corpus_tokens
-            if epochs > settings.max_epochs:
-                notes.append(
-                    f"not planned: width {spec.shape.width}, depth {spec.shape.depth} at {budget:.3g} FLOPs needs "
-                    f"{spec.train_tokens:,} tokens, {epochs:.1f} passes over the corpus of {corpus_tokens:,} "
-                    f"(data.max_epochs={settings.max_epochs:g})."
-                )
+    specs: dict[str, RunSpec] = {}
+    said_of: set[RunRequest] = set()
+    for label, same in groupby(requests, key=lambda request: request.label):
+        planned: set[Any] = set()
+        kept: set[Any] = set()
+        for request in same:
+            planned.add(request.shape)
+            spec, said = plan_run(settings, request, horizons)
+            if (reason := too_many_epochs(settings, spec, label)) is not None:
+                notes += [reason] if reason not in notes else []
                 continue
-            kept += 1
-            rounding += said.rounding
-            notes += [note for note in said.notes if note not in notes]
-            for seed in design.seeds(index):
-                role = "isoflop" if seed == 0 else "noise"
-                number = settings.seed + seed
-                specs.append(replace(spec, role=role, seed_init=number, seed_data=number))
-        planned = len(design.window(log_params, budget))
-        if kept < planned:
-            few = f": fewer than the {MIN_SIZES} of a valley" if kept < MIN_SIZES else ""
-            notes.append(
-                f"the budget of {budget:.3g} FLOPs has {kept} of its {planned} sizes left{few}, and its window is "
-                "one-sided, which biases its minimum. More data, or a smaller budget, mends it."
-            )
+            kept.add(request.shape)
+            if (run_id := spec.run_id()) in specs:
+                rounding.append(f"{run_id}: {multiplied(request)} rounds to a run that is planned already.")
+                continue
+            specs[run_id] = spec
+            # What holds for every seed is said once.
+            if (any_seed := replace(request, seed=0, role="")) not in said_of:
+                said_of.add(any_seed)
+                rounding += said.rounding
+                notes += [note for note in said.notes if note not in notes]
+        if len(kept) < len(planned):
+            remark = design.remark(label, len(planned), len(kept))
+            notes += [remark] if remark else []
     if not specs:
         raise UserError(
-            f"design.budgets_flops={list(design.budgets_flops)}: no run is left, every one would pass over the "
-            f"{corpus_tokens:,} tokens of data={settings.data.kind} more than data.max_epochs={settings.max_epochs:g} times."
+            f"design={design.kind}: no run is left, every one would pass over the "
+            f"{settings.data.n_tokens('train'):,} tokens of data={settings.data.kind} more than "
+            f"data.max_epochs={settings.max_epochs:g} times."
         )
     return Plan(
         sweep=settings.sweep,
         runs=tuple(
-            PlannedRun(s, e) for s, e in zip(specs, executions(specs, settings.execution), strict=True)
+            PlannedRun(spec, execution)
+            for spec, execution in zip(
+                specs.values(), executions(list(specs.values()), settings.execution), strict=True
+            )
         ),
         convention=settings.convention,
         data_fingerprint=settings.data.fingerprint(),
         rounding=tuple(rounding),
         notes=tuple(notes),
         settings=to_dict(settings),
+    )
+
+
+def sweep_horizons(requests: Sequence[RunRequest], convention: Convention) -> SweepHorizons:
+    """What a recipe may know of the other runs. Raises `UserError` where the design asks for none."""
+    if not requests:
+        raise UserError("the design asks for no run: give it sizes and budgets.")
+    tokens = [request.tokens(convention) for request in requests]
+    by_label = [
+        (request.budget_flops if request.budget_flops is not None else request.train_tokens or 0.0, t)
+        for request, t in zip(requests, tokens, strict=True)
+    ]
+    smallest = min(spend for spend, _ in by_label)
+    return SweepHorizons(
+        smallest_budget_tokens=geometric_mean([t for spend, t in by_label if spend == smallest]),
+        longest_tokens=max(tokens),
+    )
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(math.fsum(math.log(v) for v in values) / len(values))
+
+
+def too_many_epochs(settings: SweepSettings, spec: RunSpec, label: str) -> str | None:
+    """Why the run is not planned, if it would pass over its corpus too often."""
+    corpus_tokens = settings.data.n_tokens("train")
+    epochs = spec.train_tokens / corpus_tokens
+    if epochs <= settings.max_epochs:
+        return None
+    return (
+        f"not planned: width {spec.shape.width}, depth {spec.shape.depth} at {label} needs "
+        f"{spec.train_tokens:,} tokens, {epochs:.1f} passes over the corpus of {corpus_tokens:,} "
+        f"(data.max_epochs={settings.max_epochs:g})."
     )
 
 
@@ -110,13 +165,6 @@ def check_corpus(settings: SweepSettings) -> None:
             )
 
 
-def ladder_shapes(settings: SweepSettings) -> list[Any]:
-    """The ladder's shapes, ascending in N under the plan's convention."""
-    vocab = settings.data.vocab_size
-    shapes = [settings.model.shape(width, depth, vocab) for width, depth in settings.design.sizes.sizes()]
-    return sorted(shapes, key=lambda shape: shape.count().n_params(settings.convention))
-
-
 @dataclass(frozen=True)
 class Said:
     """What had to be said about one planned run."""
@@ -125,37 +173,63 @@ class Said:
     notes: tuple[str, ...]
 
 
-def plan_run(
-    settings: SweepSettings, shape: Any, budget_flops: float, seed: int, role: str = "isoflop"
-) -> tuple[RunSpec, Said]:
-    """The run of `shape` that spends `budget_flops`, rounded to whole steps, and what the rounding did."""
+def plan_run(settings: SweepSettings, request: RunRequest, horizons: SweepHorizons) -> tuple[RunSpec, Said]:
+    """The run that `request` asks for, tuned by the recipe and rounded to whole steps, and what the rounding did."""
+    shape = request.shape
     per_token = shape.count().flops_per_token(settings.convention)
-    wanted = tokens_for_budget(budget_flops, per_token)
-    chosen = settings.recipe.decide(shape, wanted)
+    wanted = request.tokens(settings.convention)
+    chosen = scaled(settings.recipe.decide(shape, wanted, horizons), request, shape.context)
     steps = whole_steps(wanted, chosen.batch_tokens)
     if steps < 1:
-        too_little = (
-            f"train_tokens={wanted:.0f} is"
-            if role == "single"
-            else f"design.budgets_flops: {budget_flops:.3g} FLOPs buy {wanted:.0f} tokens at width {shape.width}, depth "
-            f"{shape.depth},"
-        )
         raise UserError(
-            f"{too_little} less than one step of {chosen.batch_tokens} tokens. Raise it, or lower the batch "
-            "(recipe.batch_tokens) or the size."
+            f"{too_little(request, wanted)} less than one step of {chosen.batch_tokens} tokens. Raise it, or lower the "
+            "batch (recipe.batch_tokens) or the size."
         )
-    schedule = replace(settings.schedule, warmup_fraction=chosen.warmup_fraction)
+    train_tokens = steps * chosen.batch_tokens
+    budget = request.budget_flops
+    seed = settings.seed + request.seed
     spec = RunSpec(
-        sweep=settings.sweep, role=role, budget_flops=float(budget_flops), shape=shape, data=settings.data,
-        schedule=schedule, optimizer=chosen.optimizer, batch_tokens=chosen.batch_tokens,
-        train_tokens=steps * chosen.batch_tokens, eval=settings.eval, seed_init=seed, seed_data=seed,
+        sweep=settings.sweep, role=request.role,
+        budget_flops=float(budget) if budget is not None else train_flops(per_token, train_tokens),
+        shape=shape, data=settings.data,
+        schedule=replace(chosen.schedule or settings.schedule, warmup_fraction=chosen.warmup_fraction),
+        optimizer=chosen.optimizer, batch_tokens=chosen.batch_tokens, train_tokens=train_tokens,
+        eval=settings.eval, seed_init=seed, seed_data=seed,
         dtype=settings.dtype, convention=settings.convention,
     )  # fmt: skip
-    off = spec.train_flops() / budget_flops - 1
     rounding: tuple[str, ...] = ()
+    off = train_tokens / wanted - 1
     if abs(off) > ROUNDING_TOLERANCE:
-        rounding = (f"{spec.run_id()}: {steps} whole steps spend {off:+.1%} of the budget.",)
+        of_what = "budget" if budget is not None else "horizon"
+        rounding = (f"{spec.run_id()}: {steps} whole steps spend {off:+.1%} of the {of_what}.",)
     return spec, Said(rounding, chosen.notes)
+
+
+def scaled(chosen: Hyperparameters, request: RunRequest, context: int) -> Hyperparameters:
+    """The recipe's choice under the request's multipliers."""
+    if request.lr_multiplier == 1 and request.batch_multiplier == 1:
+        return chosen
+    batch = chosen.batch_tokens
+    if request.batch_multiplier != 1:
+        batch = round_batch(batch * request.batch_multiplier, context)
+    optimizer = replace(chosen.optimizer, peak_lr=chosen.optimizer.peak_lr * request.lr_multiplier)
+    return replace(chosen, batch_tokens=batch, optimizer=optimizer)
+
+
+def multiplied(request: RunRequest) -> str:
+    """The request's multipliers in words."""
+    return f"{request.batch_multiplier:g} x batch, {request.lr_multiplier:g} x LR"
+
+
+def too_little(request: RunRequest, tokens: float) -> str:
+    """The beginning of the sentence that refuses a horizon below one step."""
+    if request.train_tokens is not None:
+        option = "train_tokens" if request.role == "single" else "design.horizons_tokens:"
+        return f"{option}={tokens:.0f} is" if request.role == "single" else f"{option} {tokens:.0f} is"
+    return (
+        f"design.budgets_flops: {request.label} buy {tokens:.0f} tokens at width {request.shape.width}, depth "
+        f"{request.shape.depth},"
+    )
 
 
 def plan_single(settings: SweepSettings, train_tokens: float) -> PlannedRun:
@@ -169,10 +243,8 @@ def plan_single(settings: SweepSettings, train_tokens: float) -> PlannedRun:
         raise UserError(f"train_tokens={train_tokens!r} must be positive.")
     check_corpus(settings)
     shape = model.shape(model.width, depth, settings.data.vocab_size)
-    flops = shape.count().flops_per_token(settings.convention) * float(train_tokens)
-    spec, _ = plan_run(settings, shape, flops, settings.seed, role="single")
-    # The budget is what the run spends: a single run belongs to no other.
-    spec = replace(spec, budget_flops=spec.train_flops())
+    request = RunRequest(shape, train_tokens=float(train_tokens), role="single")
+    spec, _ = plan_run(settings, request, SweepHorizons(train_tokens, train_tokens))
     epochs = spec.train_tokens / settings.data.n_tokens("train")
     if epochs > settings.max_epochs:
         raise UserError(

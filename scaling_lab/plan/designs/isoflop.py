@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from scaling_lab.core.errors import UserError
+from scaling_lab.plan.designs.base import RunRequest, ShapeMaker, check_budgets
 from scaling_lab.plan.sizes import SizeLadder
 
 # Below this a valley has no parabola with a degree of freedom left.
@@ -35,14 +37,7 @@ class IsoFlopDesign:
 
     def __post_init__(self) -> None:
         budgets = self.budgets_flops
-        if (
-            not budgets
-            or any(not (b > 0 and math.isfinite(b)) for b in budgets)
-            or len(set(budgets)) < len(budgets)
-        ):
-            raise UserError(
-                f"design.budgets_flops={list(budgets)} must be distinct positive numbers of FLOPs."
-            )
+        check_budgets("design.budgets_flops", budgets, "FLOPs")
         if self.sizes_per_budget < MIN_SIZES:
             raise UserError(
                 f"design.sizes_per_budget={self.sizes_per_budget} must be at least {MIN_SIZES}: a parabola has 3 unknowns."
@@ -75,3 +70,21 @@ class IsoFlopDesign:
     def seeds(self, budget_index: int) -> range:
         """Seeds (relative to the plan's) of the budget with this index, ascending by budget."""
         return range(self.noise_seeds if budget_index == self.noise_budget else 1)
+
+    def requests(self, shapes: ShapeMaker) -> Iterator[RunRequest]:
+        """Ascending by budget, then by size; the repeated seeds of a size follow its first."""
+        ladder = shapes.ladder(self.sizes)
+        log_params = [math.log(shape.count().n_params(shapes.convention)) for shape in ladder]
+        for index, budget in enumerate(sorted(self.budgets_flops)):
+            for size in self.window(log_params, budget):
+                for seed in self.seeds(index):
+                    role = "isoflop" if seed == 0 else "noise"
+                    yield RunRequest(ladder[size], budget, role=role, seed=seed)
+
+    def remark(self, label: str, planned: int, kept: int) -> str:
+        """A window that lost sizes is one-sided."""
+        few = f": fewer than the {MIN_SIZES} of a valley" if kept < MIN_SIZES else ""
+        return (
+            f"the budget of {label} has {kept} of its {planned} sizes left{few}, and its window is "
+            "one-sided, which biases its minimum. More data, or a smaller budget, mends it."
+        )

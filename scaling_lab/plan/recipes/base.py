@@ -1,4 +1,4 @@
-"""Owns what a recipe is: a pure function from (shape, horizon) to everything that is tuned."""
+"""Owns what a recipe is: a pure function from (shape, horizon, the sweep's horizons) to everything that is tuned."""
 
 from __future__ import annotations
 
@@ -19,12 +19,23 @@ class Hyperparameters:
     """Of the run's own horizon."""
     notes: tuple[str, ...] = ()
     """Roundings and warnings, for the plan."""
+    schedule: Any = None
+    """A schedule that belongs to the recipe; None: the sweep's own."""
+
+
+@dataclass(frozen=True)
+class SweepHorizons:
+    """What a recipe may know of the other runs of its sweep, in tokens. A run alone has its own horizon in both."""
+
+    smallest_budget_tokens: float
+    """Geometric mean over the runs of the smallest budget."""
+    longest_tokens: float
 
 
 class Recipe(Protocol):
     """A frozen dataclass with a `kind`, its short name."""
 
-    def decide(self, shape: Any, train_tokens: float) -> Hyperparameters: ...
+    def decide(self, shape: Any, train_tokens: float, sweep: SweepHorizons) -> Hyperparameters: ...
 
 
 def round_batch(tokens: float, context: int) -> int:

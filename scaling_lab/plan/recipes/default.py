@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import OptimizerSpec
-from scaling_lab.plan.recipes.base import Hyperparameters, round_batch
+from scaling_lab.plan.recipes.base import Hyperparameters, SweepHorizons, round_batch
 
 # Where the rules below were measured, in parameters (six_n_with_head).
 CALIBRATED_PARAMS = (7e3, 5e5)
@@ -36,7 +36,7 @@ class DefaultRecipe:
     beta2: float = 0.95
     clip_norm: float = 1.0
 
-    def decide(self, shape: Any, train_tokens: float) -> Hyperparameters:
+    def decide(self, shape: Any, train_tokens: float, sweep: SweepHorizons) -> Hyperparameters:
         """Raises `UserError` for a batch that the context does not divide."""
         notes = []
         n = shape.count().n_params(Convention.SIX_N_WITH_HEAD)

@@ -1,0 +1,87 @@
+"""Owns the `learning_rate` design: learning rates (and batches) around the recipe's, at chosen sizes and horizons."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, ClassVar
+
+from scaling_lab.core.errors import UserError
+from scaling_lab.plan.designs.base import RunRequest, ShapeMaker, check_budgets
+from scaling_lab.plan.sizes import SizeLadder
+
+ROLE = "lr_sweep"
+
+
+@dataclass(frozen=True)
+class LearningRateDesign:
+    """At each size and budget (or horizon) the recipe's LR times each of `lr_multipliers`, for `seeds` seeds.
+
+    With `batch_multipliers` every pair of multipliers is trained: the best LR depends on the batch. The run with both
+    multipliers 1 is the one that an IsoFLOP sweep of the same budget trains, with the same run id.
+    """
+
+    kind: ClassVar[str] = "learning_rate"
+
+    budgets_flops: tuple[float, ...] = ()
+    """Either these or `horizons_tokens`."""
+    horizons_tokens: tuple[float, ...] = ()
+    """The same number of tokens for every size."""
+    widths: tuple[int, ...] = ()
+    """Empty: the ladder's smallest, middle and largest."""
+    depths: tuple[int, ...] = ()
+    """Empty: the ladder's depth at each width; else every width is trained at each of these depths."""
+    lr_multipliers: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
+    batch_multipliers: tuple[float, ...] = (1.0,)
+    seeds: int = 1
+    sizes: SizeLadder = field(default_factory=SizeLadder)
+
+    def __post_init__(self) -> None:
+        if bool(self.budgets_flops) == bool(self.horizons_tokens):
+            raise UserError(
+                f"design.budgets_flops={list(self.budgets_flops)} and design.horizons_tokens={list(self.horizons_tokens)}: "
+                "give one of the two."
+            )
+        if self.budgets_flops:
+            check_budgets("design.budgets_flops", self.budgets_flops, "FLOPs")
+        if self.horizons_tokens:
+            check_budgets("design.horizons_tokens", self.horizons_tokens, "tokens")
+        for name in ("lr_multipliers", "batch_multipliers"):
+            values = getattr(self, name)
+            if (
+                not values
+                or any(not v > 0 or math.isinf(v) for v in values)
+                or len(set(values)) < len(values)
+            ):
+                raise UserError(f"design.{name}={list(values)} must be distinct positive numbers.")
+        for name in ("widths", "depths"):
+            values = getattr(self, name)
+            if any(v < 1 for v in values) or len(set(values)) < len(values):
+                raise UserError(f"design.{name}={list(values)} must be distinct and at least 1.")
+        if self.seeds < 1:
+            raise UserError(f"design.seeds={self.seeds} must be at least 1.")
+
+    def shapes(self, shapes: ShapeMaker) -> list[Any]:
+        """The sizes as shapes: all of them at each budget."""
+        ladder = self.sizes.sizes()
+        widths = self.widths or sorted({ladder[i][0] for i in (0, len(ladder) // 2, -1)})
+        return [
+            shapes.shape(width, depth)
+            for width in widths
+            for depth in (self.depths or (self.sizes.depth(width),))
+        ]
+
+    def requests(self, shapes: ShapeMaker) -> Iterator[RunRequest]:
+        """Ascending by budget, then by size, LR and seed."""
+        sizes = self.shapes(shapes)
+        spends = [{"budget_flops": b} for b in sorted(self.budgets_flops)] + [
+            {"train_tokens": t} for t in sorted(self.horizons_tokens)
+        ]
+        multipliers = list(product(sorted(self.lr_multipliers), sorted(self.batch_multipliers)))
+        for spend, shape, (lr, batch), seed in product(spends, sizes, multipliers, range(self.seeds)):
+            yield RunRequest(shape, role=ROLE, seed=seed, lr_multiplier=lr, batch_multiplier=batch, **spend)
+
+    def remark(self, label: str, planned: int, kept: int) -> str | None:
+        """Sizes stand alone here: what is not planned is named, and takes nothing from the others."""
