@@ -31,7 +31,7 @@ def test_ten_steps_equal_torchs_adamw(shape):
     layout = FlatLayout.of(model)
     flat = layout.flatten({n: p.detach() for n, p in model.named_parameters()}).clone()
     first, second = torch.zeros_like(flat), torch.zeros_like(flat)
-    ratio, decay = (v.double() for v in group_vectors(layout, OPTIMIZER))
+    groups_of_ours = group_vectors(layout, OPTIMIZER).to(torch.float64)
     groups = [
         {
             "params": [p],
@@ -57,7 +57,7 @@ def test_ten_steps_equal_torchs_adamw(shape):
         gradient = layout.flatten(gradients)
         scale, norm = clip_scale(gradient, OPTIMIZER.clip_norm)
         assert norm.item() == pytest.approx(their_norm.item(), rel=1e-12)
-        adamw_update(flat, gradient * scale, first, second, ratio, decay, OPTIMIZER, controls[step])
+        adamw_update(flat, gradient * scale, first, second, groups_of_ours, OPTIMIZER, controls[step])
     for name, p in model.named_parameters():
         # Controls are float32 (as on a device), so the rates agree to about 1e-7.
         torch.testing.assert_close(layout.views(flat)[name], p.detach(), rtol=1e-5, atol=1e-7)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaling_lab.core.errors import UserError
+from scaling_lab.core.parametrization import MuP
 from scaling_lab.core.schedules import Constant, Cosine
 from scaling_lab.core.serial import canonical_json, dumps, to_dict
 from scaling_lab.core.shapes.gpt import GPTShape
@@ -45,7 +46,7 @@ def test_labels_are_not_identity():
         {"seed_init": 1}, {"seed_data": 1}, {"dtype": "bfloat16"}, {"train_tokens": 512}, {"batch_tokens": 1024},
         {"budget_flops": 2e11}, {"parent": "x"}, {"eval": EvalSpec(points=3)}, {"schedule": Cosine(final_fraction=0.0)},
         {"optimizer": OptimizerSpec(peak_lr=0.03)}, {"shape": GPTShape(width=32, depth=3, heads=2)},
-        {"data": PySource(split_seed=1)},
+        {"data": PySource(split_seed=1)}, {"parametrization": MuP()},
     ],
 )  # fmt: skip
 def test_everything_else_is(changes):

@@ -133,7 +133,7 @@ def test_configs_equal_the_codes_defaults():
 
     import yaml
 
-    from scaling_lab.core import schedules
+    from scaling_lab.core import parametrization, schedules
     from scaling_lab.core.registry import members
     from scaling_lab.core.serial import to_dict
 
@@ -141,6 +141,7 @@ def test_configs_equal_the_codes_defaults():
         "recipe": members("scaling_lab.plan.recipes"),
         "design": members("scaling_lab.plan.designs"),
         "data": members("scaling_lab.core.sources"),
+        "parametrization": parametrization.CLASSES,
         "schedule": {
             c.kind: c
             for c in (

@@ -160,10 +160,10 @@ def test_an_error_of_the_run_is_a_failed_record_and_the_others_go_on(tmp_path, m
 
     real = loop.build_model
 
-    def broken(shape):
+    def broken(shape, *rest):
         if shape.width == 16:
             raise RuntimeError("no memory\nfor this")
-        return real(shape)
+        return real(shape, *rest)
 
     monkeypatch.setattr(loop, "build_model", broken)
     good = tiny(10, shape=GPTShape(width=24, depth=1, heads=2))

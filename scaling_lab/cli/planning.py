@@ -83,7 +83,10 @@ def differences(old: Plan, new: Plan, *, ignore_execution: bool) -> list[str]:
     """`field (on disk: x, now: y)` for each field in which two plans differ; empty for the same plan."""
     before, after = _flat(json.loads(dumps(old.settings))), _flat(json.loads(dumps(new.settings)))
     found = []
+    same_runs = {r.run_id for r in old.runs} == {r.run_id for r in new.runs}
     for key in sorted(before.keys() | after.keys()):
+        if same_runs and key not in before:
+            continue  # an option that the version which made the plan did not have yet, at its default
         if ignore_execution and ".execution." in f".{key}.":
             continue
         if before.get(key) != after.get(key):
@@ -92,7 +95,7 @@ def differences(old: Plan, new: Plan, *, ignore_execution: bool) -> list[str]:
         found.append(
             f"the content of data (on disk {old.data_fingerprint[:12]}, now {new.data_fingerprint[:12]})"
         )
-    if not found and {r.run_id for r in old.runs} != {r.run_id for r in new.runs}:
+    if not found and not same_runs:
         found.append(
             "the runs that follow from the same options (the plan is by another version of scaling-lab)"
         )

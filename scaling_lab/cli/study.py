@@ -22,14 +22,18 @@ from scaling_lab.cli.forms import Form, Group, Option, build, options_of, type_h
 from scaling_lab.cli.values import read_value, unquoted
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError, unknown
+from scaling_lab.core.parametrization import parametrization_class
 from scaling_lab.core.registry import member
 from scaling_lab.core.spec import DTYPES, EvalSpec, schedule_class, shape_class, source_class
 from scaling_lab.plan.settings import ExecutionSettings, ModelSettings, SweepSettings
 
+# Groups of which a study has one choice each, with options of its own.
+PARTS = ("model", "data", "schedule", "parametrization", "recipe", "design", "tracker")
 GROUP_MEANINGS = {
     "model": "model family",
     "data": "what is trained on",
     "schedule": "learning rate over a run",
+    "parametrization": "how LRs and initial values follow the shape",
     "recipe": "batch, learning rate and warm-up from size and horizon",
     "design": "which sizes at which budgets",
     "tracker": "where else runs are shown",
@@ -136,7 +140,7 @@ def form_of_tree(
     options: dict[str, Option] = {}
     for cls in (Common, *extra):
         options |= options_of(cls, words=words)
-    for name in ("model", "data", "schedule", "recipe", "design", "tracker"):
+    for name in PARTS:
         if name in tree:
             cls = part_class(name, tree[name])
             options |= options_of(cls, f"{name}.", words=words, skip=("kind", "options"))
@@ -192,6 +196,8 @@ def part_class(name: str, node: Any) -> type:
         return source_class(kind)
     if name == "schedule":
         return schedule_class(kind)
+    if name == "parametrization":
+        return parametrization_class(kind)
     return member(f"scaling_lab.plan.{name}s", name, kind)
 
 
@@ -206,11 +212,7 @@ def sweep_settings(
     Raises:
         UserError: unknown keys, wrong types, a missing sweep name, or what the settings themselves refuse.
     """
-    parts = {
-        name: tree[name]
-        for name in ("model", "data", "schedule", "recipe", "design", "tracker")
-        if name in tree
-    }
+    parts = {name: tree[name] for name in PARTS if name in tree}
     own = {
         key: value
         for key, value in tree.items()
@@ -237,6 +239,7 @@ def sweep_settings(
         model=model_settings(parts["model"]),
         data=_part("data", data_node),
         schedule=_part("schedule", parts["schedule"]),
+        parametrization=_part("parametrization", parts["parametrization"]),
         eval=common.eval,
         max_epochs=max_epochs,
         convention=common.convention,

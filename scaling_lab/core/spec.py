@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from scaling_lab.core.counts import Convention, ModelCount, train_flops
 from scaling_lab.core.errors import UserError, unknown
+from scaling_lab.core.parametrization import Standard, parametrization_class
 from scaling_lab.core.registry import member
 from scaling_lab.core.serial import build, canonical_json, to_dict
 
@@ -131,8 +132,11 @@ class RunSpec:
     parent: str | None = None
     """Run whose checkpoint this one continues (trunk and cooldown)."""
     convention: Convention = Convention.SIX_N_WITH_HEAD
+    parametrization: Any = field(default_factory=Standard)
+    """How init, multipliers and group LRs follow from the shape; `optimizer` is what holds at its base shape."""
 
     def __post_init__(self) -> None:
+        self.parametrization.base_shape(self.shape)  # refuses a base shape that the family cannot have
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
         if self.batch_tokens < self.shape.context or self.batch_tokens % self.shape.context:
@@ -177,7 +181,7 @@ class RunSpec:
         return train_flops(self.flops_per_token(), self.train_tokens)
 
     def learning_rate(self, step: int) -> float:
-        """LR of hidden matrices at `step`, counted from 0."""
+        """LR at `step`, counted from 0, of hidden matrices of the parametrisation's base shape."""
         return self.optimizer.peak_lr * self.schedule.multiplier((step + 1) / self.steps)
 
     def run_id(self) -> str:
@@ -197,6 +201,9 @@ class RunSpec:
             parts[name] = build(member(f"scaling_lab.core.{package}", name, value["kind"]), value)
         schedule = dict(parts["schedule"])
         parts["schedule"] = build(schedule_class(schedule["kind"]), schedule)
+        if "parametrization" in parts:  # older specs have none: the default
+            chosen = dict(parts["parametrization"])
+            parts["parametrization"] = build(parametrization_class(chosen["kind"]), chosen)
         parts["optimizer"] = build(OptimizerSpec, parts["optimizer"])
         parts["eval"] = build(EvalSpec, parts["eval"])
         parts["convention"] = Convention(parts["convention"])

@@ -18,7 +18,7 @@ from scaling_lab.core.errors import UserError
 from scaling_lab.core.serial import to_dict
 from scaling_lab.core.spec import Execution, Plan, PlannedRun, RunSpec
 from scaling_lab.plan.designs.base import RunRequest
-from scaling_lab.plan.recipes.base import Hyperparameters, SweepHorizons, round_batch
+from scaling_lab.plan.recipes.base import Hyperparameters, SweepHorizons, decide, round_batch
 from scaling_lab.plan.settings import ExecutionSettings, SweepSettings
 from scaling_lab.plan.sizes import SizeLadder
 
@@ -178,7 +178,8 @@ def plan_run(settings: SweepSettings, request: RunRequest, horizons: SweepHorizo
     shape = request.shape
     per_token = shape.count().flops_per_token(settings.convention)
     wanted = request.tokens(settings.convention)
-    chosen = scaled(settings.recipe.decide(shape, wanted, horizons), request, shape.context)
+    chosen = decide(settings.recipe, settings.parametrization, shape, wanted, horizons)
+    chosen = scaled(chosen, request, shape.context)
     steps = whole_steps(wanted, chosen.batch_tokens)
     if steps < 1:
         raise UserError(
@@ -196,6 +197,7 @@ def plan_run(settings: SweepSettings, request: RunRequest, horizons: SweepHorizo
         optimizer=chosen.optimizer, batch_tokens=chosen.batch_tokens, train_tokens=train_tokens,
         eval=settings.eval, seed_init=seed, seed_data=seed,
         dtype=settings.dtype, convention=settings.convention,
+        parametrization=settings.parametrization,
     )  # fmt: skip
     rounding: tuple[str, ...] = ()
     off = train_tokens / wanted - 1

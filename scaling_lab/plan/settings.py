@@ -9,6 +9,7 @@ from typing import Any
 
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError, unknown
+from scaling_lab.core.parametrization import Standard
 from scaling_lab.core.spec import DTYPES, EvalSpec, shape_class
 
 COMPILE_CHOICES = ("auto", "true", "false")
@@ -92,6 +93,7 @@ class SweepSettings:
     seed: int = 0
     dtype: str = "float32"
     execution: ExecutionSettings = field(default_factory=ExecutionSettings)
+    parametrization: Any = field(default_factory=Standard)
 
     def __post_init__(self) -> None:
         if not self.max_epochs > 0:

@@ -179,7 +179,7 @@ def open_session(spec: RunSpec, execution: Execution, expected_fingerprint: str 
             f"data={spec.data.kind} has {train.size} tokens: less than one window of model.context={context}."
         )
     torch.manual_seed(spec.seed_init)
-    model = build_model(spec.shape).to(device)
+    model = build_model(spec.shape, spec.parametrization).to(device)
     return Session(
         spec=spec,
         device=device,

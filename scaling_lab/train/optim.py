@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from scaling_lab.core.parametrization import STANDARD, Parametrization
 from scaling_lab.core.spec import OptimizerSpec
+from scaling_lab.train.parametrization import parameter_groups
 
 
 @dataclass(frozen=True)
@@ -41,20 +44,39 @@ class FlatLayout:
         }
 
 
-def group_vectors(layout: FlatLayout, optimizer: OptimizerSpec) -> tuple[Tensor, Tensor]:
-    """(LR ratio, weight decay) of every parameter, flat. Matrices decay, the embedding and head among them; vectors
-    (gains, biases) do not."""
-    ratios, decays = [], []
-    for name, shape in zip(layout.names, layout.shapes, strict=True):
-        if name.startswith(("embedding.", "positions.")):
-            ratio = optimizer.embedding_lr_ratio
-        elif name.startswith("head."):
-            ratio = optimizer.head_lr_ratio
-        else:
-            ratio = 1.0
-        ratios.append(torch.full((shape.numel(),), ratio))
-        decays.append(torch.full((shape.numel(),), optimizer.weight_decay if len(shape) >= 2 else 0.0))
-    return torch.cat(ratios), torch.cat(decays)
+class GroupVectors(NamedTuple):
+    """What the optimiser does with every parameter, flat (n,)."""
+
+    lr_ratio: Tensor
+    weight_decay: Tensor
+    eps: Tensor | float
+    """One number where all parameters have the same."""
+
+    def to(self, target: torch.device | torch.dtype) -> GroupVectors:
+        eps = self.eps.to(target) if isinstance(self.eps, Tensor) else self.eps
+        return GroupVectors(self.lr_ratio.to(target), self.weight_decay.to(target), eps)
+
+
+def group_vectors(
+    layout: FlatLayout,
+    optimizer: OptimizerSpec,
+    parametrization: Parametrization = STANDARD,
+    shape: Any = None,
+) -> GroupVectors:
+    """The groups of a model of `shape` (which only `standard` can do without), see `parameter_groups`."""
+    groups = parameter_groups(zip(layout.names, layout.shapes), optimizer, parametrization, shape)
+
+    def flat(values: Sequence[float]) -> Tensor:
+        return torch.cat(
+            [torch.full((size.numel(),), value) for value, size in zip(values, layout.shapes, strict=True)]
+        )
+
+    eps = [group.eps for group in groups]
+    return GroupVectors(
+        lr_ratio=flat([group.lr_ratio for group in groups]),
+        weight_decay=flat([group.weight_decay for group in groups]),
+        eps=eps[0] if len(set(eps)) == 1 else flat(eps),
+    )
 
 
 def clip_scale(gradient: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
@@ -68,8 +90,7 @@ def adamw_update(
     gradient: Tensor,
     first_moment: Tensor,
     second_moment: Tensor,
-    lr_ratio: Tensor,
-    weight_decay: Tensor,
+    groups: GroupVectors,
     optimizer: OptimizerSpec,
     controls: Tensor,
 ) -> None:
@@ -81,9 +102,9 @@ def adamw_update(
     lr, correction1, correction2 = controls.unbind(0)
     first_moment.lerp_(gradient, 1 - optimizer.beta1)
     second_moment.lerp_(gradient.square(), 1 - optimizer.beta2)
-    rate = lr * lr_ratio
-    update = (first_moment / correction1) / ((second_moment / correction2).sqrt() + optimizer.eps)
-    parameters.mul_(1 - rate * weight_decay).sub_(rate * update)
+    rate = lr * groups.lr_ratio
+    update = (first_moment / correction1) / ((second_moment / correction2).sqrt() + groups.eps)
+    parameters.mul_(1 - rate * groups.weight_decay).sub_(rate * update)
 
 
 def control_rows(learning_rates: Sequence[float], first_step: int, optimizer: OptimizerSpec) -> Tensor:

@@ -30,7 +30,7 @@ class TrainStep:
         self.first_moment = torch.zeros_like(self.flat)
         self.second_moment = torch.zeros_like(self.flat)
         self.buffers = buffers = dict(model.named_buffers())
-        lr_ratio, weight_decay = (v.to(self.flat.device) for v in group_vectors(layout, spec.optimizer))
+        groups = group_vectors(layout, spec.optimizer, spec.parametrization, spec.shape).to(self.flat.device)
         offsets = torch.arange(spec.shape.context + 1, device=tokens.device)
         device_type, autocast = tokens.device.type, spec.dtype == "bfloat16"
 
@@ -48,9 +48,7 @@ class TrainStep:
             gradients, loss = gradient_and_loss(layout.views(flat), window[:, :-1], window[:, 1:])
             gradient = layout.flatten(gradients).float()
             scale, _ = clip_scale(gradient, spec.optimizer.clip_norm)
-            adamw_update(
-                flat, gradient * scale, first, second, lr_ratio, weight_decay, spec.optimizer, controls
-            )
+            adamw_update(flat, gradient * scale, first, second, groups, spec.optimizer, controls)
             return loss
 
         self._step = torch.compile(step, dynamic=False) if execution.compile else step

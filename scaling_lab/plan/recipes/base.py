@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from scaling_lab.core.parametrization import Parametrization
 from scaling_lab.core.spec import OptimizerSpec
 
 
@@ -36,6 +37,28 @@ class Recipe(Protocol):
     """A frozen dataclass with a `kind`, its short name."""
 
     def decide(self, shape: Any, train_tokens: float, sweep: SweepHorizons) -> Hyperparameters: ...
+
+
+def decide(
+    recipe: Recipe, parametrization: Parametrization, shape: Any, train_tokens: float, sweep: SweepHorizons
+) -> Hyperparameters:
+    """What `recipe` decides for a run of `shape` under a parametrisation.
+
+    LR and weight decay are the recipe's for the parametrisation's base shape at the run's own horizon: from there on the
+    parametrisation scales them, once. Batch, warm-up, betas and clipping are the recipe's for the run's own shape. Under
+    `standard` every shape is its own base, and the recipe alone decides.
+    """
+    chosen = recipe.decide(shape, train_tokens, sweep)
+    base = parametrization.base_shape(shape)
+    if base == shape:
+        return chosen
+    at_base = recipe.decide(base, train_tokens, sweep)
+    optimizer = replace(
+        chosen.optimizer,
+        peak_lr=at_base.optimizer.peak_lr,
+        weight_decay=at_base.optimizer.weight_decay,
+    )
+    return replace(chosen, optimizer=optimizer, notes=tuple(dict.fromkeys((*at_base.notes, *chosen.notes))))
 
 
 def round_batch(tokens: float, context: int) -> int:

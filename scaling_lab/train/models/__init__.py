@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from scaling_lab.core.parametrization import STANDARD, Parametrization
 from scaling_lab.core.registry import member
 
 
-def build_model(shape: Any) -> nn.Module:
+def build_model(shape: Any, parametrization: Parametrization = STANDARD) -> nn.Module:
     """The module of a shape's family, initialised from torch's global generator: logits (B, T, V) of tokens (B, T)."""
-    module: nn.Module = member("scaling_lab.train.models", "model", shape.kind)(shape)
+    module: nn.Module = member("scaling_lab.train.models", "model", shape.kind)(shape, parametrization)
     return module

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scaling_lab.core.parametrization import STANDARD, Multipliers, Parametrization
 from scaling_lab.core.shapes.gpt import GPTShape
+from scaling_lab.train.parametrization import scaled
 
 RMS_NORM_EPS = 1e-6
 
@@ -33,9 +35,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, shape: GPTShape) -> None:
+    def __init__(self, shape: GPTShape, multipliers: Multipliers) -> None:
         super().__init__()
         w, hidden = shape.width, shape.mlp_hidden
+        self.residual_scale, self.attention_scale = multipliers.residual, multipliers.attention
         self.heads, self.kind_of_mlp = shape.heads, shape.mlp
         self.attention_norm = RMSNorm(w)
         self.qkv = nn.Linear(w, 3 * w, bias=False)
@@ -44,15 +47,17 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(w, 2 * hidden if shape.mlp == "swiglu" else hidden, bias=False)
         self.mlp_out = nn.Linear(hidden, w, bias=False)
 
-    def reset_parameters(self, residual_scale: float) -> None:
+    def reset_parameters(self, base: GPTShape, factor: float) -> None:
+        """`factor` times the standard deviations of a block of the shape `base`."""
+        residual = (2 * base.depth) ** -0.5
         for linear in (self.qkv, self.mlp_in):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-        for linear in (self.attention_out, self.mlp_out):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5 * residual_scale)
+            nn.init.normal_(linear.weight, std=base.width**-0.5 * factor)
+        nn.init.normal_(self.attention_out.weight, std=base.width**-0.5 * residual * factor)
+        nn.init.normal_(self.mlp_out.weight, std=base.mlp_hidden**-0.5 * residual * factor)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + scaled(self.attention(self.attention_norm(x), cos, sin), self.residual_scale)
+        return x + scaled(self.mlp(self.mlp_norm(x)), self.residual_scale)
 
     def attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, context, width = x.shape
@@ -61,7 +66,7 @@ class Block(nn.Module):
         # QK-norm (Henry et al. 2020, arXiv 2010.04245), without a gain: bounded logits, stable at large LR.
         q = rotate(F.rms_norm(q, (head_dim,), eps=RMS_NORM_EPS), cos, sin)
         k = rotate(F.rms_norm(k, (head_dim,), eps=RMS_NORM_EPS), cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.attention_scale)
         out: Tensor = self.attention_out(y.transpose(1, 2).reshape(batch, context, width))
         return out
 
@@ -83,10 +88,12 @@ class GPT(nn.Module):
 
     kind: ClassVar[str] = "gpt"
 
-    def __init__(self, shape: GPTShape) -> None:
+    def __init__(self, shape: GPTShape, parametrization: Parametrization = STANDARD) -> None:
         super().__init__()
+        multipliers = parametrization.multipliers(shape)
+        self.head_scale = multipliers.head
         self.embedding = nn.Embedding(shape.vocab_size, shape.width)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.depth))
+        self.blocks = nn.ModuleList(Block(shape, multipliers) for _ in range(shape.depth))
         self.final_norm = RMSNorm(shape.width)
         self.head = nn.Linear(shape.width, shape.vocab_size, bias=False)
         if shape.tied_head:
@@ -98,23 +105,24 @@ class GPT(nn.Module):
         self.sin: Tensor
         self.register_buffer("cos", angles.cos().float(), persistent=False)
         self.register_buffer("sin", angles.sin().float(), persistent=False)
-        self.reset_parameters(shape)
+        self.reset_parameters(parametrization.base_shape(shape), multipliers.hidden_init)
 
-    def reset_parameters(self, shape: GPTShape) -> None:
-        """Matrices at 1/sqrt(fan_in); what writes to the residual stream is scaled down by sqrt(2 depth) (GPT-2)."""
+    def reset_parameters(self, base: GPTShape, hidden_factor: float) -> None:
+        """Matrices at 1/sqrt(fan_in); what writes to the residual stream is scaled down by sqrt(2 depth) (GPT-2). All of
+        it at the parametrisation's base shape, hidden matrices times its factor."""
         # A unit embedding under pre-norm: at 0.1 tiny models lose 0.05 nats, as they do with a smaller head
         # (results/LOG.md). A tied matrix serves as the head too.
-        nn.init.normal_(self.embedding.weight, std=shape.width**-0.5 if shape.tied_head else 1.0)
-        if not shape.tied_head:
-            nn.init.normal_(self.head.weight, std=shape.width**-0.5)
+        nn.init.normal_(self.embedding.weight, std=base.width**-0.5 if base.tied_head else 1.0)
+        if not base.tied_head:
+            nn.init.normal_(self.head.weight, std=base.width**-0.5)
         for module in self.modules():
             if isinstance(module, Block):
-                module.reset_parameters(residual_scale=(2 * shape.depth) ** -0.5)
+                module.reset_parameters(base, hidden_factor)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
         cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x, cos, sin)
-        logits: Tensor = self.head(self.final_norm(x))
+        logits: Tensor = self.head(scaled(self.final_norm(x), self.head_scale))
         return logits
