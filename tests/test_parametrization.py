@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from scaling_lab.cli.main import main
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.parametrization import (
     CLASSES,
@@ -315,3 +316,33 @@ def test_trained_runs_differ_by_parametrisation(tmp_path):
         curves[kind.kind] = [p.train_loss_nats for p in record.curve]
     assert len({curve[0] for curve in curves.values()}) == 3
     assert all(math.isfinite(c[-1]) and c[-1] < c[0] - 0.5 for c in curves.values())
+
+
+TINY_PLAN = ["sweep=s", "device=cpu", "compile=false", "data.max_mb=1", "design.budgets_flops=[1e9]"]
+
+
+def test_a_plan_of_a_version_without_parametrisations_is_the_same_plan(tmp_path, monkeypatch, capsys):
+    """An option that plan.json does not know yet is no difference where the runs are the same; another value is one."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *TINY_PLAN]) == 0
+    store = RunStore("results/s")
+    plan = store.read_plan()
+    assert {run.spec.parametrization for run in plan.runs} == {STANDARD}
+    assert plan.settings.pop("parametrization") == {"kind": "standard"}
+    store.write_plan(plan)
+    store.claim(plan.runs[0].spec).release()  # begun: what differs is refused from here on
+    assert main(["plan", *TINY_PLAN]) == 0
+    assert "unchanged" in capsys.readouterr().out
+    assert main(["plan", *TINY_PLAN, "parametrization=mup"]) == 2
+    assert "parametrization (on disk null, now" in capsys.readouterr().err
+
+
+def test_a_list_multiplies_a_plan(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *TINY_PLAN, "parametrization=standard,completep"]) == 0
+    out = capsys.readouterr().out
+    assert "completep" in out
+    data = json.loads((tmp_path / "results/s/plan.json").read_text())
+    kinds = [run["spec"]["parametrization"]["kind"] for run in data["runs"]]
+    assert sorted(set(kinds)) == ["completep", "standard"]
+    assert kinds.count("completep") == kinds.count("standard")

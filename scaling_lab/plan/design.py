@@ -46,6 +46,7 @@ class GridRow:
     peak_lr: float
     seed: int
     compiled: bool
+    parametrization: str
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,7 @@ def describe(plan: Plan, corpus_tokens: int | None = None) -> list[GridRow]:
                 n_params=n, train_tokens=spec.train_tokens, tokens_per_param=spec.train_tokens / n,
                 epochs=spec.train_tokens / corpus_tokens if corpus_tokens else math.nan, steps=spec.steps,
                 batch_tokens=spec.batch_tokens, peak_lr=spec.optimizer.peak_lr, seed=spec.seed_init,
-                compiled=run.execution.compile,
+                compiled=run.execution.compile, parametrization=spec.parametrization.kind,
             )
         )  # fmt: skip
     return rows

@@ -108,9 +108,13 @@ def grid_table(plan: Plan, width: int) -> Any:
     names = ("budget FLOPs", "width", "depth", "N", "tokens D", "D/N", "epochs", "steps", "batch", "peak LR", "seed",
              "compiled")  # fmt: skip
     rows = describe(plan, corpus_tokens(plan))
+    # Most plans know no other parametrisation: a column only where it says something.
+    several = any(row.parametrization != "standard" for row in rows)
+    if several:
+        names = ("param.", *names)
     cells: list[tuple[str, ...]] = [
         (
-            f"{row.budget_flops:.3g}", str(row.width), str(row.depth), human_count(row.n_params),
+            *([row.parametrization] if several else []), f"{row.budget_flops:.3g}", str(row.width), str(row.depth), human_count(row.n_params),
             human_count(row.train_tokens), f"{row.tokens_per_param:.3g}", f"{row.epochs:.2f}", f"{row.steps:,}",
             f"{row.batch_tokens:,}", f"{row.peak_lr:.2g}", str(row.seed), "yes" if row.compiled else "no",
         )
