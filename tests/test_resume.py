@@ -25,6 +25,7 @@ from scaling_lab.train.checkpoint import (
     save_checkpoint,
     steps_saved,
 )
+from scaling_lab.train.stopping import Interrupted
 
 
 def losses(record: RunRecord) -> list[object]:
@@ -37,14 +38,14 @@ def interrupted_at(store: RunStore, spec, stop_after: int, execution: Execution 
 
     real = loop.keep
 
-    def keep_and_stop(folder, planned, session, curve, step):
-        real(folder, planned, session, curve, step)
+    def keep_and_stop(folder, planned, session, curve, watch, step):
         if step >= stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
+        return real(folder, planned, session, curve, watch, step)
 
     loop.keep = keep_and_stop
     try:
-        with pytest.raises(loop.Interrupted):
+        with pytest.raises(Interrupted):
             train(store, spec, execution, checkpoint_every_s=0.0)
     finally:
         loop.keep = real

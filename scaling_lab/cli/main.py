@@ -1,6 +1,7 @@
 """Owns the console script: the table of commands, and how every way of ending becomes one line and an exit status.
 
-Exit status: 0 done; 1 done, but runs failed or diverged; 2 the user can mend it; 70 our own bug; 130 interrupted.
+Exit status: 0 done; 1 done, but runs failed or diverged; 2 the user can mend it; 70 our own bug;
+75 told to go by the system (SIGTERM, SIGUSR1: the same command goes on); 130 interrupted.
 Importing this module imports nothing heavy: `scaling-lab --help` answers at once.
 """
 
@@ -12,9 +13,9 @@ from collections.abc import Sequence
 
 from scaling_lab.cli.arguments import Arguments, parse
 from scaling_lab.cli.table import COMMANDS
-from scaling_lab.core.errors import UserError, unknown
+from scaling_lab.core.errors import Preempted, UserError, unknown
 
-EXIT_OK, EXIT_RUNS_FAILED, EXIT_USER, EXIT_BUG, EXIT_INTERRUPTED = 0, 1, 2, 70, 130
+EXIT_OK, EXIT_RUNS_FAILED, EXIT_USER, EXIT_BUG, EXIT_PREEMPTED, EXIT_INTERRUPTED = 0, 1, 2, 70, 75, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +98,7 @@ def _interrupted(arguments: Arguments | None, error: KeyboardInterrupt) -> int:
     if not hint and arguments is not None and arguments.command:
         hint = "nothing that was finished is lost: the same command goes on."
     _say(f"interrupted: {hint}" if hint else "interrupted.")
-    return EXIT_INTERRUPTED
+    return EXIT_PREEMPTED if isinstance(error, Preempted) else EXIT_INTERRUPTED
 
 
 def _os_message(error: OSError) -> str:

@@ -89,16 +89,16 @@ def sweep_job(config: Any) -> int:
 
     Returns how many records it made; nobody relies on it.
     """
-    from scaling_lab.train.loop import Interrupted
+    from scaling_lab.train.stopping import Interrupted
     from scaling_lab.train.worker import train_pending
 
     store = RunStore(Path(str(config.results_dir)) / str(config.sweep))
     run_ids = [str(run_id) for run_id in config.run_ids or ()]
     try:
         return len(train_pending(store, store.read_plan(), run_ids, tracker_options(plain(config))))
-    except Interrupted:
+    except Interrupted as stop:
         # Not an error of this job: the whole sweep was told to stop, and Hydra passes only this on.
-        raise KeyboardInterrupt(go_on_hint(store)) from None
+        raise stop.saying(go_on_hint(store)) from None
 
 
 def go_on_hint(store: RunStore) -> str:

@@ -23,7 +23,7 @@ from typing import IO, Any
 from scaling_lab.cli.console import Console
 from scaling_lab.cli.progress import Display, Progress
 from scaling_lab.cli.sweeping import go_on_hint
-from scaling_lab.core.errors import UserError
+from scaling_lab.core.errors import Preempted, UserError
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.store import RunStore
 
@@ -81,9 +81,9 @@ def run_workers(
     with terminate_as_interrupt(), Display.open(console, store.folder.name) as display:
         try:
             crew.work(display)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             crew.stop()
-            raise KeyboardInterrupt(go_on_hint(store)) from None
+            raise type(stop)(go_on_hint(store)) from None
         except BaseException:
             crew.stop()
             raise
@@ -257,15 +257,16 @@ class Crew:
 
 @contextlib.contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """Within it SIGTERM and SIGHUP end the sweep as Ctrl-C does, so that no worker outlives it."""
+    """Within it SIGTERM, SIGUSR1 and SIGHUP end the sweep as Ctrl-C does, so that no worker outlives it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        raise Preempted if number != signal.SIGHUP else KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    stops = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in stops}
     try:
         yield
     finally:

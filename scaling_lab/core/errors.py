@@ -1,4 +1,4 @@
-"""Owns the one exception that means "the user can mend this": one line, exit status 2, no traceback."""
+"""Owns the exceptions that are no bugs: bad input (one line, exit status 2), and being told to go (exit status 75)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """Bad input. The message is one line that names the option, the value and the choices."""
+
+
+class Preempted(KeyboardInterrupt):
+    """The machine or its scheduler wants this process gone (SIGTERM, SIGUSR1); what is not over goes on another time.
+
+    Exit status 75, at which a scheduler may start the same command again (the BSD sysexits' EX_TEMPFAIL).
+    """
 
 
 def unknown(what: str, value: object, choices: Iterable[str]) -> UserError:

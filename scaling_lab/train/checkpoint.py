@@ -17,6 +17,7 @@ import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ class Checkpoint:
     execution: Execution
     data_fingerprint: str
     tensors: dict[str, Tensor] = field(repr=False)
+    divergence: dict[str, Any] | None = None
+    """What `train.divergence` remembers of the losses so far; None in checkpoints of older versions."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = KEPT) -> None:
@@ -130,4 +133,5 @@ def read_checkpoint(
         execution=written_under,
         data_fingerprint=meta["data_fingerprint"],
         tensors=torch.load(io.BytesIO(data), map_location="cpu", weights_only=True),
+        divergence=meta.get("divergence"),
     )

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -26,11 +23,13 @@ from scaling_lab.train.checkpoint import KEPT, Checkpoint, clean, load_latest, s
 from scaling_lab.train.curve import CurveWriter
 from scaling_lab.train.data import read_tokens
 from scaling_lab.train.devices import apply_execution, environment
+from scaling_lab.train.divergence import Divergence
 from scaling_lab.train.evaluate import ValidationSet, evaluation_steps
 from scaling_lab.train.models import build_model
 from scaling_lab.train.optim import control_rows
 from scaling_lab.train.order import WindowOrder, n_windows
 from scaling_lab.train.step import TrainStep
+from scaling_lab.train.stopping import listen
 from scaling_lab.train.tracking import NoTracker, Tracker
 
 log = logging.getLogger(__name__)
@@ -41,15 +40,6 @@ BLOCK_STEPS = 64
 HEARTBEAT_S = 2.0
 # A killed run loses at most this much work; a checkpoint of a tiny model takes milliseconds.
 CHECKPOINT_EVERY_S = 30.0
-# A run whose training loss stays this far above a uniform guess for so many steps will not come back.
-DIVERGED_ABOVE_UNIFORM_NATS = 3.0
-DIVERGED_STEPS = 32
-# Exit status of a worker that was told to stop and can go on later (the BSD sysexits' EX_TEMPFAIL, used for requeueing).
-EXIT_REQUEUE = 75
-
-
-class Interrupted(Exception):
-    """The process was told to stop: the run goes on another time."""
 
 
 @dataclass
@@ -75,13 +65,14 @@ def train_run(
 ) -> RunRecord:
     """Train one claimed run, from its last checkpoint if it has one, and write its record. Divergence is a record.
 
-    Raises `Interrupted` (the claim is released), `ClaimLost` (another process has it) or `UserError` (the data are not
-    the plan's); an error of the run itself becomes a record with status FAILED.
+    Raises `stopping.Interrupted` (the claim is released), `ClaimLost` (another process has it) or `UserError` (the data
+    are not the plan's); an error of the run itself becomes a record with status FAILED.
     """
     spec, tracker = planned.spec, tracker or NoTracker()
     folder = store.run_folder(planned.run_id)
-    with Pulse(claim, spec) as pulse, stop_signals() as stopped:
-        session = open_session(spec, planned.execution, expected_fingerprint)
+    with Pulse(claim, spec) as pulse, listen() as asked:
+        with asked.nothing_to_save():
+            session = open_session(spec, planned.execution, expected_fingerprint)
         # From here on files are changed: whoever was superseded while it loaded must not touch them.
         claim.check()
         clean(folder / "checkpoint")
@@ -90,10 +81,13 @@ def train_run(
         with store.start_curve(planned.run_id, kept) as file:
             curve = open_curve(spec, file, kept, saved)
             tracker.start(planned, session.fingerprint)
-            pulse.begin(saved.step if saved else 0)
-            clock, watch = Timer(checkpoint_every_s), Divergence(spec, kept)
-            for first, last in blocks(spec, saved.step if saved else 0):
-                losses = train_block(session, first, last)
+            done = saved.step if saved else 0
+            pulse.begin(done)
+            clock, watch = Timer(checkpoint_every_s), Divergence(spec, saved.divergence if saved else None)
+            for first, last in blocks(spec, done):
+                # The first block is one step, and compiles it.
+                with asked.nothing_to_save(first == done):
+                    losses = train_block(session, first, last)
                 validation = validation_loss(session) if last in evaluation_steps(spec) else None
                 for point in record_block(curve, first, losses, validation, watch):
                     tracker.log(point)
@@ -101,11 +95,12 @@ def train_run(
                 if watch.reason:
                     break
                 pulse.progress(last, losses[-1])
-                if clock.is_due() or stopped() or last == spec.steps:
+                if clock.is_due() or asked() or last == spec.steps:
                     pulse.check()
-                    keep(folder / "checkpoint", planned, session, curve, last)
-                if stopped() and last < spec.steps:
-                    raise Interrupted(planned.run_id)
+                    if keep(folder / "checkpoint", planned, session, curve, watch, last):
+                        asked.saved()
+                if last < spec.steps:
+                    asked.answer()
         record = make_record(planned, session, curve, watch.reason)
         pulse.check()
         if not store.write_record(record):
@@ -138,8 +133,11 @@ def open_curve(spec: RunSpec, file: IO[str], kept: list[EvalPoint], saved: Check
     return CurveWriter(spec, file, kept, saved.block_losses_nats, saved.wall_time_s)
 
 
-def keep(folder: Path, planned: PlannedRun, session: Session, curve: CurveWriter, step: int) -> None:
-    """Checkpoint. A disk that refuses is a warning: the run goes on, and would begin from an older one."""
+def keep(
+    folder: Path, planned: PlannedRun, session: Session, curve: CurveWriter, watch: Divergence, step: int
+) -> bool:
+    """Checkpoint; says whether it is on the disk. A disk that refuses is a warning: the run goes on, and would begin
+    from an older one."""
     try:
         curve.flush(durable=True)
         save_checkpoint(
@@ -153,12 +151,15 @@ def keep(folder: Path, planned: PlannedRun, session: Session, curve: CurveWriter
                 execution=planned.execution,
                 data_fingerprint=session.fingerprint,
                 tensors=session.step.state(),
+                divergence=watch.state(),
             ),
             # A run that is over needs one: its weights, to sample from.
             keep=1 if step == planned.spec.steps else KEPT,
         )
     except OSError as error:
         log.warning("run %s: no checkpoint at step %d (%s).", planned.run_id, step, error)
+        return False
+    return True
 
 
 def open_session(spec: RunSpec, execution: Execution, expected_fingerprint: str | None = None) -> Session:
@@ -251,37 +252,6 @@ def record_block(
             yield point
 
 
-class Divergence:
-    """Watches the losses, one step after the other: when the run is lost, `reason` says why."""
-
-    def __init__(self, spec: RunSpec, points: Sequence[EvalPoint] = ()) -> None:
-        self.reason: str | None = None
-        uniform = math.log(spec.shape.vocab_size)
-        self._limit = uniform + DIVERGED_ABOVE_UNIFORM_NATS
-        self._why = f"is far above a uniform guess of {uniform:.3g} for {DIVERGED_STEPS} steps"
-        # A resumed run has its last losses in its curve.
-        self._above = 0
-        for point in points:
-            self._count(point.train_loss_nats or 0.0)
-
-    def step(self, loss: float) -> bool:
-        """Take one step's training loss; says whether the run is lost."""
-        self._count(loss)
-        if not math.isfinite(loss):
-            self.reason = "the training loss is not finite"
-        elif self._above >= DIVERGED_STEPS:
-            self.reason = f"the training loss, {loss:.3g} nats, {self._why}"
-        return self.reason is not None
-
-    def validation(self, loss: float) -> bool:
-        if not math.isfinite(loss):
-            self.reason = "the validation loss is not finite"
-        return self.reason is not None
-
-    def _count(self, loss: float) -> None:
-        self._above = self._above + 1 if loss > self._limit else 0
-
-
 def make_record(planned: PlannedRun, session: Session, curve: CurveWriter, reason: str | None) -> RunRecord:
     """The record of a run that is over: diverged where there is a reason, else completed."""
     count = planned.spec.count()
@@ -368,19 +338,3 @@ class Timer:
             return False
         self._last = time.monotonic()
         return True
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within it, SIGTERM, SIGINT and SIGUSR1 set a flag that the loop reads between blocks of steps."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag.is_set
-        return
-    kinds = [signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM)]
-    before = {kind: signal.signal(kind, lambda *_: flag.set()) for kind in kinds}
-    try:
-        yield flag.is_set
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)

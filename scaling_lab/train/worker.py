@@ -26,7 +26,8 @@ from scaling_lab.core.record import RunRecord, RunStatus
 from scaling_lab.core.spec import Plan, PlannedRun
 from scaling_lab.core.store import RunStore
 from scaling_lab.train.devices import environment, resolve_device
-from scaling_lab.train.loop import CHECKPOINT_EVERY_S, EXIT_REQUEUE, Interrupted, train_run
+from scaling_lab.train.loop import CHECKPOINT_EVERY_S, train_run
+from scaling_lab.train.stopping import EXIT_REQUEUE, Interrupted, listen
 from scaling_lab.train.tracking import make_tracker
 
 log = logging.getLogger(__name__)
@@ -54,13 +55,16 @@ def train_pending(
     for device in {run.execution.device for run in plan.runs}:
         resolve_device(device)
     made = []
-    for planned in longest_first([r for r in plan.runs if wanted is None or r.run_id in wanted]):
-        claim = store.claim(planned.spec)
-        if claim is None:
-            continue
-        record = train_claimed(planned, store, claim, plan.data_fingerprint, tracker, checkpoint_every_s)
-        if record is not None:
-            made.append(record)
+    with listen() as asked:
+        for planned in longest_first([r for r in plan.runs if wanted is None or r.run_id in wanted]):
+            # Told to stop as the run before ended: this one is not begun.
+            asked.answer()
+            claim = store.claim(planned.spec)
+            if claim is None:
+                continue
+            record = train_claimed(planned, store, claim, plan.data_fingerprint, tracker, checkpoint_every_s)
+            if record is not None:
+                made.append(record)
     return made
 
 
@@ -146,13 +150,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         threading.Thread(target=stop_with, args=(options.stop_with,), daemon=True).start()
     try:
         run_ids = options.run_ids.split(",") if options.run_ids else None
-        train_pending(
-            store,
-            store.read_plan(),
-            run_ids,
-            json.loads(options.tracker) if options.tracker else None,
-            options.checkpoint_every_s,
-        )
+        with listen():
+            train_pending(
+                store,
+                store.read_plan(),
+                run_ids,
+                json.loads(options.tracker) if options.tracker else None,
+                options.checkpoint_every_s,
+            )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

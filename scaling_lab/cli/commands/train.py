@@ -67,7 +67,7 @@ def planned_run(tree: dict[str, Any]) -> PlannedRun:
 
 def train_job(config: Any) -> str:
     """One run, in this process: the job of a multirun, under any launcher. Returns the run's id."""
-    from scaling_lab.train.loop import Interrupted
+    from scaling_lab.train.stopping import Interrupted
     from scaling_lab.train.worker import train_claimed
 
     tree = config if isinstance(config, dict) else plain(config)
@@ -94,8 +94,8 @@ def train_job(config: Any) -> str:
     try:
         with _Pulse(store, planned, console):
             train_claimed(planned, store, claim, None, tracker_options(tree))
-    except Interrupted:
-        raise KeyboardInterrupt("the run is not over; the same command trains it again.") from None
+    except Interrupted as stop:
+        raise stop.saying("the run is not over; the same command goes on with it.") from None
     console.say(ending_line(store.state(planned.run_id)))
     return planned.run_id
 
