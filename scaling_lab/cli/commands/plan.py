@@ -105,7 +105,7 @@ def grid_table(plan: Plan, width: int) -> Any:
     """One row a run; on a screen of few columns without the least important ones."""
     from scaling_lab.plan.design import describe
 
-    names = ("budget FLOPs", "width", "depth", "N", "tokens D", "D/N", "epochs", "steps", "batch", "peak LR", "seed",
+    names: tuple[str, ...] = ("budget FLOPs", "width", "depth", "N", "tokens D", "D/N", "epochs", "steps", "batch", "peak LR", "seed",
              "compiled")  # fmt: skip
     rows = describe(plan, corpus_tokens(plan))
     # Most plans know no other parametrisation: a column only where it says something.
