@@ -156,6 +156,23 @@ def test_learning_rate_design_at_horizons_and_depths():
         assert spec.budget_flops == spec.train_flops()
 
 
+def test_learning_rates_at_sizes_of_a_grid():
+    """The ends and the middle of what an IsoFLOP sweep of the same options trains, budget by budget."""
+    grid = make_plan(settings())
+    tuned = make_plan(
+        settings(
+            design=LearningRateDesign(
+                IsoFlopDesign().budgets_flops, grid_sizes=6, sizes_per_budget=2, lr_multipliers=(1,)
+            )
+        )
+    )
+    for budget in grid.budgets_flops:
+        widths = sorted(r.spec.shape.width for r in grid.runs if r.spec.budget_flops == budget)
+        found = [r.spec.shape.width for r in tuned.runs if r.spec.budget_flops == budget]
+        assert found == [widths[0], widths[-1]]
+    assert {r.run_id for r in tuned.runs} < {r.run_id for r in grid.runs}
+
+
 def test_multipliers_that_round_to_one_run_are_one_run():
     # 64 tokens a step are one sequence: less is not possible.
     recipe = DefaultRecipe(batch_tokens=64)
@@ -189,6 +206,8 @@ def test_sweep_horizons_by_hand():
         (lambda: lr_design(batch_multipliers=(0.0,)), "design.batch_multipliers"),
         (lambda: lr_design(widths=(0,)), "design.widths"),
         (lambda: lr_design(seeds=0), "design.seeds=0"),
+        (lambda: lr_design(grid_sizes=6), "neither design.widths"),
+        (lambda: lr_design(grid_sizes=6, widths=(), sizes_per_budget=7), "design.sizes_per_budget=7"),
         (
             lambda: make_plan(settings(design=lr_design(budgets_flops=(), horizons_tokens=(3.0,)))),
             "design.horizons_tokens: 3 is less than one step",

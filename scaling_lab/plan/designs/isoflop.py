@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from scaling_lab.core.errors import UserError
 from scaling_lab.plan.designs.base import RunRequest, ShapeMaker, check_budgets
@@ -73,13 +73,17 @@ class IsoFlopDesign:
 
     def requests(self, shapes: ShapeMaker) -> Iterator[RunRequest]:
         """Ascending by budget, then by size; the repeated seeds of a size follow its first."""
-        ladder = shapes.ladder(self.sizes)
-        log_params = [math.log(shape.count().n_params(shapes.convention)) for shape in ladder]
         for index, budget in enumerate(sorted(self.budgets_flops)):
-            for size in self.window(log_params, budget):
+            for shape in self.window_shapes(shapes, budget):
                 for seed in self.seeds(index):
                     role = "isoflop" if seed == 0 else "noise"
-                    yield RunRequest(ladder[size], budget, role=role, seed=seed)
+                    yield RunRequest(shape, budget, role=role, seed=seed)
+
+    def window_shapes(self, shapes: ShapeMaker, budget_flops: float) -> list[Any]:
+        """The sizes that this budget trains, ascending in N."""
+        ladder = shapes.ladder(self.sizes)
+        log_params = [math.log(shape.count().n_params(shapes.convention)) for shape in ladder]
+        return [ladder[i] for i in self.window(log_params, budget_flops)]
 
     def remark(self, label: str, planned: int, kept: int) -> str:
         """A window that lost sizes is one-sided."""

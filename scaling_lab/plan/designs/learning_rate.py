@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from scaling_lab.core.errors import UserError
 from scaling_lab.plan.designs.base import RunRequest, ShapeMaker, check_budgets
+from scaling_lab.plan.designs.isoflop import IsoFlopDesign
 from scaling_lab.plan.sizes import SizeLadder
 
 ROLE = "lr_sweep"
@@ -29,6 +30,13 @@ class LearningRateDesign:
     """Either these or `horizons_tokens`."""
     horizons_tokens: tuple[float, ...] = ()
     """The same number of tokens for every size."""
+    grid_sizes: int | None = None
+    """Sizes of an IsoFLOP grid of the same budgets (its design.sizes_per_budget): `sizes_per_budget` of them, evenly
+    spaced from its smallest to its largest, are trained. None: `widths`."""
+    sizes_per_budget: int = 3
+    n_opt_at_1e12: float = 75e3
+    """Of that grid, as the next one."""
+    n_opt_exponent: float = 0.5
     widths: tuple[int, ...] = ()
     """Empty: the ladder's smallest, middle and largest."""
     depths: tuple[int, ...] = ()
@@ -48,6 +56,8 @@ class LearningRateDesign:
             check_budgets("design.budgets_flops", self.budgets_flops, "FLOPs")
         if self.horizons_tokens:
             check_budgets("design.horizons_tokens", self.horizons_tokens, "tokens")
+        if self.grid_sizes is not None:
+            self._check_grid(self.grid_sizes)
         for name in ("lr_multipliers", "batch_multipliers"):
             values = getattr(self, name)
             if (
@@ -63,8 +73,29 @@ class LearningRateDesign:
         if self.seeds < 1:
             raise UserError(f"design.seeds={self.seeds} must be at least 1.")
 
-    def shapes(self, shapes: ShapeMaker) -> list[Any]:
-        """The sizes as shapes: all of them at each budget."""
+    def _check_grid(self, grid_sizes: int) -> None:
+        if not self.budgets_flops or self.widths or self.depths:
+            raise UserError(
+                f"design.grid_sizes={grid_sizes} takes its sizes from an IsoFLOP grid of design.budgets_flops: give "
+                "neither design.widths, design.depths nor design.horizons_tokens with it."
+            )
+        if not 1 <= self.sizes_per_budget <= grid_sizes:
+            raise UserError(
+                f"design.sizes_per_budget={self.sizes_per_budget} must be from 1 to design.grid_sizes={grid_sizes}."
+            )
+        self._grid(grid_sizes)
+
+    def _grid(self, grid_sizes: int) -> IsoFlopDesign:
+        return IsoFlopDesign(
+            self.budgets_flops, grid_sizes, self.sizes, self.n_opt_at_1e12, self.n_opt_exponent
+        )
+
+    def shapes(self, shapes: ShapeMaker, budget_flops: float | None) -> list[Any]:
+        """The sizes of one budget (None: of a horizon) as shapes."""
+        if self.grid_sizes is not None and budget_flops is not None:
+            window = self._grid(self.grid_sizes).window_shapes(shapes, budget_flops)
+            gaps = max(1, self.sizes_per_budget - 1)
+            return [window[round(i * (len(window) - 1) / gaps)] for i in range(self.sizes_per_budget)]
         ladder = self.sizes.sizes()
         widths = self.widths or sorted({ladder[i][0] for i in (0, len(ladder) // 2, -1)})
         return [
@@ -75,13 +106,15 @@ class LearningRateDesign:
 
     def requests(self, shapes: ShapeMaker) -> Iterator[RunRequest]:
         """Ascending by budget, then by size, LR and seed."""
-        sizes = self.shapes(shapes)
-        spends = [{"budget_flops": b} for b in sorted(self.budgets_flops)] + [
-            {"train_tokens": t} for t in sorted(self.horizons_tokens)
-        ]
         multipliers = list(product(sorted(self.lr_multipliers), sorted(self.batch_multipliers)))
-        for spend, shape, (lr, batch), seed in product(spends, sizes, multipliers, range(self.seeds)):
-            yield RunRequest(shape, role=ROLE, seed=seed, lr_multiplier=lr, batch_multiplier=batch, **spend)
+        for budget, horizon in [
+            *((budget, None) for budget in sorted(self.budgets_flops)),
+            *((None, horizon) for horizon in sorted(self.horizons_tokens)),
+        ]:
+            for shape, (lr, batch), seed in product(
+                self.shapes(shapes, budget), multipliers, range(self.seeds)
+            ):
+                yield RunRequest(shape, budget, horizon, ROLE, seed, lr, batch)
 
     def remark(self, label: str, planned: int, kept: int) -> str | None:
         """Sizes stand alone here: what is not planned is named, and takes nothing from the others."""
