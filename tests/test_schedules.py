@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaling_lab.core.errors import UserError
-from scaling_lab.core.schedules import Constant, Cosine, InverseSqrt, WarmupStableDecay
+from scaling_lab.core.schedules import Constant, Cosine, InverseSqrt, MultiStep, WarmupStableDecay
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,15 @@ def test_inverse_sqrt_by_hand():
     assert [schedule.multiplier(p) for p in (0.02, 0.04, 0.16, 1.0)] == pytest.approx([0.5, 1.0, 0.5, 0.2])
 
 
+def test_multi_step_by_hand():
+    schedule = MultiStep(warmup_fraction=0.1)
+    points = (0.05, 0.1, 0.8, 0.85, 0.9, 0.95, 1.0)
+    assert [schedule.multiplier(p) for p in points] == [0.5, 1.0, 1.0, 0.316, 0.316, 0.1, 0.1]
+    with pytest.raises(UserError, match="schedule.second_step"):
+        MultiStep(first_step=0.9, second_step=0.8)
+
+
 @given(st.floats(1e-9, 1))
 def test_every_schedule_stays_between_zero_and_one(progress):
-    for schedule in (Cosine(), Constant(), WarmupStableDecay(), InverseSqrt()):
+    for schedule in (Cosine(), Constant(), WarmupStableDecay(), InverseSqrt(), MultiStep()):
         assert 0 <= schedule.multiplier(progress) <= 1

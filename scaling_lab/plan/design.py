@@ -15,6 +15,7 @@ from typing import Any
 
 from scaling_lab.core.counts import Convention, train_flops, whole_steps
 from scaling_lab.core.errors import UserError
+from scaling_lab.core.schedules import Cosine
 from scaling_lab.core.serial import to_dict
 from scaling_lab.core.spec import Execution, Plan, PlannedRun, RunSpec
 from scaling_lab.plan.designs.base import RunRequest
@@ -72,13 +73,14 @@ def make_plan(settings: SweepSettings) -> Plan:
     """Everything that the sweep will train. Raises `UserError` for what cannot be planned; nothing is launched."""
     check_corpus(settings)
     design = settings.design
-    requests = list(design.requests(Shapes(settings)))
-    horizons = sweep_horizons(requests, settings.convention)
+    shapes = Shapes(settings)
+    horizons = sweep_horizons(list(design.sweep(shapes)), settings.convention)
     rounding: list[str] = []
     notes: list[str] = []
+    batches: list[float] = []
     specs: dict[str, RunSpec] = {}
     said_of: set[RunRequest] = set()
-    for label, same in groupby(requests, key=lambda request: request.label):
+    for label, same in groupby(design.requests(shapes), key=lambda request: request.label):
         planned: set[Any] = set()
         kept: set[Any] = set()
         for request in same:
@@ -96,6 +98,7 @@ def make_plan(settings: SweepSettings) -> Plan:
             if (any_seed := replace(request, seed=0, role="")) not in said_of:
                 said_of.add(any_seed)
                 rounding += said.rounding
+                batches.append(said.batch_off)
                 notes += [note for note in said.notes if note not in notes]
         if len(kept) < len(planned):
             remark = design.remark(label, len(planned), len(kept))
@@ -116,7 +119,7 @@ def make_plan(settings: SweepSettings) -> Plan:
         ),
         convention=settings.convention,
         data_fingerprint=settings.data.fingerprint(),
-        rounding=tuple(rounding),
+        rounding=(*batch_rounding(batches), *rounding),
         notes=tuple(notes),
         settings=to_dict(settings),
     )
@@ -172,6 +175,8 @@ class Said:
 
     rounding: tuple[str, ...]
     notes: tuple[str, ...]
+    batch_off: float
+    """The batch over what the recipe's rule gives, less 1."""
 
 
 def plan_run(settings: SweepSettings, request: RunRequest, horizons: SweepHorizons) -> tuple[RunSpec, Said]:
@@ -205,7 +210,29 @@ def plan_run(settings: SweepSettings, request: RunRequest, horizons: SweepHorizo
     if abs(off) > ROUNDING_TOLERANCE:
         of_what = "budget" if budget is not None else "horizon"
         rounding = (f"{spec.run_id()}: {steps} whole steps spend {off:+.1%} of the {of_what}.",)
-    return spec, Said(rounding, chosen.notes)
+    notes = (*chosen.notes, *schedule_note(settings, chosen))
+    return spec, Said(
+        rounding, notes, chosen.batch_tokens / (chosen.rule_batch_tokens or chosen.batch_tokens) - 1
+    )
+
+
+def batch_rounding(off: Sequence[float]) -> tuple[str, ...]:
+    """How far the batches lie from what the recipe's rule gives."""
+    if not off or max(map(abs, off)) <= ROUNDING_TOLERANCE:
+        return ()
+    return (
+        f"batches are whole sequences of four significant bits: {min(off):+.1%} to {max(off):+.1%} from the recipe's rule.",
+    )
+
+
+def schedule_note(settings: SweepSettings, chosen: Hyperparameters) -> tuple[str, ...]:
+    """That the recipe's schedule takes the place of one that the user chose."""
+    if chosen.schedule is None or settings.schedule == Cosine():
+        return ()
+    return (
+        f"recipe={settings.recipe.kind} has a schedule of its own ({chosen.schedule.kind}): "
+        f"schedule={settings.schedule.kind} is not used.",
+    )
 
 
 def scaled(chosen: Hyperparameters, request: RunRequest, context: int) -> Hyperparameters:
@@ -214,7 +241,9 @@ def scaled(chosen: Hyperparameters, request: RunRequest, context: int) -> Hyperp
         return chosen
     batch = chosen.batch_tokens
     if request.batch_multiplier != 1:
-        batch = round_batch(batch * request.batch_multiplier, context)
+        wanted = batch * request.batch_multiplier
+        chosen = replace(chosen, rule_batch_tokens=wanted)
+        batch = round_batch(wanted, context)
     optimizer = replace(chosen.optimizer, peak_lr=chosen.optimizer.peak_lr * request.lr_multiplier)
     return replace(chosen, batch_tokens=batch, optimizer=optimizer)
 

@@ -66,6 +66,11 @@ class Design(Protocol):
         """Every run, in the plan's order: runs that may spend the same stand together, ascending."""
         ...
 
+    def sweep(self, shapes: ShapeMaker) -> Iterable[RunRequest]:
+        """The runs that recipes take for their sweep (shortest and longest horizon): all runs, unless the design belongs
+        to another's sweep."""
+        ...
+
     def remark(self, label: str, planned: int, kept: int) -> str | None:
         """What it means that of `planned` sizes that may spend `label` only `kept` are planned, if that needs saying."""
         ...

@@ -79,6 +79,9 @@ class IsoFlopDesign:
                     role = "isoflop" if seed == 0 else "noise"
                     yield RunRequest(shape, budget, role=role, seed=seed)
 
+    def sweep(self, shapes: ShapeMaker) -> Iterator[RunRequest]:
+        return self.requests(shapes)
+
     def window_shapes(self, shapes: ShapeMaker, budget_flops: float) -> list[Any]:
         """The sizes that this budget trains, ascending in N."""
         ladder = shapes.ladder(self.sizes)

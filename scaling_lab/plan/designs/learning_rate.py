@@ -116,5 +116,11 @@ class LearningRateDesign:
             ):
                 yield RunRequest(shape, budget, horizon, ROLE, seed, lr, batch)
 
+    def sweep(self, shapes: ShapeMaker) -> Iterator[RunRequest]:
+        """Of the grid, if there is one: its recipe is what is tuned here."""
+        if self.grid_sizes is None:
+            return self.requests(shapes)
+        return self._grid(self.grid_sizes).sweep(shapes)
+
     def remark(self, label: str, planned: int, kept: int) -> str | None:
         """Sizes stand alone here: what is not planned is named, and takes nothing from the others."""

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from scaling_lab.core.errors import UserError
 from scaling_lab.core.parametrization import Parametrization
 from scaling_lab.core.spec import OptimizerSpec
 
@@ -20,6 +21,8 @@ class Hyperparameters:
     """Of the run's own horizon."""
     notes: tuple[str, ...] = ()
     """Roundings and warnings, for the plan."""
+    rule_batch_tokens: float | None = None
+    """The batch before it was rounded; None where it was given."""
     schedule: Any = None
     """A schedule that belongs to the recipe; None: the sweep's own."""
 
@@ -31,6 +34,45 @@ class SweepHorizons:
     smallest_budget_tokens: float
     """Geometric mean over the runs of the smallest budget."""
     longest_tokens: float
+
+
+@dataclass(frozen=True)
+class FieldsThatReplaceRules:
+    """What a user may fix in every published recipe; None leaves it to the rule."""
+
+    peak_lr: float | None = None
+    batch_tokens: int | None = None
+    warmup_fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.peak_lr is not None and not self.peak_lr > 0:
+            raise UserError(f"recipe.peak_lr={self.peak_lr!r} must be positive.")
+        if self.warmup_fraction is not None and not 0 <= self.warmup_fraction <= 1:
+            raise UserError(f"recipe.warmup_fraction={self.warmup_fraction!r} must be in [0, 1].")
+
+    def batch(self, rule_tokens: float, context: int) -> tuple[int, float | None]:
+        """(the fixed batch or the rule's in whole sequences, the rule's before). Raises `UserError` where the context does
+        not divide it."""
+        if self.batch_tokens is None:
+            return round_batch(rule_tokens, context), rule_tokens
+        return check_batch(self.batch_tokens, context), None
+
+    def warmed_up(
+        self, peak_lr: float, warmup_tokens: float, train_tokens: float
+    ) -> tuple[float, float, tuple[str, ...]]:
+        """(peak LR, warm-up as a share of the run, notes). A warm-up longer than the run ends below the peak: the run
+        is all warm-up, to the LR that it has reached at its end."""
+        peak_lr = peak_lr if self.peak_lr is None else self.peak_lr
+        if self.warmup_fraction is not None:
+            return peak_lr, self.warmup_fraction, ()
+        share = warmup_tokens / train_tokens
+        if share <= 1:
+            return peak_lr, share, ()
+        note = (
+            f"a run of {train_tokens:,.0f} tokens ends within the recipe's warm-up of {warmup_tokens:,.0f} tokens, at "
+            f"{1 / share:.0%} of its peak LR."
+        )
+        return peak_lr / share, 1.0, (note,)
 
 
 class Recipe(Protocol):
@@ -69,3 +111,22 @@ def round_batch(tokens: float, context: int) -> int:
     sequences = max(1.0, tokens / context)
     quantum = 2.0 ** max(0, math.floor(math.log2(sequences)) - 3)
     return round(round(sequences / quantum) * quantum) * context
+
+
+def check_batch(batch_tokens: int, context: int) -> int:
+    """Raises `UserError` unless the batch is a whole number of sequences."""
+    if batch_tokens < context or batch_tokens % context:
+        raise UserError(
+            f"recipe.batch_tokens={batch_tokens} must be a positive multiple of model.context={context}."
+        )
+    return batch_tokens
+
+
+def outside(kind: str, what: str, value: float, low: float, high: float) -> tuple[str, ...]:
+    """The note that a recipe is used outside of where it was fitted (to a factor of 2); the same for all such runs."""
+    if low / 2 <= value <= high * 2:
+        return ()
+    return (
+        f"recipe={kind} was fitted at {low:.2g} to {high:.2g} {what}, and this sweep has runs outside of that: check its "
+        "learning rate with design=learning_rate.",
+    )

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from scaling_lab.core.counts import Convention
-from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import OptimizerSpec
-from scaling_lab.plan.recipes.base import Hyperparameters, SweepHorizons, round_batch
+from scaling_lab.plan.recipes.base import Hyperparameters, SweepHorizons, check_batch, round_batch
 
 # Where the rules below were measured, in parameters (six_n_with_head).
 CALIBRATED_PARAMS = (7e3, 5e5)
@@ -40,14 +39,12 @@ class DefaultRecipe:
         """Raises `UserError` for a batch that the context does not divide."""
         notes = []
         n = shape.count().n_params(Convention.SIX_N_WITH_HEAD)
-        batch = self.batch_tokens
+        batch, wanted = self.batch_tokens, None
         if batch is None:
             wanted = self.batch_at_1m_tokens * (train_tokens / 1e6) ** self.batch_exponent
             batch = round_batch(wanted, shape.context)
-        elif batch < shape.context or batch % shape.context:
-            raise UserError(
-                f"recipe.batch_tokens={batch} must be a positive multiple of model.context={shape.context}."
-            )
+        else:
+            check_batch(batch, shape.context)
         lr = self.peak_lr if self.peak_lr is not None else self.lr_at_width_64 * 64 / shape.width
         if not CALIBRATED_PARAMS[0] * 0.5 <= n <= CALIBRATED_PARAMS[1] * 2:
             notes.append(
@@ -63,4 +60,4 @@ class DefaultRecipe:
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
         )
-        return Hyperparameters(batch, optimizer, self.warmup_fraction, tuple(notes))
+        return Hyperparameters(batch, optimizer, self.warmup_fraction, tuple(notes), wanted)
