@@ -133,24 +133,17 @@ def test_configs_equal_the_codes_defaults():
 
     import yaml
 
-    from scaling_lab.core import parametrization, schedules
+    from scaling_lab.core import parametrization
     from scaling_lab.core.registry import members
     from scaling_lab.core.serial import to_dict
+    from scaling_lab.core.spec import schedule_class
 
     groups = {
         "recipe": members("scaling_lab.plan.recipes"),
         "design": members("scaling_lab.plan.designs"),
         "data": members("scaling_lab.core.sources"),
         "parametrization": parametrization.CLASSES,
-        "schedule": {
-            c.kind: c
-            for c in (
-                schedules.Cosine,
-                schedules.Constant,
-                schedules.WarmupStableDecay,
-                schedules.InverseSqrt,
-            )
-        },
+        "schedule": {p.stem: schedule_class(p.stem) for p in (ROOT / "conf" / "schedule").glob("*.yaml")},
     }
     compared = 0
     for group, classes in groups.items():
