@@ -14,7 +14,8 @@ from scaling_lab.core.serial import build, canonical_json, to_dict
 
 # Part of every run id: a change of what a field means, not of which fields there are, raises it.
 SPEC_SCHEMA_VERSION = 1
-DTYPES = ("float32", "bfloat16")
+# tf32: float32 whose matrix products a GPU's tensor cores compute from 10 bits of mantissa.
+DTYPES = ("float32", "bfloat16", "tf32")
 # How many characters of the hash an id carries: 40 bits, a collision among 10,000 runs has probability 5e-5.
 ID_HASH_CHARACTERS = 10
 
@@ -245,8 +246,17 @@ class Execution:
     """Whether the whole step (forward, backward, clip, optimiser) is compiled."""
     threads: int = 1
     deterministic: bool = True
+    micro_batch_sequences: int | None = None
+    """Sequences of a batch that are computed at once, their gradients added up; None: the whole batch."""
+    stack: str | None = None
+    """Runs of one name are trained together as one program, each with its own data, LR and end; None: alone."""
+    stack_size: int = 1
+    """How many runs have that name: the program keeps this size while members are over or elsewhere, so that a
+    member's arithmetic does not depend on which others are there."""
 
     def __post_init__(self) -> None:
+        if self.micro_batch_sequences is not None and self.micro_batch_sequences < 1:
+            raise UserError(f"micro_batch_sequences={self.micro_batch_sequences!r} must be at least 1.")
         if self.device not in ("cpu", "cuda", "mps"):
             raise unknown("device", self.device, ("auto", "cpu", "cuda", "mps"))
         if self.threads < 1:

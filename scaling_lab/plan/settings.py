@@ -100,3 +100,7 @@ class SweepSettings:
             raise UserError(f"data.max_epochs={self.max_epochs!r} must be positive.")
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
+        if self.dtype == "tf32" and self.execution.device != "cuda":
+            raise UserError(
+                f"dtype=tf32 needs device=cuda, not {self.execution.device}. Choices: float32, bfloat16."
+            )

@@ -34,11 +34,14 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def apply_execution(execution: Execution) -> torch.device:
-    """Set threads and determinism for this process and return the device. One process computes one run at a time."""
+def apply_execution(execution: Execution, dtype: str = "float32") -> torch.device:
+    """Set threads, determinism and precision for this process and return the device. One process computes one run, or
+    one stack, at a time. Raises `UserError` for dtype=tf32 on a device that has none."""
+    if dtype == "tf32" and execution.device != "cuda":
+        raise UserError(f"dtype=tf32 needs device=cuda, not {execution.device}. Choices: float32, bfloat16.")
     torch.set_num_threads(execution.threads)
     if execution.device == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
         if execution.deterministic:
             # cuBLAS needs this before its first call to be reproducible.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

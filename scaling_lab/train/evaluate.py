@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from scaling_lab.core.spec import EvalSpec, RunSpec
+from scaling_lab.plan.memory import LOGITS_AT_ONCE
+from scaling_lab.train.gradient import token_loss
 from scaling_lab.train.order import n_windows
-from scaling_lab.train.step import token_loss
 
-# Tokens per forward pass: large enough to be efficient, small enough for the logits of a byte vocabulary.
+# Tokens per forward pass at most: enough to be efficient. Over a large vocabulary fewer, by the size of their logits.
 EVAL_BATCH_TOKENS = 8_192
 # Neighbouring windows come from the same document, so their losses are correlated; means over this many contiguous
 # stretches of the validation split are nearly independent (the method of batch means).
@@ -39,11 +40,16 @@ class ValidationSet:
 
     @torch.no_grad()
     def loss(
-        self, model: nn.Module, parameters: dict[str, Tensor], *, dtype: str = "float32"
+        self,
+        model: nn.Module,
+        parameters: dict[str, Tensor],
+        *,
+        dtype: str = "float32",
+        vocab_size: int = 256,
     ) -> tuple[float, float | None]:
         """(mean loss, standard error of the mean), nats per token."""
         context = self._windows.shape[1] - 1
-        rows = max(1, EVAL_BATCH_TOKENS // context)
+        rows = max(1, min(EVAL_BATCH_TOKENS, LOGITS_AT_ONCE // vocab_size) // context)
         means = []
         for start in range(0, len(self._windows), rows):
             window = self._windows[start : start + rows]

@@ -28,7 +28,7 @@ from scaling_lab.train.evaluate import ValidationSet, evaluation_steps
 from scaling_lab.train.models import build_model
 from scaling_lab.train.optim import control_rows
 from scaling_lab.train.order import WindowOrder, n_windows
-from scaling_lab.train.step import TrainStep
+from scaling_lab.train.step import LOSS, TrainStep
 from scaling_lab.train.stopping import listen
 from scaling_lab.train.tracking import NoTracker, Tracker
 
@@ -164,7 +164,7 @@ def keep(
 
 def open_session(spec: RunSpec, execution: Execution, expected_fingerprint: str | None = None) -> Session:
     """Build the model, load the data and check that it is the plan's."""
-    device = apply_execution(execution)
+    device = apply_execution(execution, spec.dtype)
     fingerprint = spec.data.fingerprint()
     if expected_fingerprint not in (None, fingerprint):
         raise UserError(
@@ -223,14 +223,16 @@ def train_block(session: Session, first: int, last: int) -> list[float]:
     starts = torch.from_numpy(windows * spec.shape.context).view(count, -1).to(session.device)
     rates = [spec.learning_rate(step) for step in range(first, last)]
     controls = control_rows(rates, first, spec.optimizer).to(session.device)
-    losses = [session.step(starts[i], controls[i]) for i in range(count)]
     # Read back first: not every device has float64 (MPS).
-    out: list[float] = torch.stack(losses).cpu().double().tolist()
+    out: list[float] = session.step.run(starts, controls)[:, LOSS].cpu().double().tolist()
     return out
 
 
 def validation_loss(session: Session) -> tuple[float, float | None]:
-    return session.validation.loss(session.step.model, session.step.parameters(), dtype=session.spec.dtype)
+    spec, step = session.spec, session.step
+    return session.validation.loss(
+        step.model, step.parameters(), dtype=spec.dtype, vocab_size=spec.shape.vocab_size
+    )
 
 
 def record_block(

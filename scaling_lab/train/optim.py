@@ -79,9 +79,10 @@ def group_vectors(
     )
 
 
-def clip_scale(gradient: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
-    """The factor that brings the norm to at most `max_norm`, and the norm before (as `clip_grad_norm_`)."""
-    norm = gradient.square().sum().sqrt()
+def clip_scale(gradient: Tensor, max_norm: float | Tensor) -> tuple[Tensor, Tensor]:
+    """The factor (..., 1) that brings the norm over the last dimension to at most `max_norm`, and the norm before (as
+    `clip_grad_norm_`)."""
+    norm = gradient.square().sum(-1, keepdim=True).sqrt()
     return torch.clamp(max_norm / (norm + 1e-6), max=1.0), norm
 
 
@@ -94,12 +95,13 @@ def adamw_update(
     optimizer: OptimizerSpec,
     controls: Tensor,
 ) -> None:
-    """One step in place on flat vectors (n,). `controls` is (3,): LR, 1 - beta1^t and 1 - beta2^t.
+    """One step in place on flat vectors (n,), or (K, n) for K runs. `controls` is (3,) or (K, 3): LR, 1 - beta1^t and
+    1 - beta2^t.
 
     Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2, decay decoupled and multiplied by the LR as in
     `torch.optim.AdamW`.
     """
-    lr, correction1, correction2 = controls.unbind(0)
+    lr, correction1, correction2 = controls.split(1, dim=-1)
     first_moment.lerp_(gradient, 1 - optimizer.beta1)
     second_moment.lerp_(gradient.square(), 1 - optimizer.beta2)
     rate = lr * groups.lr_ratio

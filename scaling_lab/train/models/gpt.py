@@ -120,9 +120,18 @@ class GPT(nn.Module):
                 module.reset_parameters(base, hidden_factor)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        return self.logits(self.hidden(tokens))
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the head sees, (B, T, width)."""
         x = self.embedding(tokens)
         cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x, cos, sin)
-        logits: Tensor = self.head(scaled(self.final_norm(x), self.head_scale))
-        return logits
+        out: Tensor = self.final_norm(x)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., V) of hidden states (..., width): apart, so that the loss can take it chunk by chunk."""
+        out: Tensor = self.head(scaled(hidden, self.head_scale))
+        return out

@@ -73,7 +73,16 @@ class GPT2(nn.Module):
                     nn.init.normal_(linear.weight, std=INIT_STD * (2 * base.depth) ** -0.5 * hidden_factor)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        return self.logits(self.hidden(tokens))
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the head sees, (B, T, width)."""
         x = self.embedding(tokens) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
-        return F.linear(scaled(self.final_norm(x), self.head_scale), self.embedding.weight)
+        out: Tensor = self.final_norm(x)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., V) of hidden states (..., width): apart, so that the loss can take it chunk by chunk."""
+        return F.linear(scaled(hidden, self.head_scale), self.embedding.weight)

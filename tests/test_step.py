@@ -1,0 +1,174 @@
+"""The step's variants against the plain one: micro-batches, chunked loss, stacks; and the CUDA graph where there is a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_train import SHAPE, tiny
+
+from scaling_lab.core.shapes.gpt import GPTShape
+from scaling_lab.core.shapes.gpt2 import GPT2Shape
+from scaling_lab.core.spec import Execution
+from scaling_lab.train.gradient import chunked_gradient, head_parameters, make_gradient, whole_gradient
+from scaling_lab.train.loop import open_session, train_block
+from scaling_lab.train.models import build_model
+from scaling_lab.train.optim import FlatLayout, control_rows
+from scaling_lab.train.step import LOSS, MEAN_PART_SQUARE, SQUARE, Slot, TrainStep
+
+SHAPES = [SHAPE, GPTShape(width=16, depth=1, heads=1, tied_head=True), GPT2Shape(width=16, depth=1, heads=1)]
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_micro_batches_give_the_same_losses(micro):
+    spec = tiny(20)
+    whole = train_block(open_session(spec, Execution()), 0, 20)
+    parts = train_block(open_session(spec, Execution(micro_batch_sequences=micro)), 0, 20)
+    assert parts == pytest.approx(whole, rel=2e-5)
+    assert parts != whole  # other sums: the parts were taken
+    with pytest.raises(ValueError, match="do not divide"):
+        open_session(spec, Execution(micro_batch_sequences=3))
+
+
+def test_a_step_tells_the_norms_of_its_micro_batches():
+    """Against autograd on the plain module."""
+    spec = tiny(1)
+    session = open_session(spec, Execution(micro_batch_sequences=1))
+    starts = torch.arange(spec.batch_sequences) * 640
+    windows = torch.stack([session.step.tokens[s : s + 65] for s in starts.tolist()]).long()
+    model = session.step.model
+    per_sequence = []
+    for window in windows:
+        loss = torch.nn.functional.cross_entropy(model(window[None, :-1])[0], window[1:])
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        per_sequence.append(torch.cat([g.flatten() for g in gradients]))
+    stacked = torch.stack(per_sequence)
+    told = session.step.run(starts[None], control_rows([0.01], 0, spec.optimizer))[0]
+    assert told[MEAN_PART_SQUARE].item() == pytest.approx(stacked.square().sum(1).mean().item(), rel=1e-4)
+    assert told[SQUARE].item() == pytest.approx(stacked.mean(0).square().sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["gpt", "tied", "gpt2"])
+@pytest.mark.parametrize("chunks", [2, 5, 256])
+def test_chunked_loss_is_the_same_loss_and_gradient(shape, chunks):
+    spec = tiny(1, shape=shape)
+    torch.manual_seed(3)
+    model = build_model(shape)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    tokens = torch.randint(0, 256, (4, 65))
+    ours, loss = chunked_gradient(model, spec, chunks)(parameters, tokens[:, :-1], tokens[:, 1:])
+    plain, plain_loss = whole_gradient(model, spec)(parameters, tokens[:, :-1], tokens[:, 1:])
+    assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-6)
+    for name in parameters:
+        torch.testing.assert_close(ours[name], plain[name], rtol=1e-4, atol=1e-6)
+
+
+def test_head_parameters_are_found():
+    names = [head_parameters(build_model(shape), tiny(1, shape=shape)) for shape in SHAPES]
+    assert names == [("head.weight",), ("embedding.weight",), ("embedding.weight",)]
+
+
+def largest_tensor(spec, sequences: int) -> int:
+    """Elements of the largest tensor that any operation of one gradient makes."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Watch(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+            Watch.largest = max(Watch.largest, *sizes, 0)
+            return out
+
+    model = build_model(spec.shape)
+    layout = FlatLayout.of(model)
+    flat = layout.flatten({n: p.detach() for n, p in model.named_parameters()})
+    gradient = make_gradient(model, layout, spec, sequences)
+    with Watch():
+        gradient(flat, torch.arange(sequences), torch.zeros(1000, dtype=torch.uint8))
+    return Watch.largest
+
+
+def test_no_logits_of_a_whole_batch_over_a_large_vocabulary(monkeypatch):
+    spec = tiny(1, shape=replace(SHAPE, vocab_size=4000), batch_tokens=64 * 16, train_tokens=64 * 16)
+    everything = 64 * 16 * 4000
+    assert largest_tensor(spec, 16) == everything
+    monkeypatch.setattr("scaling_lab.plan.memory.LOGITS_AT_ONCE", everything // 8)
+    assert largest_tensor(spec, 16) <= everything // 8
+
+
+def stack_of(specs, execution: Execution | None = None):
+    sessions = [open_session(s, Execution()) for s in specs]
+    step = TrainStep(
+        [s.step.model for s in sessions], sessions[0].step.tokens, specs, execution or Execution()
+    )
+    return sessions, step
+
+
+def run_stack(sessions, step, first: int, last: int, live=None) -> torch.Tensor:
+    """Losses (steps, K) of a stack whose members in `live` take part."""
+    starts, controls = [], []
+    for k, session in enumerate(sessions):
+        spec, count = session.spec, last - first
+        windows = session.order.windows(first * spec.batch_sequences, count * spec.batch_sequences)
+        starts.append(torch.from_numpy(windows * spec.shape.context).view(count, -1))
+        rates = [spec.learning_rate(min(step_, spec.steps - 1)) for step_ in range(first, last)]
+        rows = control_rows(rates, first, spec.optimizer)
+        controls.append(rows if live is None or k in live else torch.zeros_like(rows))
+    return step.run(torch.stack(starts, 1), torch.stack(controls, 1))[..., LOSS]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_stack_equals_its_runs_alone(compiled):
+    """Seeds, learning rates, clipping norms and weight decays of one shape."""
+    base = tiny(30)
+    specs = [
+        base,
+        replace(base, seed_init=1, seed_data=1),
+        replace(base, optimizer=replace(base.optimizer, peak_lr=0.005, clip_norm=0.1, weight_decay=0.3)),
+    ]
+    execution = Execution(compile=compiled)
+    alone = [train_block(open_session(s, execution), 0, 20) for s in specs]
+    together = run_stack(*stack_of(specs, execution), 0, 20)
+    for k, losses in enumerate(alone):
+        assert together[:, k].tolist() == pytest.approx(losses, rel=2e-5)
+
+
+def test_a_member_that_diverges_or_rests_leaves_the_others_bit_as_they_were():
+    base = tiny(30)
+    others = [base, replace(base, seed_init=1, seed_data=1)]
+    calm, wild = replace(base, seed_init=2), replace(base, optimizer=replace(base.optimizer, peak_lr=1e30))
+    runs = {}
+    for name, third in (("calm", calm), ("wild", wild)):
+        sessions, step = stack_of([*others, third])
+        runs[name] = (run_stack(sessions, step, 0, 20), step)
+    assert not torch.isfinite(runs["wild"][0][-1, 2])
+    assert torch.isfinite(runs["calm"][0]).all()
+    assert torch.equal(runs["wild"][0][:, :2], runs["calm"][0][:, :2])
+    assert torch.equal(runs["wild"][1].flat[:2], runs["calm"][1].flat[:2])
+    # At rest: a row of zeros as controls.
+    sessions, step = stack_of([*others, wild])
+    before = {name: t.clone() for name, t in Slot(step, 2).state().items()}
+    resting = run_stack(sessions, step, 0, 20, live=(0, 1))
+    assert torch.equal(resting[:, :2], runs["calm"][0][:, :2])
+    assert all(torch.equal(t, before[name]) for name, t in Slot(step, 2).state().items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("micro", [None, 2])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_cuda_graph_gives_the_eager_losses(micro, compiled):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    spec = tiny(150)
+    execution = Execution(device="cuda", compile=compiled, micro_batch_sequences=micro)
+    graphed, eager = open_session(spec, execution), open_session(spec, execution)
+    eager.step._use_graph = False
+    ours = train_block(graphed, 0, 150)
+    assert graphed.step._graph is not None
+    assert graphed.step._graph._graph is not None  # captured, not fallen back
+    assert ours == pytest.approx(train_block(eager, 0, 150), rel=1e-6)
+    torch.testing.assert_close(graphed.step.flat, eager.step.flat, rtol=1e-5, atol=1e-6)
