@@ -105,7 +105,8 @@ class TrainStep:
         ]
         if not self.stacked:
             return each[0]
-        lr_ratio, weight_decay = (torch.stack([member[field] for member in each]) for field in range(2))
+        lr_ratio = torch.stack([member.lr_ratio for member in each])
+        weight_decay = torch.stack([member.weight_decay for member in each])
         if (lr_ratio == lr_ratio[:1]).all() and (weight_decay == weight_decay[:1]).all():
             lr_ratio, weight_decay = lr_ratio[:1], weight_decay[:1]
         # Epsilon is the same in a whole stack: of one optimiser, shape and parametrisation.
