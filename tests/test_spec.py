@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaling_lab.core.errors import UserError
@@ -58,6 +58,8 @@ def test_a_default_is_not_in_the_canonical_form():
     assert json.loads(canonical_json(GPTShape(width=32, depth=4))) == {"kind": "gpt", "width": 32, "depth": 4}
 
 
+# The first example imports the families and sources.
+@settings(deadline=None)
 @given(
     width=st.sampled_from([16, 32, 64]), depth=st.integers(1, 5), steps=st.integers(1, 10**6), lr=st.floats(1e-6, 1),
     seed=st.integers(0, 2**31),

@@ -1,18 +1,19 @@
 """Owns the plan of a sweep as the command line sees it: made from one or several trees, and settled with the one on disk.
 
-A plan on disk is never changed under runs that were made from it: what differs is refused, by name.
+A plan on disk is never changed under runs that were made from it: what differs is refused, by name. Only `plan` replaces
+a plan of which no run has begun, and says in what.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scaling_lab.cli.study import SweepOnly, sweep_settings
 from scaling_lab.core.errors import UserError
-from scaling_lab.core.serial import dumps
+from scaling_lab.core.serial import to_dict
 from scaling_lab.core.spec import Plan
 from scaling_lab.core.store import RunStore
 from scaling_lab.plan.design import make_plan
@@ -46,31 +47,55 @@ def make_merged_plan(trees: Sequence[Mapping[str, Any]], device: str | None = No
     )
 
 
-def settle_plan(
-    store: RunStore, trees: Sequence[Mapping[str, Any]], given: Collection[str]
-) -> tuple[Plan, bool]:
-    """The plan to work on, and whether it is new and still to be written.
+@dataclass(frozen=True)
+class Settled:
+    """The plan to work on, and what was done to plan.json."""
 
-    Without anything that defines a plan the one on disk goes on. Raises `UserError` where there is none, or where the
-    one on disk is another plan that has already begun.
+    plan: Plan
+    new: bool = False
+    """Whether it was written just now."""
+    replaced: tuple[str, ...] = ()
+    """In what it differs from the plan that it replaced."""
+
+
+def settle_plan(
+    store: RunStore,
+    trees: Sequence[Mapping[str, Any]],
+    given: Collection[str],
+    *,
+    replace_unbegun: bool = False,
+) -> Settled:
+    """The plan to work on: the one on disk, or where there is none that of `trees`, which is then written.
+
+    Without anything that defines a plan the one on disk goes on. With `replace_unbegun` a plan of which no run has begun
+    gives way to another one. Raises `UserError` where there is no plan, or where the one on disk is another.
     """
-    on_disk = store.plan_path.exists()
     if not defines_plan(given):
-        return store.read_plan(), False
-    if not on_disk:
-        return make_merged_plan(trees), True
+        return Settled(store.read_plan())
+    if not store.plan_path.exists():
+        plan = make_merged_plan(trees)
+        if store.create_plan(plan):
+            return Settled(plan, new=True)
+        # Another command was quicker: whether its plan is the same is looked at like any other.
     old = store.read_plan()
     # An execution that was not asked for stays what the plan fixed, on whichever machine it goes on.
     free = not EXECUTION & set(given)
     new = make_merged_plan(trees, device=old.runs[0].execution.device if free and old.runs else None)
     different = differences(old, new, ignore_execution=free)
     if not different:
-        return old, False
-    if not begun(store, old):
-        return new, True
+        return Settled(old)
+    has_begun = begun(store, old)
+    if replace_unbegun and not has_begun:
+        store.write_plan(new)
+        return Settled(new, new=True, replaced=tuple(different))
+    name = store.folder.name
+    what = "has begun with another plan" if has_begun else "has another plan"
+    or_replace = (
+        "" if has_begun else ", or replace it (no run has begun) by `scaling-lab plan` with these options"
+    )
     raise UserError(
-        f"sweep={store.folder.name!r} has begun with another plan, different in {'; '.join(different)}. "
-        f"Give the new plan a name of its own (sweep=NAME), or go on with the old one: scaling-lab sweep sweep={store.folder.name}."
+        f"sweep={name!r} {what}, different in {'; '.join(different)}. Give the new plan a name of its own (sweep=NAME), "
+        f"or go on with the old one: scaling-lab sweep sweep={name}{or_replace}."
     )
 
 
@@ -80,26 +105,32 @@ def begun(store: RunStore, plan: Plan) -> bool:
 
 
 def differences(old: Plan, new: Plan, *, ignore_execution: bool) -> list[str]:
-    """`field (on disk: x, now: y)` for each field in which two plans differ; empty for the same plan."""
-    before, after = _flat(json.loads(dumps(old.settings))), _flat(json.loads(dumps(new.settings)))
+    """`option (on disk: x, now: y)` for each option in which two plans differ; empty where they have the same runs.
+
+    Options that change no run are not told: what a plan is are its runs, their execution and their data.
+    """
+    same_runs = {r.run_id: r.execution for r in old.runs}, {r.run_id: r.execution for r in new.runs}
     found = []
-    same_runs = {r.run_id for r in old.runs} == {r.run_id for r in new.runs}
-    for key in sorted(before.keys() | after.keys()):
-        if same_runs and key not in before:
-            continue  # an option that the version which made the plan did not have yet, at its default
-        if ignore_execution and ".execution." in f".{key}.":
-            continue
-        if before.get(key) != after.get(key):
-            found.append(f"{_option(key)} (on disk {_shown(before.get(key))}, now {_shown(after.get(key))})")
     if old.data_fingerprint != new.data_fingerprint:
         found.append(
             f"the content of data (on disk {old.data_fingerprint[:12]}, now {new.data_fingerprint[:12]})"
         )
-    if not found and not same_runs:
-        found.append(
+    if same_runs[0].keys() == same_runs[1].keys() and (ignore_execution or same_runs[0] == same_runs[1]):
+        return found
+    before, after = _option_values(old), _option_values(new)
+    told = []
+    for key in sorted(before.keys() | after.keys()):
+        if ignore_execution and ".execution." in f".{key}.":
+            continue
+        if before.get(key) != after.get(key):
+            told.append(f"{_option(key)} (on disk {_shown(before.get(key))}, now {_shown(after.get(key))})")
+    if not told and old.settings != new.settings:
+        told.append("which of the options' values go together")
+    if not told:
+        told.append(
             "the runs that follow from the same options (the plan is by another version of scaling-lab)"
         )
-    return found
+    return told + found
 
 
 def pending(store: RunStore, plan: Plan) -> list[str]:
@@ -110,6 +141,18 @@ def pending(store: RunStore, plan: Plan) -> list[str]:
 
 def _once(lines: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(lines))
+
+
+def _option_values(plan: Plan) -> dict[str, list[str]]:
+    """Every option of a plan by its settings path, with each value (as JSON) that it has in some combination."""
+    found: dict[str, list[str]] = {}
+    for settings in plan.settings.get("combinations", [plan.settings]):
+        for key, value in _flat(to_dict(settings)).items():
+            values = found.setdefault(key, [])
+            text = json.dumps(value)
+            if text not in values:
+                values.append(text)
+    return found
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -127,6 +170,6 @@ def _option(key: str) -> str:
     return "data.max_epochs" if key == "max_epochs" else key.removesuffix(".kind")
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
+def _shown(values: list[str] | None) -> str:
+    text = ",".join(values or ["nothing"])
     return text if len(text) <= 60 else text[:57] + "..."

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,10 @@ class Session:
     console: Console
     given: set[str] | None = None
     """Keys that the user gave; None where Hydra was started by other means."""
+    trees: Sequence[Mapping[str, Any]] | None = None
+    """The composed combinations of the command line, checked; None where Hydra was started by other means."""
+    plan: Plan | None = None
+    """What is being run, once it is settled: a plan of 10,000 runs takes a second to read."""
     local: bool = False
     """Whether the local launcher showed the progress itself."""
 

@@ -10,17 +10,31 @@ import dataclasses
 import json
 import math
 from enum import Enum
+from functools import cache
 from typing import Any
+
+# Types that are their own JSON form; a float may be NaN, and an enum may be a str.
+_PLAIN = frozenset({str, int, bool})
+
+
+@cache
+def _parts(cls: type) -> tuple[str | None, tuple[dataclasses.Field[Any], ...]] | None:
+    """The `kind` and the fields of a dataclass, None of another type: a plan of 10,000 runs asks 600,000 times."""
+    if not dataclasses.is_dataclass(cls):
+        return None
+    kind = getattr(cls, "kind", None)
+    return (kind if isinstance(kind, str) else None), dataclasses.fields(cls)
 
 
 def to_dict(value: Any, *, canonical: bool = False) -> Any:
     """A JSON-ready form of a dataclass, enum, tuple, dict or scalar; `canonical` omits fields at their default."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        out: dict[str, Any] = {}
-        kind = getattr(type(value), "kind", None)
-        if isinstance(kind, str):
-            out["kind"] = kind
-        for field in dataclasses.fields(value):
+    if value is None or type(value) in _PLAIN:
+        return value
+    parts = _parts(type(value))  # type: ignore[arg-type]  # mypy: are types hashable?
+    if parts is not None:
+        kind, fields = parts
+        out: dict[str, Any] = {} if kind is None else {"kind": kind}
+        for field in fields:
             item = getattr(value, field.name)
             if canonical and _is_default(field, item):
                 continue
@@ -57,10 +71,15 @@ def dumps(value: Any) -> str:
 
 def build(cls: type, data: dict[str, Any]) -> Any:
     """`cls(**data)` for a flat dataclass: `kind` is skipped and fields that this version does not know are an error."""
-    names = {field.name for field in dataclasses.fields(cls)}
+    names = _names(cls)
     extra = set(data) - names - {"kind"}
     if extra:
         raise ValueError(
             f"{cls.__name__} has no field {', '.join(sorted(extra))}: written by a newer version?"
         )
     return cls(**{key: value for key, value in data.items() if key in names})
+
+
+@cache
+def _names(cls: type) -> frozenset[str]:
+    return frozenset(field.name for field in dataclasses.fields(cls))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from scaling_lab.core.counts import Convention, ModelCount, train_flops
@@ -187,6 +190,10 @@ class RunSpec:
 
     def run_id(self) -> str:
         """A readable slug and a hash of everything but the labels `sweep` and `role`."""
+        return self._run_id
+
+    @cached_property
+    def _run_id(self) -> str:
         identity = replace(self, sweep="", role="")
         text = f"{SPEC_SCHEMA_VERSION}:{canonical_json(identity)}"
         digest = hashlib.sha256(text.encode()).hexdigest()[:ID_HASH_CHARACTERS]
@@ -194,19 +201,22 @@ class RunSpec:
         return f"{slug.replace('+', '')}-{digest}"
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> RunSpec:
-        """The inverse of `serial.to_dict`. Raises ValueError for fields that this version does not know."""
+    def from_dict(data: dict[str, Any], shared: dict[str, Any] | None = None) -> RunSpec:
+        """The inverse of `serial.to_dict`. Raises ValueError for fields that this version does not know.
+
+        `shared` remembers parts between calls: the runs of a plan have few different shapes, sources and schedules.
+        """
         parts = dict(data)
-        for name, package in (("shape", "shapes"), ("data", "sources")):
-            value = dict(parts[name])
-            parts[name] = build(member(f"scaling_lab.core.{package}", name, value["kind"]), value)
-        schedule = dict(parts["schedule"])
-        parts["schedule"] = build(schedule_class(schedule["kind"]), schedule)
-        if "parametrization" in parts:  # older specs have none: the default
-            chosen = dict(parts["parametrization"])
-            parts["parametrization"] = build(parametrization_class(chosen["kind"]), chosen)
-        parts["optimizer"] = build(OptimizerSpec, parts["optimizer"])
-        parts["eval"] = build(EvalSpec, parts["eval"])
+        shared = {} if shared is None else shared
+        for name, class_of in _PART_CLASSES.items():
+            if name not in parts:  # a part that older specs do not have yet: its default
+                continue
+            value = parts[name]
+            # Not the value itself: 1, 1.0 and True are equal, and different values of a spec.
+            key = f"{name} {value!r}"
+            if key not in shared:
+                shared[key] = build(class_of(value), dict(value))
+            parts[name] = shared[key]
         parts["convention"] = Convention(parts["convention"])
         return build(RunSpec, parts)
 
@@ -233,6 +243,16 @@ def schedule_class(kind: str) -> Any:
     if kind not in known:
         raise unknown("schedule", kind, known)
     return known[kind]
+
+
+_PART_CLASSES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "shape": lambda value: shape_class(value["kind"]),
+    "data": lambda value: source_class(value["kind"]),
+    "schedule": lambda value: schedule_class(value["kind"]),
+    "parametrization": lambda value: parametrization_class(value["kind"]),
+    "optimizer": lambda _: OptimizerSpec,
+    "eval": lambda _: EvalSpec,
+}
 
 
 @dataclass(frozen=True)
@@ -304,17 +324,26 @@ class Plan:
         return tuple(sorted({run.spec.budget_flops for run in self.runs}))
 
     def to_dict(self) -> dict[str, Any]:
-        out = {**to_dict(self), "total_flops": self.total_flops}
+        out = {**to_dict(replace(self, runs=())), "total_flops": self.total_flops}
         out["runs"] = [
             {"run_id": r.run_id, "spec": r.spec.to_dict(), "execution": to_dict(r.execution)}
             for r in self.runs
         ]
         return out
 
+    def to_json(self) -> str:
+        """plan.json: readable, one line a run."""
+        data = self.to_dict()
+        lines = [json.dumps(run, allow_nan=False) for run in data["runs"]]
+        head, mark, tail = json.dumps({**data, "runs": []}, indent=1, allow_nan=False).partition('"runs": [')
+        return "".join((head, mark, "\n", ",\n".join(lines), "\n ", tail, "\n"))
+
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Plan:
+        shared: dict[str, Any] = {}
         runs = tuple(
-            PlannedRun(RunSpec.from_dict(r["spec"]), build(Execution, r["execution"])) for r in data["runs"]
+            PlannedRun(RunSpec.from_dict(r["spec"], shared), build(Execution, r["execution"]))
+            for r in data["runs"]
         )
         return Plan(
             sweep=data["sweep"],

@@ -69,9 +69,15 @@ class RunStore:
         return self.folder / "runs" / run_id
 
     # -- plan
-    def write_plan(self, plan: Plan) -> None:
+    def create_plan(self, plan: Plan) -> bool:
+        """Write plan.json unless there is one; says whether it did."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.plan_path, dumps(plan.to_dict()))
+        return create_exclusive(self.plan_path, plan.to_json())
+
+    def write_plan(self, plan: Plan) -> None:
+        """Write plan.json, whatever is there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.plan_path, plan.to_json())
 
     def read_plan(self) -> Plan:
         """The plan on disk. Raises `UserError` where there is none or it cannot be read."""

@@ -28,9 +28,13 @@ def run(arguments: Arguments) -> int:
     console = Console.for_flags(arguments.flags)
     store = store_of(command)
     trees = [c.tree for c in command.combinations]
-    plan, new = settle_plan(store, trees, command.given)
-    if new:
-        store.write_plan(plan)
+    settled = settle_plan(store, trees, command.given, replace_unbegun=True)
+    plan, new = settled.plan, settled.new
+    if settled.replaced:
+        console.warn(
+            f"replaced the plan that {store.plan_path} held, of which no run had begun; different in "
+            f"{'; '.join(settled.replaced)}."
+        )
     if "json" in arguments.flags:
         print(store.plan_path.read_text(encoding="utf-8"), end="")
         return 0

@@ -41,7 +41,7 @@ class LocalLauncher(Launcher):
         store = RunStore.for_sweep(first["results_dir"], first["sweep"])
         run_workers(
             store,
-            store.read_plan(),
+            session().plan or store.read_plan(),
             run_ids,
             session().console,
             workers=self.workers,

@@ -50,19 +50,19 @@ class PlanSweeper(Sweeper):
             raise UserError(
                 f"hydra.sweeper.runs_per_job={self.runs_per_job!r} must be a whole number of at least 1."
             )
-        console, given = session().console, session().given
-        overrides = OverridesParser.create(self.hydra_context.config_loader).parse_overrides(arguments)
-        lists = [_values(override) for override in overrides]
+        console, given, trees = session().console, session().given, session().trees
         loader = self.hydra_context.config_loader
-        trees = [
-            plain(loader.load_sweep_config(self.config, list(combo))) for combo in itertools.product(*lists)
-        ]
+        overrides = OverridesParser.create(loader).parse_overrides(arguments)
+        if trees is None:
+            # Hydra was started by other means than our command, which has composed every combination already.
+            combinations = itertools.product(*(_values(override) for override in overrides))
+            trees = [plain(loader.load_sweep_config(self.config, list(combo))) for combo in combinations]
         if given is None:
             given = {override.key_or_group.lstrip("+") for override in overrides}
         store = RunStore.for_sweep(trees[0]["results_dir"], trees[0]["sweep"])
-        plan, new = settle_plan(store, trees, given)
-        if new:
-            store.write_plan(plan)
+        settled = settle_plan(store, trees, given)
+        plan = session().plan = settled.plan
+        if settled.new:
             console.say(f"planned {len(plan.runs)} runs, {plan.total_flops:.3g} FLOPs: {store.plan_path}")
             for note in plan.notes:
                 console.say(f"  {note}")

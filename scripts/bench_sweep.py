@@ -1,0 +1,213 @@
+#!/usr/bin/env python
+"""Owns the benchmark of large sweeps: a plan of 10,000 runs is made, checked, listed, and resumed with 9,990 of them done.
+
+The commands are the user's own (`scaling-lab plan`, `status`, `sweep`), each in a process of its own; what is measured is
+that process alone, imports included: wall and CPU seconds and peak resident memory. The finished runs are written by the
+store's own writers (their fsync switched off), with a few points a curve. Launching is measured without training: the
+sweep runs with 10 and with 1,010 runs pending, up to the moment at which worker processes would start; the difference
+is what launching adds. At the end the last 10 runs are trained for real, with the local launcher.
+
+    scripts/bench_sweep.py                everything: writes 300 MB under --folder, about two minutes
+    scripts/bench_sweep.py --runs 1000    a tenth of it (the targets are those of 10,000 runs)
+    scripts/bench_sweep.py --out FILE     also writes what it prints
+
+Exit status 1 where a target is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import io
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+TARGET_S, TARGET_GB, TARGET_LAUNCH_S = 30.0, 1.0, 0.2
+PENDING, MANY_PENDING = 10, 1_010
+# 4 sizes at 5 budgets: 20 runs a seed, each of some tens of steps.
+RUNS_PER_SEED = 20
+STUDY = (
+    "sweep=big data.max_mb=1 data.max_epochs=99 eval.tokens=1024 device=cpu compile=false "
+    "design.budgets_flops=[2e7,4e7,6e7,8e7,1e8] design.sizes_per_budget=4 design.noise_seeds=1 design.n_opt_at_1e12=200K "
+    "design.sizes.min_width=4 design.sizes.max_width=16 design.sizes.width_ratio=1.3 design.sizes.min_depth=1"
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--runs", type=int, default=10_000, help="a multiple of 20")
+    parser.add_argument(
+        "--folder", type=Path, help="where the sweep is written (default: a temporary folder)"
+    )
+    parser.add_argument("--out", type=Path, help="also write the report here")
+    parser.add_argument("--measure", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.add_argument("--finish", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        return measure(options.measure[0] == "dry", options.measure[1:])
+    if options.finish is not None:
+        finish_all_but(options.finish)
+        return 0
+    with tempfile.TemporaryDirectory(prefix="bench-sweep-") as temporary:
+        lines, met = run(options.folder or Path(temporary), options.runs)
+    if options.out:
+        options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return 0 if met else 1
+
+
+def run(folder: Path, n_runs: int) -> tuple[list[str], bool]:
+    """All measurements in `folder`; the report's lines, printed as they come, and whether every target is met."""
+    lines: list[str] = []
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        lines.append(text)
+
+    if (folder / "results/big").exists():
+        shutil.rmtree(folder / "results/big")
+    folder.mkdir(parents=True, exist_ok=True)
+    seeds = n_runs // RUNS_PER_SEED
+    study = [*STUDY.split(), f"seed=range(0,{seeds})"]
+    say(f"bench_sweep: {seeds * RUNS_PER_SEED:,} runs; {datetime.date.today()}, revision {revision()}")
+    say(f"{processor()}, Python {platform.python_version()}")
+    say(f"{'':44s}{'wall s':>8s}{'CPU s':>8s}{'peak GB':>9s}")
+    found: dict[str, dict[str, float]] = {}
+
+    def step(name: str, *argv: str, dry: bool = False) -> None:
+        m = found[name] = child(folder, "--measure", "dry" if dry else "real", *argv)
+        say(f"{name:44s}{m['wall_s']:8.2f}{m['cpu_s']:8.2f}{m['peak_gb']:9.2f}")
+
+    step("made: plan", "plan", *study)
+    step("checked: plan again, compared with the disk", "plan", *study)
+    child(folder, "--finish", str(MANY_PENDING))
+    step("launched, 1,010 pending (no training)", "sweep", *study, dry=True)
+    child(folder, "--finish", str(PENDING))
+    step("listed: status", "status", "sweep=big")
+    step("listed: status --json", "status", "sweep=big", "--json")
+    step("resumed: sweep, 10 pending (no training)", "sweep", *study, dry=True)
+    cycle = ("made: plan", "checked: plan again, compared with the disk", "listed: status",
+             "resumed: sweep, 10 pending (no training)")  # fmt: skip
+    total = sum(found[name]["wall_s"] for name in cycle)
+    peak = max(m["peak_gb"] for m in found.values())
+    more, few = found["launched, 1,010 pending (no training)"], found[cycle[-1]]
+    a_run = max(0.0, more["wall_s"] - few["wall_s"]) / (MANY_PENDING - PENDING)
+    step("the last 10 trained, 2 workers", "sweep", "sweep=big", "workers=2")
+    verdicts = [
+        (f"made, checked, listed and resumed in {total:.1f} s (target {TARGET_S:g})", total < TARGET_S),
+        (f"peak memory {peak:.2f} GB (target {TARGET_GB:g})", peak < TARGET_GB),
+        (
+            f"launching adds {a_run * 1e3:.1f} ms a run (target {TARGET_LAUNCH_S * 1e3:g})",
+            a_run < TARGET_LAUNCH_S,
+        ),
+    ]
+    for text, met in verdicts:
+        say(f"{'OK' if met else 'MISSED':7s}{text}")
+    return lines, all(met for _, met in verdicts)
+
+
+def child(folder: Path, *argv: str) -> dict[str, float]:
+    """This script in a process of its own; what it measured."""
+    done = subprocess.run(
+        [sys.executable, __file__, *argv], cwd=folder, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(
+            f"{' '.join(argv)[:200]} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    lines = done.stdout.splitlines()
+    return dict(json.loads(lines[-1])) if lines else {}
+
+
+def measure(dry: bool, argv: list[str]) -> int:
+    """Run one command of ours here and print what it took."""
+    began = time.monotonic()
+    from scaling_lab.cli import workers
+    from scaling_lab.cli.main import main as scaling_lab
+
+    if dry:
+
+        def only_begin(*args: Any, **options: Any) -> None:
+            """In place of the launcher's work: nothing is trained."""
+
+        workers.run_workers = only_begin
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        status = scaling_lab(argv)
+    if status not in ((0, 1) if dry else (0,)):
+        print(said.getvalue())
+        return 1
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    unit = 1 if sys.platform == "darwin" else 1024
+    print(
+        json.dumps(
+            {
+                "wall_s": time.monotonic() - began,
+                "cpu_s": usage.ru_utime + usage.ru_stime,
+                "peak_gb": usage.ru_maxrss * unit / 1e9,
+            }
+        )
+    )
+    return 0
+
+
+def finish_all_but(pending: int) -> None:
+    """Write the records of the plan's first runs as training leaves them, all but the last `pending`."""
+    from scaling_lab.core.record import Environment, EvalPoint, RunRecord, RunStatus
+    from scaling_lab.core.store import RunStore
+
+    os.fsync = lambda file: None  # type: ignore[assignment]
+    store = RunStore("results/big")
+    plan = store.read_plan()
+    environment = Environment("0", "3", "2", None, "cpu", "a CPU", "a host", "Linux", plan.data_fingerprint)
+    for planned in plan.runs[: len(plan.runs) - pending]:
+        claim = store.claim(planned.spec)
+        if claim is None:
+            continue
+        spec, count = planned.spec, planned.spec.count()
+        curve = tuple(
+            EvalPoint(s, s * spec.batch_tokens, 1e6 * s, 1e-3, 5.0 - s / 100, 5.1 - s / 100, 0.01, s / 10)
+            for s in range(1, 9)
+        )
+        store.start_curve(planned.run_id, curve).close()
+        store.write_record(
+            RunRecord(
+                planned.run_id, spec, planned.execution, count.params, count.flops, RunStatus.COMPLETED, None,
+                5.02, 0.01, 1.0, environment, len(curve), curve,
+            )
+        )  # fmt: skip
+        claim.release()
+
+
+def revision() -> str:
+    """The commit that is measured."""
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def processor() -> str:
+    """The processor's name and how many cores we may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        name = next(
+            line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")
+        )
+    return f"{name}, {cores} cores"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
