@@ -1,7 +1,7 @@
 """Owns the local launcher's work: start worker processes, watch them, start them again, and stop them together.
 
 What a worker did is read from the run folders (claims and records), never from the worker: one that was killed says
-nothing. Each worker's output goes to <sweep>/logs/worker-<k>.log.
+nothing. Each worker's output goes to <sweep>/logs/worker-<k>.log, below a cluster to <job>-worker-<k>.log.
 """
 
 from __future__ import annotations
@@ -59,10 +59,14 @@ def run_workers(
     workers: int | None = None,
     max_attempts: int = 3,
     tracker: Mapping[str, Any] | None = None,
+    stop: threading.Event | None = None,
+    leave_others: bool = False,
+    log_prefix: str = "",
 ) -> None:
     """Train `run_ids` with worker processes side by side; returns when each has a record or is lost to nobody.
 
-    Runs that another process computes are waited for, and taken over if it dies. Raises `UserError` where workers
+    Runs that another process computes are waited for, and taken over if it dies. With `leave_others` they are left to
+    it as soon as it has been seen to live. Setting `stop` ends the work as Ctrl-C does. Raises `UserError` where workers
     cannot start, and `KeyboardInterrupt` with a hint after the workers were stopped.
     """
     if workers is not None and workers < 1:
@@ -77,7 +81,7 @@ def run_workers(
     console.say(
         f"{len(runs)} runs on {len(slots)} worker{'s' * (len(slots) > 1)} ({runs[0].execution.device}); logs: {store.folder / 'logs'}"
     )
-    crew = Crew(store, plan, runs, slots, max_attempts, tracker)
+    crew = Crew(store, plan, runs, slots, max_attempts, tracker, stop, leave_others, log_prefix)
     with terminate_as_interrupt(), Display.open(console, store.folder.name) as display:
         try:
             crew.work(display)
@@ -128,8 +132,14 @@ class Crew:
         slots: Sequence[Mapping[str, str]],
         max_attempts: int,
         tracker: Mapping[str, Any] | None,
+        stop: threading.Event | None = None,
+        leave_others: bool = False,
+        log_prefix: str = "",
     ) -> None:
         self.store, self.plan, self.slots = store, plan, slots
+        self.stop_asked, self.leave_others = stop or threading.Event(), leave_others
+        self.log_prefix = log_prefix
+        self.first_seen: dict[str, tuple[int, float]] = {}
         self.runs = {run.run_id: run for run in runs}
         self.max_attempts, self.tracker = max_attempts, tracker
         self.progress = Progress(store, runs)
@@ -148,15 +158,28 @@ class Crew:
                 self.progress.look()
                 display.show(self.progress)
                 next_look = now + STATES_EVERY_S
-                if not self.progress.open_ids():
+                if not self.progress.open_ids() or (self.leave_others and self._rest_is_others()):
                     break
                 if now >= self.not_before:
                     self._fill()
-            time.sleep(POLL_S)
+            if self.stop_asked.wait(POLL_S):
+                raise KeyboardInterrupt
         for worker in self.workers.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 worker.process.wait(timeout=STOP_GRACE_S)
         self.stop()
+
+    def _rest_is_others(self) -> bool:
+        """Whether every run that is left is computed elsewhere, by owners that have been seen to live: a heartbeat came
+        since they were first looked at. One that stays silent may be this job's former self on another machine."""
+        if self.workers or self.progress.claimable_ids():
+            return False
+        moved = []
+        for state in self.progress.running():
+            if state.claim is not None:
+                beat = (state.claim.generation, state.claim.heartbeat_unix_s)
+                moved.append(self.first_seen.setdefault(state.run_id, beat) != beat)
+        return all(moved)
 
     def _fill(self) -> None:
         """Start workers in the free slots as long as there are runs for them."""
@@ -169,7 +192,7 @@ class Crew:
                 idle += 1
 
     def _start(self, slot: int) -> Worker:
-        log = self.store.folder / "logs" / f"worker-{slot}.log"
+        log = self.store.folder / "logs" / f"{self.log_prefix}worker-{slot}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "scaling_lab.train.worker", str(self.store.folder)]
         command += ["--stop-with", str(os.getpid())]

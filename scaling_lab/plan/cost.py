@@ -1,14 +1,18 @@
-"""Owns the estimate of what a plan costs in time and disk before anything is measured. A guess, and labelled so.
+"""Owns the estimate of what a plan costs in time, memory and disk before anything is measured. A guess, and labelled so.
 
 Once runs are under way the live table measures: its ETA comes from FLOPs done over time, not from here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
 
+from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import MAX_CURVE_POINTS
-from scaling_lab.core.spec import PlannedRun
+from scaling_lab.core.spec import PlannedRun, TokenSource
+from scaling_lab.plan.memory import estimate_bytes
 
 # FLOP/s of one CPU core in the training of tiny models, eager and compiled, at 7k and at 200k parameters, and the cost
 # of compiling one shape (2026, one core of a server processor; results/LOG.md).
@@ -20,6 +24,14 @@ WORKER_START_S = 5.0
 CURVE_LINE_BYTES = 170
 # Parameters and AdamW's two moments, float32.
 CHECKPOINT_BYTES_PER_PARAM = 12
+# What `job_needs` assumes of a device that no table knows. Assumed, not measured, and meant to be low: tiny models are
+# bound by launching kernels (some hundred a layer and step, about 10 us each), larger ones by a GPU of several years ago.
+UNKNOWN_FLOPS_PER_S = 1e12
+UNKNOWN_STEP_S = (5e-3, 5e-3)  # a step of any model, and a step's share of each layer
+UNKNOWN_COMPILE_S = 60.0
+# The compiler's processes beside a worker (2026, torch 2.13 on Linux: 670 MB in all against 240 MB eager), the host's side
+# of a worker on a GPU (CUDA's libraries and pinned memory; assumed), and the process of a cluster job that watches them.
+COMPILER_BYTES, GPU_HOST_BYTES, JOB_BYTES = 0.45e9, 4e9, 0.15e9
 
 
 def cpu_flops_per_s(n_params: float, compiled: bool) -> float:
@@ -56,3 +68,56 @@ def estimate_disk_bytes(runs: Iterable[PlannedRun]) -> int:
         + CHECKPOINT_BYTES_PER_PARAM * run.spec.count().params.total
         for run in runs
     )
+
+
+@dataclass(frozen=True)
+class JobNeeds:
+    """What to ask of a cluster for one job, before any safety factor."""
+
+    seconds: float
+    host_bytes: float
+    known: bool
+    """Whether the time comes from measured speeds; else from assumed ones, low for any GPU."""
+
+
+def job_needs(runs: Sequence[PlannedRun], workers: int = 1) -> JobNeeds:
+    """Time and host memory of a job that trains `runs`, `workers` of them side by side, from its start to its end."""
+    seconds = [estimate_seconds(run) for run in runs]
+    filled = [s if s is not None else _assumed_seconds(run) for run, s in zip(runs, seconds)]
+    compiling = sum(
+        CPU_COMPILE_S if run.execution.device == "cpu" else UNKNOWN_COMPILE_S
+        for run in {(r.spec.shape, r.spec.batch_tokens): r for r in runs if r.execution.compile}.values()
+    )
+    largest = sorted((_worker_bytes(run) for run in runs), reverse=True)[: max(1, workers)]
+    return JobNeeds(
+        seconds=WORKER_START_S + max([(sum(filled) + compiling) / max(1, workers), *filled]),
+        host_bytes=JOB_BYTES + sum(largest),
+        known=None not in seconds,
+    )
+
+
+def _assumed_seconds(run: PlannedRun) -> float:
+    step_s = UNKNOWN_STEP_S[0] + UNKNOWN_STEP_S[1] * run.spec.shape.depth
+    return run.spec.steps * step_s + run.spec.train_flops() / UNKNOWN_FLOPS_PER_S
+
+
+def _worker_bytes(run: PlannedRun) -> float:
+    """Host memory of one worker: models live there on a CPU only; the corpus passes through it on any device."""
+    spec, execution = run.spec, run.execution
+    corpus = _corpus_bytes(spec.data)
+    compiler = COMPILER_BYTES if execution.compile else 0.0
+    if execution.device != "cpu":
+        return GPU_HOST_BYTES + compiler + corpus
+    sequences = execution.micro_batch_sequences or spec.batch_sequences
+    return compiler + estimate_bytes(spec, "cpu", sequences, corpus, execution.stack_size)
+
+
+@cache
+def _corpus_bytes(source: TokenSource) -> float:
+    """Two copies of the training tokens, at the bytes that a token of this vocabulary takes; 0 where the data are not
+    on this machine."""
+    width = 1 if source.vocab_size <= 256 else 4
+    try:
+        return 2.0 * width * source.n_tokens("train")
+    except (UserError, OSError):
+        return 0.0

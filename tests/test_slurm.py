@@ -1,0 +1,240 @@
+"""Tests of `hydra/launcher=submitit_slurm` against a real Slurm of one node with two CPUs (tests/slurm/): sweeps that
+complete, jobs that are killed, cancelled, out of time, requeued and preempted, heads that die. Marked slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scaling_lab.cli.cluster import Book
+from scaling_lab.core.claims import last_claim
+from scaling_lab.core.record import RunStatus
+from scaling_lab.core.store import RunStore
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(420)]
+
+HERE = Path(__file__).parent / "slurm"
+NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
+# Four sizes of 1,000 to 7,000 parameters that train for some seconds each.
+TINY_LINE = (
+    "sweep=s data.max_mb=1 eval.tokens=1024 device=cpu compile=false design.budgets_flops=[1.5e9] "
+    "design.sizes_per_budget=4 design.noise_seeds=1 design.sizes.min_width=4 design.sizes.max_width=16 "
+    "design.sizes.width_ratio=1.3 design.sizes.width_multiple=4 design.sizes.min_depth=1 design.n_opt_at_1e12=200K "
+    "data.max_epochs=99"
+)
+TINY = TINY_LINE.split()
+SLURM = "hydra/launcher=submitit_slurm"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[None]:
+    """A running Slurm; arrays of at most three tasks."""
+    missing = [name for name in NEEDED if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+    if missing:
+        pytest.skip(f"no {', '.join(missing)} here: apt-get install slurm-wlm munge")
+    folder = tmp_path_factory.mktemp("slurm")
+    environment = {
+        **os.environ,
+        "MAX_ARRAY_SIZE": "3",
+        "CPUS": "2",
+        "PATH": f"{os.environ['PATH']}:/usr/sbin",
+    }
+    subprocess.run([HERE / "start_cluster.sh", folder], env=environment, check=True, timeout=60)
+    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+    try:
+        yield
+    finally:
+        subprocess.run([HERE / "stop_cluster.sh", folder], check=False, timeout=60)
+        del os.environ["SLURM_CONF"]
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory) -> Path:
+    """The results of the same sweep on this machine, undisturbed."""
+    folder = tmp_path_factory.mktemp("local")
+    subprocess.run([*scaling_lab("sweep"), *TINY], cwd=folder, check=True, timeout=200)
+    return folder / "results"
+
+
+def scaling_lab(*argv: str) -> list[str]:
+    return [sys.executable, "-m", "scaling_lab.cli.main", *argv]
+
+
+def start(folder: Path, *argv: str) -> subprocess.Popen[str]:
+    """The head of a sweep."""
+    return subprocess.Popen(
+        [*scaling_lab("sweep"), *argv], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def end(head: subprocess.Popen[str], status: int) -> str:
+    out, err = head.communicate(timeout=300)
+    assert head.returncode == status, out + err
+    assert "Traceback" not in out + err
+    return out + err
+
+
+def slurm(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.1)
+    raise AssertionError("it did not come to pass")
+
+
+def training(store: RunStore, *but: str) -> str | None:
+    """A run that is under way and has done some steps."""
+    for folder in sorted(store.folder.glob("runs/*")):
+        claim = last_claim(folder)
+        if folder.name not in but and claim and claim.step and claim.is_live(time.time()):
+            return folder.name
+    return None
+
+
+def job_of(store: RunStore, run_id: str) -> str:
+    """The Slurm job that was handed a run last."""
+    name, task = next(
+        (b.name, k) for b in reversed(Book.all_of(store)) for k, ids in enumerate(b.jobs) if run_id in ids
+    )
+    lines = slurm("squeue", "-h", "-r", "-t", "all", f"--name={name}", "-o", "%F %K").split("\n")
+    array = next(line.split()[0] for line in lines if line)
+    return f"{array}_{task}" if any(line.split()[1:] == [str(task)] for line in lines) else array
+
+
+def generations(store: RunStore) -> dict[str, int]:
+    """How often each run was claimed."""
+    return {p.name: c.generation for p in store.folder.glob("runs/*") if (c := last_claim(p)) is not None}
+
+
+def check_same_as(local: Path, store: RunStore) -> None:
+    """Every run is there once, with the curve and the losses of the undisturbed sweep bit for bit."""
+    here, problems = store.load_records()
+    there, _ = RunStore(local / "s").load_records()
+    assert not problems
+    assert [r.run_id for r in here] == [r.run_id for r in there]
+    for a, b in zip(here, there):
+        assert a.status is RunStatus.COMPLETED
+        assert a.final_val_loss_nats == b.final_val_loss_nats
+        assert [(p.step, p.train_loss_nats, p.val_loss_nats) for p in a.curve] == [
+            (p.step, p.train_loss_nats, p.val_loss_nats) for p in b.curve
+        ]
+
+
+def analysis(results: Path) -> dict[str, Any]:
+    """analysis.json without what says where and when."""
+    subprocess.run(
+        [*scaling_lab("analyze"), "sweep=s", "--quiet", "bootstrap.resamples=50"],
+        cwd=results.parent, check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    found = json.loads((results / "s/report/analysis.json").read_text())
+    return {key: value for key, value in found.items() if key not in ("command", "versions", "source")}
+
+
+def test_a_sweep_completes_as_on_one_machine(cluster, local, tmp_path):
+    out = end(start(tmp_path, *TINY, SLURM), 0)
+    store = RunStore(tmp_path / "results/s")
+    check_same_as(local, store)
+    assert set(generations(store).values()) == {1}
+    # MaxArraySize is 3.
+    assert sorted(len(book.jobs) for book in Book.all_of(store)) == [1, 3]
+    assert out.count("limits 10 min") == 2
+    assert "4 of 4 runs completed" in out
+    assert analysis(tmp_path / "results") == analysis(local)
+
+
+def test_killed_cancelled_and_timed_out_jobs_end_right_after_a_rerun(cluster, local, tmp_path):
+    store = RunStore(tmp_path / "results/s")
+    # Of a wedged job nothing comes back: its worker is stopped, so Slurm ends it when its minute is over.
+    head = start(tmp_path, *TINY, SLURM, "hydra.launcher.timeout_min=1")
+    late = wait_for(lambda: training(store))
+    claim = last_claim(store.run_folder(late))
+    assert claim is not None
+    os.kill(claim.pid, signal.SIGSTOP)
+    killed = wait_for(lambda: training(store, late))
+    slurm("scancel", "--signal=KILL", "--full", job_of(store, killed))
+    cancelled = wait_for(lambda: training(store, late, killed))
+    slurm("scancel", job_of(store, cancelled))
+    said = end(head, 1)
+    assert f"{late} is not over: Slurm job" in said
+    assert "TIMEOUT" in said
+    assert "CANCELLED" in said
+    assert "1 of 4 runs completed" in said
+    assert f"scaling-lab sweep sweep=s {SLURM}" in said
+    # Told to end, a job keeps what it did; killed, it loses what came after its last checkpoint.
+    assert list(store.run_folder(cancelled).glob("checkpoint/step-*.json"))
+    end(start(tmp_path, "sweep=s", SLURM), 0)
+    check_same_as(local, store)
+    assert {k: v for k, v in generations(store).items() if v > 1} == dict.fromkeys(
+        (late, killed, cancelled), 2
+    )
+
+
+def test_a_job_goes_back_into_the_queue_before_its_time_limit_and_when_preempted(cluster, local, tmp_path):
+    store = RunStore(tmp_path / "results/s")
+    head = start(tmp_path, *TINY, SLURM)
+    told = wait_for(lambda: training(store))
+    # What Slurm sends before the limit (--signal).
+    slurm("scancel", "--signal=USR2", job_of(store, told))
+    wait_for(lambda: generations(store)[told] == 2)
+    assert list(store.run_folder(told).glob("checkpoint/step-*.json"))
+    wait_for(lambda: training(store, told))
+    urgent = slurm(
+        "sbatch", "--parsable", "-p", "urgent", "--exclusive", "--mem=100M", "-o", "/dev/null", "--wrap=true"
+    )
+    end(head, 0)
+    check_same_as(local, store)
+    assert "COMPLETED" in slurm("scontrol", "show", "job", urgent.strip())
+    assert sum(n > 1 for n in generations(store).values()) >= 2
+    logs = "".join(p.read_text() for p in store.folder.glob("logs/job-*.log"))
+    assert f"run {told} goes on from step" in logs
+
+
+def test_a_head_dies_and_another_one_takes_over_its_jobs(cluster, local, tmp_path):
+    store = RunStore(tmp_path / "results/s")
+    head = start(tmp_path, *TINY, SLURM)
+    wait_for(lambda: training(store))
+    head.send_signal(signal.SIGKILL)
+    head.wait()
+    books = len(Book.all_of(store))
+    out = end(start(tmp_path, *TINY, SLURM), 0)
+    assert "runs are in jobs that an earlier start of this sweep submitted" in out
+    assert len(Book.all_of(store)) == books
+    check_same_as(local, store)
+    assert set(generations(store).values()) == {1}
+
+
+def test_ctrl_c_leaves_the_jobs_and_says_how_to_cancel_them(cluster, tmp_path):
+    store = RunStore(tmp_path / "results/s")
+    head = start(tmp_path, *TINY, SLURM)
+    wait_for(lambda: training(store))
+    head.send_signal(signal.SIGINT)
+    said = end(head, 130)
+    command = said.split("`")[1]
+    assert command.startswith("scancel --name=s-")
+    assert "running" in said
+    slurm(*command.split())
+    wait_for(lambda: not slurm("squeue", "-h"))
+    assert not training(store)
+
+
+def test_what_sbatch_refuses_is_one_line(cluster, tmp_path):
+    said = end(start(tmp_path, *TINY, SLURM, "hydra.launcher.partition=nowhere"), 2)
+    assert said.splitlines()[-1].startswith("error: sbatch refuses: ")
+    assert "partition=nowhere" in said
+    assert not Book.all_of(RunStore(tmp_path / "results/s"))
