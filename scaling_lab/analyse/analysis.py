@@ -31,6 +31,8 @@ from scaling_lab.analyse.sensitivity import SensitivityRow, sensitivity
 from scaling_lab.analyse.settings import ALL_LAWS, AnalysisSettings
 from scaling_lab.analyse.skills import Skills, skill_optima
 from scaling_lab.analyse.tables import read_table
+from scaling_lab.analyse.tuning import Tuning
+from scaling_lab.analyse.tuning_records import TunedRecords, tuning_of
 from scaling_lab.analyse.uncertainty import Approach, bootstrap
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError
@@ -64,6 +66,8 @@ class Analysis:
     """Laws by their error out of sample; None where `compare_laws` names none."""
     profile: Profile | None = None
     """Profile-likelihood intervals of the parametric fit (None where they were not asked for)."""
+    tuning: Tuning | None = None
+    """What the runs owe to their learning rates; None where no runs tell."""
 
     @cached_property
     def points(self) -> Observations:
@@ -120,10 +124,17 @@ def select_points(observations: Observations, settings: AnalysisSettings) -> Obs
 
 # Starts, resamples and extrapolations may leave float64; whoever uses a number checks that it is finite.
 @np.errstate(all="ignore")
-def analyse(observations: Observations, settings: AnalysisSettings | None = None) -> Analysis:
+def analyse(
+    observations: Observations,
+    settings: AnalysisSettings | None = None,
+    tuned: TunedRecords | None = None,
+) -> Analysis:
     """The three approaches with their intervals, whether they agree, how they react to choices, and how they predict.
 
     An approach that cannot be applied returns an estimate that says why; it is not an error.
+
+    Args:
+        tuned: records that measure the tuning debt of the observations' runs (`tuning_records.split_by_role`).
 
     Raises:
         UserError: the law needs a column that is missing, or weights=loss_sem without standard errors.
@@ -158,6 +169,7 @@ def analyse(observations: Observations, settings: AnalysisSettings | None = None
         skill_optima(observations, s, mean_compute),
         _law_comparison(points, s),
         _profile(points, estimates[2], s, weights),
+        None if tuned is None else tuning_of(tuned, points, approaches, estimates, s.bootstrap.level, s.seed),
     )
 
 

@@ -52,6 +52,7 @@ def to_json_dict(
         "predictions": [_prediction(p) for p in analysis.predictions],
         "skills": _skills(analysis.skills),
         "law_comparison": _law_comparison(analysis.law_comparison),
+        "tuning": _tuning(analysis),
     }
 
 
@@ -289,6 +290,53 @@ def _law_comparison(found: LawComparison | None) -> dict[str, Any] | None:
                 "extrapolation": _held_out(s.extrapolation),
             }
             for s in found.scores
+        ],
+    }
+
+
+def _tuning(analysis: Analysis) -> dict[str, Any] | None:
+    t = analysis.tuning
+    if t is None:
+        return None
+    return {
+        "varied": list(t.varied),
+        "message": t.message,
+        "noise_nats": number(t.noise_nats),
+        "noise_source": t.noise_source,
+        "level": t.level,
+        "cells": [
+            {
+                "n_params": c.n_params,
+                "budget_flops": c.budget_flops,
+                "n_runs": c.n_runs,
+                "status": c.status,
+                "message": c.message,
+                "best_over_used": {
+                    name: {"estimate": number(value), "interval": _pair(interval)}
+                    for name, value, interval in zip(t.varied, c.best_over_used, c.best_over_used_intervals)
+                },
+                "debt_nats": number(c.debt_nats),
+                "debt_interval": _pair(c.debt_interval),
+                "debt_standard_error": number(c.debt_standard_error),
+            }
+            for c in t.cells
+        ],
+        "runs": [
+            {"run_id": str(name), "debt_nats": number(debt), "standard_error": number(error)}
+            for name, debt, error in zip(analysis.points.run_id, t.debt_nats, t.debt_standard_error)
+        ],
+        "exponents": [
+            {
+                "approach": e.approach,
+                "status": e.status,
+                "message": e.message,
+                "params_exponent": number(e.params_exponent),
+                "tokens_exponent": number(e.tokens_exponent),
+                "tuned_params_exponent": number(e.tuned_params_exponent),
+                "tuned_tokens_exponent": number(e.tuned_tokens_exponent),
+                "change_interval": _pair(e.change_interval),
+            }
+            for e in t.exponents
         ],
     }
 

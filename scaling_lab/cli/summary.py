@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from scaling_lab.analyse.observations import Dropped
     from scaling_lab.analyse.predict import Prediction, Quantity
     from scaling_lab.analyse.skills import Skills
+    from scaling_lab.analyse.tuning import Tuning
 
 
 def print_analysis(console: Console, analysis: Analysis) -> None:
@@ -42,6 +43,8 @@ def print_analysis(console: Console, analysis: Analysis) -> None:
     _print_law(console, analysis)
     console.print(f"agreement: {analysis.agreement.message}", markup=False)
     _print_backtest(console, analysis)
+    if analysis.tuning is not None:
+        _print_tuning(console, analysis.tuning)
     if analysis.skills is not None:
         _print_skills(console, analysis.skills)
     if analysis.law_comparison is not None:
@@ -120,6 +123,58 @@ def _print_backtest(console: Console, analysis: Analysis) -> None:
     )
     for row in analysis.backtest:
         console.print(f"  {row.approach:<10} {row.message}", markup=False)
+
+
+def _print_tuning(console: Console, tuning: Tuning) -> None:
+    """What each tuned size owes to its learning rate, and the exponents without it."""
+    console.print(tuning_table(tuning))
+    console.print(f"  noise of one loss: {noise_words(tuning)}", markup=False)
+    for cell in tuning.cells:
+        if cell.message is not None:
+            console.print(
+                f"  N = {human_count(cell.n_params)} at {cell.budget_flops:.3g} FLOPs: {cell.message}",
+                markup=False,
+            )
+    if tuning.message is not None:
+        console.print(f"  {tuning.message}", markup=False)
+    for e in tuning.exponents:
+        if e.params_exponent is None or e.tuned_params_exponent is None:
+            console.print(f"  {e.approach}: {e.message}", markup=False)
+            continue
+        change = e.tuned_params_exponent - e.params_exponent
+        console.print(
+            f"  {e.approach}: a = {e.params_exponent:.3f} as trained, {e.tuned_params_exponent:.3f} if every size were "
+            f"tuned ({change:+.3f}{_range(e.change_interval, '+.3f')})",
+            markup=False,
+        )
+
+
+def noise_words(tuning: Tuning) -> str:
+    """The noise of one loss and where it is from."""
+    return (
+        tuning.noise_source
+        if tuning.noise_nats is None
+        else f"{tuning.noise_nats:.2g} nats, from {tuning.noise_source}"
+    )
+
+
+def tuning_table(tuning: Tuning) -> Table:
+    """One row a tuned size: its best setting over the sweep's, and what that would have saved."""
+    table = Table(
+        title="tuning debt: loss above what the best learning rate of the size gives", title_justify="left"
+    )
+    level = f"{tuning.level:.0%}"
+    for name in ("FLOPs", "parameters", "runs", *(f"best / used {v} ({level})" for v in tuning.varied)):
+        table.add_column(name, justify="right")
+    table.add_column(f"debt, nats ({level})", justify="right")
+    for c in tuning.cells:
+        best = [
+            f"{value:.2f}{_range(interval, '.2f')}"
+            for value, interval in zip(c.best_over_used, c.best_over_used_intervals)
+        ] or ["-"] * len(tuning.varied)
+        debt = "-" if c.debt_nats is None else f"{c.debt_nats:.4f}{_range(c.debt_interval, '.4f')}"
+        table.add_row(f"{c.budget_flops:.3g}", human_count(c.n_params), str(c.n_runs), *best, debt)
+    return table
 
 
 def _print_skills(console: Console, skills: Skills) -> None:

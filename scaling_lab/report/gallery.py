@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from scaling_lab.analyse.analysis import Analysis
 from scaling_lab.analyse.estimate import BudgetStatus
 from scaling_lab.analyse.laws import get_law
+from scaling_lab.analyse.tuning import Tuning
 from scaling_lab.core.record import RunRecord
-from scaling_lab.report import figures_checks, figures_curves, figures_frontier
+from scaling_lab.report import figures_checks, figures_curves, figures_frontier, figures_tuning
 from scaling_lab.report.style import (
     FIGURE_WIDTH,
     SHORT_APPROACH_NAMES,
@@ -72,6 +73,8 @@ def draw_all(analysis: Analysis | None, records: Sequence[RunRecord]) -> list[Pl
         plates = [
             f(analysis) for f in (_loss, _valleys, _scaling, _contour, _residuals, _backtest, _sensitivity)
         ]
+        if analysis.tuning is not None:
+            plates.append(_tuning(analysis.tuning))
     plates.append(_training(records))
     return plates
 
@@ -330,6 +333,22 @@ def short_choice(choice: str) -> str:
     text = re.sub(r"^convention=", "counting ", text)
     text = re.sub(r"(run \S+?)-[0-9a-f]{10}$", r"\1", text)
     return "\n".join(textwrap.wrap(text, 40, max_lines=2, placeholder=" ..."))
+
+
+def _tuning(tuning: Tuning) -> Plate:
+    def draw(figure: Figure) -> tuple[str, str]:
+        figures_tuning.learning_rate_bowls(figure.subplots(), tuning)
+        debts = [c.debt_nats for c in tuning.cells if c.debt_nats is not None]
+        most = f" The largest debt is {max(debts):.3f} nats." if debts else ""
+        return (
+            "Each mark is a run, its learning rate over the one that the sweep uses for its size; the height is the loss "
+            "above the best of that size and budget. A parabola through the nearby marks gives the best rate. Where it "
+            "crosses the line at 1 is what the sweep owes there. Debts that differ between sizes tilt the law; the shaded "
+            "band is a factor of 2 on either side.",
+            f"Loss against learning rate for {len(tuning.cells)} sizes and budgets.{most}",
+        )
+
+    return _finish("tuning", "The learning rates, tried", 4.0, draw)
 
 
 def _training(records: Sequence[RunRecord]) -> Plate:

@@ -24,7 +24,7 @@ from scaling_lab.core.record import RunRecord, RunStatus
 from scaling_lab.core.serial import dumps
 from scaling_lab.core.spec import Plan
 from scaling_lab.report import report_tables as tables
-from scaling_lab.report import words
+from scaling_lab.report import tables_tuning, words
 from scaling_lab.report.gallery import Drawn, Plate, draw_all
 
 REPORT_NAME = "report.html"
@@ -167,6 +167,8 @@ def _context(
         "agreement": tables.agreement(analysis),
         "agreement_message": analysis.agreement.message,
         "sensitivity": tables.sensitivity(analysis),
+        "tuning": None if analysis.tuning is None else tables_tuning.cells(analysis.tuning),
+        "tuned_exponents": None if analysis.tuning is None else tables_tuning.exponents(analysis.tuning),
         "warnings": analysis.observations.warnings,
         "diagnostics": [
             (words.SHORT_APPROACH_NAMES[e.approach], e.message, e.diagnostics) for e in estimates

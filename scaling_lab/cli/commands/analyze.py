@@ -41,6 +41,8 @@ class Where:
     """The sweep to analyse, a folder of results_dir"""
     runs: str | None = None
     """Or a table: CSV, TSV, Parquet, JSON records or JSON lines"""
+    tuning: str | None = None
+    """A sweep of design=learning_rate in results_dir: how much each run owes to its learning rate, and the exponents if every size were tuned"""
     out: str | None = None
     """Folder for report.html, analysis.json and the figures; default RESULTS/SWEEP/report or RESULTS/tables/FILE"""
     results_dir: str = "results"
@@ -51,6 +53,8 @@ class Where:
     def __post_init__(self) -> None:
         if self.runs is not None and self.sweep is not None:
             raise UserError(f"sweep={self.sweep} and runs={self.runs}: give one of them.")
+        if self.runs is not None and self.tuning is not None:
+            raise UserError(f"tuning={self.tuning} is for a sweep (sweep=NAME); runs={self.runs} is a table.")
         if self.runs is None and self.sweep is None:
             known = ", ".join(sweeps_of(self.results_dir)) or "none yet"
             raise UserError(
@@ -137,7 +141,7 @@ def analyse_source(
 ) -> tuple[Analysis, list[RunRecord]]:
     """Read the observations and analyse them; the records are empty for a table."""
     from scaling_lab.analyse.analysis import analyse, observations_of_sweep, read_observations
-    from scaling_lab.analyse.ledger import load_ledger
+    from scaling_lab.analyse.tuning_records import split_by_role
 
     if where.runs is not None:
         path = Path(where.runs).expanduser()
@@ -149,17 +153,29 @@ def analyse_source(
             raise UserError(
                 f"{key}: this option is for tables (runs=FILE); a sweep's records have no columns to choose."
             )
-    store = RunStore.for_sweep(where.results_dir, where.sweep)
+    records = read_records(where.results_dir, where.sweep, "sweep", console)
+    elsewhere = (
+        [] if where.tuning is None else read_records(where.results_dir, where.tuning, "tuning", console)
+    )
+    records, tuned = split_by_role(records, elsewhere)
+    console.note(
+        f"analysing {len(records)} runs of {RunStore.for_sweep(where.results_dir, where.sweep).folder}"
+    )
+    return analyse(observations_of_sweep(records, settings), settings, tuned), records
+
+
+def read_records(results_dir: str, sweep: str, option: str, console: Console) -> list[RunRecord]:
+    """A sweep's records; the unreadable ones are said. Raises `UserError` where there are none."""
+    from scaling_lab.analyse.ledger import load_ledger
+
+    store = RunStore.for_sweep(results_dir, sweep)
     records, problems = load_ledger(store)
     for run_id, reason in problems:
         console.warn(f"{run_id} is left out: {reason}")
     if not records:
-        known = ", ".join(sweeps_of(where.results_dir)) or "none yet"
-        raise UserError(
-            f"sweep={where.sweep!r} has no finished runs in {store.folder}. Sweeps there: {known}."
-        )
-    console.note(f"analysing {len(records)} runs of {store.folder}")
-    return analyse(observations_of_sweep(records, settings), settings), records
+        known = ", ".join(sweeps_of(results_dir)) or "none yet"
+        raise UserError(f"{option}={sweep!r} has no finished runs in {store.folder}. Sweeps there: {known}.")
+    return records
 
 
 def publish(

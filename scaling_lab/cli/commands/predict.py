@@ -36,7 +36,16 @@ class Predict(Where):
 def form(arguments: Arguments) -> Form:
     made = analysis_form("predict", Predict, arguments.get("config_dir"))
     # What only analyze writes or prints has no meaning here.
-    hidden = ("out", "predict_flops", "sensitivity", "backtest", "metrics", "compare_laws", "profile")
+    hidden = (
+        "out",
+        "tuning",
+        "predict_flops",
+        "sensitivity",
+        "backtest",
+        "metrics",
+        "compare_laws",
+        "profile",
+    )
     return Form({k: v for k, v in made.options.items() if k not in hidden}, free=made.free)
 
 

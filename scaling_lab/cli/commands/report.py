@@ -67,6 +67,7 @@ def write_sweep_report(
     """Analyse what is done of a sweep and write its report; no analysis where there is too little, and the page says so."""
     from scaling_lab.analyse.analysis import AnalysisSettings, analyse, observations_of_sweep
     from scaling_lab.analyse.ledger import load_ledger
+    from scaling_lab.analyse.tuning_records import split_by_role
     from scaling_lab.report.report import ReportOptions, write_report
 
     records, problems = load_ledger(store)
@@ -76,7 +77,8 @@ def write_sweep_report(
     settings = AnalysisSettings()
     analysis, problem = None, None
     try:
-        analysis = analyse(observations_of_sweep(records, settings), settings)
+        records, tuned = split_by_role(records)
+        analysis = analyse(observations_of_sweep(records, settings), settings, tuned)
     except UserError as error:
         problem = str(error)
         console.warn(f"no analysis yet: {problem}")

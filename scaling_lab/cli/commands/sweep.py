@@ -12,7 +12,9 @@ from scaling_lab.cli.forms import Form
 from scaling_lab.cli.planning import defines_plan
 from scaling_lab.cli.study import SweepOnly, study_form, sweep_settings
 from scaling_lab.cli.sweeping import Session, open_session, report_outcome, run_multirun, sweep_job
+from scaling_lab.core.spec import Plan
 from scaling_lab.core.store import RunStore
+from scaling_lab.plan.designs.learning_rate import ROLE as LR_SWEEP
 
 
 def form(arguments: Arguments) -> Form:
@@ -26,8 +28,16 @@ def run(arguments: Arguments) -> int:
     results = command.tree["results_dir"]
     where = "" if results == "results" else f" results_dir={results}"
     name = command.tree["sweep"]
-    console.next_step(f"scaling-lab {'analyze' if status == 0 else 'status'} sweep={name}{where}")
+    if status == 0 and tunes_another(store_of(command).read_plan()):
+        console.next_step(f"scaling-lab analyze sweep=THE_SWEEP_IT_TUNES tuning={name}{where}")
+    else:
+        console.next_step(f"scaling-lab {'analyze' if status == 0 else 'status'} sweep={name}{where}")
     return status
+
+
+def tunes_another(plan: Plan) -> bool:
+    """Whether the plan's runs vary the learning rate of another sweep, and make no law of their own."""
+    return all(run.spec.role == LR_SWEEP for run in plan.runs)
 
 
 def execute(command: Command, console: Console) -> int:

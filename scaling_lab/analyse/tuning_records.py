@@ -1,0 +1,78 @@
+"""Owns the way from run records to the tuning debt: which runs are a sweep's and which belong to its learning-rate sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from scaling_lab.analyse.estimate import Estimate
+from scaling_lab.analyse.observations import Observations
+from scaling_lab.analyse.tuning import Trained, Tuning, measure, tuned_exponents
+from scaling_lab.analyse.uncertainty import Approach
+from scaling_lab.core.counts import Convention
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.record import RunRecord, RunStatus
+
+LR_SWEEP = "lr_sweep"
+"""The role of runs that vary the learning rate: no point of a scaling law."""
+
+
+@dataclass(frozen=True)
+class TunedRecords:
+    """The records that measure a sweep's tuning debt."""
+
+    sweep: tuple[RunRecord, ...]
+    tuned: tuple[RunRecord, ...]
+
+
+def split_by_role(
+    records: Sequence[RunRecord], tuned_elsewhere: Sequence[RunRecord] = ()
+) -> tuple[list[RunRecord], TunedRecords | None]:
+    """(the sweep's records, what measures its debt): runs of the role lr_sweep among them, and those of another folder.
+
+    Raises:
+        UserError: there are runs of a learning-rate sweep alone.
+    """
+    own = [r for r in records if r.spec.role != LR_SWEEP]
+    tuned = [*(r for r in records if r.spec.role == LR_SWEEP), *tuned_elsewhere]
+    if records and not own:
+        name = records[0].spec.sweep
+        raise UserError(
+            f"sweep={name!r} holds runs of a learning-rate sweep alone, which make no scaling law: analyse the sweep that "
+            f"they tune, with tuning={name}."
+        )
+    return own, TunedRecords(tuple(own), tuple(tuned)) if tuned else None
+
+
+def trained(records: Sequence[RunRecord], convention: Convention) -> Trained:
+    """The completed runs of `records`, N counted under `convention`."""
+    done = [r for r in records if r.status is RunStatus.COMPLETED and r.final_val_loss_nats is not None]
+    return Trained(
+        names=np.array([r.run_id for r in done], dtype=object),
+        n_params=np.array([r.count().n_params(convention) for r in done]),
+        budget_flops=np.array([r.spec.budget_flops for r in done]),
+        peak_lr=np.array([r.spec.optimizer.peak_lr for r in done]),
+        batch_tokens=np.array([float(r.spec.batch_tokens) for r in done]),
+        loss_nats=np.array([float(r.final_val_loss_nats or np.nan) for r in done]),
+        seed=np.array([float(r.spec.seed_init) for r in done]),
+    )
+
+
+def tuning_of(
+    records: TunedRecords,
+    points: Observations,
+    approaches: Sequence[Approach],
+    estimates: Sequence[Estimate],
+    level: float,
+    seed: int,
+) -> Tuning:
+    """The debt of every point and the exponents without it; `points` are of the sweep's records, one a run."""
+    convention = Convention(points.convention)
+    sweep = trained(records.sweep, convention)
+    place = {name: i for i, name in enumerate(sweep.names)}
+    # In the order of the points, and of no run that is not among them.
+    sweep = sweep.at(np.array([place[name] for name in points.run_id], dtype=np.int64))
+    tuning, samples = measure(sweep, trained(records.tuned, convention), level=level, seed=seed)
+    return tuned_exponents(tuning, samples, points, approaches, estimates)

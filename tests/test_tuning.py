@@ -1,0 +1,346 @@
+"""The tuning debt: recovered where it is known, with intervals that cover, and refused where it cannot be known."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+from synthetic import QUICKSTART_LAW, synthetic_records
+
+from scaling_lab.analyse.observations import Observations
+from scaling_lab.analyse.settings import ApproachSettings
+from scaling_lab.analyse.tuning import Trained, measure, tuned_exponents
+from scaling_lab.analyse.tuning_fit import debt_at, fit_bowl, why_no_bowl, window
+from scaling_lab.analyse.tuning_records import split_by_role
+from scaling_lab.cli.main import main
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.record import RunRecord
+from scaling_lab.core.serial import dumps
+from scaling_lab.core.store import RunStore, curve_line
+
+BUDGETS = (5e10, 2e11, 8e11)
+LR = np.log(2) * np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
+CURVATURE = 0.06
+
+
+def used_lr(n):
+    """A recipe: LR ~ N^-0.4."""
+    return 0.02 * (n / 1e4) ** -0.4
+
+
+def best_over_used(n):
+    """Too low by 2 at 5e3 parameters, too high by 2 at 2e5: the debt is nothing in between, and tilts the law."""
+    return np.exp(np.log(2) * (1 - 2 * np.log(n / 5e3) / np.log(2e5 / 5e3)))
+
+
+def loss_of(n, budget, lr):
+    return QUICKSTART_LAW.loss_nats(n, budget / (6 * n)) + debt_of(n, lr)
+
+
+def debt_of(n, lr):
+    return 0.5 * CURVATURE * np.log(lr / (used_lr(n) * best_over_used(n))) ** 2
+
+
+def trained(n, budget, lr, noise=0.0, rng=None, batch=512.0, seed=0.0, loss=None, prefix="run") -> Trained:
+    n, budget, lr, batch, seed = (
+        np.asarray(v, float) for v in np.broadcast_arrays(n, budget, lr, batch, seed)
+    )
+    value = loss_of(n, budget, lr) if loss is None else loss
+    if rng is not None:
+        value = value + noise * rng.standard_normal(n.shape)
+    names = np.array(
+        [f"{prefix}-{a:.6g}-{b:.3g}-{c:.4g}-{d:g}-{e:g}" for a, b, c, d, e in zip(n, budget, lr, batch, seed)]
+    )
+    return Trained(names.astype(object), n, budget, lr, batch, value, seed)
+
+
+def grid() -> tuple[np.ndarray, np.ndarray]:
+    """(n, budget) of an IsoFLOP sweep of six sizes a budget, around its optimum."""
+    n, c = [], []
+    for budget in BUDGETS:
+        centre = 2e4 * (budget / 5e10) ** 0.45
+        n += list(centre * np.exp(np.linspace(-1.2, 1.2, 6)))
+        c += [budget] * 6
+    return np.array(n), np.array(c)
+
+
+def lr_sweep(noise=0.0, rng=None, seeds=1, log_lr=LR):
+    """The smallest, third and largest size of every budget, at every LR and seed."""
+    n, c = grid()
+    at = [6 * b + i for b in range(len(BUDGETS)) for i in (0, 2, 5)]
+    n, c, x, seed = (v.ravel() for v in np.meshgrid(n[at], [0.0], log_lr, np.arange(seeds), indexing="ij"))
+    c = np.repeat(np.asarray(grid()[1])[at], len(log_lr) * seeds)
+    return trained(n, c, used_lr(n) * np.exp(x), noise, rng, seed=seed)
+
+
+def observations(sweep: Trained) -> Observations:
+    return Observations.from_arrays(
+        n_params=sweep.n_params,
+        n_tokens=sweep.budget_flops / (6 * sweep.n_params),
+        loss_nats=sweep.loss_nats,
+        budget_flops=sweep.budget_flops,
+        run_id=[f"{i:03d}" for i in range(len(sweep))],
+        convention="six_n_total",
+    )
+
+
+def test_a_parabola_by_hand():
+    """L = 2 + 3 (x - 0.5)^2 at x = -1, 0, 1: minimum at 0.5, curvature 6, and 0.75 owed at x = 0."""
+    x = np.array([[-1.0], [0.0], [1.0]])
+    bowl = fit_bowl(x, (2 + 3 * (x[:, 0] - 0.5) ** 2)[None])
+    assert bowl.optimum[0, 0] == pytest.approx(0.5)
+    assert bowl.hessian[0, 0, 0] == pytest.approx(6.0)
+    assert bowl.floor_nats == pytest.approx(2.0)
+    assert bowl.debt_nats[0] == pytest.approx(0.75)
+
+
+def test_a_bowl_in_two_settings_by_hand():
+    """L = 1 + (x - .3)^2 + 2 (y + .2)^2 + (x - .3)(y + .2) on nine points: owed at the origin .09 + .08 - .06."""
+    x, y = (v.ravel() for v in np.meshgrid([-0.7, 0.0, 0.7], [-0.7, 0.0, 0.7]))
+    loss = 1 + (x - 0.3) ** 2 + 2 * (y + 0.2) ** 2 + (x - 0.3) * (y + 0.2)
+    bowl = fit_bowl(np.stack([x, y], axis=1), loss[None])
+    assert bowl.optimum[0] == pytest.approx([0.3, -0.2])
+    assert bowl.debt_nats[0] == pytest.approx(0.09 + 0.08 - 0.06)
+    assert debt_at(-bowl.optimum, bowl.hessian)[0] == pytest.approx(bowl.debt_nats[0])
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [((1.0, 2.0, 1.0), "do not bend up"), ((1.0, 2.0, 4.0), "outside of what was tried")],
+)
+def test_no_minimum_is_said(loss, said):
+    found = fit_bowl(np.array([[-1.0], [0.0], [1.0]]), np.array([loss]))
+    assert isinstance(found, str)
+    assert said in found
+
+
+def test_what_determines_no_bowl():
+    assert why_no_bowl(np.array([[0.0], [0.7]])) == "2 settings are near enough, 3 are needed"
+    line = np.stack([np.linspace(-1, 1, 7), np.linspace(-1, 1, 7)], axis=1)
+    assert why_no_bowl(line) == "the settings lie on a line"
+    assert why_no_bowl(np.array([[-1.0], [0.0], [1.0]])) is None
+
+
+def test_far_settings_are_left_out():
+    """Best at 2 times, reference at 1: from 1/2.3 to 4.6 times."""
+    x = np.log([[0.25], [0.5], [1.0], [2.0], [4.0], [8.0]])
+    assert window(x, np.array([9.0, 3.0, 2.0, 1.0, 2.0, 30.0])).tolist() == [
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_a_known_debt_is_recovered_at_every_run():
+    """Without noise: the debt is linear in what is interpolated, so it is exact at the sizes in between as well."""
+    n, c = grid()
+    sweep = trained(n, c, used_lr(n))
+    tuning, samples = measure(sweep, lr_sweep())
+    inside = tuning.debt_nats
+    assert tuning.varied == ("LR",)
+    assert [cell.status for cell in tuning.cells] == ["ok"] * 9
+    np.testing.assert_allclose(inside, debt_of(n, used_lr(n)), atol=1e-9)
+    assert inside.max() > 0.01
+    assert inside.min() < 1e-3
+    for cell in tuning.cells:
+        assert cell.best_over_used[0] == pytest.approx(best_over_used(cell.n_params), rel=1e-6)
+    assert samples.shape[1] == len(n)
+
+
+def test_the_exponents_without_the_debt_are_those_of_tuned_runs():
+    n, c = grid()
+    sweep = trained(n, c, used_lr(n))
+    best = trained(n, c, used_lr(n) * best_over_used(n))
+    points, tuned_points = observations(sweep), observations(best)
+    approaches = ApproachSettings().all()[:2]
+    plain = [a.estimate(points) for a in approaches]
+    truth = [a.estimate(tuned_points) for a in approaches]
+    tuning, samples = measure(sweep, lr_sweep())
+    found = tuned_exponents(tuning, samples, points, approaches, plain).exponents
+    assert found[0].status == "not_applicable"
+    for e, was, true in zip(found[1:], plain[1:], truth[1:], strict=True):
+        assert e.params_exponent == was.frontier.params.exponent
+        assert e.tuned_params_exponent == pytest.approx(true.frontier.params.exponent, abs=1e-4)
+        assert e.tuned_tokens_exponent == pytest.approx(true.frontier.tokens.exponent, abs=1e-4)
+        assert abs(e.tuned_params_exponent - e.params_exponent) > 0.01
+
+
+def test_intervals_of_the_debt_cover():
+    """200 sweeps with seed noise of 0.004 nats: 90% intervals hold the truth about nine times in ten."""
+    n, c = grid()
+    held, noises, total = 0, [], 0
+    for study in range(200):
+        rng = np.random.default_rng(study)
+        sweep = trained(n, c, used_lr(n), 0.004, rng)
+        tuning, _ = measure(sweep, lr_sweep(0.004, rng, seeds=2), seed=study)
+        noises.append(tuning.noise_nats)
+        for cell in tuning.cells:
+            # Where nothing is owed an interval of a square cannot reach below zero.
+            if cell.bowl is not None and debt_of(cell.n_params, used_lr(cell.n_params)) > 0.004:
+                total += 1
+                held += cell.debt_interval.contains(debt_of(cell.n_params, used_lr(cell.n_params)))
+    assert np.mean(noises) == pytest.approx(0.004, rel=0.05)
+    assert total > 500
+    assert 0.84 < held / total < 0.95
+
+
+def test_what_a_seed_does_to_every_setting_is_no_noise_of_the_debt():
+    """The second seed is worse by 0.1 nats everywhere: parabolas shift, and nothing is owed for it."""
+    tuned = lr_sweep(seeds=2)
+    tuned = replace(tuned, loss_nats=tuned.loss_nats + 0.1 * tuned.seed)
+    n, c = grid()
+    tuning, _ = measure(trained(n, c, used_lr(n)), tuned)
+    assert tuning.noise_nats < 1e-9
+    assert "less what a seed does" in tuning.noise_source
+
+
+def test_noise_without_seeds_is_from_the_distances_and_without_spare_points_is_unknown():
+    n, c = grid()
+    rng = np.random.default_rng(1)
+    tuning, _ = measure(trained(n, c, used_lr(n), 0.004, rng), lr_sweep(0.004, rng))
+    assert "distances" in tuning.noise_source
+    assert 0.001 < tuning.noise_nats < 0.01
+    assert tuning.cells[0].debt_interval is not None
+    bare, _ = measure(trained(n, c, used_lr(n)), lr_sweep(log_lr=LR[[1, 3]]))
+    assert bare.noise_nats is None
+    assert "not known" in bare.noise_source
+    assert bare.cells[0].debt_nats is not None
+    assert bare.cells[0].debt_interval is None
+    assert np.isnan(bare.debt_standard_error).all()
+
+
+def test_a_batch_that_was_varied_is_part_of_the_debt():
+    """Best batch 1.5 times the sweep's: the LR alone would miss that part."""
+    n, c = grid()
+    at = [0, 5, 12, 15]
+    cells = [(n[i], c[i], x, y) for i in at for x in LR[1:4] for y in np.log([0.5, 1.0, 2.0])]
+    size, budget, x, y = (np.array(v) for v in zip(*cells, strict=True))
+
+    def loss(size, budget, x, y):
+        d = np.log(best_over_used(size))
+        u, v = x - d, y - np.log(1.5)
+        return (
+            QUICKSTART_LAW.loss_nats(size, budget / (6 * size))
+            + 0.5 * (0.06 * u**2 + 0.04 * v**2)
+            - 0.01 * u * v
+        )
+
+    tuned = trained(
+        size, budget, used_lr(size) * np.exp(x), batch=512 * np.exp(y), loss=loss(size, budget, x, y)
+    )
+    sweep = trained(n, c, used_lr(n), loss=loss(n, c, 0.0, 0.0))
+    tuning, _ = measure(sweep, tuned)
+    assert [c.message for c in tuning.cells] == [None] * 4
+    assert tuning.varied == ("LR", "batch")
+    d = -np.log(best_over_used(n[at]))
+    true = 0.5 * (0.06 * d**2 + 0.04 * np.log(1.5) ** 2) + 0.01 * d * np.log(1.5)
+    np.testing.assert_allclose([cell.debt_nats for cell in tuning.cells], true, atol=1e-9)
+    assert tuning.cells[0].best_over_used[1] == pytest.approx(1.5)
+
+
+def test_a_best_setting_at_the_edge_gives_no_debt_there():
+    """At the smallest size nothing above the sweep's LR was tried: its best lies outside, the others count."""
+    n, c = grid()
+    tuned = lr_sweep()
+    tuned = tuned.at((tuned.n_params > n.min() + 1) | (tuned.peak_lr < used_lr(tuned.n_params) * 1.01))
+    tuning, _ = measure(trained(n, c, used_lr(n)), tuned)
+    assert tuning.cells[0].status == "outside"
+    assert tuning.cells[0].debt_nats is None
+    assert np.isfinite(tuning.debt_nats).all()
+    nothing, samples = measure(trained(n, c, used_lr(n)), tuned.at(tuned.n_params < n.min() + 1))
+    assert "No size has a best setting" in nothing.message
+    assert np.isnan(samples).all()
+
+
+def test_nothing_to_measure_with_is_one_line():
+    n, c = grid()
+    with pytest.raises(UserError, match="learning-rate sweep has no completed run"):
+        measure(trained(n, c, used_lr(n)), trained([], [], []))
+
+
+def at_lr(record: RunRecord, multiplier: float) -> RunRecord:
+    """The record's run under another LR, as a learning-rate sweep would have it: best at 1.5 times the sweep's."""
+    owed = 0.5 * CURVATURE * (math.log(multiplier / 1.5) ** 2 - math.log(1.5) ** 2)
+    optimizer = replace(record.spec.optimizer, peak_lr=record.spec.optimizer.peak_lr * multiplier)
+    spec = replace(record.spec, optimizer=optimizer, role="lr_sweep", sweep="tuned")
+    return replace(
+        record, run_id=spec.run_id(), spec=spec, final_val_loss_nats=record.final_val_loss_nats + owed
+    )
+
+
+@pytest.fixture(scope="module")
+def records() -> list[RunRecord]:
+    return synthetic_records(curve_points=40)
+
+
+@pytest.fixture(scope="module")
+def tuned_records(records: list[RunRecord]) -> list[RunRecord]:
+    """Of the first and last size of each budget; the sweep's own runs are the parabolas' middle."""
+    by_budget: dict[float, list[RunRecord]] = {}
+    for r in records:
+        by_budget.setdefault(r.spec.budget_flops, []).append(r)
+    ends = [group[i] for group in by_budget.values() for i in (0, -1)]
+    return [at_lr(r, m) for r in ends for m in (0.5, 2.0, 4.0)]
+
+
+def test_records_of_a_learning_rate_sweep_are_no_points_of_the_law(records, tuned_records):
+    own, tuned = split_by_role([*records, *tuned_records])
+    assert own == records
+    assert len(tuned.tuned) == len(tuned_records)
+    assert split_by_role(records) == (records, None)
+    with pytest.raises(UserError, match="analyse the sweep that they tune, with tuning=tuned"):
+        split_by_role(tuned_records)
+
+
+def write(store: RunStore, records: list[RunRecord]) -> None:
+    for r in records:
+        folder = store.run_folder(r.run_id)
+        folder.mkdir(parents=True)
+        (folder / "curve.jsonl").write_text("".join(curve_line(p) for p in r.curve))
+        (folder / "record.json").write_text(dumps(r.to_dict()))
+
+
+def test_analyze_with_a_learning_rate_sweep_beside(tmp_path, monkeypatch, capsys, records, tuned_records):
+    monkeypatch.chdir(tmp_path)
+    write(RunStore(Path("results/base")), records)
+    write(RunStore(Path("results/base-lr")), tuned_records)
+    light = ["sensitivity=false", "backtest=false", "profile=false", "bootstrap.resamples=50"]
+    assert main(["analyze", "sweep=base", "tuning=base-lr", *light]) == 0
+    out = capsys.readouterr().out
+    assert "tuning debt" in out
+    assert "if every size were tuned" in out
+    data = json.loads(Path("results/base/report/analysis.json").read_text())
+    schema = json.loads(resources.files("scaling_lab.analyse").joinpath("analysis.schema.json").read_text())
+    jsonschema.validate(data, schema)
+    # The same factor everywhere: every run owes 0.06 / 2 ln(1.5)^2, and the exponents stay.
+    assert len(data["tuning"]["runs"]) == len(records)
+    owed = [r["debt_nats"] for r in data["tuning"]["runs"]]
+    np.testing.assert_allclose(owed, 0.03 * math.log(1.5) ** 2, atol=1e-4)
+    found = [c["best_over_used"]["LR"]["estimate"] for c in data["tuning"]["cells"]]
+    assert found == pytest.approx([1.5] * 6, rel=0.02)
+    for e in data["tuning"]["exponents"][1:]:
+        assert e["tuned_params_exponent"] == pytest.approx(e["params_exponent"], abs=0.01)
+    page = Path("results/base/report/report.html").read_text()
+    assert "If every size were tuned" in page
+    assert "The learning rates, tried" in page
+    assert Path("results/base/report/figures/tuning.png").stat().st_size > 5000
+    for argv, said in (
+        (["sweep=base-lr"], "runs of a learning-rate sweep alone"),
+        (["sweep=base", "tuning=nothing"], "tuning='nothing' has no finished runs"),
+        (["runs=x.csv", "tuning=base-lr"], "is for a sweep"),
+    ):
+        assert main(["analyze", *argv]) == 2
+        assert said in capsys.readouterr().err
+    # Without the learning-rate sweep the report is as it was.
+    assert main(["analyze", "sweep=base", *light]) == 0
+    assert "tuning debt" not in capsys.readouterr().out
+    assert json.loads(Path("results/base/report/analysis.json").read_text())["tuning"] is None
