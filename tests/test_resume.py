@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
+import re
 import signal
 import subprocess
 import sys
@@ -169,52 +169,20 @@ def test_a_disk_that_refuses_checkpoints_does_not_stop_the_run(tmp_path, caplog)
     assert "no checkpoint at step" in caplog.text
 
 
-def kill_at_random(store: RunStore, folder: Path, kills: int, rng: random.Random) -> dict[str, int]:
-    """Start a worker and SIGKILL it, again and again; says in which stage the kills provably landed."""
-    hits = {"training": 0, "checkpoint write": 0, "record write": 0, "other": 0}
-    for kill in range(kills):
-        before = (folder / "curve.jsonl").stat().st_size if (folder / "curve.jsonl").exists() else 0
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "scaling_lab.train.worker", str(store.folder), "--checkpoint-every-s", "0"]
-        )
-        # Every third kill waits for a checkpoint's temporary file, the others for a random time after work began.
-        want_checkpoint, limit = kill % 3 == 0, time.monotonic() + 60
-        while worker.poll() is None and time.monotonic() < limit:
-            if want_checkpoint and list((folder / "checkpoint").glob(".*.tmp")):
-                break
-            size = (folder / "curve.jsonl").stat().st_size if (folder / "curve.jsonl").exists() else 0
-            if not want_checkpoint and size > before:
-                time.sleep(rng.uniform(0, 0.3))
-                break
-        worker.kill()
-        worker.wait()
-        if list((folder / "checkpoint").glob(".*.tmp")):
-            hits["checkpoint write"] += 1
-        elif (folder / "record.json").exists():
-            hits["other"] += 1
-            break
-        else:
-            hits["training"] += 1
-    return hits
-
-
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_twenty_kills_change_nothing(tmp_path):
-    """SIGKILL during steps and checkpoint writes; the final losses are those of an undisturbed run, bit for bit."""
-    spec = tiny(4_000)
-    whole = train(RunStore(tmp_path / "whole"), spec)
-    store = RunStore(tmp_path / "killed")
-    plan = Plan("t", (PlannedRun(spec, Execution()),), spec.convention, spec.data.fingerprint())
-    store.write_plan(plan)
-    hits = kill_at_random(store, store.run_folder(spec.run_id()), 20, random.Random(0))
-    assert hits["training"] >= 5, hits
-    assert hits["checkpoint write"] >= 2, hits
-    subprocess.run([sys.executable, "-m", "scaling_lab.train.worker", str(store.folder)], check=True)
-    assert losses(store.read_record(spec.run_id())) == losses(whole)
-    # Nothing of the killed attempts is left.
-    folder = store.run_folder(spec.run_id()) / "checkpoint"
-    assert sorted(p.name for p in folder.iterdir()) == [f"step-{spec.steps}.json", f"step-{spec.steps}.pt"]
+@pytest.mark.timeout(600)
+def test_twenty_kills_change_nothing():
+    """SIGKILL during steps, checkpoint and record writes and resumes, each proved; see scripts/kill_resume.py, which
+    makes a hundred of them."""
+    script = Path(__file__).parent.parent / "scripts" / "kill_resume.py"
+    done = subprocess.run([sys.executable, script, "--kills", "20"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "20 SIGKILLs" in done.stdout
+    for stage in ("training step", "checkpoint write", "record write", "resume: the curve"):
+        (hits,) = re.findall(rf"^  {stage} +(\d+)$", done.stdout, re.MULTILINE)
+        assert int(hits) > 0
+    same, runs = re.findall(r"bit for bit, nothing left over: (\d+) of (\d+) runs", done.stdout)[0]
+    assert same == runs
 
 
 def test_a_superseded_owner_that_was_loading_leaves_the_curve_alone(tmp_path, monkeypatch):
