@@ -348,11 +348,11 @@ def announce(say: Callable[[str], Any]) -> None:
         def wrapped(*args: Any, **options: Any) -> Any:
             if not stage or stage[-1] == STEP:
                 return function(*args, **options)
-            what = "" if isinstance(args[-1], int) else f" {kind_of(Path(args[-1]).name)}"
-            say(f".before {name}{what}")
+            what = kind_of(args[-1])
+            say(f".before {name} {what}")
             time.sleep(PAUSE_S)
             out = function(*args, **options)
-            say(f".after {name}{what}")
+            say(f".after {name} {what}")
             time.sleep(PAUSE_S)
             return out
 
@@ -369,9 +369,13 @@ def announce(say: Callable[[str], Any]) -> None:
         setattr(os, name, paused(name, getattr(os, name)))
 
 
-def kind_of(name: str) -> str:
-    """step-12.pt -> step.pt"""
-    return "".join(c for c in name if not c.isdigit()).replace("-.", ".")
+def kind_of(file: int | str | Path) -> str:
+    """What a path, or a descriptor's, is called: step.pt of step-12.pt and of its temporary file."""
+    link = f"/proc/self/fd/{file}"
+    if isinstance(file, int):
+        file = os.readlink(link) if os.path.exists(link) else "file"
+    stem, _, rest = Path(file).name.lstrip(".").partition(".")
+    return f"{stem.partition('-')[0]}.{rest.partition('.')[0]}"
 
 
 def progress(text: str, fraction: float, began: float) -> None:
