@@ -74,7 +74,7 @@ def sensitivity(
         w = None if weights is None else weights[keep[observations.run_index]]
         rows += _again("data", choice, asked, part, w)
     for approach, base in asked:
-        for choice, other in _other_methods(approach):
+        for choice, other in _other_methods(approach, observations):
             rows += _again("method", choice, [(other, base)], observations, weights)
     for approach, base in asked:
         rows += _influence(approach, base, observations, weights)
@@ -159,7 +159,7 @@ def _subsets(
                 )
 
 
-def _other_methods(approach: Any) -> Iterable[tuple[str, Any]]:
+def _other_methods(approach: Any, observations: Observations) -> Iterable[tuple[str, Any]]:
     s = approach.settings
     if isinstance(approach, IsoFlop):
         for minimum in ("shared", "parabola", "akima", "cubic"):
@@ -175,10 +175,16 @@ def _other_methods(approach: Any) -> Iterable[tuple[str, Any]]:
                 replace(approach, settings=whole),
             )
     elif isinstance(approach, Envelope):
-        method = "hull" if s.method == "interpolate" else "interpolate"
+        used = approach.method(observations)
+        for method in ("interpolate", "hull"):
+            if method != used:
+                yield (
+                    f"approach.envelope.method={method}",
+                    replace(approach, settings=replace(s, method=method)),
+                )
         edge = "keep" if s.edge == "drop" else "drop"
-        yield f"approach.envelope.method={method}", replace(approach, settings=replace(s, method=method))
-        yield f"approach.envelope.edge={edge}", replace(approach, settings=replace(s, edge=edge))
+        if used != "ends":
+            yield f"approach.envelope.edge={edge}", replace(approach, settings=replace(s, edge=edge))
     elif isinstance(approach, Parametric):
         for delta in (1e-4, 1e-2):
             if delta != s.huber_delta:

@@ -7,7 +7,8 @@ comes out (1 - 1/k^2) of the truth, 4% low with seven sizes. So by default the *
 which the envelope passes from one size to the next, paired with the two sizes' geometric mean. For
 L = E + A N^-alpha + B D^-beta and sizes in a constant ratio, the crossings lie exactly on a power law with the true
 exponent. `edge=keep` regresses every point of the staircase, and `method=hull` the vertices of the convex hull in
-(ln C, ln L), as publications did.
+(ln C, ln L), as publications did. Where every size has several horizons, `method=ends` (what `auto` then takes) makes the
+envelope from the runs' ends alone (`ends.py`): between them a curve with a falling LR is not at its compute's best loss.
 """
 
 from __future__ import annotations
@@ -20,13 +21,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling_lab.analyse.approaches.annealing import schedule_notes, training_notes
+from scaling_lab.analyse.approaches.ends import (
+    EndsDesign,
+    design_of,
+    ends_frontier,
+    ends_points,
+    ends_quantities,
+    envelope_of_ends,
+    serves,
+    simulated_quantities,
+)
+from scaling_lab.analyse.approaches.hull import hull_points, hull_vertices
 from scaling_lab.analyse.estimate import Array, Estimate, FitStatus
 from scaling_lab.analyse.frontiers import FrontierPoints, frontier_from, quantities
 from scaling_lab.analyse.observations import Curves, Observations
 from scaling_lab.analyse.uncertainty import Draws, NoInterval
 from scaling_lab.core.errors import UserError, unknown
 
-METHODS = ("interpolate", "hull")
+METHODS = ("auto", "interpolate", "ends", "hull")
 EDGES = ("drop", "keep")
 # Up to so many points a run a monotone cubic interpolates between them; denser curves are joined by straight lines.
 _SPARSE_CURVE = 200
@@ -36,8 +48,10 @@ _SPARSE_CURVE = 200
 class EnvelopeSettings:
     """Options `approach.envelope.*`."""
 
-    method: Literal["interpolate", "hull"] = "interpolate"
-    """The lower envelope of interpolated curves, or the lower convex hull of the points in (ln C, ln L)."""
+    method: Literal["auto", "interpolate", "ends", "hull"] = "auto"
+    """The lower envelope of interpolated curves, of the losses that each size's runs end at, or the lower convex hull of
+    the points in (ln C, ln L). `auto`: `ends` where five sizes have three horizons each (and `edge=drop`), else
+    `interpolate`."""
     edge: Literal["drop", "keep"] = "drop"
     """What to do where the best size is the smallest or largest sampled: the true best may lie beyond it."""
     grid_points: int = 1500
@@ -52,6 +66,11 @@ class EnvelopeSettings:
             raise unknown("approach.envelope.edge", self.edge, EDGES)
         if self.curve not in ("auto", "validation", "train"):
             raise unknown("approach.envelope.curve", self.curve, ("auto", "validation", "train"))
+        if self.method == "ends" and self.edge == "keep":
+            raise UserError(
+                "approach.envelope.edge=keep has no meaning with approach.envelope.method=ends, which regresses crossings"
+                " only; choose method=interpolate or method=hull."
+            )
         if self.grid_points < 50:
             raise UserError(f"approach.envelope.grid_points={self.grid_points} must be at least 50.")
 
@@ -94,8 +113,30 @@ class Envelope:
     settings: EnvelopeSettings = field(default_factory=EnvelopeSettings)
     name: str = "envelope"
 
+    def method(self, observations: Observations) -> str:
+        """The method used for these observations: `auto` resolved."""
+        return "ends" if self._ends_design(observations) is not None else self._other_method
+
+    @property
+    def _other_method(self) -> str:
+        return "interpolate" if self.settings.method == "auto" else self.settings.method
+
+    def _ends_design(self, observations: Observations) -> EndsDesign | None:
+        """None where another method is used."""
+        s = self.settings
+        if s.method != "ends" and (s.method != "auto" or s.edge == "keep"):
+            return None
+        design = design_of(observations.final(), s.grid_points)
+        if s.method == "ends":
+            return design
+        has_curves = _has_curve(observations.curves, observations.n_runs).any()
+        return design if has_curves and serves(design) else None
+
     def estimate(self, observations: Observations, weights: Array | None = None) -> Estimate:
         """Curves -> envelope -> frontier. Always uses every row of every run; `weights` has no meaning here."""
+        design = self._ends_design(observations)
+        if design is not None:
+            return self._ends_estimate(observations, design)
         curves = observations.curves
         is_curve = _has_curve(curves, observations.n_runs)
         with_curve = int(is_curve.sum())
@@ -114,6 +155,41 @@ class Envelope:
         if self.settings.method == "hull":
             return self._hull_estimate(observations, notes)
         return self._interpolated_estimate(observations, notes)
+
+    def _ends_estimate(self, observations: Observations, design: EndsDesign) -> Estimate:
+        final = observations.final()
+        log_loss = np.log(final.loss_nats)[None]
+        used = sum(s.at.size for s in design.sizes)
+        notes = [
+            f"The envelope of the runs' ends (method=ends): {used} of {final.n_points} runs, {len(design.sizes)} sizes with"
+            " three horizons or more; whole curves are not used.",
+            *schedule_notes(observations, np.ones(observations.n_runs, dtype=bool)),
+        ]
+        if len(design.sizes) < 3:
+            message = (
+                f"method=ends needs three sizes with three horizons each; {len(design.sizes)} have them."
+            )
+            return Estimate(self.name, FitStatus.NOT_APPLICABLE, message, diagnostics=tuple(notes))
+        points = ends_points(design, log_loss)
+        details = envelope_of_ends(design, log_loss, self.settings.grid_points)
+        missing = int((points.weight[0] == 0).sum())
+        if missing:
+            notes.append(
+                f"{missing} of {len(design.pairs)} pairs of sizes do not cross within their horizons: left out."
+            )
+        if points.weight[0].sum() < 2:
+            message = f"{int(points.weight[0].sum())} of {len(design.pairs)} pairs of sizes cross; two at least must."
+            return Estimate(
+                self.name, FitStatus.NOT_APPLICABLE, message, diagnostics=tuple(notes), details=details
+            )
+        return Estimate(
+            self.name,
+            FitStatus.CONVERGED,
+            f"A power law through {int(points.weight[0].sum())} crossings of sizes' losses at the ends of their runs.",
+            ends_frontier(points),
+            diagnostics=tuple(notes),
+            details=details,
+        )
 
     def _interpolated_estimate(self, observations: Observations, notes: list[str]) -> Estimate:
         grid = interpolate(observations.curves, self.settings.grid_points)
@@ -160,8 +236,8 @@ class Envelope:
         return self._finish(hull_points(curves, keep), details, notes)
 
     def default_unit(self, observations: Observations) -> str:
-        """Runs: the rows of a curve are not independent."""
-        return "run"
+        """Runs, since the rows of a curve are not independent; noise about a fitted law where only the ends are used."""
+        return "run" if self._ends_design(observations) is None else "residual"
 
     def resample(
         self,
@@ -171,6 +247,9 @@ class Envelope:
         estimate: Estimate | None = None,
     ) -> dict[str, Array]:
         """(resamples,) each: the frontier's quantities; see `uncertainty.Approach`. Curves are drawn whole, whatever the unit."""
+        design = self._ends_design(observations)
+        if design is not None:
+            return self._resampled_ends(observations, design, draws)
         if draws.unit == "residual":
             raise NoInterval("bootstrap.unit=residual is for IsoFLOP grids; curves are resampled by run.")
         drawn = draws.run_counts(observations) > 0
@@ -180,6 +259,21 @@ class Envelope:
             else self._resampled_envelopes(observations.curves, drawn)
         )
         return quantities(_padded(many), floor_at_zero=False)
+
+    def _resampled_ends(
+        self, observations: Observations, design: EndsDesign, draws: Draws
+    ) -> dict[str, Array]:
+        final = observations.final()
+        if draws.unit == "residual":
+            return simulated_quantities(final, design, draws)
+        out: dict[str, list[float]] = {}
+        for present in draws.run_counts(observations) > 0:
+            some = final.points(present[final.run_index])
+            part = design_of(some, self.settings.grid_points, least_horizons=2)
+            points = ends_points(part, np.log(some.loss_nats)[None])
+            for name, value in ends_quantities(points).items():
+                out.setdefault(name, []).append(float(value[0]))
+        return {name: np.array(values) for name, values in out.items()}
 
     def _resampled_envelopes(self, curves: Curves, drawn: NDArray[np.bool_]) -> list[FrontierPoints]:
         grid = interpolate(curves, self.settings.grid_points)
@@ -352,34 +446,6 @@ def _all_points(grid: Interpolated, stairs: Staircase) -> FrontierPoints:
     log_n = grid.log_size[grid.size[best]]
     log_d = grid.log_c[at] - grid.log_per_token[best]
     return FrontierPoints(grid.log_c[at], log_n, log_d, np.exp(stairs.log_loss[at]), np.ones(at.size))
-
-
-def hull_vertices(log_c: Array, log_loss: Array) -> NDArray[np.int64]:
-    """Positions of the lower convex hull's vertices, ascending in C, up to the lowest loss."""
-    order = np.lexsort((log_loss, log_c))
-    # Only points below everything cheaper can lie on the falling part of the lower hull.
-    falling = order[log_loss[order] <= np.minimum.accumulate(log_loss[order])]
-    hull: list[int] = []
-    for i in falling:
-        while len(hull) >= 2 and _turns_right(log_c, log_loss, hull[-2], hull[-1], i):
-            hull.pop()
-        hull.append(int(i))
-    return np.array(hull, dtype=np.int64)
-
-
-def _turns_right(x: Array, y: Array, a: int, b: int, c: int) -> bool:
-    return bool((x[b] - x[a]) * (y[c] - y[a]) - (y[b] - y[a]) * (x[c] - x[a]) <= 0)
-
-
-def hull_points(curves: Curves, at: NDArray[np.int64]) -> FrontierPoints:
-    """Frontier points of the curves' points at these positions."""
-    return FrontierPoints(
-        np.log(curves.compute_flops[at]),
-        np.log(curves.n_params[at]),
-        np.log(curves.n_tokens[at]),
-        curves.loss_nats[at],
-        np.ones(at.size),
-    )
 
 
 def _padded(many: list[FrontierPoints]) -> FrontierPoints:
