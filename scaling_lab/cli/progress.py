@@ -13,9 +13,8 @@ from typing import Any
 from scaling_lab.cli.console import Console, human_count, human_time
 from scaling_lab.core.claims import ClaimInfo
 from scaling_lab.core.spec import PlannedRun
-from scaling_lab.core.store import RunState, RunStore
+from scaling_lab.core.store import LIVE, OVER, RunState, RunStore
 
-OVER = ("completed", "diverged", "failed")
 LINE_EVERY_S = 15.0
 MAX_ROWS = 16
 
@@ -50,7 +49,7 @@ class Progress:
         return [i for i, s in self.states.items() if s.state in ("planned", "interrupted")]
 
     def running(self) -> list[RunState]:
-        return [s for s in self.states.values() if s.state == "running"]
+        return [s for s in self.states.values() if s.state in LIVE]
 
     def claimed_by(self, pid: int) -> list[str]:
         """Runs that a live process of this number computes."""
@@ -88,7 +87,7 @@ class Progress:
     def headline(self) -> str:
         """One line about all runs."""
         n, bad = len(self.states), self.count("failed", "diverged")
-        parts = [f"{self.count(*OVER)}/{n} runs done", f"{self.count('running')} running"]
+        parts = [f"{self.count(*OVER)}/{n} runs done", f"{self.count(*LIVE)} running"]
         if bad:
             parts.append(f"{bad} failed or diverged")
         rate, eta = self.flops_per_s(), self.eta_s()

@@ -19,7 +19,7 @@ from scaling_lab.cli.study import tracker_options
 from scaling_lab.core.errors import UserError, unknown
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.spec import Plan
-from scaling_lab.core.store import RunState, RunStore
+from scaling_lab.core.store import OVER, RunState, RunStore
 
 
 @dataclass
@@ -131,7 +131,7 @@ def report_outcome(console: Console, store: RunStore, plan: Plan) -> int:
     """Say how the plan's runs stand and return the exit status: 0 all completed, 1 otherwise."""
     states = list(store.states(plan))
     bad = [s for s in states if s.state in (RunStatus.FAILED, RunStatus.DIVERGED)]
-    open_runs = [s for s in states if s.state in ("planned", "running", RunStatus.INTERRUPTED)]
+    open_runs = [s for s in states if s.state not in OVER]
     done = len(states) - len(bad) - len(open_runs)
     console.say(
         f"{done} of {len(states)} runs completed" + (f", {len(bad)} failed or diverged" if bad else "")

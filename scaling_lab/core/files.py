@@ -80,6 +80,16 @@ def write_and_sync(file: TextIO, text: str, *, durable: bool = True) -> None:
         os.fsync(file.fileno())
 
 
+def synced_size(path: Path) -> int | None:
+    """Bring a finished file's content to the disk; its size in bytes, None where there is no such file."""
+    try:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return None
+
+
 def _create_by_open(path: Path, text: str) -> bool:
     try:
         with open(path, "x", encoding="utf-8") as file:

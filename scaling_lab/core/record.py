@@ -84,6 +84,8 @@ class RunRecord:
     environment: Environment
     curve_points: int
     """Lines of curve.jsonl that belong to the run: a shorter file is torn."""
+    curve_bytes: int | None = field(default=None, compare=False)
+    """Size of curve.jsonl when the record was written; None in older records. The store fills it in."""
     curve: tuple[EvalPoint, ...] = field(default=(), repr=False)
     """Kept in curve.jsonl, beside record.json."""
     schema_version: int = RECORD_SCHEMA_VERSION

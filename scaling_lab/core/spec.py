@@ -83,12 +83,12 @@ class OptimizerSpec:
     def __post_init__(self) -> None:
         for name in ("peak_lr", "embedding_lr_ratio", "head_lr_ratio", "eps", "clip_norm"):
             if not getattr(self, name) > 0:
-                raise UserError(f"optimizer.{name}={getattr(self, name)!r} must be positive.")
+                raise UserError(f"recipe.{name}={getattr(self, name)!r} must be positive.")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"optimizer.{name}={getattr(self, name)!r} must be in [0, 1).")
+                raise UserError(f"recipe.{name}={getattr(self, name)!r} must be in [0, 1).")
         if self.weight_decay < 0:
-            raise UserError(f"optimizer.weight_decay={self.weight_decay!r} must not be negative.")
+            raise UserError(f"recipe.weight_decay={self.weight_decay!r} must not be negative.")
 
 
 @dataclass(frozen=True)

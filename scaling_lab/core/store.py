@@ -17,17 +17,22 @@ import json
 import re
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from scaling_lab.core.claims import Claim, ClaimInfo, last_claim, take
 from scaling_lab.core.errors import UserError
-from scaling_lab.core.files import create_exclusive, write_atomic
-from scaling_lab.core.record import EvalPoint, RunRecord
+from scaling_lab.core.files import create_exclusive, synced_size, write_atomic
+from scaling_lab.core.record import EvalPoint, RunRecord, RunStatus
 from scaling_lab.core.serial import dumps
 from scaling_lab.core.spec import Plan, RunSpec
 
+# States of runs that somebody computes now, and of those that are over.
+LIVE = ("claimed", "running")
+OVER = ("completed", "diverged", "failed")
+# What to do about a finished run whose files are damaged; the other runs are not touched by it.
+TRY_AGAIN = "`scaling-lab sweep` with retry=failed trains it again"
 SWEEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -37,11 +42,14 @@ class RunState:
 
     run_id: str
     state: str
-    """planned, running, interrupted, completed, diverged or failed."""
+    """planned, claimed (its owner loads or compiles), running, interrupted, completed, diverged or failed."""
     reason: str | None = None
     claim: ClaimInfo | None = None
+    """Who computes it or last did: host, pid, since when, last heartbeat. None once it is over."""
     final_val_loss_nats: float | None = None
     wall_time_s: float | None = None
+    ended_unix_s: float | None = None
+    """When its record was written."""
 
 
 class RunStore:
@@ -129,8 +137,10 @@ class RunStore:
         return open(path, "a", encoding="utf-8")
 
     def write_record(self, record: RunRecord) -> bool:
-        """Write record.json unless there is one already; says whether it did."""
-        return create_exclusive(self.run_folder(record.run_id) / "record.json", dumps(record.to_dict()))
+        """Write record.json unless there is one already; says whether it did. The curve reaches the disk before it."""
+        folder = self.run_folder(record.run_id)
+        record = replace(record, curve_bytes=synced_size(folder / "curve.jsonl"))
+        return create_exclusive(folder / "record.json", dumps(record.to_dict()))
 
     def read_curve(self, run_id: str) -> list[EvalPoint]:
         """Whole lines of a curve, in order; a torn last line is left out."""
@@ -155,11 +165,10 @@ class RunStore:
         except FileNotFoundError:
             raise UserError(f"run={run_id!r} has no record at {path}: it is not over.") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} cannot be read ({error}): delete it to run it again.") from None
+            raise UserError(f"{path} cannot be read ({error}): {TRY_AGAIN}.") from None
         if curve and len(record.curve) < record.curve_points:
             raise UserError(
-                f"{path.with_name('curve.jsonl')} has {len(record.curve)} of {record.curve_points} points: "
-                "delete record.json to run it again."
+                f"{path.with_name('curve.jsonl')} has {len(record.curve)} of {record.curve_points} points: {TRY_AGAIN}."
             )
         return record
 
@@ -188,7 +197,10 @@ class RunStore:
                 continue
             folder = self.run_folder(state.run_id)
             kept = len(list(folder.glob("record-failed-*.json"))) + 1
-            (folder / "record.json").rename(folder / f"record-failed-{kept}.json")
+            try:
+                (folder / "record.json").rename(folder / f"record-failed-{kept}.json")
+            except FileNotFoundError:
+                continue  # another sweep with retry=failed was quicker
             if state.state == "diverged":
                 for path in (folder / "checkpoint").glob("step-*.json"):
                     path.unlink(missing_ok=True)
@@ -203,25 +215,38 @@ class RunStore:
         if record.exists():
             try:
                 data = json.loads(record.read_text(encoding="utf-8"))
-                return RunState(
+                state = RunState(
                     run_id,
-                    data["status"],
+                    str(RunStatus(data["status"])),
                     data.get("reason"),
                     final_val_loss_nats=data.get("final_val_loss_nats"),
                     wall_time_s=data.get("wall_time_s"),
+                    ended_unix_s=record.stat().st_mtime,
                 )
+                lost = _lost_curve(folder / "curve.jsonl", data) if state.state == "completed" else None
+                return replace(state, state="failed", reason=lost) if lost else state
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                return RunState(run_id, "failed", f"record.json cannot be read: {error}")
+                return RunState(run_id, "failed", f"record.json cannot be read ({error}): {TRY_AGAIN}")
         claim = last_claim(folder)
         if claim is None:
             return RunState(run_id, "planned")
         if claim.is_live(time.time()):
-            return RunState(run_id, "running", claim=claim)
+            return RunState(run_id, "running" if claim.step else "claimed", claim=claim)
         return RunState(run_id, "interrupted", "its process is gone", claim=claim)
 
     def states(self, plan: Plan) -> Iterator[RunState]:
         for run in plan.runs:
             yield self.state(run.run_id)
+
+
+def _lost_curve(path: Path, record: dict[str, Any]) -> str | None:
+    """What is wrong with the curve of a finished run, from its size alone: 10,000 of them are looked at in a second."""
+    there = path.stat().st_size if path.exists() else 0
+    written = record.get("curve_bytes") or min(1, record.get("curve_points", 0))
+    if there >= written:
+        return None
+    what = f"is cut short ({there:,} of {written:,} bytes)" if there else "is gone"
+    return f"it was completed, but its curve.jsonl {what}: {TRY_AGAIN}"
 
 
 def curve_line(point: EvalPoint) -> str:

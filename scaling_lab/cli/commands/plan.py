@@ -38,7 +38,8 @@ def run(arguments: Arguments) -> int:
     if "json" in arguments.flags:
         print(store.plan_path.read_text(encoding="utf-8"), end="")
         return 0
-    print_plan(console, plan, command.tree.get("workers"))
+    if not console.quiet:
+        print_plan(console, plan, command.tree.get("workers"))
     console.print(f"plan: {store.plan_path}" + ("" if new else " (unchanged)"), highlight=False, markup=False)
     if not new and begun(store, plan):
         console.say("the sweep has begun: `scaling-lab status` says how far it is.")

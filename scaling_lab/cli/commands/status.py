@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,23 @@ from scaling_lab.cli.commands.report import existing_sweep
 from scaling_lab.cli.compose import read_command
 from scaling_lab.cli.console import Console, fitting_table, human_count, human_time
 from scaling_lab.cli.forms import Form, build, options_of
-from scaling_lab.cli.progress import OVER
+from scaling_lab.cli.standing import Row, Standing, grouped_reasons, standing
 from scaling_lab.core.errors import UserError
-from scaling_lab.core.spec import RunSpec
-from scaling_lab.core.store import RunState, RunStore
+from scaling_lab.core.spec import Plan
+from scaling_lab.core.store import LIVE, RunStore
 
 WATCH_EVERY_S = 2.0
+# Of a large sweep the screen shows so many runs, those first that somebody may have to look at.
+MAX_ROWS, MAX_REASONS = 80, 20
+URGENCY = ("running", "claimed", "failed", "diverged", "interrupted", "planned", "completed")
+COLOURS = {
+    "completed": "green",
+    "running": "cyan",
+    "claimed": "cyan",
+    "failed": "red",
+    "diverged": "red",
+    "interrupted": "yellow",
+}
 
 
 @dataclass(frozen=True)
@@ -45,112 +56,147 @@ def run(arguments: Arguments) -> int:
     if settings.sweep is None:
         return _all_sweeps(settings, console, where)
     store = existing_sweep(settings.results_dir, settings.sweep)
-    states = read_states(store)
-    if "json" in arguments.flags:
-        print(json.dumps(status_json(settings.sweep, states), indent=1, allow_nan=False))
+    plan = plan_of(store)
+    now = standing(store, plan)
+    if console.json:
+        print(json.dumps(status_json(settings.sweep, now), indent=1, allow_nan=False))
         return 0
-    while "watch" in arguments.flags and any(s.state not in OVER for _, s in states):
-        if console.out.is_terminal:
-            console.out.clear()
-        _print_states(console, settings.sweep, states)
-        time.sleep(WATCH_EVERY_S)
-        states = read_states(store)
-    _print_states(console, settings.sweep, states)
-    counts = Counter(state.state for _, state in states)
-    console.print(", ".join(f"{n} {name}" for name, n in counts.items()) or "no runs yet")
-    over = all(state.state in OVER for _, state in states)
-    running = bool(counts["running"])
-    following = "analyze" if over else "report" if running else "sweep"
+    if "watch" in arguments.flags:
+        now = _watch(console, store, plan, settings.sweep, now)
+    _print_standing(console, settings.sweep, now)
+    bad = sum(now.counts.get(name, 0) for name in ("failed", "diverged"))
+    if bad:
+        console.say(f"to try them again: scaling-lab sweep sweep={settings.sweep}{where} retry=failed")
+    at_work = any(now.counts.get(name) for name in LIVE)
+    following = "analyze" if now.is_over else "report" if at_work else "sweep"
     console.next_step(f"scaling-lab {following} sweep={settings.sweep}{where}")
     return 0
 
 
-def read_states(store: RunStore) -> list[tuple[RunSpec | None, RunState]]:
-    """Every run of the plan, and those that have a folder without being in it (train's), with their specs."""
-    specs: dict[str, RunSpec | None] = {}
-    if store.plan_path.exists():
-        specs = {run.run_id: run.spec for run in store.read_plan().runs}
-    runs = store.folder / "runs"
-    for folder in sorted(runs.iterdir()) if runs.is_dir() else []:
-        if folder.name not in specs and (folder / "spec.json").is_file():
-            specs[folder.name] = _spec(folder / "spec.json")
-    return [(spec, store.state(run_id)) for run_id, spec in specs.items()]
+def plan_of(store: RunStore) -> Plan | None:
+    """The sweep's plan; single runs of `train` have none."""
+    return store.read_plan() if store.plan_path.exists() else None
 
 
-def _spec(path: Any) -> RunSpec | None:
+def _watch(console: Console, store: RunStore, plan: Plan | None, sweep: str, now: Standing) -> Standing:
+    """Show the sweep until it is over or the user has seen enough (Ctrl-C); the last look at it."""
     try:
-        return RunSpec.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, OSError):
-        return None  # shown without its numbers; what is wrong with it is the analysis's to say
+        if not console.out.is_terminal:
+            while not now.is_over:
+                console.print(f"{sweep}: {now.headline()}", markup=False)
+                time.sleep(WATCH_EVERY_S)
+                now = standing(store, plan, now)
+            return now
+        from rich.console import Group
+        from rich.live import Live
+
+        with Live(console=console.out, auto_refresh=False, transient=True) as live:
+            while not now.is_over:
+                # The table's frame and the headline take six lines.
+                rows = max(1, min(MAX_ROWS, console.out.height - 6))
+                live.update(
+                    Group(status_table(sweep, now.rows, console.out.width, rows), now.headline()),
+                    refresh=True,
+                )
+                time.sleep(WATCH_EVERY_S)
+                now = standing(store, plan, now)
+    except KeyboardInterrupt:
+        pass
+    return now
 
 
-def _print_states(console: Console, sweep: str, states: list[tuple[RunSpec | None, RunState]]) -> None:
-    """The table, and below it, whole, why runs did not end well."""
-    console.print(status_table(sweep, states, console.out.width))
-    for _, state in states:
-        if state.reason:
-            reason = " ".join(state.reason.split())
-            console.print(f"{state.run_id} {state.state}: {reason}", markup=False)
+def _print_standing(console: Console, sweep: str, now: Standing) -> None:
+    """The table, below it, whole, why runs did not end well, and the sums."""
+    if not console.quiet:
+        console.print(status_table(sweep, now.rows, console.out.width))
+        for line in grouped_reasons(now.rows, MAX_REASONS):
+            console.print(line, markup=False)
+    counts = ", ".join(f"{n} {name}" for name, n in now.counts.items())
+    console.print(f"{counts}; {now.headline()}" if counts else "no runs yet", markup=False)
+    error = now.last_error
+    if error is not None and sum(now.counts.get(name, 0) for name in ("failed", "diverged")) > 1:
+        reason = " ".join((error.reason or "").split())
+        console.print(f"last error: {error.run_id} {error.state}: {reason}", markup=False)
 
 
-def status_table(sweep: str, states: list[tuple[RunSpec | None, RunState]], width: int) -> Any:
-    """One row a run; on a screen of few columns without the least important ones."""
-    from rich.text import Text
-
-    colours = {
-        "completed": "green",
-        "running": "cyan",
-        "failed": "red",
-        "diverged": "red",
-        "interrupted": "yellow",
-    }
-    rows = []
-    for spec, state in states:
-        claim = state.claim
-        loss = state.final_val_loss_nats
-        cells: list[Any] = [
-            state.run_id,
-            "" if spec is None else f"{spec.budget_flops:.3g}",
-            "" if spec is None else human_count(spec.n_params()),
-            "" if spec is None else human_count(spec.train_tokens),
-            Text(state.state, style=colours.get(state.state, "")),
-            f"{claim.step:,}/{claim.steps:,}" if claim is not None and claim.step else "",
-            "" if loss is None else f"{loss:.4f}",
-            "" if state.wall_time_s is None else human_time(state.wall_time_s),
-        ]
-        rows.append(cells)
+def status_table(sweep: str, rows: Sequence[Row], width: int, limit: int = MAX_ROWS) -> Any:
+    """One row a run; on a screen of few columns without the least important ones, of many runs those that matter."""
+    shown = rows
+    if len(rows) > limit:
+        shown = sorted(rows, key=lambda row: URGENCY.index(row.state.state))[:limit]
+    cells = [_cells(row) for row in shown]
+    if len(rows) > len(shown):
+        rest = Standing(tuple(sorted(rows, key=lambda row: URGENCY.index(row.state.state))[limit:])).counts
+        cells.append([f"and {', '.join(f'{n:,} {name}' for name, n in rest.items())}"])
     return fitting_table(
         f"sweep {sweep}",
         {
             "run": "left", "FLOPs": "right", "N": "right", "D": "right", "state": "left", "progress": "left",
-            "loss, nats": "left", "time": "left",
+            "loss, nats": "left", "time": "left", "host and pid": "left",
         },
-        rows,
+        cells,
         width,
-        drop=("time", "D", "N", "FLOPs", "progress", "loss, nats"),
+        drop=("host and pid", "time", "D", "N", "FLOPs", "progress", "loss, nats"),
     )  # fmt: skip
 
 
-def status_json(sweep: str, states: list[tuple[RunSpec | None, RunState]]) -> dict[str, Any]:
+def _cells(row: Row) -> list[Any]:
+    from rich.text import Text
+
+    spec, state, claim = row.spec, row.state, row.state.claim
+    loss = state.final_val_loss_nats
+    return [
+        state.run_id,
+        "" if spec is None else f"{spec.budget_flops:.3g}",
+        "" if spec is None else human_count(spec.n_params()),
+        "" if spec is None else human_count(spec.train_tokens),
+        Text(state.state, style=COLOURS.get(state.state, "")),
+        f"{claim.step:,}/{claim.steps:,}" if claim is not None and claim.step else "",
+        "" if loss is None else f"{loss:.4f}",
+        "" if state.wall_time_s is None else human_time(state.wall_time_s),
+        f"{claim.host} {claim.pid}" if claim is not None and state.state in LIVE else "",
+    ]
+
+
+def status_json(sweep: str, now: Standing) -> dict[str, Any]:
     """The same for programs."""
     runs = []
-    for spec, state in states:
-        row = dataclasses.asdict(state)
-        row["budget_flops"] = None if spec is None else spec.budget_flops
-        runs.append(row)
-    return {"sweep": sweep, "counts": dict(Counter(s.state for _, s in states)), "runs": runs}
+    for row in now.rows:
+        cells = dataclasses.asdict(row.state)
+        cells["budget_flops"] = None if row.spec is None else row.spec.budget_flops
+        runs.append(cells)
+    done, total = now.flops
+    error = now.last_error
+    return {
+        "sweep": sweep,
+        "counts": now.counts,
+        "progress": {
+            "flops_done": done,
+            "flops_total": total,
+            "flops_per_s": now.flops_per_s,
+            "eta_s": now.eta_s,
+        },
+        "last_error": None if error is None else {"run_id": error.run_id, "reason": error.reason},
+        "runs": runs,
+    }
 
 
 def _all_sweeps(settings: StatusCommand, console: Console, where: str) -> int:
     names = sweeps_of(settings.results_dir)
     if not names:
         raise UserError(f"there are no sweeps in {settings.results_dir}: `scaling-lab quickstart` makes one.")
-    found = {}
+    found: dict[str, dict[str, int] | None] = {}
     for name in names:
-        counts = Counter(s.state for _, s in read_states(RunStore.for_sweep(settings.results_dir, name)))
-        found[name] = dict(counts)
+        store = RunStore.for_sweep(settings.results_dir, name)
+        try:
+            now = standing(store, plan_of(store))
+        except UserError as error:  # one broken plan must not hide the other sweeps
+            found[name] = None
+            console.warn(str(error))
+            continue
+        found[name] = now.counts
         console.print(
-            f"{name}: " + (", ".join(f"{n} {state}" for state, n in counts.items()) or "no runs"),
+            f"{name}: " + (", ".join(f"{n} {state}" for state, n in now.counts.items()) or "no runs"),
             markup=False,
         )
     if console.json:
