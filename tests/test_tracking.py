@@ -1,88 +1,101 @@
-"""The W&B mirror with the real client, offline: what arrives, and that nothing it does can hurt a run."""
+"""The W&B mirror with the real client: what arrives offline and at a server, and that nothing it does can hurt a run."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 from test_train import tiny, train
+from wandb_fixtures import fresh_wandb, offline_files, server  # noqa: F401  fixtures
 
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError
-from scaling_lab.core.record import RunStatus
-from scaling_lab.core.spec import Execution, PlannedRun
+from scaling_lab.core.record import RunRecord, RunStatus
+from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.store import RunStore
-from scaling_lab.train import tracking
-from scaling_lab.train.tracking import NoTracker, WandbTracker, make_tracker, run_config, wandb_mode
+from scaling_lab.train import tracking, wandb_client
+from scaling_lab.train.stopping import Interrupted
+from scaling_lab.train.tracking import (
+    NoTracker,
+    WandbTracker,
+    make_tracker,
+    run_config,
+    wait_for_mirrors,
+    wandb_mode,
+)
+from scaling_lab.train.worker import train_claimed, train_pending
+
+pytestmark = pytest.mark.usefixtures("fresh_wandb")
 
 
-@pytest.fixture(autouse=True)
-def _quiet_wandb(monkeypatch, tmp_path):
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
-    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "wandb-cache"))
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
+def mirrored(tmp_path, spec=None, **options) -> RunRecord:
+    """Train a tiny run with a tracker of these options; its mirror is closed when this returns."""
+    store = RunStore(tmp_path / "sweep")
+    record = train(
+        store,
+        spec or tiny(40, sweep="sweep"),
+        tracker=make_tracker({"kind": "wandb", **options}, store.folder),
+    )
+    wait_for_mirrors()
+    return record
 
 
-def offline_records(folder: Path) -> list[object]:
-    """Every protobuf record of the one offline run below `folder`, parsed from its file.
-
-    The file is a 7-byte header and LevelDB-log blocks of 32 KiB: crc (4), length (2), type (1), payload.
-    """
-    from wandb.proto import wandb_internal_pb2
-
-    (path,) = folder.rglob("run-*.wandb")
-    data, position, out, partial = path.read_bytes(), 7, [], b""
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        payload = data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind == 0:
-            break
-        partial = payload if kind in (1, 2) else partial + payload
-        if kind in (1, 4):
-            out.append(wandb_internal_pb2.Record.FromString(partial))
-    return out
-
-
-def test_an_offline_run_holds_the_whole_curve(tmp_path):
-    store, spec = RunStore(tmp_path / "sweep"), tiny(40, sweep="mysweep")
-    record = train(store, spec, tracker=make_tracker({"kind": "wandb", "project": "p"}, store.folder))
-    assert record.status is RunStatus.COMPLETED
-    records = offline_records(store.folder / "wandb")
-    (run,) = [r.run for r in records if r.HasField("run")]
-    assert (run.project, run.run_group, run.job_type) == ("p", "mysweep", "isoflop")
-    assert run.run_id == f"mysweep-{spec.run_id()}"
-    config = {item.key: json.loads(item.value_json) for item in run.config.update}
-    assert config["N"] == spec.n_params()
-    assert config["C"] == spec.train_flops()
-    assert config["D"] == spec.train_tokens
-    history = [
-        {
-            item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json)
-            for item in r.history.item
-        }
-        for r in records
-        if r.HasField("history")
-    ]
+def assert_whole(history: list[dict], record: RunRecord) -> None:
+    """Exactly the curve: every point once, in order, with FLOPs, tokens and losses in one row."""
+    assert [h["train_step"] for h in history] == [p.step for p in record.curve]
+    assert [h["_step"] for h in history] == [p.step for p in record.curve]
     assert [h["train_flops"] for h in history] == [p.train_flops for p in record.curve]
+    assert [h["tokens"] for h in history] == [p.tokens for p in record.curve]
     assert [h["train_loss_nats"] for h in history] == [p.train_loss_nats for p in record.curve]
-    assert [h["val_loss_nats"] for h in history if "val_loss_nats" in h] == [
-        p.val_loss_nats for p in record.curve if p.val_loss_nats is not None
-    ]
-    steps = {r.metric.step_metric for r in records if r.HasField("metric") and r.metric.glob_name == "*"}
-    assert steps == {"train_flops"}
+    assert [h.get("val_loss_nats") for h in history] == [p.val_loss_nats for p in record.curve]
+    assert [h.get("val_loss_sem_nats") for h in history] == [p.val_loss_sem_nats for p in record.curve]
+
+
+def test_online_everything_arrives(tmp_path, server):  # noqa: F811
+    spec = tiny(40, sweep="sweep")
+    record = mirrored(tmp_path, spec)
+    (run,) = server.runs.values()
+    assert (run.name, run.project, run.group) == (f"sweep-{spec.run_id()}", "scaling_lab", "sweep")
+    assert (run.job_type, run.display_name, run.exit_code) == ("isoflop", spec.run_id(), 0)
+    assert run.tags == ["gpt", "pysource", "C=1e+09"]
+    assert_whole(run.history, record)
+    config = run.plain_config
+    assert (config["N"], config["D"], config["C"]) == (spec.n_params(), spec.train_tokens, spec.train_flops())
+    assert config["spec"] == spec.to_dict()
+    assert run.summary["final_val_loss_nats"] == record.final_val_loss_nats
+    assert run.summary["final_val_loss_sem_nats"] == record.final_val_loss_sem_nats
+    assert run.summary["status"] == "completed"
+    # define_metric("*", step_metric="train_flops") as W&B keeps it: "5" is a position, from 1, in the list.
+    metrics = run.config["_wandb"]["value"]["m"]
+    (every,) = [m for m in metrics if m.get("2") == "*"]
+    assert metrics[every["5"] - 1]["1"] == "train_flops"
+
+
+def test_offline_the_file_holds_the_whole_curve(tmp_path):
+    from scaling_lab.cli.wandb_files import read_run_file
+
+    spec = tiny(40, sweep="sweep")
+    record = mirrored(tmp_path, spec)  # nobody is logged in
+    (path,) = offline_files(tmp_path / "sweep" / "wandb")
+    run = read_run_file(path)
+    assert (run.run_id, run.project, run.group) == (f"sweep-{spec.run_id()}", "scaling_lab", "sweep")
+    assert run.job_type == "isoflop"
+    assert run.config["N"] == spec.n_params()
+    assert run.summary["final_val_loss_nats"] == record.final_val_loss_nats
+    assert_whole(run.history, record)
+
+
+def test_disabled_writes_nothing_and_keeps_nothing(tmp_path, server):  # noqa: F811
+    mirrored(tmp_path, mode="disabled")
+    assert not (tmp_path / "sweep" / "wandb").exists()
+    assert not server.operations
 
 
 def test_config_has_every_convention():
@@ -93,32 +106,198 @@ def test_config_has_every_convention():
         assert config[f"C/{convention.value}"] == spec.count().flops_per_token(convention) * spec.train_tokens
 
 
+# -- one training run is one W&B run
+def interrupted_then_done(tmp_path, monkeypatch, stop_after: int) -> RunRecord:
+    """A run that is told to stop at a checkpoint, and its second attempt."""
+    import scaling_lab.train.loop as loop
+
+    store, spec = RunStore(tmp_path / "sweep"), tiny(120, sweep="sweep")
+    planned, real, told = PlannedRun(spec, Execution()), loop.keep, []
+
+    def keep_and_stop(folder, planned, session, curve, watch, step):
+        kept = real(folder, planned, session, curve, watch, step)
+        if step >= stop_after and not told:
+            told.append(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return kept
+
+    monkeypatch.setattr(loop, "keep", keep_and_stop)
+    tracker = {"kind": "wandb"}
+    with pytest.raises(Interrupted):
+        train_claimed(planned, store, store.claim(spec), None, tracker, checkpoint_every_s=0.0)
+    wait_for_mirrors()
+    time.sleep(1.1)  # wandb names an offline folder by the second
+    record = train_claimed(planned, store, store.claim(spec), None, tracker)
+    wait_for_mirrors()
+    assert 0 < told[0] < spec.steps
+    return record
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch, server):  # noqa: F811
+    record = interrupted_then_done(tmp_path, monkeypatch, 30)
+    (run,) = server.runs.values()
+    assert run.inits == 2
+    assert_whole(run.history, record)
+    assert run.summary["status"] == "completed"
+
+
+def test_resumed_offline_the_newest_file_is_whole_and_the_only_one(tmp_path, monkeypatch):
+    from scaling_lab.cli.wandb_files import read_run_file
+
+    record = interrupted_then_done(tmp_path, monkeypatch, 30)
+    (path,) = offline_files(tmp_path / "sweep" / "wandb")
+    assert_whole(read_run_file(path).history, record)
+
+
+KILLED = """
+import json, os, signal, sys, time
+from pathlib import Path
+from scaling_lab.core.record import EvalPoint
+from scaling_lab.core.spec import Execution, PlannedRun, RunSpec
+from scaling_lab.train import tracking
+spec = RunSpec.from_dict(json.loads(sys.argv[1]))
+tracker = tracking.make_tracker({"kind": "wandb"}, Path(sys.argv[2]))
+tracker.start(PlannedRun(spec, Execution()), "abc")
+for step in range(1, 31):
+    tracker.log(EvalPoint(step, 256 * step, 1e6 * step, 0.1, 5.0))
+deadline = time.monotonic() + 20
+while time.monotonic() < deadline and not (tracker._queue.empty() and list(Path(sys.argv[2]).rglob("*.wandb"))):
+    time.sleep(0.05)
+time.sleep(float(sys.argv[3]))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def killed_attempt(folder: Path, spec, wait_s: float = 0.3) -> None:
+    """A process that has mirrored 30 points of `spec` and is killed."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, json.dumps(spec.to_dict()), str(folder), str(wait_s)], timeout=60
+    )
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_after_a_kill_there_is_one_wandb_run(tmp_path, server):  # noqa: F811
+    """Points that the killed attempt sent and the resumed one computes again are there once."""
+    spec = tiny(40, sweep="sweep")
+    killed_attempt(tmp_path / "sweep", spec)
+    record = mirrored(tmp_path, spec)
+    (run,) = server.runs.values()
+    assert run.inits == 2
+    assert [h["_step"] for h in run.history] == [p.step for p in record.curve]
+
+
+def test_after_a_kill_wandb_sync_uploads_the_whole_curve(tmp_path, server, monkeypatch):  # noqa: F811
+    """With the killed attempt's file still there, `wandb sync` would upload nothing of this run."""
+    spec = tiny(40, sweep="sweep")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    killed_attempt(tmp_path / "sweep", spec)
+    time.sleep(1.1)
+    record = mirrored(tmp_path, spec)
+    folders = [str(p) for p in (tmp_path / "sweep" / "wandb" / "wandb").glob("offline-run-*")]
+    assert len(folders) == 1
+    monkeypatch.delenv("WANDB_MODE")
+    sync = [sys.executable, "-m", "wandb", "sync", "--yes", *folders]
+    assert subprocess.run(sync, timeout=60, capture_output=True).returncode == 0
+    (run,) = server.runs.values()
+    assert_whole(run.history, record)
+
+
+# -- what goes wrong
+def assert_unhurt(record: RunRecord, store: RunStore, undisturbed: RunRecord | None = None) -> None:
+    assert record.status is RunStatus.COMPLETED
+    assert len(store.read_curve(record.run_id)) == record.curve_points == 40
+    assert store.read_record(record.run_id) == record
+
+
+@pytest.mark.parametrize("failing", ["key", "quota", "error", "hang", "unreachable"])
+def test_a_server_that_fails_at_once_is_a_warning(tmp_path, server, monkeypatch, caplog, failing):  # noqa: F811
+    """The runs are complete, it is said once, and only the first waits for the server."""
+    monkeypatch.setattr(wandb_client, "INIT_TIMEOUT_S", 1.5)
+    monkeypatch.setattr(wandb_client, "FINISH_TIMEOUT_S", 0.5)
+    server.failing = failing
+    if failing == "unreachable":
+        monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    store = RunStore(tmp_path / "sweep")
+    runs = [PlannedRun(tiny(40, sweep="sweep", seed_init=seed), Execution()) for seed in (1, 2)]
+    plan = Plan("sweep", tuple(runs), runs[0].spec.convention, runs[0].spec.data.fingerprint())
+    with caplog.at_level(logging.WARNING, "scaling_lab"):
+        records = train_pending(store, plan, tracker={"kind": "wandb"})
+    assert len(records) == 2
+    for record in records:
+        assert_unhurt(record, store)
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("scaling_lab")]
+    assert len(said) == 1
+    assert "`scaling-lab upload-wandb sweep=sweep` brings it up later" in said[0]
+    assert server.operations.count("RunResumeStatus") <= 1
+
+
+@pytest.mark.parametrize("failing", ["quota", "hang"])
+def test_a_server_that_fails_in_the_middle_is_a_warning(tmp_path, server, monkeypatch, caplog, failing):  # noqa: F811
+    monkeypatch.setattr(wandb_client, "FINISH_TIMEOUT_S", 1.0)
+    real = WandbTracker.log
+
+    def log_and_break(self, point):
+        real(self, point)
+        if point.step == 20:
+            while not self._queue.empty():
+                time.sleep(0.02)
+            server.failing = failing
+
+    monkeypatch.setattr(WandbTracker, "log", log_and_break)
+    began = time.monotonic()
+    record = mirrored(tmp_path)
+    assert time.monotonic() - began < 25
+    assert server.operations.count("UpsertBucket") >= 1
+    assert_unhurt(record, RunStore(tmp_path / "sweep"))
+    if failing == "hang":
+        assert "tracker=wandb stopped (TimeoutError" in caplog.text
+
+
 def test_without_the_package_the_run_is_complete(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises ImportError
     with caplog.at_level(logging.WARNING):
-        record = train(RunStore(tmp_path), tiny(20), tracker=WandbTracker(tmp_path / "w"))
+        record = mirrored(tmp_path)
     assert record.status is RunStatus.COMPLETED
     assert "tracker=wandb stopped" in caplog.text
 
 
 def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path, caplog):
-    (tmp_path / "w").write_text("a file where the folder should be")
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "wandb").write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING):
-        record = train(RunStore(tmp_path / "s"), tiny(20), tracker=WandbTracker(tmp_path / "w"))
+        record = mirrored(tmp_path)
     assert record.status is RunStatus.COMPLETED
     assert "tracker=wandb stopped" in caplog.text
 
 
-def test_a_tracker_that_hangs_does_not_hold_the_run_up(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(tracking, "FINISH_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(WandbTracker, "_open", lambda *args: time.sleep(30))
+def test_a_client_that_hangs_does_not_hold_the_run_up(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tracking, "DRAIN_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(tracking, "open_mirror", lambda *args: time.sleep(30))
     began = time.monotonic()
-    record = train(RunStore(tmp_path), tiny(20), tracker=WandbTracker(tmp_path / "w"))
+    record = mirrored(tmp_path)
     assert record.status is RunStatus.COMPLETED
     assert time.monotonic() - began < 25
     assert "did not finish" in caplog.text
 
 
+def test_a_failed_run_is_failed_there_too(tmp_path, monkeypatch, server):  # noqa: F811
+    import scaling_lab.train.loop as loop
+
+    def broken(*args):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(loop, "validation_loss", broken)
+    store, spec = RunStore(tmp_path / "sweep"), tiny(40, sweep="sweep")
+    record = train_claimed(PlannedRun(spec, Execution()), store, store.claim(spec), None, {"kind": "wandb"})
+    wait_for_mirrors()
+    (run,) = server.runs.values()
+    assert record.status is RunStatus.FAILED
+    assert run.summary["status"] == "failed"
+    assert "no such luck" in run.summary["reason"]
+    assert run.exit_code == 1
+
+
+# -- modes and names
 def test_mode_is_offline_where_nobody_is_logged_in(monkeypatch, tmp_path):
     assert wandb_mode("auto") == "offline"
     assert wandb_mode("disabled") == "disabled"
@@ -126,8 +305,30 @@ def test_mode_is_offline_where_nobody_is_logged_in(monkeypatch, tmp_path):
     netrc.write_text("machine api.wandb.ai login user password secret")
     monkeypatch.setenv("NETRC", str(netrc))
     assert wandb_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.example.org")  # whose key is not known
+    assert wandb_mode("auto") == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    assert wandb_mode("auto") == "online"
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert wandb_mode("auto") == "offline"
+
+
+def test_login_at_a_server_of_ones_own(monkeypatch, tmp_path):
+    folder = Path(os.environ["WANDB_CONFIG_DIR"])
+    folder.mkdir()
+    (folder / "settings").write_text("[default]\nbase_url = https://wandb.example.org\n")
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine wandb.example.org login user password secret")
+    monkeypatch.setenv("NETRC", str(netrc))
+    assert wandb_client.base_url() == "https://wandb.example.org"
+    assert wandb_mode("auto") == "online"
+
+
+def test_online_without_a_login_asks_nobody_and_goes_offline(tmp_path, caplog):
+    record = mirrored(tmp_path, mode="online")
+    assert record.status is RunStatus.COMPLETED
+    assert "nobody is logged in" in caplog.text
+    assert len(wandb_client.offline_folders(tmp_path / "sweep" / "wandb")) == 1
 
 
 def test_trackers_by_name(tmp_path):

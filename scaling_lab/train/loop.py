@@ -81,6 +81,8 @@ def train_run(
         with store.start_curve(planned.run_id, kept) as file:
             curve = open_curve(spec, file, kept, saved)
             tracker.start(planned, session.fingerprint)
+            for point in kept:  # each attempt's mirror is whole in itself
+                tracker.log(point)
             done = saved.step if saved else 0
             pulse.begin(done)
             clock, watch = Timer(checkpoint_every_s), Divergence(spec, saved.divergence if saved else None)

@@ -28,7 +28,7 @@ from scaling_lab.core.store import RunStore
 from scaling_lab.train.devices import environment, resolve_device
 from scaling_lab.train.loop import CHECKPOINT_EVERY_S, train_run
 from scaling_lab.train.stopping import EXIT_REQUEUE, Interrupted, listen
-from scaling_lab.train.tracking import make_tracker
+from scaling_lab.train.tracking import make_tracker, mirrors_closed
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def train_pending(
     for device in {run.execution.device for run in plan.runs}:
         resolve_device(device)
     made = []
-    with listen() as asked:
+    with mirrors_closed(), listen() as asked:
         for planned in longest_first([r for r in plan.runs if wanted is None or r.run_id in wanted]):
             # Told to stop as the run before ended: this one is not begun.
             asked.answer()
@@ -95,15 +95,18 @@ def train_claimed(
         mirror.abandon()
         raise
     except Exception as error:
-        mirror.abandon()
         log.error("run %s failed:\n%s", planned.run_id, traceback.format_exc())
         record = failed_record(planned, store, fingerprint or "", f"{type(error).__name__}: {error}")
         try:
             # A former owner's error is not the run's.
             claim.check()
+            if store.write_record(record):
+                mirror.finish(record)
+                return record
         except ClaimLost:
-            return None
-        return record if store.write_record(record) else None
+            pass
+        mirror.abandon()
+        return None
 
 
 def failed_record(planned: PlannedRun, store: RunStore, fingerprint: str, reason: str) -> RunRecord:

@@ -68,6 +68,7 @@ def planned_run(tree: dict[str, Any]) -> PlannedRun:
 def train_job(config: Any) -> str:
     """One run, in this process: the job of a multirun, under any launcher. Returns the run's id."""
     from scaling_lab.train.stopping import Interrupted
+    from scaling_lab.train.tracking import mirrors_closed
     from scaling_lab.train.worker import train_claimed
 
     tree = config if isinstance(config, dict) else plain(config)
@@ -92,7 +93,7 @@ def train_job(config: Any) -> str:
         f"{spec.train_flops():.3g} FLOPs, {spec.steps:,} steps of {spec.batch_tokens:,} tokens on {planned.execution.device}"
     )
     try:
-        with _Pulse(store, planned, console):
+        with mirrors_closed(), _Pulse(store, planned, console):
             train_claimed(planned, store, claim, None, tracker_options(tree))
     except Interrupted as stop:
         raise stop.saying("the run is not over; the same command goes on with it.") from None
