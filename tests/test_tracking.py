@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +15,9 @@ from pathlib import Path
 
 import pytest
 from test_train import tiny, train
-from wandb_fixtures import fresh_wandb, offline_files, server  # noqa: F401  fixtures
+from wandb_fixtures import fresh_wandb, offline_files, server, synthetic_sweep  # noqa: F401  fixtures
 
+from scaling_lab.cli.main import main
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord, RunStatus
@@ -337,3 +340,102 @@ def test_trackers_by_name(tmp_path):
         make_tracker({"kind": "tensorboard"}, tmp_path)
     with pytest.raises(UserError, match=r"tracker.mode='on'"):
         make_tracker({"kind": "wandb", "mode": "on"}, tmp_path)
+
+
+# -- a whole sweep, and uploading it later
+@pytest.fixture(scope="module")
+def finished_sweep(tmp_path_factory):
+    """Three runs with records and no mirror: what tests copy and upload."""
+    store = RunStore(tmp_path_factory.mktemp("results") / "sweep")
+    runs = [PlannedRun(tiny(20, sweep="sweep", seed_init=seed), Execution()) for seed in range(3)]
+    plan = Plan("sweep", tuple(runs), runs[0].spec.convention, runs[0].spec.data.fingerprint())
+    store.write_plan(plan)
+    train_pending(store, plan)
+    return store.folder
+
+
+@pytest.fixture
+def sweep(finished_sweep, tmp_path, monkeypatch):
+    shutil.copytree(finished_sweep, tmp_path / "results" / "sweep")
+    monkeypatch.chdir(tmp_path)
+    return RunStore(tmp_path / "results" / "sweep")
+
+
+def test_upload_brings_up_every_run_and_the_ledger_once(sweep, server, capsys):  # noqa: F811
+    records, _ = sweep.load_records()
+    # One is up already, one was cut off after five points: as an outage in the middle of a sweep leaves it.
+    from scaling_lab.cli.wandb_study import upload_run
+    from scaling_lab.train.wandb_client import Target
+
+    upload_run(records[0], Target(), sweep)
+    partial = dataclasses.replace(records[1], curve=records[1].curve[:5], status=RunStatus.FAILED)
+    upload_run(partial, Target(), sweep)
+    assert main(["upload-wandb", "sweep=sweep"]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 3 finished runs are on W&B" in out
+    assert "2 of 2 runs uploaded" in out
+    for record in records:
+        run = server.run(f"sweep-{record.run_id}")
+        assert_whole(run.history, record)
+        assert run.exit_code == 0
+    inits = {name: run.inits for (_, name), run in server.runs.items()}
+    assert inits[f"sweep-{records[0].run_id}"] == 1
+    (artifact,) = server.artifacts.values()
+    assert artifact["input"]["input"]["artifactCollectionName"] == "sweep-ledger"
+    ours = {
+        "plan.json",
+        *(f"runs/{r.run_id}/{f}" for r in records for f in ("spec.json", "record.json", "curve.jsonl")),
+    }
+    assert set(artifact["files"]) == ours
+    assert main(["upload-wandb", "sweep=sweep"]) == 0
+    assert "3 of 3 finished runs are on W&B" in capsys.readouterr().out
+    assert {name: r.inits for (_, name), r in server.runs.items() if "analysis" not in name} == {
+        n: i for n, i in inits.items() if "analysis" not in n
+    }
+
+
+def test_upload_without_a_login_or_a_server_is_one_line(sweep, server, capsys, monkeypatch):  # noqa: F811
+    server.failing = "key"
+    assert main(["upload-wandb", "sweep=sweep"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: W&B at http://127.0.0.1")
+    assert "the same command goes on" in error
+    monkeypatch.delenv("WANDB_API_KEY")
+    assert main(["upload-wandb", "sweep=sweep"]) == 2
+    assert "run `wandb login`" in capsys.readouterr().err
+
+
+def test_the_analysis_is_one_run_with_figures_tables_and_exponents(tmp_path, server, monkeypatch, capsys):  # noqa: F811
+    """Of a sweep that was mirrored; analysed twice, and still one run."""
+    store = synthetic_sweep(tmp_path / "results")
+    wandb_client.Target().save(wandb_client.wandb_folder(store.folder))
+    monkeypatch.chdir(tmp_path)
+    name = store.folder.name
+    for _ in range(2):
+        assert main(["analyze", f"sweep={name}", "bootstrap.resamples=20", "sensitivity=false"]) == 0
+    assert "not on W&B" not in capsys.readouterr().err
+    (run,) = server.runs.values()
+    assert (run.name, run.job_type, run.group, run.inits) == (f"{name}-analysis", "analysis", name, 2)
+    analysis = json.loads((store.report_folder / "analysis.json").read_text())
+    for estimate in analysis["estimates"]:
+        assert run.summary[f"{estimate['approach']}/params_exponent"] == estimate["params_exponent"]
+    logged = {key for row in run.history for key in row}
+    figures = {f"figures/{p.stem}" for p in (store.report_folder / "figures").glob("*.png")}
+    assert figures
+    assert figures | {"report", "exponents", "budgets"} <= logged
+    assert {a["input"]["input"]["artifactCollectionName"] for a in server.artifacts.values()} >= {
+        f"{name}-ledger"
+    }
+
+
+def test_the_end_of_a_sweep_names_the_command_that_uploads_it(sweep, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    record = sweep.load_records()[0][0]
+    tracker = make_tracker({"kind": "wandb"}, sweep.folder)
+    tracker.start(PlannedRun(record.spec, record.execution), "abc")
+    tracker.finish(record)
+    wait_for_mirrors()
+    assert main(["sweep", "sweep=sweep", "tracker=wandb", "tracker.mode=offline"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if line.startswith("W&B: ")]
+    assert said[-1].endswith("to upload them all: scaling-lab upload-wandb sweep=sweep")

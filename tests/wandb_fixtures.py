@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from synthetic import plan_of, synthetic_records
 from wandb_server import WandbServer
 
+from scaling_lab.core.files import write_atomic
+from scaling_lab.core.serial import dumps
+from scaling_lab.core.store import RunStore
 from scaling_lab.train import tracking, wandb_client
 
 
@@ -42,4 +46,20 @@ def server(fresh_wandb, monkeypatch):
 
 
 def offline_files(folder: Path) -> list[Path]:
+    """The run files below a folder, after the service process that writes them has ended."""
+    wandb: Any = sys.modules["wandb"]
+    wandb.teardown()
     return sorted(folder.rglob("run-*.wandb"))
+
+
+def synthetic_sweep(results: Path) -> RunStore:
+    """A finished sweep on disk, of a known law: six sizes at three budgets, validated twelve times a run."""
+    records = synthetic_records(curve_points=60)
+    store = RunStore(results / "synthetic")
+    store.write_plan(plan_of(records))
+    for record in records:
+        store.run_folder(record.run_id).mkdir(parents=True)
+        write_atomic(store.run_folder(record.run_id) / "spec.json", dumps(record.spec.to_dict()))
+        store.start_curve(record.run_id, record.curve).close()
+        assert store.write_record(record)
+    return store

@@ -295,13 +295,18 @@ class WandbServer:
     def _SampledHistoryPage(self, v: dict[str, Any]) -> dict[str, Any]:
         spec = json.loads(v["spec"])
         keys = spec["keys"]
-        rows = [r for r in self._rows(v, spec["minStep"], spec["maxStep"]) if all(k in r for k in keys)]
+        # (Here the last step counts too; in HistoryPage it does not. The client asks accordingly.)
+        rows = self._rows(v, spec["minStep"], spec["maxStep"] + 1)
+        rows = [r for r in rows if all(k in r for k in keys)]
         return {"project": {"run": {"sampledHistory": [[{k: r[k] for k in keys} for r in rows]]}}}
 
     def _rows(self, v: dict[str, Any], first: int, end: int) -> list[dict[str, Any]]:
         above = self.lose_history_above
         end = end if above is None else min(end, above)
         return [r for r in self.runs[v["project"], v["run"]].history if first <= r["_step"] < end]
+
+    def _OrganizationCoreWeaveOrganizationID(self, v: dict[str, Any]) -> dict[str, Any]:
+        return {"entity": {"organization": None}}
 
     def _ServerFeaturesQuery(self, v: dict[str, Any]) -> dict[str, Any]:
         return {"serverInfo": {"features": []}}

@@ -111,10 +111,9 @@ class Expression:
         self._tree: ast.expr | None = None
         try:
             self._tree = ast.parse(self.text, mode="eval").body
-            self._check(self._tree)
         except (SyntaxError, ValueError, RecursionError):
-            # A name such as `Loss (val)` is one still: the run decides.
-            self._tree = None
+            return  # a name such as `val loss` is one still: the run decides
+        self._check(self._tree)
 
     def history_keys(self, run: ForeignRun) -> set[str]:
         """The metrics of the history that it reads in this run. Raises `Missing`."""

@@ -193,9 +193,16 @@ def mirrors_closed() -> Iterator[None]:
     wait_for_mirrors()
 
 
-def open_mirror(planned: PlannedRun, data_fingerprint: str, target: Target, folder: Path, mode: str) -> Any:
+def open_mirror(
+    planned: PlannedRun,
+    data_fingerprint: str,
+    target: Target,
+    folder: Path,
+    mode: str,
+    finish_timeout_s: float | None = None,
+) -> Any:
     """The W&B run of a training run, train FLOPs as its x-axis."""
-    run = open_run(run_card(planned, data_fingerprint), target, folder, mode)
+    run = open_run(run_card(planned, data_fingerprint), target, folder, mode, finish_timeout_s)
     target.save(folder)
     run.define_metric("train_flops")
     run.define_metric("*", step_metric="train_flops")

@@ -121,7 +121,9 @@ class ServerFailed(Exception):
     """The server did not take something; it is not asked again by this process."""
 
 
-def open_run(card: RunCard, target: Target, folder: Path, mode: str) -> Any:
+def open_run(
+    card: RunCard, target: Target, folder: Path, mode: str, finish_timeout_s: float | None = None
+) -> Any:
     """A wandb run in its own right. The id is stable: the same training run is the same W&B run however often it starts.
 
     Raises `ServerFailed` at once where the server failed before, and what wandb raises (SystemExit among it).
@@ -140,7 +142,7 @@ def open_run(card: RunCard, target: Target, folder: Path, mode: str) -> Any:
         if _failed:
             raise ServerFailed(_failed[0])
         try:
-            return _init(wandb, card, target, folder, mode)
+            return _init(wandb, card, target, folder, mode, finish_timeout_s)
         except BaseException as error:
             # (Not tried again offline: wandb-core holds the id of a run that it could not open.)
             raise server_failed(error) from None
@@ -157,7 +159,9 @@ def ask_again() -> None:
     _failed.clear()
 
 
-def _init(wandb: Any, card: RunCard, target: Target, folder: Path, mode: str) -> Any:
+def _init(
+    wandb: Any, card: RunCard, target: Target, folder: Path, mode: str, finish_timeout_s: float | None = None
+) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     return wandb.init(
         project=target.project,
@@ -173,11 +177,11 @@ def _init(wandb: Any, card: RunCard, target: Target, folder: Path, mode: str) ->
         resume="allow",
         # A run that hangs or failed may still be open in this process: never log into it.
         reinit="create_new",
-        settings=client_settings(wandb),
+        settings=client_settings(wandb, finish_timeout_s),
     )
 
 
-def client_settings(wandb: Any) -> Any:
+def client_settings(wandb: Any, finish_timeout_s: float | None = None) -> Any:
     """Quiet, and bounded in time; of these the ones that the installed version knows."""
     wanted = {
         "silent": True,
@@ -185,7 +189,7 @@ def client_settings(wandb: Any) -> Any:
         "disable_git": True,
         "x_disable_stats": True,
         "init_timeout": INIT_TIMEOUT_S,
-        "finish_timeout": FINISH_TIMEOUT_S,
+        "finish_timeout": FINISH_TIMEOUT_S if finish_timeout_s is None else finish_timeout_s,
         "finish_timeout_raises": True,
     }
     known = wandb.Settings.model_fields

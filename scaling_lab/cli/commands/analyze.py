@@ -10,13 +10,14 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from scaling_lab.cli.analysis_options import analysis_form, analysis_settings, settle_where
 from scaling_lab.cli.arguments import Arguments
 from scaling_lab.cli.compose import read_command
 from scaling_lab.cli.console import Console
 from scaling_lab.cli.forms import Form, build
+from scaling_lab.cli.wandb_study import mirror_study
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord
 from scaling_lab.core.store import RunStore
@@ -84,6 +85,18 @@ class Where:
         )
 
 
+@dataclass(frozen=True)
+class AnalyzeWhere(Where):
+    """And where else it is shown."""
+
+    wandb: Literal["auto", "off"] = "auto"
+    """auto: the report goes to W&B too where the sweep's runs were mirrored there"""
+
+    def show_elsewhere(self, console: Console, folder: Path) -> None:
+        if self.sweep is not None and self.wandb == "auto":
+            mirror_study(RunStore.for_sweep(self.results_dir, self.sweep), console, folder)
+
+
 def checked_out(folder: Path) -> Path:
     """`folder`, unless it has a report.html of somebody else's; then `UserError`."""
     page = folder / "report.html"
@@ -110,7 +123,7 @@ def _known_source(folder: Path) -> Any:
     return found.get("source") if isinstance(found, dict) and "schema_version" in found else NOT_OURS
 
 
-def form(arguments: Arguments, settings: type = Where) -> Form:
+def form(arguments: Arguments, settings: type = AnalyzeWhere) -> Form:
     """What help shows and checks use."""
     return analysis_form("analyze", settings, arguments.get("config_dir"))
 
@@ -118,8 +131,9 @@ def form(arguments: Arguments, settings: type = Where) -> Form:
 def run(arguments: Arguments) -> int:
     arguments = settle_where(arguments)
     command = read_command(arguments, "analyze", lambda tree: form(arguments))
-    where = build(Where, command.tree, skip=tuple(command.tree.keys() - set(Where.__dataclass_fields__)))
-    settings = analysis_settings(command.tree, skip=tuple(Where.__dataclass_fields__))
+    own = tuple(AnalyzeWhere.__dataclass_fields__)
+    where = build(AnalyzeWhere, command.tree, skip=tuple(command.tree.keys() - set(own)))
+    settings = analysis_settings(command.tree, skip=own)
     console = Console.for_flags(arguments.flags)
     folder = where.settled_folder()  # before minutes of work
     analysis, records = analyse_source(where, settings, console)
@@ -181,7 +195,7 @@ def read_records(results_dir: str, sweep: str, option: str, console: Console) ->
 def publish(
     analysis: Analysis,
     records: list[RunRecord],
-    where: Where,
+    where: AnalyzeWhere,
     folder: Path,
     arguments: Arguments,
     console: Console,
@@ -199,6 +213,7 @@ def publish(
         return 0
     print_analysis(console, analysis)
     console.print(f"report: {report}", style="bold", highlight=False)
+    where.show_elsewhere(console, report.parent)
     source = " ".join(
         shlex.quote(a.text)
         for a in arguments.assignments

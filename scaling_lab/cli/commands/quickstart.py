@@ -13,6 +13,7 @@ from scaling_lab.cli.console import Console
 from scaling_lab.cli.forms import Form
 from scaling_lab.cli.study import SweepOnly, study_form
 from scaling_lab.cli.summary import print_analysis
+from scaling_lab.cli.wandb_study import mirror_study, say_what_is_missing
 
 EXPERIMENT = "quickstart"
 
@@ -28,6 +29,7 @@ def run(arguments: Arguments) -> int:
     store = store_of(command)
     console.say("analysing ...")
     analysis, report = write_sweep_report(store, command_text(arguments), console)
+    mirror_study(store, console, report.parent)
     if analysis is None:
         return status or 1
     if "json" in arguments.flags:
@@ -35,6 +37,7 @@ def run(arguments: Arguments) -> int:
         return status
     print_analysis(console, analysis)
     console.print(f"report: {report}", style="bold", highlight=False)
+    say_what_is_missing(store, console)
     results = command.tree["results_dir"]
     where = "" if results == "results" else f" results_dir={results}"
     largest = float(analysis.observations.compute_flops.max())

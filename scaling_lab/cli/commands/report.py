@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from scaling_lab.cli.arguments import Arguments
 from scaling_lab.cli.commands.analyze import checked_out, command_text, sweeps_of
@@ -12,6 +12,7 @@ from scaling_lab.cli.compose import read_command
 from scaling_lab.cli.console import Console
 from scaling_lab.cli.forms import Form, build, options_of
 from scaling_lab.cli.summary import print_analysis
+from scaling_lab.cli.wandb_study import mirror_study
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.store import RunStore
 
@@ -29,6 +30,8 @@ class ReportCommand:
     """Folder of the sweeps"""
     out: str | None = None
     """Folder for the report; default RESULTS/SWEEP/report"""
+    wandb: Literal["auto", "off"] = "auto"
+    """auto: the report goes to W&B too where the sweep's runs were mirrored there"""
 
 
 def form(arguments: Arguments) -> Form:
@@ -45,6 +48,8 @@ def run(arguments: Arguments) -> int:
     if analysis is not None:
         print_analysis(console, analysis)
     console.print(f"report: {report}", style="bold", highlight=False)
+    if settings.wandb == "auto":
+        mirror_study(store, console, report.parent)
     where = "" if settings.results_dir == "results" else f" results_dir={settings.results_dir}"
     console.next_step(
         f"scaling-lab {'status' if analysis is None else 'analyze'} sweep={settings.sweep}{where}"

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from scaling_lab.cli.arguments import Arguments
+from scaling_lab.cli.commands.analyze import command_text
 from scaling_lab.cli.commands.plan import read_study, store_of
+from scaling_lab.cli.commands.report import write_sweep_report
 from scaling_lab.cli.compose import Command
 from scaling_lab.cli.console import Console
 from scaling_lab.cli.forms import Form
 from scaling_lab.cli.planning import defines_plan
 from scaling_lab.cli.study import SweepOnly, study_form, sweep_settings
 from scaling_lab.cli.sweeping import Session, open_session, report_outcome, run_multirun, sweep_job
+from scaling_lab.cli.wandb_study import is_mirrored, mirror_study, say_what_is_missing
 from scaling_lab.core.spec import Plan
 from scaling_lab.core.store import RunStore
 from scaling_lab.plan.designs.learning_rate import ROLE as LR_SWEEP
@@ -25,6 +28,7 @@ def run(arguments: Arguments) -> int:
     command = read_study(arguments, "sweep")
     console = Console.for_flags(arguments.flags)
     status = execute(command, console)
+    mirror_whole_sweep(store_of(command), command_text(arguments), console)
     results = command.tree["results_dir"]
     where = "" if results == "results" else f" results_dir={results}"
     name = command.tree["sweep"]
@@ -38,6 +42,16 @@ def run(arguments: Arguments) -> int:
 def tunes_another(plan: Plan) -> bool:
     """Whether the plan's runs vary the learning rate of another sweep, and make no law of their own."""
     return all(run.spec.role == LR_SWEEP for run in plan.runs)
+
+
+def mirror_whole_sweep(store: RunStore, text: str, console: Console) -> None:
+    """Where the sweep's runs were mirrored to W&B: its ledger and its report too, and what is still missing there."""
+    if not is_mirrored(store):
+        return
+    console.say("W&B: analysing what is done, for the analysis run ...")
+    _, page = write_sweep_report(store, text, console)
+    mirror_study(store, console, page.parent)
+    say_what_is_missing(store, console)
 
 
 def execute(command: Command, console: Console) -> int:

@@ -13,6 +13,7 @@ from scaling_lab.cli.forms import Form
 from scaling_lab.cli.progress import ending_line
 from scaling_lab.cli.study import TrainOnly, form_of_tree, study_form, sweep_settings, tracker_options
 from scaling_lab.cli.sweeping import Session, open_session, plain, run_multirun, session
+from scaling_lab.cli.wandb_study import say_what_is_missing
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.spec import PlannedRun
@@ -48,6 +49,7 @@ def run(arguments: Arguments) -> int:
     if multirun:
         for state in states:
             console.say(ending_line(state))
+    say_what_is_missing(store, console)
     console.print(f"records: {store.folder / 'runs'}", highlight=False, markup=False)
     results = command.tree["results_dir"]
     console.next_step(

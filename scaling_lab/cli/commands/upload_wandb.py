@@ -1,0 +1,65 @@
+"""Owns `scaling-lab upload-wandb`: a sweep's runs, ledger and analysis to W&B, from the records on disk.
+
+The records are the truth, so this works whatever became of the mirror while the sweep trained: offline, a server that was
+down, a key that was wrong, processes killed. What W&B has whole is not sent again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from scaling_lab.cli.arguments import Arguments
+from scaling_lab.cli.commands.report import existing_sweep
+from scaling_lab.cli.compose import read_command
+from scaling_lab.cli.console import Console
+from scaling_lab.cli.forms import Form, build, options_of
+from scaling_lab.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class UploadWandb:
+    """Options of `upload-wandb`."""
+
+    sweep: str
+    """The sweep, a folder of results_dir"""
+    results_dir: str = "results"
+    """Folder of the sweeps"""
+    project: str | None = None
+    """The W&B project; default: the one that the sweep was tracked in, else scaling_lab"""
+    entity: str | None = None
+    """The W&B user or team; default: as tracked, else your default"""
+
+
+def form(arguments: Arguments) -> Form:
+    return Form(options_of(UploadWandb))
+
+
+def run(arguments: Arguments) -> int:
+    from scaling_lab.cli import wandb_study
+    from scaling_lab.train import wandb_client
+
+    command = read_command(arguments, None, lambda tree: form(arguments))
+    options: UploadWandb = build(UploadWandb, command.tree)
+    console = Console.for_flags(arguments.flags)
+    store = existing_sweep(options.results_dir, options.sweep)
+    wandb_client.require_wandb()
+    if not wandb_client.logged_in():
+        raise UserError(
+            f"nobody is logged in at {wandb_client.base_url()}: run `wandb login`, then this command again."
+        )
+    target = wandb_client.Target.load(wandb_client.wandb_folder(store.folder)) or wandb_client.Target()
+    target = replace(
+        target, project=options.project or target.project, entity=options.entity or target.entity, mode="auto"
+    )
+    wandb_study.upload(store, target, console)
+    address = wandb_study.upload_study(store, target)
+    if address:
+        console.print(f"W&B: {address}", highlight=False, markup=False)
+    where = "" if options.results_dir == "results" else f" results_dir={options.results_dir}"
+    analysed = (store.report_folder / "analysis.json").exists()
+    console.next_step(
+        f"scaling-lab status sweep={options.sweep}{where}"
+        if analysed
+        else f"scaling-lab analyze sweep={options.sweep}{where}, whose report then goes to W&B too"
+    )
+    return 0
