@@ -144,6 +144,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch, serv
     assert run.summary["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_resumed_offline_the_newest_file_is_whole_and_the_only_one(tmp_path, monkeypatch):
     from scaling_lab.cli.wandb_files import read_run_file
 
@@ -189,6 +190,7 @@ def test_after_a_kill_there_is_one_wandb_run(tmp_path, server):  # noqa: F811
     assert [h["_step"] for h in run.history] == [p.step for p in record.curve]
 
 
+@pytest.mark.slow
 def test_after_a_kill_wandb_sync_uploads_the_whole_curve(tmp_path, server, monkeypatch):  # noqa: F811
     """With the killed attempt's file still there, `wandb sync` would upload nothing of this run."""
     spec = tiny(40, sweep="sweep")
@@ -405,6 +407,7 @@ def test_upload_without_a_login_or_a_server_is_one_line(sweep, server, capsys, m
     assert "run `wandb login`" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_analysis_is_one_run_with_figures_tables_and_exponents(tmp_path, server, monkeypatch, capsys):  # noqa: F811
     """Of a sweep that was mirrored; analysed twice, and still one run."""
     store = synthetic_sweep(tmp_path / "results")
@@ -439,3 +442,22 @@ def test_the_end_of_a_sweep_names_the_command_that_uploads_it(sweep, capsys, mon
     lines = capsys.readouterr().out.splitlines()
     said = [line for line in lines if line.startswith("W&B: ")]
     assert said[-1].endswith("to upload them all: scaling-lab upload-wandb sweep=sweep")
+
+
+def test_the_workspace_shows_loss_against_flops_and_groups_by_budget(sweep, server, capsys):  # noqa: F811
+    pytest.importorskip("wandb_workspaces")
+    assert main(["wandb-workspace", "sweep=sweep"]) == 0
+    assert f"workspace: {server.url}/team/scaling_lab?nw=" in capsys.readouterr().out
+    (view,) = server.views
+    section = json.loads(view["spec"])["section"]
+    (runs,) = section["runSets"]
+    assert runs["grouping"] == [{"section": "config", "name": "budget_flops.value"}]
+    wanted = {(f["key"]["name"], f["op"], f["value"]) for f in runs["filters"]["filters"]}
+    assert wanted == {("group", "=", "sweep"), ("jobType", "!=", "analysis")}
+    panels = [p["config"] for s in section["panelBankConfig"]["sections"] for p in s["panels"]]
+    assert panels[0]["xAxis"] == "train_flops"
+    assert panels[0]["metrics"] == ["val_loss_nats"]
+    assert (panels[1]["xAxis"], panels[1]["yAxis"]) == ("config:N.value", "summary:final_val_loss_nats")
+    server.failing = "key"
+    assert main(["wandb-workspace", "sweep=sweep"]) == 2
+    assert "did not take the workspace" in capsys.readouterr().err

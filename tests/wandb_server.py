@@ -311,6 +311,10 @@ class WandbServer:
     def _ServerFeaturesQuery(self, v: dict[str, Any]) -> dict[str, Any]:
         return {"serverInfo": {"features": []}}
 
+    def _UpsertView2(self, v: dict[str, Any]) -> dict[str, Any]:
+        self.views.append(v)
+        return {"upsertView": {"view": {"id": "v", "name": v["name"]}, "inserted": True}}
+
     # -- artifacts
     def _ArtifactType(self, v: dict[str, Any]) -> dict[str, Any]:
         return {"project": None}

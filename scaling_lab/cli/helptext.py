@@ -27,13 +27,14 @@ FLAG_MEANINGS = {
 def overview() -> str:
     """`scaling-lab --help`."""
     lines = ["usage: scaling-lab COMMAND [key=value ...] [flags]", "", INTRO, ""]
+    width = max(map(len, COMMANDS))
     sections = list(dict.fromkeys(command.section for command in COMMANDS.values()))
     for section in sections:
         lines.append(f"{section}:")
         for command in COMMANDS.values():
             if command.section == section:
-                lines.append(f"  {command.name:<11} {command.summary}")
-                lines.append(f"  {'':<11}   $ {command.example}")
+                lines.append(f"  {command.name:<{width}} {command.summary}")
+                lines.append(f"  {'':<{width}}   $ {command.example}")
         lines.append("")
     lines.append("Flags, anywhere on the line:")
     lines += [f"  {FLAG_MEANINGS[name]}" for name in ("help", "json", "quiet", "verbose", "version")]

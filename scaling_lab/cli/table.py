@@ -27,6 +27,7 @@ class Command:
 
 
 START, STUDY, SINGLE = "Start here", "A study, step by step", "Single runs and this machine"
+WANDB = "Weights & Biases"
 
 _ALL = (
     Command(
@@ -86,25 +87,6 @@ _ALL = (
         STUDY,
     ),
     Command(
-        "upload-wandb",
-        "bring a sweep's runs, ledger and report up to Weights & Biases",
-        "scaling-lab upload-wandb sweep=quickstart",
-        STUDY,
-        frozenset(),
-        "From the records on disk, so it works after offline runs, an outage or a kill; what W&B has whole is not sent "
-        "again. Needs `wandb login`.",
-    ),
-    Command(
-        "import-wandb",
-        "a table of observations from anybody's W&B runs",
-        "scaling-lab import-wandb project=team/llm mapping=nanogpt mapping.loss=val/loss",
-        STUDY,
-        frozenset(),
-        "Writes a CSV or Parquet table that `analyze runs=` reads. project=ENTITY/PROJECT asks the server; path=FOLDER "
-        "reads offline run files. mapping=NAME says which config keys and metrics are params, tokens, flops and loss; "
-        "each may be arithmetic over them. Histories are read unsampled: a curve that comes back incomplete is an error.",
-    ),
-    Command(
         "reproduce",
         "published results from published data, beside what the paper says",
         "scaling-lab reproduce published=porian2024",
@@ -128,6 +110,33 @@ _ALL = (
         "scaling-lab doctor",
         SINGLE,
         frozenset({"json"}),
+    ),
+    Command(
+        "upload-wandb",
+        "bring a sweep's runs, ledger and report up to Weights & Biases",
+        "scaling-lab upload-wandb sweep=quickstart",
+        WANDB,
+        frozenset(),
+        "From the records on disk, so it works after offline runs, an outage or a kill; what W&B has whole is not sent "
+        "again. Needs `wandb login`.",
+    ),
+    Command(
+        "wandb-workspace",
+        "make the W&B workspace of a sweep: loss against FLOPs by size, valleys",
+        "scaling-lab wandb-workspace sweep=quickstart",
+        WANDB,
+        frozenset(),
+        "Saves a new view in the project and prints its address; needs pip install 'scaling-lab[wandb]' and `wandb login`.",
+    ),
+    Command(
+        "import-wandb",
+        "a table of observations from anybody's W&B runs",
+        "scaling-lab import-wandb project=team/llm mapping=nanogpt mapping.loss=val/loss",
+        WANDB,
+        frozenset(),
+        "Writes a CSV or Parquet table that `analyze runs=` reads. project=ENTITY/PROJECT asks the server; path=FOLDER "
+        "reads offline run files. mapping=NAME says which config keys and metrics are params, tokens, flops and loss; "
+        "each may be arithmetic over them. Histories are read unsampled: a curve that comes back incomplete is an error.",
     ),
 )
 
