@@ -14,9 +14,16 @@ from matplotlib.figure import Figure
 from scaling_lab.analyse.analysis import Analysis
 from scaling_lab.analyse.estimate import BudgetStatus
 from scaling_lab.analyse.laws import get_law
+from scaling_lab.analyse.skills import Skills
 from scaling_lab.analyse.tuning import Tuning
 from scaling_lab.core.record import RunRecord
-from scaling_lab.report import figures_checks, figures_curves, figures_frontier, figures_tuning
+from scaling_lab.report import (
+    figures_checks,
+    figures_curves,
+    figures_frontier,
+    figures_skills,
+    figures_tuning,
+)
 from scaling_lab.report.style import (
     FIGURE_WIDTH,
     SHORT_APPROACH_NAMES,
@@ -73,6 +80,8 @@ def draw_all(analysis: Analysis | None, records: Sequence[RunRecord]) -> list[Pl
         plates = [
             f(analysis) for f in (_loss, _valleys, _scaling, _contour, _residuals, _backtest, _sensitivity)
         ]
+        if analysis.skills is not None:
+            plates.append(_skills(analysis.skills))
         if analysis.tuning is not None:
             plates.append(_tuning(analysis.tuning))
     plates.append(_training(records))
@@ -333,6 +342,25 @@ def short_choice(choice: str) -> str:
     text = re.sub(r"^convention=", "counting ", text)
     text = re.sub(r"(run \S+?)-[0-9a-f]{10}$", r"\1", text)
     return "\n".join(textwrap.wrap(text, 40, max_lines=2, placeholder=" ..."))
+
+
+def _skills(skills: Skills) -> Plate:
+    def draw(figure: Figure) -> tuple[str, str] | str:
+        best = [(s.column, s.best) for s in skills.columns]
+        if all(b is None for _, b in best):
+            return "No loss column shows an optimum: " + " ".join(s.message or "" for s in skills.columns)
+        figures_skills.optima(figure.add_subplot(), skills)
+        told = "; ".join(
+            f"{name}: N = {format_count(b.params_opt.estimate)}" for name, b in best if b is not None
+        )
+        return (
+            f"The best size at {format_flops(skills.compute_flops)} FLOPs for each loss: the same runs, judged by different "
+            "text. A row further right asks for a larger model trained on fewer tokens. Bars that overlap "
+            "leave open whether two skills differ; the table of ratios below says it pair by pair.",
+            f"Best parameters of each loss column. {told}.",
+        )
+
+    return _finish("skills", "Optima per skill", figures_skills.height(skills), draw)
 
 
 def _tuning(tuning: Tuning) -> Plate:

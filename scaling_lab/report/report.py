@@ -24,7 +24,7 @@ from scaling_lab.core.record import RunRecord, RunStatus
 from scaling_lab.core.serial import dumps
 from scaling_lab.core.spec import Plan
 from scaling_lab.report import report_tables as tables
-from scaling_lab.report import tables_tuning, words
+from scaling_lab.report import tables_checks, tables_tuning, words
 from scaling_lab.report.gallery import Drawn, Plate, draw_all
 
 REPORT_NAME = "report.html"
@@ -169,6 +169,11 @@ def _context(
         "sensitivity": tables.sensitivity(analysis),
         "tuning": None if analysis.tuning is None else tables_tuning.cells(analysis.tuning),
         "tuned_exponents": None if analysis.tuning is None else tables_tuning.exponents(analysis.tuning),
+        "profile": tables_checks.profile(analysis.profile, analysis),
+        "profile_message": None if analysis.profile is None else analysis.profile.message,
+        "skills": None if analysis.skills is None else tables_checks.skills(analysis.skills),
+        "skill_ratios": None if analysis.skills is None else tables_checks.skill_ratios(analysis.skills),
+        "laws": None if analysis.law_comparison is None else tables_checks.laws(analysis.law_comparison),
         "warnings": analysis.observations.warnings,
         "diagnostics": [
             (words.SHORT_APPROACH_NAMES[e.approach], e.message, e.diagnostics) for e in estimates

@@ -64,9 +64,9 @@ def exponents(analysis: Analysis) -> TextTable:
         if frontier is not None:
             values = (
                 f"{frontier.params.exponent:.3f}",
-                _span(band.interval("params_exponent")),
+                span_text(band.interval("params_exponent")),
                 f"{frontier.tokens.exponent:.3f}",
-                _span(band.interval("tokens_exponent")),
+                span_text(band.interval("tokens_exponent")),
             )
             how.append(f"{SHORT_APPROACH_NAMES[estimate.approach]}, {_how(band)}")
         rows.append(
@@ -107,7 +107,7 @@ def law_parameters(analysis: Analysis) -> TextTable | None:
                     GREEK.get(name, name),
                     significant(value, 4),
                     _maybe(se, lambda v: significant(v, 2)),
-                    _span(band.interval(name), lambda v: significant(v, 4)),
+                    span_text(band.interval(name), lambda v: significant(v, 4)),
                 )
             )
         )
@@ -153,9 +153,9 @@ def backtest(analysis: Analysis) -> TextTable:
             Row(
                 (
                     APPROACH_NAMES[t.approach],
-                    _quantity(p.loss_opt if p else None, lambda v: f"{v:.4f}"),
+                    quantity_text(p.loss_opt if p else None, lambda v: f"{v:.4f}"),
                     f"{t.best_sampled_loss_nats:.4f}",
-                    _quantity(p.params_opt if p else None, format_count),
+                    quantity_text(p.params_opt if p else None, format_count),
                     _maybe(t.observed.params_opt, format_count),
                     _maybe(p.extrapolation_factor if p else None, lambda v: f"{v:.3g}x"),
                 ),
@@ -173,10 +173,10 @@ def predictions(analysis: Analysis) -> TextTable:
             (
                 format_flops(p.compute_flops),
                 SHORT_APPROACH_NAMES[p.approach],
-                _quantity(p.params_opt, format_count),
-                _quantity(p.tokens_opt, format_count),
-                _quantity(p.tokens_per_param, lambda v: f"{v:.3g}"),
-                _quantity(p.loss_opt, lambda v: f"{v:.3f}"),
+                quantity_text(p.params_opt, format_count),
+                quantity_text(p.tokens_opt, format_count),
+                quantity_text(p.tokens_per_param, lambda v: f"{v:.3g}"),
+                quantity_text(p.loss_opt, lambda v: f"{v:.3f}"),
                 f"{p.extrapolation_factor:.3g}x",
             ),
             "warn" if p.extrapolation_factor > 30 else "",
@@ -200,7 +200,7 @@ def agreement(analysis: Analysis) -> TextTable:
                 " - ".join(SHORT_APPROACH_NAMES[a] for a in p.approaches),
                 words.get(p.quantity, p.quantity),
                 f"{p.difference:+.3f}",
-                _span(p.interval, lambda v: f"{v:+.3f}"),
+                span_text(p.interval, lambda v: f"{v:+.3f}"),
                 {True: "yes", False: "no", None: "not known"}[p.agree],
             ),
             "warn" if p.agree is False else "",
@@ -352,7 +352,7 @@ def _three(value: float) -> str:
     return f"{value:.3f}"
 
 
-def _span(interval: Interval | None, text: Callable[[float], str] = _three) -> str:
+def span_text(interval: Interval | None, text: Callable[[float], str] = _three) -> str:
     return NOTHING if interval is None else f"{text(interval.lo)} to {text(interval.hi)}"
 
 
@@ -360,7 +360,7 @@ def _maybe(value: float | None, text: Callable[[float], str]) -> str:
     return NOTHING if value is None else text(value)
 
 
-def _quantity(quantity: Quantity | None, text: Callable[[float], str]) -> str:
+def quantity_text(quantity: Quantity | None, text: Callable[[float], str]) -> str:
     if quantity is None:
         return NOTHING
     value = text(quantity.estimate)
