@@ -237,6 +237,7 @@ def test_incomplete_and_torn_histories():
 def test_a_run_file_cut_anywhere_holds_a_beginning(sweep, tmp_path):
     """Cut at every place: never an error, never a wrong row."""
     import wandb
+
     from scaling_lab.cli.wandb_files import payloads, read_run_file
 
     run = wandb.init(

@@ -193,7 +193,7 @@ def test_a_superseded_owner_that_was_loading_leaves_the_curve_alone(tmp_path, mo
     spec, store = tiny(100), RunStore(tmp_path)
     claim = store.claim(spec)
     assert claim is not None
-    real = loop.open_session
+    real = loop.open_program
 
     def slow(*args, **options):
         session = real(*args, **options)
@@ -201,7 +201,7 @@ def test_a_superseded_owner_that_was_loading_leaves_the_curve_alone(tmp_path, mo
         (store.run_folder(spec.run_id()) / "curve.jsonl").write_text("the new owner's")
         return session
 
-    monkeypatch.setattr(loop, "open_session", slow)
+    monkeypatch.setattr(loop, "open_program", slow)
     with pytest.raises(ClaimLost):
         loop.train_run(PlannedRun(spec, Execution()), store, claim)
     assert (store.run_folder(spec.run_id()) / "curve.jsonl").read_text() == "the new owner's"
@@ -220,7 +220,7 @@ def test_a_superseded_owners_error_is_not_the_runs(tmp_path, monkeypatch):
         (store.run_folder(spec.run_id()) / "claim-2.json").write_text("{}")
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(loop, "open_session", broken)
+    monkeypatch.setattr(loop, "open_program", broken)
     assert train_claimed(PlannedRun(spec, Execution()), store, claim, None) is None
     assert not (store.run_folder(spec.run_id()) / "record.json").exists()
 

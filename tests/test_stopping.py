@@ -17,6 +17,7 @@ import scaling_lab.train.loop as loop
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.store import RunStore
 from scaling_lab.train.checkpoint import steps_saved
+from scaling_lab.train.session import Program
 from scaling_lab.train.stopping import Interrupted, listen, request_checkpoint, request_stop
 from scaling_lab.train.worker import train_pending
 
@@ -27,15 +28,15 @@ def checkpoints(store: RunStore, spec) -> list[int]:
 
 def at_block(monkeypatch, number: int, action) -> None:
     """Do `action` in the midst of the `number`-th block of steps."""
-    real, seen = loop.train_block, []
+    real, seen = Program.run_block, []
 
-    def train_block(session, first, last):
-        seen.append(last)
+    def run_block(self, places, count):
+        seen.append(count)
         if len(seen) == number:
             action()
-        return real(session, first, last)
+        return real(self, places, count)
 
-    monkeypatch.setattr(loop, "train_block", train_block)
+    monkeypatch.setattr(Program, "run_block", run_block)
 
 
 @pytest.fixture
@@ -95,14 +96,14 @@ def test_while_there_is_nothing_to_save_the_answer_does_not_wait(tmp_path, monke
     """Reading data and compiling may take longer than the grace of a scheduler."""
     seen, _ = owner
     spec, store = tiny(100), RunStore(tmp_path)
-    real = loop.open_session
+    real = loop.open_program
 
     def slow(*args, **options):
         os.kill(os.getpid(), signal.SIGUSR2)
         pytest.fail("it was not answered at once")
         return real(*args, **options)
 
-    monkeypatch.setattr(loop, "open_session", slow)
+    monkeypatch.setattr(loop, "open_program", slow)
     with pytest.raises(SystemExit):
         train(store, spec)
     assert seen == ["SIGUSR2"]

@@ -24,6 +24,7 @@ from scaling_lab.core.spec import EvalSpec, Execution, OptimizerSpec, Plan, Plan
 from scaling_lab.core.store import RunStore
 from scaling_lab.train.evaluate import ValidationSet, evaluation_steps, standard_error
 from scaling_lab.train.loop import blocks, open_session, train_block, train_run
+from scaling_lab.train.member import Progress
 from scaling_lab.train.models import build_model
 from scaling_lab.train.step import token_loss
 from scaling_lab.train.worker import longest_first, train_claimed, train_pending
@@ -156,16 +157,16 @@ def test_divergence_is_a_record(tmp_path):
 
 
 def test_an_error_of_the_run_is_a_failed_record_and_the_others_go_on(tmp_path, monkeypatch):
-    import scaling_lab.train.loop as loop
+    import scaling_lab.train.session as session
 
-    real = loop.build_model
+    real = session.build_model
 
     def broken(shape, *rest):
         if shape.width == 16:
             raise RuntimeError("no memory\nfor this")
         return real(shape, *rest)
 
-    monkeypatch.setattr(loop, "build_model", broken)
+    monkeypatch.setattr(session, "build_model", broken)
     good = tiny(10, shape=GPTShape(width=24, depth=1, heads=2))
     runs = tuple(PlannedRun(s, Execution()) for s in (tiny(10), good))
     store = RunStore(tmp_path)
@@ -248,7 +249,11 @@ def test_evaluation_steps():
 def test_blocks_cover_every_step_once_and_end_where_validation_is_due():
     for steps in (1, 2, 63, 64, 65, 1000):
         spec = tiny(steps)
-        parts = list(blocks(spec))
+        run, parts = Progress(spec), []
+        for count in blocks([run]):
+            parts.append((run.done, run.done + count))
+            run.done += count
+            run.over = run.done >= spec.steps
         assert [step for first, last in parts for step in range(first, last)] == list(range(steps))
         assert set(evaluation_steps(spec)) <= {last for _, last in parts}
 

@@ -39,6 +39,8 @@ class EvalPoint:
     val_loss_sem_nats: float | None = None
     wall_time_s: float = 0.0
     """Training time since the run began, evaluation and compilation included, over all attempts."""
+    noise_scale_tokens: float | None = None
+    """Gradient noise scale B_simple, where it was measured (McCandlish et al. 2018); single measurements scatter."""
 
 
 # Runs of up to this many steps record every step's training loss; longer ones record means over equal blocks of

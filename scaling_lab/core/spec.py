@@ -282,6 +282,13 @@ class Execution:
         if self.threads < 1:
             raise UserError(f"threads={self.threads!r} must be at least 1.")
 
+    def continues(self, planned: Execution) -> bool:
+        """Whether a run computed so far like this goes on under the plan's execution: the same but for a micro-batch that
+        memory may have made smaller, which it keeps."""
+        mine, theirs = self.micro_batch_sequences, planned.micro_batch_sequences
+        smaller = mine == theirs or (mine is not None and (theirs is None or mine < theirs))
+        return smaller and replace(self, micro_batch_sequences=theirs) == planned
+
 
 @dataclass(frozen=True)
 class PlannedRun:

@@ -120,7 +120,7 @@ def read_checkpoint(
     if meta["run_id"] != run_id:
         raise ValueError(f"it is of run {meta['run_id']}")
     written_under = Execution(**meta["execution"])
-    if execution is not None and written_under != execution:
+    if execution is not None and not written_under.continues(execution):
         raise ValueError(f"it was computed as {written_under}, the plan says {execution}")
     if fingerprint is not None and meta["data_fingerprint"] != fingerprint:
         raise ValueError(f"it was trained on other data, content {meta['data_fingerprint'][:12]}")

@@ -42,6 +42,7 @@ class CurveWriter:
         train_loss_nats: float,
         val_loss_nats: float | None = None,
         val_loss_sem_nats: float | None = None,
+        noise_scale_tokens: float | None = None,
     ) -> EvalPoint | None:
         """Take the loss of `step` (counted from 1); a point comes back where a block ends or validation was visited."""
         self._block.append(train_loss_nats)
@@ -57,6 +58,7 @@ class CurveWriter:
             train_loss_nats=sum(self._block) / len(self._block),
             val_loss_nats=val_loss_nats,
             val_loss_sem_nats=val_loss_sem_nats,
+            noise_scale_tokens=noise_scale_tokens,
             wall_time_s=round(self.wall_time_s, 3),
         )
         self._block.clear()

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from scaling_lab.core.record import RunRecord, RunStatus
 from scaling_lab.core.spec import Plan, PlannedRun
 from scaling_lab.core.store import RunStore
 from scaling_lab.train.devices import environment, resolve_device
-from scaling_lab.train.loop import CHECKPOINT_EVERY_S, train_run
+from scaling_lab.train.loop import CHECKPOINT_EVERY_S, Claimed, train_together
+from scaling_lab.train.member import Member
 from scaling_lab.train.stopping import EXIT_REQUEUE, Interrupted, listen
 from scaling_lab.train.tracking import make_tracker, mirrors_closed
 
@@ -55,17 +56,29 @@ def train_pending(
     for device in {run.execution.device for run in plan.runs}:
         resolve_device(device)
     made = []
+    pending = longest_first([r for r in plan.runs if wanted is None or r.run_id in wanted])
     with mirrors_closed(), listen() as asked:
-        for planned in longest_first([r for r in plan.runs if wanted is None or r.run_id in wanted]):
+        for group in groups(pending, plan):
             # Told to stop as the run before ended: this one is not begun.
             asked.answer()
-            claim = store.claim(planned.spec)
-            if claim is None:
-                continue
-            record = train_claimed(planned, store, claim, plan.data_fingerprint, tracker, checkpoint_every_s)
-            if record is not None:
-                made.append(record)
+            mine = [planned for planned in group if wanted is None or planned.run_id in wanted]
+            claims = {planned.run_id: store.claim(planned.spec) for planned in mine}
+            claimed = {run_id: claim for run_id, claim in claims.items() if claim is not None}
+            if claimed:
+                made += train_group(group, claimed, store, plan.data_fingerprint, tracker, checkpoint_every_s)
     return made
+
+
+def groups(runs: Iterable[PlannedRun], plan: Plan) -> Iterator[list[PlannedRun]]:
+    """What is trained as one program: each run alone, or at its first member the whole of a stack, in the plan's order."""
+    begun = set()
+    for run in runs:
+        stack = run.execution.stack
+        if stack is None:
+            yield [run]
+        elif stack not in begun:
+            begun.add(stack)
+            yield [member for member in plan.runs if member.execution.stack == stack]
 
 
 def train_claimed(
@@ -77,36 +90,58 @@ def train_claimed(
     checkpoint_every_s: float = CHECKPOINT_EVERY_S,
 ) -> RunRecord | None:
     """Train one claimed run; an error of its own becomes a FAILED record, and the sweep goes on."""
-    mirror = make_tracker(tracker, store.folder)
+    claims = {planned.run_id: claim}
+    records = train_group([planned], claims, store, fingerprint, tracker, checkpoint_every_s)
+    return records[0] if records else None
+
+
+def train_group(
+    group: Sequence[PlannedRun],
+    claims: Mapping[str, Claim],
+    store: RunStore,
+    fingerprint: str | None,
+    tracker: dict[str, Any] | None = None,
+    checkpoint_every_s: float = CHECKPOINT_EVERY_S,
+) -> list[RunRecord]:
+    """Train the claimed runs of a group; returns the records made. An error becomes a FAILED record: a member's own of
+    this member, one of the whole program of all that were not over."""
+    claimed = {
+        run_id: Claimed(claim, make_tracker(tracker, store.folder)) for run_id, claim in claims.items()
+    }
     try:
-        return train_run(
-            planned,
+        members = train_together(
+            group,
+            claimed,
             store,
-            claim,
-            mirror,
             expected_fingerprint=fingerprint,
             checkpoint_every_s=checkpoint_every_s,
         )
-    except ClaimLost:
-        mirror.abandon()
-        log.warning("run %s was taken over by another process.", planned.run_id)
-        return None
-    except (Interrupted, UserError, KeyboardInterrupt):
-        mirror.abandon()
+    except BaseException:
+        for one in claimed.values():
+            one.tracker.abandon()
         raise
-    except Exception as error:
-        log.error("run %s failed:\n%s", planned.run_id, traceback.format_exc())
+    records = [member.record or failure(member, store, fingerprint) for member in members]
+    return [record for record in records if record is not None]
+
+
+def failure(member: Member, store: RunStore, fingerprint: str | None) -> RunRecord | None:
+    """Record that an error ended a run here; None where it was taken over: a former owner's error is not the run's."""
+    planned, error = member.planned, member.error
+    assert error is not None
+    if isinstance(error, ClaimLost):
+        log.warning("run %s was taken over by another process.", planned.run_id)
+    else:
+        log.error("run %s failed:\n%s", planned.run_id, "".join(traceback.format_exception(error)))
         record = failed_record(planned, store, fingerprint or "", f"{type(error).__name__}: {error}")
         try:
-            # A former owner's error is not the run's.
-            claim.check()
+            member.claim.check()
             if store.write_record(record):
-                mirror.finish(record)
+                member.tracker.finish(record)
                 return record
         except ClaimLost:
             pass
-        mirror.abandon()
-        return None
+    member.tracker.abandon()
+    return None
 
 
 def failed_record(planned: PlannedRun, store: RunStore, fingerprint: str, reason: str) -> RunRecord:

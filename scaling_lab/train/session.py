@@ -1,0 +1,164 @@
+"""Owns what training needs at hand: data checked and on the device, models built, and the program that steps them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.spec import Execution, RunSpec
+from scaling_lab.train.data import read_tokens
+from scaling_lab.train.devices import apply_execution
+from scaling_lab.train.evaluate import ValidationSet, evaluation_steps
+from scaling_lab.train.models import build_model
+from scaling_lab.train.noise import ENOUGH_PARTS, Noise, NoiseProbe, noise, visits_measured
+from scaling_lab.train.optim import control_rows
+from scaling_lab.train.order import WindowOrder, n_windows
+from scaling_lab.train.step import LOSS, MEAN_PART_SQUARE, SQUARE, Slot, TrainStep
+
+
+@dataclass
+class Session:
+    """What one run is trained with; of a stack's member `step` is its slot. Made by `open_session` or `open_stack`."""
+
+    spec: RunSpec
+    device: torch.device
+    step: TrainStep | Slot
+    order: WindowOrder
+    validation: ValidationSet
+    fingerprint: str
+
+    def validation_loss(self) -> tuple[float, float | None]:
+        """(mean loss, standard error of the mean) of the validation set, nats per token."""
+        return self.validation.loss(
+            self.step.model,
+            self.step.parameters(),
+            dtype=self.spec.dtype,
+            vocab_size=self.spec.shape.vocab_size,
+        )
+
+    def noise_at(self, step: int, told: Tensor, micro: int) -> Noise | None:
+        """The gradient noise after `step` steps, of which the last one told `told` (3,); None where none is measured."""
+        spec = self.spec
+        if step not in visits_measured(spec, evaluation_steps(spec)):
+            return None
+        if spec.batch_sequences // micro >= ENOUGH_PARTS:
+            part, whole = told[MEAN_PART_SQUARE].item(), told[SQUARE].item()
+            return noise(part, whole, micro * spec.shape.context, spec.batch_tokens)
+        probe = NoiseProbe(self.step.model, self.step.layout, spec, self.step.tokens, self.order)
+        return probe.measure(self.step.flat, step)
+
+
+@dataclass
+class Program:
+    """One step program and the sessions of its slots: one, or a stack's, in the order of the plan."""
+
+    step: TrainStep
+    sessions: list[Session]
+
+    def run_block(self, places: Mapping[int, int], count: int) -> Tensor:
+        """`count` steps of the members in the slots `places`, each from the step (counted from 0) that is given there.
+
+        Returns what each step told, (count, slots, 3) float64 on the CPU, in one read; see `TrainStep.run`.
+        """
+        rows = [
+            inputs(session, places[k], count) if k in places else nothing(session, count)
+            for k, session in enumerate(self.sessions)
+        ]
+        device = self.sessions[0].device
+        starts, controls = (torch.stack(each, 1).to(device) for each in zip(*rows, strict=True))
+        if not self.step.stacked:
+            starts, controls = starts[:, 0], controls[:, 0]
+        # Read back first: not every device has float64 (MPS).
+        told = self.step.run(starts, controls).cpu().double()
+        return told if self.step.stacked else told[:, None]
+
+
+def inputs(session: Session, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Window starts (count, batch) and controls (count, 3) of a run's steps first .. first + count - 1."""
+    spec = session.spec
+    windows = session.order.windows(first * spec.batch_sequences, count * spec.batch_sequences)
+    starts = torch.from_numpy(windows * spec.shape.context).view(count, -1)
+    rates = [spec.learning_rate(step) for step in range(first, first + count)]
+    return starts, control_rows(rates, first, spec.optimizer)
+
+
+def nothing(session: Session, count: int) -> tuple[Tensor, Tensor]:
+    """The inputs under which a slot rests."""
+    return torch.zeros(count, session.spec.batch_sequences, dtype=torch.int64), torch.zeros(count, 3)
+
+
+def train_block(session: Session, first: int, last: int) -> list[float]:
+    """Steps first .. last - 1 (from 0) of a run alone; their losses."""
+    assert isinstance(session.step, TrainStep)
+    told = Program(session.step, [session]).run_block({0: first}, last - first)
+    losses: list[float] = told[:, 0, LOSS].tolist()
+    return losses
+
+
+def check_data(spec: RunSpec, expected_fingerprint: str | None = None) -> str:
+    """The fingerprint of the run's data. Raises `UserError` where they are not the plan's."""
+    fingerprint: str = spec.data.fingerprint()
+    if expected_fingerprint not in (None, fingerprint):
+        raise UserError(
+            f"data={spec.data.kind} on this machine (content {fingerprint[:12]}) is not the plan's "
+            f"({str(expected_fingerprint)[:12]}): losses would not compare. Use the same Python version and files, "
+            "or make a new sweep."
+        )
+    return fingerprint
+
+
+def open_session(spec: RunSpec, execution: Execution, expected_fingerprint: str | None = None) -> Session:
+    """Build the model of a run that is trained alone, load the data and check that they are the plan's."""
+    return open_program([spec], execution, expected_fingerprint, stacked=False).sessions[0]
+
+
+def open_program(
+    specs: Sequence[RunSpec],
+    execution: Execution,
+    expected_fingerprint: str | None = None,
+    *,
+    stacked: bool,
+) -> Program:
+    """The program of one run, or of a stack of runs of one shape, batch and corpus."""
+    spec = specs[0]
+    device = apply_execution(execution, spec.dtype)
+    fingerprint = check_data(spec, expected_fingerprint)
+    train = read_tokens(spec.data, "train")
+    context = spec.shape.context
+    windows = n_windows(train.size, context)
+    if windows < 1:
+        raise UserError(
+            f"data={spec.data.kind} has {train.size} tokens: less than one window of model.context={context}."
+        )
+    models = []
+    for each in specs:
+        torch.manual_seed(each.seed_init)
+        models.append(build_model(each.shape, each.parametrization).to(device))
+    tokens = device_tokens(train, device)
+    step = TrainStep(models if stacked else models[0], tokens, specs if stacked else spec, execution)
+    validation = ValidationSet(read_tokens(spec.data, "validation"), context, spec.eval, device)
+    sessions = [
+        Session(
+            spec=each,
+            device=device,
+            step=Slot(step, k) if stacked else step,
+            order=WindowOrder(windows, each.seed_data),
+            validation=validation,
+            fingerprint=fingerprint,
+        )
+        for k, each in enumerate(specs)
+    ]
+    return Program(step, sessions)
+
+
+def device_tokens(tokens: np.ndarray, device: torch.device) -> Tensor:
+    """The corpus on the device, in the smallest torch dtype that holds it (torch cannot index uint16)."""
+    small = {1: np.uint8, 2: np.int32, 4: np.int64, 8: np.int64}[tokens.dtype.itemsize]
+    if tokens.dtype == np.int32:
+        small = np.int32
+    return torch.from_numpy(np.array(tokens, dtype=small)).to(device)

@@ -1,0 +1,72 @@
+"""The gradient noise scale: the estimator on gradients whose noise is known, and the probe against a whole corpus."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_train import tiny, train
+
+from scaling_lab.core.spec import EvalSpec, Execution
+from scaling_lab.core.store import RunStore
+from scaling_lab.train.gradient import make_gradient
+from scaling_lab.train.loop import open_session
+from scaling_lab.train.noise import PARTS, NoiseProbe, noise, visits_measured
+
+
+def test_estimator_by_hand():
+    """|G|^2 = 2 and tr(S) = 12 a token: |g|^2 is 2 + 12/4 = 5 at 4 tokens and 2 + 12/24 = 2.5 at 24."""
+    found = noise(5.0, 2.5, 4, 24)
+    assert (found.gradient_square, found.trace_tokens) == (pytest.approx(2), pytest.approx(12))
+    assert found.scale_tokens == pytest.approx(6)
+    assert noise(5.0, 0.5, 4, 24).scale_tokens is None  # all noise: |G|^2 would be negative
+
+
+def test_estimator_is_unbiased_on_gaussian_gradients():
+    rng = np.random.default_rng(0)
+    g = rng.normal(size=50)
+    true_trace = 50 * 9.0
+    found = []
+    for _ in range(2000):
+        parts = g + rng.normal(scale=3 / np.sqrt(8), size=(PARTS, 50))  # means of 8 tokens each
+        found.append(noise((parts**2).sum(1).mean(), (parts.mean(0) ** 2).sum(), 8, 8 * PARTS))
+    assert np.mean([n.trace_tokens for n in found]) == pytest.approx(true_trace, rel=0.02)
+    assert np.mean([n.gradient_square for n in found]) == pytest.approx((g**2).sum(), rel=0.02)
+
+
+def test_probe_against_the_spread_of_every_sequences_gradient():
+    """tr(S) and |G|^2 over 1,600 sequences by brute force, and the probe's means over 100 measurements."""
+    spec = tiny(10)
+    session = open_session(spec, Execution())
+    step = session.step
+    gradient = make_gradient(step.model, step.layout, spec, 1)
+    probe = NoiseProbe(step.model, step.layout, spec, step.tokens, session.order)
+    # Batches of 4 sequences: every fourth step's probe sees sixteen others.
+    measured = [probe.measure(step.flat, 4 * k) for k in range(100)]
+    starts = torch.from_numpy(session.order.windows(0, 1600) * 64)
+    gradients = torch.stack([gradient(step.flat, start[None], step.tokens)[0] for start in starts])
+    mean = gradients.mean(0)
+    trace = (gradients - mean).square().sum(1).mean().item() * 64 * 1600 / 1599
+    square = mean.square().sum().item() - trace / (64 * 1600)
+    assert np.mean([m.trace_tokens for m in measured]) == pytest.approx(trace, rel=0.05)
+    assert np.mean([m.gradient_square for m in measured]) == pytest.approx(square, rel=0.05)
+
+
+def test_measured_at_the_visits_that_it_does_not_make_dear(tmp_path):
+    spec = tiny(400, eval=EvalSpec(tokens=64, points=4, max_cost_fraction=1.0))
+    # 102,400 tokens at 2%: 2,048 tokens, two measurements of 1,024.
+    assert visits_measured(spec, (141, 200, 283, 400)) == {283, 400}
+    assert visits_measured(tiny(100), (100,)) == frozenset()
+    record = train(RunStore(tmp_path), spec)
+    told = {p.step: p.noise_scale_tokens for p in record.curve if p.noise_scale_tokens is not None}
+    assert set(told) == {283, 400}
+    assert all(10 < scale < 1e6 for scale in told.values())
+
+
+def test_where_a_step_has_micro_batches_enough_its_own_norms_serve(monkeypatch):
+    spec = tiny(400, batch_tokens=64 * 16, train_tokens=64 * 16 * 400)
+    session = open_session(spec, Execution(micro_batch_sequences=1))
+    monkeypatch.setattr(NoiseProbe, "measure", lambda *_: pytest.fail("not needed"))
+    told = torch.tensor([3.0, 5.0, 2.5])
+    found = session.noise_at(400, told, 1)
+    assert found == noise(5.0, 2.5, 64, 1024)

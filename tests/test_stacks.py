@@ -1,0 +1,221 @@
+"""Stacks of runs: each member has its own folder, claim, curve, checkpoint and record, and goes its own way to its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from test_resume import losses
+from test_train import tiny, train
+
+from scaling_lab.core.record import RunStatus
+from scaling_lab.core.spec import Execution, Plan, PlannedRun
+from scaling_lab.core.store import RunStore
+from scaling_lab.train.checkpoint import steps_saved
+from scaling_lab.train.stopping import Interrupted
+from scaling_lab.train.worker import train_pending
+
+STACKED = Execution(stack="a", stack_size=4)
+
+
+def members(wild_lr: float = 0.005) -> list[PlannedRun]:
+    """Two seeds, another learning rate, and another horizon."""
+    base = tiny(60)
+    specs = [
+        base,
+        replace(base, seed_init=1, seed_data=1),
+        replace(base, optimizer=replace(base.optimizer, peak_lr=wild_lr)),
+        replace(base, train_tokens=256 * 35),
+    ]
+    return [PlannedRun(s, STACKED) for s in specs]
+
+
+def plan_of(runs: list[PlannedRun]) -> Plan:
+    spec = runs[0].spec
+    return Plan("t", tuple(runs), spec.convention, spec.data.fingerprint())
+
+
+def train_all(folder, runs: list[PlannedRun], **options) -> dict:
+    store = RunStore(folder)
+    train_pending(store, plan_of(runs), **options)
+    return {r.run_id: store.read_record(r.run_id) for r in runs}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict:
+    """The stack trained in one go."""
+    return train_all(tmp_path_factory.mktemp("whole"), members())
+
+
+def test_each_member_ends_as_if_alone(tmp_path, whole):
+    for planned in members():
+        alone = train(RunStore(tmp_path), planned.spec)
+        record = whole[planned.run_id]
+        assert record.status is RunStatus.COMPLETED
+        assert record.execution == STACKED
+        assert [p.step for p in record.curve] == list(range(1, planned.spec.steps + 1))
+        assert [p.lr for p in record.curve] == [p.lr for p in alone.curve]
+        ours = [p.train_loss_nats for p in record.curve]
+        assert ours == pytest.approx([p.train_loss_nats for p in alone.curve], rel=5e-5)
+        assert record.final_val_loss_nats == pytest.approx(alone.final_val_loss_nats, rel=5e-5)
+        visits = [p.step for p in record.curve if p.val_loss_nats is not None]
+        assert visits == [p.step for p in alone.curve if p.val_loss_nats is not None]
+
+
+def test_a_member_that_diverges_leaves_the_others_bit_as_they_were(tmp_path, whole):
+    runs = members(wild_lr=1e30)
+    records = train_all(tmp_path, runs)
+    assert records[runs[2].run_id].status is RunStatus.DIVERGED
+    for planned in (runs[0], runs[1], runs[3]):
+        assert losses(records[planned.run_id]) == losses(whole[planned.run_id])
+
+
+@pytest.mark.parametrize("there", [(0, 1, 2, 3), (1, 3), (2,)], ids=["all", "two", "one"])
+def test_stopped_and_taken_up_by_whoever_is_left_bit_for_bit(tmp_path, monkeypatch, whole, there):
+    """A stack stopped midway; then some of its members are claimed elsewhere, and the rest goes on as if they were there."""
+    import scaling_lab.train.loop as loop
+
+    runs, store = members(), RunStore(tmp_path)
+    real = loop.keep
+
+    def keep_and_stop(*args):
+        written = real(*args)
+        if args[-1] >= 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return written
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "keep", keep_and_stop)
+        with pytest.raises(Interrupted):
+            train_pending(store, plan_of(runs), checkpoint_every_s=0.0)
+    at = {steps_saved(store.run_folder(r.run_id) / "checkpoint")[-1] for r in runs}
+    assert len(at) == 1
+    assert 20 <= at.pop() < 35
+    elsewhere = [store.claim(r.spec) for k, r in enumerate(runs) if k not in there]
+    made = train_pending(store, plan_of(runs))
+    assert {r.run_id for r in made} == {runs[k].run_id for k in there}
+    for k in there:
+        assert losses(store.read_record(runs[k].run_id)) == losses(whole[runs[k].run_id])
+    for claim in elsewhere:
+        assert claim is not None
+        claim.release()
+    train_pending(store, plan_of(runs))
+    for planned in runs:
+        assert losses(store.read_record(planned.run_id)) == losses(whole[planned.run_id])
+
+
+def test_a_member_that_is_taken_over_or_in_error_is_dropped_alone(tmp_path, monkeypatch, whole):
+    """Its slot rests; the others end bit for bit as they would have."""
+    from scaling_lab.train.member import Member
+
+    runs, store = members(), RunStore(tmp_path)
+    real = Member.take
+
+    def take(self, told, micro):
+        if self.done >= 10 and self.slot == 0:
+            (self.folder / "claim-2.json").write_text("{}")
+            self.pulse.check()
+        if self.done >= 10 and self.slot == 1:
+            raise OSError("no space left")
+        return real(self, told, micro)
+
+    monkeypatch.setattr(Member, "take", take)
+    made = {r.run_id: r for r in train_pending(store, plan_of(runs))}
+    assert runs[0].run_id not in made
+    assert not (store.run_folder(runs[0].run_id) / "record.json").exists()
+    assert made[runs[1].run_id].status is RunStatus.FAILED
+    assert made[runs[1].run_id].reason == "OSError: no space left"
+    for planned in runs[2:]:
+        assert losses(made[planned.run_id]) == losses(whole[planned.run_id])
+
+
+def test_an_old_plan_without_stacks_loads():
+    runs = plan_of([PlannedRun(tiny(5), Execution())])
+    data = runs.to_dict()
+    for run in data["runs"]:
+        for name in ("micro_batch_sequences", "stack", "stack_size"):
+            del run["execution"][name]
+    assert Plan.from_dict(data) == runs
+
+
+def test_out_of_memory_halves_the_micro_batch_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
+    """From its last checkpoint, to the losses of the run whose micro-batch was so from there on; and resumes with it."""
+    import torch
+
+    from scaling_lab.train.session import Program
+
+    spec, store = tiny(60), RunStore(tmp_path)
+    real, refused = Program.run_block, []
+
+    def run_block(self, places, count):
+        if places[0] >= 20 and self.step.micro > 1:
+            refused.append(self.step.micro)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return real(self, places, count)
+
+    monkeypatch.setattr(Program, "run_block", run_block)
+    record = train(store, spec, checkpoint_every_s=0.0)
+    assert refused == [4, 2]
+    assert "goes on with micro-batches of 1 of its 4 sequences" in caplog.text
+    assert record.status is RunStatus.COMPLETED
+    assert record.execution.micro_batch_sequences == 1
+    assert [p.step for p in record.curve] == list(range(1, 61))
+    whole = train(RunStore(tmp_path / "whole"), spec)
+    assert losses(record)[:10] == losses(whole)[:10]
+    assert record.final_val_loss_nats == pytest.approx(whole.final_val_loss_nats, rel=1e-4)
+
+
+def test_out_of_memory_with_single_sequences_is_a_failed_record(tmp_path, monkeypatch):
+    from scaling_lab.train.session import Program
+
+    def run_block(self, places, count):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory")
+
+    monkeypatch.setattr(Program, "run_block", run_block)
+    runs = [PlannedRun(tiny(10), Execution())]
+    (record,) = train_all(tmp_path, runs).values()
+    assert record.status is RunStatus.FAILED
+    assert "not enough memory" in record.reason
+
+
+LIMITED = """
+import logging, resource, sys
+from pathlib import Path
+from dataclasses import replace
+sys.path.insert(0, "tests")
+from test_train import SHAPE, tiny
+from scaling_lab.core.spec import EvalSpec, Execution, PlannedRun
+from scaling_lab.core.store import RunStore
+import scaling_lab.train.loop as loop
+logging.basicConfig(level=logging.INFO)
+import torch
+real = loop.open_program
+def open_program(*args, **options):
+    program = real(*args, **options)
+    loop.open_program = real
+    # What is mapped now and 200 MB: a batch of 256 sequences takes about 900 MB of activations and logits.
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 200 * 2**20,) * 2)
+    return program
+loop.open_program = open_program
+spec = tiny(4, batch_tokens=64 * 256, train_tokens=64 * 256 * 4, eval=EvalSpec(tokens=64))
+spec = replace(spec, shape=replace(SHAPE, width=64, heads=4, depth=4))
+store = RunStore(sys.argv[1])
+record = loop.train_run(PlannedRun(spec, Execution()), store, store.claim(spec))
+print(record.status.value, record.execution.micro_batch_sequences)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit and /proc are Linux's")
+def test_a_real_lack_of_memory(tmp_path):
+    """The kernel refuses torch's allocations; the run ends all the same, in smaller parts."""
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    status, micro = done.stdout.split()
+    assert status == "completed"
+    assert int(micro) < 256
+    assert "out of memory" in done.stderr
