@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,8 @@ def read_command(
     config_dir = arguments.get("config_dir")
     config_dir = None if config_dir is None else unquoted(config_dir)
     folders = config_folders(config_dir)
+    if multirun:
+        arguments = with_lists(arguments, folders, groups)
     slots = {slot.package: slot for slot in (default_groups(config_name, folders) if config_name else {})}
     chosen: dict[Slot, list[str]] = {slots[key]: [choice] for key, choice in (groups or {}).items()}
     values: list[Assignment] = []
@@ -117,6 +119,26 @@ def read_command(
         if len(combinations) > MAX_COMBINATIONS:
             raise UserError(f"the lists on the command line make more than {MAX_COMBINATIONS} combinations.")
     return Command(tuple(combinations), tuple(hydra), config_dir)
+
+
+def with_lists(
+    arguments: Arguments, folders: Sequence[Path], groups: Mapping[str, str] | None = None
+) -> Arguments:
+    """The command line with the lists of its experiment (`hydra.sweeper.params`, as in any Hydra multirun), as if the user
+    had given them; what the user gave goes before. Raises `UserError` for a list that is not understood."""
+    name = unquoted(arguments.get("experiment") or (groups or {}).get("experiment", "null"))
+    if name == "null" or "," in name:
+        return arguments
+    path = find_config(f"experiment/{name}", folders)
+    params: Any = read_yaml(path)
+    for key in ("hydra", "sweeper", "params"):
+        params = params.get(key) if isinstance(params, Mapping) else None
+    if params is None:
+        return arguments
+    if not isinstance(params, Mapping) or not all(isinstance(v, (str, int, float)) for v in params.values()):
+        raise UserError(f"{path}: hydra.sweeper.params must hold lines `KEY: a,b,c`.")
+    lists = [Assignment(str(k), str(v)) for k, v in params.items() if arguments.get(str(k)) is None]
+    return replace(arguments, assignments=(*arguments.assignments, *lists))
 
 
 GLOBAL_PACKAGE = "# @package _global_"

@@ -7,7 +7,7 @@ where they are stored, and failures are read from the records afterwards.
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 class PlanSweeper(Sweeper):
     """Hands the plan's pending runs to the launcher, `runs_per_job` a job."""
 
-    def __init__(self, runs_per_job: int = 1) -> None:
+    def __init__(self, runs_per_job: int = 1, params: Mapping[str, str] | None = None) -> None:
+        """`params` are lists of the experiment: the command line has already taken them over (`with_lists`)."""
         self.runs_per_job = runs_per_job
         self.config: DictConfig | None = None
         self.launcher: Launcher | None = None
