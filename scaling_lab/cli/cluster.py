@@ -288,8 +288,8 @@ class Head:
                         if empty > EMPTY_ANSWERS:
                             break
                     time.sleep(LOOK_S)
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(
+            except KeyboardInterrupt as told:
+                raise type(told)(
                     f"the jobs go on ({self.words or 'queue not known'}); the same command watches them again, "
                     f"`scancel --name={','.join(b.name for b in self.books[-3:])}` cancels them"
                 ) from None

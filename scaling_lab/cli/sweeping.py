@@ -77,6 +77,11 @@ def run_multirun(
         raise
     except MissingConfigException as error:
         group, _, choice = str(error.missing_cfg_file).strip("/").rpartition("/")
+        if group == "hydra/launcher" and choice in _extras():
+            raise UserError(
+                f"hydra/launcher={choice} is not installed: pip install 'scaling-lab[{choice}]' (in a clone: "
+                f"pip install -e '.[{choice}]')."
+            ) from error
         raise unknown(group, choice, error.options or ()) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"Hydra refuses: {first_line(error)}") from error
@@ -86,6 +91,16 @@ def run_multirun(
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = old_error
+
+
+def _extras() -> list[str]:
+    """What `pip install scaling-lab[NAME]` adds."""
+    from importlib.metadata import PackageNotFoundError, metadata
+
+    try:
+        return metadata("scaling-lab").get_all("Provides-Extra") or []
+    except PackageNotFoundError:
+        return []
 
 
 def sweep_job(config: Any) -> int:
@@ -127,8 +142,15 @@ def plain(config: Any) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items() if key != "hydra"}
 
 
-def report_outcome(console: Console, store: RunStore, plan: Plan) -> int:
-    """Say how the plan's runs stand and return the exit status: 0 all completed, 1 otherwise."""
+def report_outcome(console: Console, store: RunStore, plan: Plan, launch: Sequence[str] = ()) -> int:
+    """Say how the plan's runs stand and return the exit status: 0 all completed, 1 otherwise.
+
+    `launch`: the overrides that chose the launcher, to be given again.
+    """
+    results = "" if store.folder.parent == Path("results") else f" results_dir={store.folder.parent}"
+    again = " ".join(
+        [f"scaling-lab sweep sweep={store.folder.name}{results}", *(shlex.quote(o) for o in launch)]
+    )
     states = list(store.states(plan))
     bad = [s for s in states if s.state in (RunStatus.FAILED, RunStatus.DIVERGED)]
     open_runs = [s for s in states if s.state not in OVER]
@@ -139,12 +161,9 @@ def report_outcome(console: Console, store: RunStore, plan: Plan) -> int:
     for state in bad:
         console.warn(f"{state.run_id} {state.state}: {state.reason}")
     if bad:
-        results = "" if store.folder.parent == Path("results") else f" results_dir={store.folder.parent}"
-        console.say(f"to try them again: scaling-lab sweep sweep={store.folder.name}{results} retry=failed")
+        console.say(f"to try them again: {again} retry=failed")
     if open_runs:
-        console.warn(
-            f"{len(open_runs)} runs are not over ({_counts(open_runs)}): scaling-lab sweep sweep={store.folder.name}"
-        )
+        console.warn(f"{len(open_runs)} runs are not over ({_counts(open_runs)}); to go on: {again}")
     return 1 if bad or open_runs else 0
 
 

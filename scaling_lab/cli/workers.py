@@ -85,9 +85,9 @@ def run_workers(
     with terminate_as_interrupt(), Display.open(console, store.folder.name) as display:
         try:
             crew.work(display)
-        except KeyboardInterrupt as stop:
+        except KeyboardInterrupt as told:
             crew.stop()
-            raise type(stop)(go_on_hint(store)) from None
+            raise type(told)(go_on_hint(store)) from None
         except BaseException:
             crew.stop()
             raise

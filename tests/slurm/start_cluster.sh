@@ -27,11 +27,12 @@ memory_mb=$(awk '/^MemTotal/ {print int($2 / 1024)}' /proc/meminfo)
 chmod 400 "$dir/munge.key"
 munged --force --key-file="$dir/munge.key" --socket="$dir/munge.socket" --pid-file="$dir/munged.pid" \
   --log-file="$dir/log/munged.log" --seed-file="$dir/munge.seed"
+# cred_expire: a requeued job waits until its old credential cannot be valid any more, 120 s by default.
 cat >"$dir/slurm.conf" <<CONF
 ClusterName=lab
 SlurmctldHost=$host(127.0.0.1)
 AuthType=auth/munge
-AuthInfo=socket=$dir/munge.socket
+AuthInfo=socket=$dir/munge.socket,cred_expire=5
 CredType=cred/munge
 SlurmUser=$user
 SlurmdUser=$user

@@ -66,4 +66,4 @@ def execute(command: Command, console: Console) -> int:
     with open_session(Session(console, command.given, trees)) as session:
         # The combinations are the plan's, and Hydra need not compose them again, at a tenth of a second each.
         run_multirun(replace(command, combinations=command.combinations[:1]), "sweep", sweep_job)
-    return report_outcome(console, store, session.plan or store.read_plan())
+    return report_outcome(console, store, session.plan or store.read_plan(), [o.text for o in command.hydra])

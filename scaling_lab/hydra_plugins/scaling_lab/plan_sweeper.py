@@ -77,7 +77,10 @@ class PlanSweeper(Sweeper):
             return []
         if done:
             console.say(f"{done} of {len(plan.runs)} runs are done already; {len(run_ids)} to go.")
-        jobs = [self._job(store, overrides, chunk) for chunk in _chunks(run_ids, self.runs_per_job)]
+        jobs = [
+            self._job(store, overrides, chunk)
+            for chunk in _chunks(plan.runs, set(run_ids), self.runs_per_job)
+        ]
         return self._launch(jobs)
 
     def _job(self, store: Any, overrides: Sequence[Any], run_ids: Sequence[str]) -> list[str]:
@@ -132,5 +135,15 @@ def _values(override: Any) -> list[str]:
     return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
-def _chunks(items: Sequence[str], size: int) -> list[Sequence[str]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
+def _chunks(runs: Sequence[Any], pending: set[str], size: int) -> list[list[str]]:
+    """The pending runs in jobs of `size`. Runs of one stack are trained as one program: they stay in one job."""
+    units: dict[str, list[str]] = {}
+    for run in runs:
+        if run.run_id in pending:
+            units.setdefault(run.execution.stack or run.run_id, []).append(run.run_id)
+    jobs: list[list[str]] = []
+    for unit in units.values():
+        if not jobs or len(jobs[-1]) + len(unit) > size:
+            jobs.append([])
+        jobs[-1] += unit
+    return jobs

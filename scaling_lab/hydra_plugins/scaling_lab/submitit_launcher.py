@@ -58,7 +58,7 @@ class _SubmititLauncher(Launcher):
         if not first.get("run_ids"):
             return self._multirun(job_overrides, initial_job_idx)
         store = RunStore.for_sweep(first["results_dir"], first["sweep"])
-        plan = store.read_plan()
+        plan = session().plan or store.read_plan()
         workers = self.workers or 1
         launch_jobs(
             self._backend(plan.runs[0].execution, workers),
