@@ -461,3 +461,26 @@ def test_the_workspace_shows_loss_against_flops_and_groups_by_budget(sweep, serv
     server.failing = "key"
     assert main(["wandb-workspace", "sweep=sweep"]) == 2
     assert "did not take the workspace" in capsys.readouterr().err
+
+
+def test_the_end_of_a_sweep_asks_what_is_missing(sweep, server, capsys):  # noqa: F811
+    """A server that took the runs but not their data (a full quota) is noticed; one that cannot be asked, too."""
+    from scaling_lab.cli.console import Console
+    from scaling_lab.cli.wandb_study import say_what_is_missing, upload_run
+
+    records, _ = sweep.load_records()
+    for record in records:
+        upload_run(record, wandb_client.Target(), sweep)
+    say_what_is_missing(sweep, Console())
+    assert capsys.readouterr().err.count("warning") == 0
+    lines = server.run(f"sweep-{records[0].run_id}").lines
+    del lines[max(lines)]
+    say_what_is_missing(sweep, Console())
+    said = capsys.readouterr().err
+    assert (
+        "1 runs are not whole on W&B: the local records are complete; scaling-lab upload-wandb sweep=sweep"
+        in said
+    )
+    wandb_client.server_failed(TimeoutError("no answer"))
+    say_what_is_missing(sweep, Console())
+    assert "W&B could not be asked" in capsys.readouterr().err

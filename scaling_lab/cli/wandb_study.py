@@ -86,6 +86,8 @@ def say_what_is_missing(store: RunStore, console: Console) -> None:
         return
     missing = None
     try:
+        if wandb_client.has_failed():
+            raise wandb_client.ServerFailed
         there = uploaded_runs(target, store.folder.name)
         records, _ = store.load_records(curve=False)
         missing = sum(not _is_there(there, record) for record in records)
@@ -140,7 +142,7 @@ def publish_study(
         run.finish(exit_code=1)
         raise
     run.finish()
-    return getattr(run, "url", None)
+    return str(run.url) if mode == "online" and run.url else None
 
 
 def ledger_artifact(wandb: Any, store: RunStore) -> Any:
@@ -266,7 +268,7 @@ def upload_study(store: RunStore, target: Target) -> str | None:
         lambda: publish_study(store, target, "online", store.report_folder, UPLOAD_TIMEOUT_S), target
     )
     _mark_synced(folder, f"{store.folder.name}-analysis")
-    return str(address) if address else None
+    return None if address is None else str(address)
 
 
 def upload_run(record: RunRecord, target: Target, store: RunStore) -> None:

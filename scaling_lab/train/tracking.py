@@ -202,8 +202,8 @@ def open_mirror(
     finish_timeout_s: float | None = None,
 ) -> Any:
     """The W&B run of a training run, train FLOPs as its x-axis."""
+    target.save(folder)  # first: whatever becomes of the mirror, the sweep has one
     run = open_run(run_card(planned, data_fingerprint), target, folder, mode, finish_timeout_s)
-    target.save(folder)
     run.define_metric("train_flops")
     run.define_metric("*", step_metric="train_flops")
     return run

@@ -154,6 +154,11 @@ def server_failed(error: BaseException) -> ServerFailed:
     return ServerFailed(_failed[-1])
 
 
+def has_failed() -> bool:
+    """Whether the server failed in this process."""
+    return bool(_failed)
+
+
 def ask_again() -> None:
     """Forget that the server failed: a new attempt of the user's."""
     _failed.clear()
