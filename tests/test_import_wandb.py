@@ -234,10 +234,19 @@ def test_incomplete_and_torn_histories():
         rows_of_run(foreign(history, {"m": 5}), mapping)
 
 
+def test_what_only_some_rows_have_costs_no_row():
+    history = [
+        {"_step": i, "loss": 3.0, "tokens": 10.0 * i} | ({"sem": 0.5} if i == 4 else {}) for i in range(1, 5)
+    ]
+    mapping = RunMapping(loss="loss", params="n", tokens="tokens", loss_sem="sem", seed="config.nothing")
+    found = rows_of_run(foreign(history, {"n": 5}), mapping)
+    assert [row.get("loss_sem") for row in found] == [None, None, None, 0.5]
+    assert [row["tokens"] for row in found] == [10.0, 20.0, 30.0, 40.0]
+
+
 def test_a_run_file_cut_anywhere_holds_a_beginning(sweep, tmp_path):
     """Cut at every place: never an error, never a wrong row."""
     import wandb
-
     from scaling_lab.cli.wandb_files import payloads, read_run_file
 
     run = wandb.init(

@@ -17,6 +17,8 @@ from typing import Any
 from scaling_lab.core.counts import FLOPS_PER_PARAM_TOKEN
 from scaling_lab.core.errors import UserError
 
+# Fields of a mapping that are no column of the table.
+NOT_COLUMNS = ("extra", "not_job_type")
 ROOTS = ("config", "history", "summary")
 _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
@@ -90,6 +92,8 @@ class RunMapping:
     """Standard error of the loss"""
     extra: Mapping[str, str] = field(default_factory=dict)
     """Further numeric columns by name"""
+    not_job_type: str | None = None
+    """Runs of this job type trained nothing, and are passed over"""
 
     def __post_init__(self) -> None:
         if self.tokens is None and self.flops is None:
@@ -99,7 +103,7 @@ class RunMapping:
 
     def columns(self) -> dict[str, str]:
         """Column -> expression, of those that are given."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NOT_COLUMNS}
         return {name: text for name, text in own.items() if text is not None} | dict(self.extra)
 
 
@@ -213,6 +217,7 @@ def rows_of_run(run: ForeignRun, mapping: RunMapping) -> list[dict[str, Any]]:
     # What only says more about a point may be missing from a run or a row; the numbers that are fitted may not.
     optional = {"run_id", "budget_flops", "seed", "loss_sem", *mapping.extra}
     needed: set[str] = set()
+    further: set[str] = set()
     for name in list(columns):
         try:
             keys = columns[name].history_keys(run)
@@ -221,22 +226,32 @@ def rows_of_run(run: ForeignRun, mapping: RunMapping) -> list[dict[str, Any]]:
                 raise
             del columns[name]
             continue
-        needed |= keys
+        (further if name in optional else needed).update(keys)
     loss_keys = columns["loss"].history_keys(run)
     if not loss_keys:
         raise Missing(f"mapping.loss={mapping.loss} is no metric of its history")
-    rows = whole_history(run, sorted(needed), sorted(loss_keys))
+    rows = whole_history(run, sorted(needed), sorted(loss_keys), sorted(further - needed))
     return [_table_row(run, columns, row, optional) for row in rows]
 
 
-def whole_history(run: ForeignRun, keys: Sequence[str], loss_keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Every row of the run's history that has the loss, checked against how many there are.
+def whole_history(
+    run: ForeignRun, keys: Sequence[str], loss_keys: Sequence[str], further: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Every row of the run's history that has the loss, checked against how many there are; with the `further` metrics
+    where rows have them.
 
     Raises `Missing` for none, `Incomplete` with the counts.
     """
     counts = [run.history_keys.get(key) for key in loss_keys]
     expected = min((c for c in counts if c is not None), default=None)
+    if further and expected is not None:
+        rows = run.read_history([*keys, *further])
+        if rows and len(rows) == expected:
+            return rows
     rows = run.read_history(keys)
+    for key in further:
+        values = {row["_step"]: row[key] for row in run.read_history(["_step", key])}
+        rows = [row | {key: values[row["_step"]]} if row.get("_step") in values else row for row in rows]
     if expected is None or len(rows) == expected:
         if not rows:
             raise Missing(f"no row of its history has {' and '.join(keys)}")
@@ -337,7 +352,7 @@ def _number(value: Any) -> float | int:
 
 
 def _nothing(run: ForeignRun, option: str, name: str) -> str:
-    known = [*run.history_keys, *_flat_names(run.config), *run.summary]
+    known = [*run.history_keys, *_flat_names(run.config)]
     last = {k.rpartition(".")[2]: k for k in known}
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [
         last[k] for k in difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.5)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from scaling_lab.analyse.foreign_runs import Incomplete, Missing, RunMapping, rows_of_run
+from scaling_lab.analyse.foreign_runs import NOT_COLUMNS, Incomplete, Missing, RunMapping, rows_of_run
 from scaling_lab.cli.arguments import Arguments
 from scaling_lab.cli.compose import read_command
 from scaling_lab.cli.configs import config_folders, default_groups, group_choices, plain_tree
@@ -120,6 +120,10 @@ def run(arguments: Arguments) -> int:
         console.warn(f"{run_id} is left out: {reason}")
     if len(left_out) > SHOWN_PROBLEMS:
         console.warn(f"and {len(left_out) - SHOWN_PROBLEMS} more runs are left out")
+    if len(rows) == taken:
+        console.say(
+            f"one point a run: approach 1 needs curves. Another loss may have them (mapping.loss=, now {mapping.loss})."
+        )
     console.next_step(f"scaling-lab analyze runs={shlex.quote(str(options.table))}")
     return 0
 
@@ -131,6 +135,8 @@ def collect(
     rows: list[dict[str, Any]] = []
     taken, left_out, incomplete = 0, [], []
     for run in runs:
+        if mapping.not_job_type is not None and run.job_type == mapping.not_job_type:
+            continue
         try:
             rows += rows_of_run(run, mapping)
             taken += 1
@@ -181,7 +187,7 @@ def write_table(rows: list[dict[str, Any]], path: Path) -> None:
     import pandas as pd
 
     first = ["run_id", "params", "tokens", "flops", "loss"]
-    known = [f.name for f in fields(RunMapping) if f.name not in ("extra", *first)]
+    known = [f.name for f in fields(RunMapping) if f.name not in (*NOT_COLUMNS, *first)]
     present = {name for row in rows for name in row}
     names = [*first, *(n for n in known if n in present)]
     frame = pd.DataFrame(rows)
