@@ -28,7 +28,8 @@ def caveats(estimate: Estimate, band: Band, default_unit: str, farthest: float =
         found.append(f"{text}.")
     if estimate.approach == "envelope" and band.unit == "run":
         found.append(
-            "Leaving runs out takes whole sizes from the envelope, and its bias is in every resample alike: 90% intervals are"
+            "Leaving runs out takes whole sizes from the envelope, and its bias is in every resample alike (where every size has three"
+            " horizons or more, method=ends has neither fault): 90% intervals are"
             " too wide for N_opt and the loss (they held the truth in all simulated studies), and may be too narrow for the"
             " exponents (93% of studies of a Chinchilla-like law, 32% of a Kaplan-like one, where valleys are shallow;"
             f" {_EVIDENCE})."
@@ -37,8 +38,8 @@ def caveats(estimate: Estimate, band: Band, default_unit: str, farthest: float =
         at_zero = float((band.samples["E"] <= 0).mean())
         if at_zero > (1 - band.level) / 2:
             found.append(
-                f"E is 0 in {at_zero:.0%} of the resamples: the loss shows no sure floor within these data. The intervals of E and"
-                f" A are then too wide (90% ones held the truth in 97% and 99% of studies of a law without a floor; {_EVIDENCE})."
+                f"E is 0 in {at_zero:.0%} of the resamples: the loss shows no sure floor within these data. Its interval is that of"
+                " a quantity that cannot be below 0 (Feldman & Cousins 1998)."
             )
     if farthest > CALIBRATED_EXTRAPOLATION * 1.01:
         found.append(

@@ -178,14 +178,20 @@ class Band:
     """Why there are no intervals, where there are none."""
 
     def interval(self, quantity: str) -> Interval | None:
-        """Central percentile interval of a quantity at `level`; None where it has fewer than 20 samples."""
+        """Percentile interval of a quantity at `level`, central unless samples pile up at a bound of 0 (`bounded.py`); None
+        where it has fewer than 20 samples."""
         values = self.samples.get(quantity)
         if values is None or np.count_nonzero(np.isfinite(values)) < 20:
             return None
-        tail = (1.0 - self.level) / 2.0
+        tails = ((1.0 - self.level) / 2.0, (1.0 + self.level) / 2.0)
+        at_zero = float(np.mean(values[np.isfinite(values)] == 0.0))
+        if 0.0 < at_zero < 1.0:
+            from scaling_lab.analyse.bounded import bounded_tails
+
+            tails = bounded_tails(at_zero, self.level)
         # Infinite samples (a coefficient that overflowed) count as such: an end may be infinite, or NaN beside one.
         with np.errstate(invalid="ignore"):
-            lo, hi = np.nanquantile(values, [tail, 1.0 - tail])
+            lo, hi = np.nanquantile(values, tails)
         return Interval(float(lo), float(hi))
 
     def standard_error(self, quantity: str) -> float | None:

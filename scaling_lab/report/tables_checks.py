@@ -49,7 +49,7 @@ def profile(profile: Profile | None, analysis: Analysis) -> TextTable | None:
 
 def skills(found: Skills) -> TextTable:
     """The optimum of every loss column at the mean compute, by every approach that has one."""
-    rows = []
+    rows, reasons = [], []
     for skill in found.columns:
         shown = [p for p in skill.at_mean_compute if p is not None]
         for p in shown:
@@ -60,17 +60,18 @@ def skills(found: Skills) -> TextTable:
                 quantity_text(p.tokens_opt, format_count),
                 quantity_text(p.tokens_per_param, lambda v: f"{v:.3g}"),
                 quantity_text(p.loss_opt, lambda v: f"{v:.4f}"),
-                skill.message or "",
             )
             rows.append(Row(cells))
         if not shown:
             why = skill.message or "no approach has an optimum"
-            rows.append(Row((skill.column, *(NOTHING,) * 5, why), "warn"))
+            rows.append(Row((skill.column, *(NOTHING,) * 5), "warn"))
+            reasons.append(f"{skill.column}: {why}")
     left_out = [f"{s.column}: {s.n_left_out}" for s in found.columns if s.n_left_out]
     note = f"All at {format_flops(found.compute_flops)} FLOPs, the mean of the runs; other budgets are in analysis.json."
+    note = " ".join([note, *reasons])
     if left_out:
         note += f" Points without a usable loss in a column: {', '.join(left_out)}."
-    return TextTable(("loss", "by", "best N", "best D", "D / N", "loss there", ""), tuple(rows),
+    return TextTable(("loss", "by", "best N", "best D", "D / N", "loss there"), tuple(rows),
                      frozenset(range(2, 6)), note)  # fmt: skip
 
 
