@@ -18,10 +18,11 @@ from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.sources.tokens import TokenFile
 from scaling_lab.plan.cost import estimate_disk_bytes, estimate_plan_seconds, estimate_seconds
-from scaling_lab.plan.design import COMPILE_REPAID_FLOPS, describe, make_plan, plan_single, sweep_horizons
+from scaling_lab.plan.design import describe, make_plan, plan_single, sweep_horizons
 from scaling_lab.plan.designs.base import RunRequest
 from scaling_lab.plan.designs.isoflop import IsoFlopDesign
 from scaling_lab.plan.designs.learning_rate import LearningRateDesign
+from scaling_lab.plan.execution import COMPILE_REPAID_FLOPS
 from scaling_lab.plan.recipes.base import SweepHorizons, round_batch
 from scaling_lab.plan.recipes.default import DefaultRecipe
 from scaling_lab.plan.settings import ExecutionSettings, ModelSettings, SweepSettings, heads_for
@@ -276,7 +277,7 @@ def test_batches_by_hand():
 
 
 def test_compile_rule_depends_on_the_plan_alone(monkeypatch):
-    monkeypatch.setattr("scaling_lab.plan.design.can_compile_on_cpu", lambda: True)
+    monkeypatch.setattr("scaling_lab.plan.execution.can_compile_on_cpu", lambda: True)
     plan = make_plan(settings())
     flops: dict[object, float] = {}
     for run in plan.runs:
@@ -285,7 +286,7 @@ def test_compile_rule_depends_on_the_plan_alone(monkeypatch):
     for run in plan.runs:
         assert run.execution.compile == (flops[run.spec.shape, run.spec.batch_tokens] >= COMPILE_REPAID_FLOPS)
     assert {r.execution.compile for r in plan.runs} == {True, False}
-    monkeypatch.setattr("scaling_lab.plan.design.can_compile_on_cpu", lambda: False)
+    monkeypatch.setattr("scaling_lab.plan.execution.can_compile_on_cpu", lambda: False)
     assert not any(r.execution.compile for r in make_plan(settings()).runs)
     forced = settings(execution=ExecutionSettings(compile="true"))
     assert all(r.execution.compile for r in make_plan(forced).runs)

@@ -14,13 +14,14 @@ from typing import Any
 from scaling_lab.cli.study import SweepOnly, sweep_settings
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.serial import to_dict
-from scaling_lab.core.spec import Plan
+from scaling_lab.core.spec import Plan, PlannedRun
 from scaling_lab.core.store import RunStore
 from scaling_lab.plan.design import make_plan
+from scaling_lab.plan.execution import executions
 
 # Options that say where, with what and for whom a sweep runs, not which runs it has.
 NOT_OF_THE_PLAN = frozenset({"sweep", "results_dir", "config_dir", "workers", "tracker", "run_ids", "retry"})
-EXECUTION = frozenset({"device", "compile", "threads", "deterministic"})
+EXECUTION = frozenset({"device", "compile", "threads", "deterministic", "stack", "memory_gb"})
 
 
 def defines_plan(given: Collection[str]) -> bool:
@@ -38,6 +39,11 @@ def make_merged_plan(trees: Sequence[Mapping[str, Any]], device: str | None = No
     if len(plans) == 1:
         return plans[0]
     runs = {run.run_id: run for plan in plans for run in plan.runs}
+    if all(s.execution == settings[0].execution for s in settings):
+        # Together, not each on its own: runs of several combinations may make a stack, or repay a compilation.
+        specs = [run.spec for run in runs.values()]
+        planned = zip(specs, executions(specs, settings[0].execution), strict=True)
+        runs = {spec.run_id(): PlannedRun(spec, execution) for spec, execution in planned}
     return replace(
         plans[0],
         runs=tuple(runs.values()),

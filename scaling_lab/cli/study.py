@@ -64,8 +64,12 @@ class Common:
     """Where runs are computed; auto takes CUDA, then MPS, then the CPU"""
     compile: Literal["auto", "true", "false"] = "auto"
     """torch.compile; auto compiles what a plan trains for long enough to repay it"""
-    threads: int = 1
-    """CPU threads of one run"""
+    threads: int | None = None
+    """CPU threads of one run; null: one, or all cores where the plan's models are large"""
+    stack: Literal["auto", "false"] = "auto"
+    """auto trains seeds and learning rates of one shape as one program where that pays"""
+    memory_gb: float | None = None
+    """Memory that one run may take, GB; null: the device's. What does not fit is computed in micro-batches"""
     deterministic: bool = True
     """Same machine, same losses"""
     eval: EvalSpec = field(default_factory=EvalSpec)
@@ -245,12 +249,24 @@ def sweep_settings(
         convention=common.convention,
         seed=common.seed,
         dtype=common.dtype,
-        execution=ExecutionSettings(
-            device=device or resolve_device(common.device),
-            compile=common.compile,
-            threads=common.threads,
-            deterministic=common.deterministic,
-        ),
+        execution=execution_settings(common, device or resolve_device(common.device)),
+    )
+
+
+def execution_settings(common: Common, device: str) -> ExecutionSettings:
+    """How runs are to be computed; a device of this machine is asked for its memory."""
+    memory_gb = common.memory_gb
+    if memory_gb is None and device == "cuda":
+        from scaling_lab.train.devices import cuda_memory_gb
+
+        memory_gb = cuda_memory_gb()
+    return ExecutionSettings(
+        device=device,
+        compile=common.compile,
+        threads=common.threads,
+        deterministic=common.deterministic,
+        stack=common.stack,
+        memory_gb=memory_gb,
     )
 
 

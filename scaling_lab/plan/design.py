@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import math
-import shutil
-import sys
-import sysconfig
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from scaling_lab.core.counts import Convention, train_flops, whole_steps
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.schedules import Cosine
 from scaling_lab.core.serial import to_dict
-from scaling_lab.core.spec import Execution, Plan, PlannedRun, RunSpec
+from scaling_lab.core.spec import Plan, PlannedRun, RunSpec
 from scaling_lab.plan.designs.base import RunRequest
+from scaling_lab.plan.execution import executions
 from scaling_lab.plan.recipes.base import Hyperparameters, SweepHorizons, decide, round_batch
-from scaling_lab.plan.settings import ExecutionSettings, SweepSettings
+from scaling_lab.plan.settings import SweepSettings
 from scaling_lab.plan.sizes import SizeLadder
 
-# On a CPU, compiling a tiny model's whole step costs 10-25 s of one core and makes it about 2.5 times faster than the
-# eager 10-15 GFLOP/s (measured, results/LOG.md): it is repaid above about this many FLOPs of one shape and batch.
-COMPILE_REPAID_FLOPS = 3e11
 # A run that misses its budget by more than this through rounding to whole steps is named in the plan.
 ROUNDING_TOLERANCE = 0.01
 
@@ -284,38 +277,6 @@ def plan_single(settings: SweepSettings, train_tokens: float) -> PlannedRun:
             f"({settings.data.n_tokens('train'):,} tokens), more than data.max_epochs={settings.max_epochs:g}."
         )
     return PlannedRun(spec, executions([spec], settings.execution)[0])
-
-
-def executions(specs: list[RunSpec], settings: ExecutionSettings) -> list[Execution]:
-    """How each run is computed, by a rule that depends on the plan and the kind of machine alone.
-
-    On a CPU a shape and batch is compiled where all its runs together repay it and a C++ compiler is there.
-    """
-    group_flops: dict[tuple[Any, int], float] = defaultdict(float)
-    for spec in specs:
-        group_flops[spec.shape, spec.batch_tokens] += spec.train_flops()
-
-    def compiled(spec: RunSpec) -> bool:
-        if settings.compile != "auto":
-            return settings.compile == "true"
-        if settings.device == "cuda":
-            # Triton builds its launcher with a C compiler.
-            return has_compiler("cc", "gcc", "clang")
-        repaid = group_flops[spec.shape, spec.batch_tokens] >= COMPILE_REPAID_FLOPS
-        return settings.device == "cpu" and repaid and can_compile_on_cpu()
-
-    return [Execution(settings.device, compiled(s), settings.threads, settings.deterministic) for s in specs]
-
-
-def can_compile_on_cpu() -> bool:
-    """Whether torch.compile has what it needs here: a C++ compiler and Python's headers (on Linux; elsewhere more)."""
-    return sys.platform == "linux" and has_compiler("g++", "clang++", "c++")
-
-
-def has_compiler(*names: str) -> bool:
-    """A compiler of one of these names, and the headers that what torch.compile writes includes."""
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
-    return headers.exists() and any(shutil.which(name) for name in names)
 
 
 def describe(plan: Plan, corpus_tokens: int | None = None) -> list[GridRow]:

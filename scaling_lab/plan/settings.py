@@ -67,10 +67,23 @@ class ExecutionSettings:
     """Already resolved (cpu, cuda or mps): planning does not import torch."""
     compile: str = "auto"
     """auto: compile where the plan trains a shape for long enough to repay it."""
-    threads: int = 1
+    threads: int | None = None
+    """CPU threads of one run; None: one for small models, all cores for large ones."""
     deterministic: bool = True
+    stack: str = "auto"
+    """auto: runs of one shape, batch and horizon (seeds, learning rates) are trained as one program where it pays."""
+    memory_gb: float | None = None
+    """Memory that one run may take on its device, GB; None: not known, and batches are not divided."""
+    cores: int | None = None
+    """Cores of the machine that trains; None: of this one."""
 
     def __post_init__(self) -> None:
+        if self.stack not in ("auto", "false"):
+            raise unknown("stack", self.stack, ("auto", "false"))
+        if self.memory_gb is not None and not self.memory_gb > 0:
+            raise UserError(f"memory_gb={self.memory_gb!r} must be positive.")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"threads={self.threads!r} must be at least 1.")
         if self.compile not in COMPILE_CHOICES:
             raise unknown("compile", self.compile, COMPILE_CHOICES)
 

@@ -49,6 +49,13 @@ def apply_execution(execution: Execution, dtype: str = "float32") -> torch.devic
     return torch.device(execution.device)
 
 
+def cuda_memory_gb() -> float | None:
+    """Memory of the first GPU in whole GB, so that cards of one model plan alike; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    return float(int(torch.cuda.get_device_properties(0).total_memory // 1e9))
+
+
 def device_name(device: torch.device) -> str:
     """What the device is called: the GPU's name, or the processor's."""
     if device.type == "cuda":

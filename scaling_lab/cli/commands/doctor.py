@@ -123,7 +123,7 @@ def _cores() -> Finding:
 
 
 def _compiler() -> Finding:
-    from scaling_lab.plan.design import can_compile_on_cpu
+    from scaling_lab.plan.execution import can_compile_on_cpu
 
     name = next((n for n in ("g++", "clang++", "c++") if shutil.which(n)), None)
     if can_compile_on_cpu():

@@ -1,0 +1,136 @@
+"""How runs are to be computed: stacks, threads and micro-batches by rules of the plan, and memory estimated before launch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from test_train import tiny
+
+from scaling_lab.core.shapes.gpt import GPTShape
+from scaling_lab.plan.execution import executions, stack_key, threads_for
+from scaling_lab.plan.memory import estimate_bytes, halved, loss_chunks, micro_batch
+from scaling_lab.plan.settings import ExecutionSettings
+
+BASE = tiny(100)
+
+
+def sweep_of_rates(count: int) -> list:
+    return [
+        replace(BASE, optimizer=replace(BASE.optimizer, peak_lr=0.01 * 2**k), seed_init=k)
+        for k in range(count)
+    ]
+
+
+def stacks(specs, **settings) -> list[tuple[str | None, int]]:
+    return [(e.stack, e.stack_size) for e in executions(specs, ExecutionSettings(**settings))]
+
+
+def test_seeds_and_rates_of_one_horizon_are_a_stack_on_a_gpu():
+    longer, other = replace(BASE, train_tokens=256 * 400), replace(BASE, batch_tokens=128)
+    planned = stacks([*sweep_of_rates(3), longer, other], device="cuda")
+    name = f"{BASE.run_id()}x3"
+    assert len({s for s, _ in planned[:3]}) == 1
+    assert planned[0][1] == 3
+    assert planned[0][0] is not None
+    assert planned[0][0].endswith("x3")
+    assert name.startswith("gpt-")
+    # Four times the horizon, or another batch: alone.
+    assert planned[3:] == [(None, 1), (None, 1)]
+    assert stacks(sweep_of_rates(3), device="cuda", stack="false") == [(None, 1)] * 3
+    assert stacks(sweep_of_rates(3), device="mps") == [(None, 1)] * 3
+    continued = replace(BASE, parent="trunk")
+    assert stacks([*sweep_of_rates(2), continued], device="cuda")[2] == (None, 1)
+
+
+def test_on_a_cpu_a_stack_leaves_every_core_one():
+    assert stacks(sweep_of_rates(3), compile="true", cores=2) == [(None, 1)] * 3
+    assert [size for _, size in stacks(sweep_of_rates(6), compile="true", cores=2)] == [3] * 6
+    assert len({name for name, _ in stacks(sweep_of_rates(6), compile="true", cores=2)}) == 2
+    # Uncompiled, vmap is a loop: nothing is gained.
+    assert stacks(sweep_of_rates(6), compile="false", cores=2) == [(None, 1)] * 6
+
+
+def test_planning_twice_says_the_same():
+    specs = sweep_of_rates(7)
+    settings = ExecutionSettings(device="cuda", memory_gb=40.0)
+    assert executions(specs, settings) == executions(list(specs), settings)
+
+
+def test_what_members_share():
+    assert stack_key(BASE) == stack_key(sweep_of_rates(2)[1])
+    for other in (
+        replace(BASE, dtype="bfloat16"),
+        replace(BASE, shape=replace(BASE.shape, width=32)),
+        replace(BASE, optimizer=replace(BASE.optimizer, beta2=0.99)),
+    ):
+        assert stack_key(BASE) != stack_key(other)
+
+
+def test_large_models_take_the_threads():
+    large = replace(BASE, shape=GPTShape(width=512, depth=6, heads=8))
+    assert threads_for([BASE], ExecutionSettings(cores=8)) == 1
+    assert threads_for([BASE, large], ExecutionSettings(cores=8)) == 8
+    assert {e.threads for e in executions([BASE, large], ExecutionSettings(cores=8))} == {8}
+    assert {e.threads for e in executions([large], ExecutionSettings(cores=8, threads=2))} == {2}
+
+
+def test_micro_batches_fit_the_memory():
+    large = replace(
+        BASE, shape=GPTShape(width=768, depth=12, heads=12, context=1024, vocab_size=50_304), dtype="bfloat16",
+        batch_tokens=1024 * 480, train_tokens=1024 * 480 * 10,
+    )  # fmt: skip
+    whole = estimate_bytes(large, "cuda", 480, 1e8)
+    assert micro_batch(large, "cuda", whole, 1e8) is None
+    size = micro_batch(large, "cuda", 24e9, 1e8)
+    assert size is not None
+    assert 480 % size == 0
+    assert estimate_bytes(large, "cuda", size, 1e8) <= 24e9
+    assert micro_batch(large, "cuda", 1e9, 1e8) == 1  # nothing fits: single sequences, and the run will say
+    (execution,) = executions([large], ExecutionSettings(device="cuda", memory_gb=24.0))
+    assert execution.micro_batch_sequences is not None
+    assert execution.micro_batch_sequences <= size
+    assert executions([large], ExecutionSettings(device="cuda"))[0].micro_batch_sequences is None
+
+
+def test_halving():
+    assert [halved(12, m) for m in (None, 6, 4, 3, 2, 1)] == [6, 3, 2, 1, 1, None]
+    assert halved(7, None) == 1
+
+
+def test_loss_chunks():
+    assert loss_chunks(131_072, 256) == 1
+    assert loss_chunks(131_073, 256) == 2
+    assert loss_chunks(32 * 1024, 50_304) == 50  # 1.65e9 logits, 128 MB at a time
+
+
+PEAK = """
+import json, resource, sys
+sys.path.insert(0, "tests")
+from dataclasses import replace
+from test_train import tiny
+from scaling_lab.core.shapes.gpt import GPTShape
+from scaling_lab.core.spec import EvalSpec, Execution
+from scaling_lab.plan.memory import estimate_bytes
+from scaling_lab.train.loop import open_session, train_block
+width, depth, vocab, sequences = map(int, sys.argv[1:])
+spec = tiny(2, shape=GPTShape(width=width, depth=depth, heads=4, vocab_size=vocab),
+            batch_tokens=64 * sequences, train_tokens=128 * sequences, eval=EvalSpec(tokens=64))
+session = open_session(spec, Execution())
+train_block(session, 0, 2)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps([estimate_bytes(spec, "cpu", sequences, 1e7), peak]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.parametrize("shape", ["64 4 256 256", "128 2 16000 64"], ids=["activations", "vocabulary"])
+def test_the_estimate_is_above_the_measured_peak_but_not_far(shape):
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, *shape.split()], capture_output=True, text=True, check=True
+    )
+    estimate, peak = json.loads(done.stdout)
+    assert peak < estimate < 3 * peak
