@@ -36,7 +36,7 @@ def text() -> np.ndarray:
 
 def points(shape: Any, parametrization: Any, by: str) -> list[Coordinates]:
     shapes = along(shape, widths=WIDTHS) if by == "width" else along(shape, depths=DEPTHS)
-    return [measure(s, parametrization, text(), peak_lr=0.01, seeds=range(4)) for s in shapes]
+    return [measure(s, parametrization, text(), peak_lr=0.01, seeds=(0, 1)) for s in shapes]
 
 
 def name_of(shape: Any) -> str:

@@ -41,7 +41,7 @@ def split_by_role(
         name = records[0].spec.sweep
         raise UserError(
             f"sweep={name!r} holds runs of a learning-rate sweep alone, which make no scaling law: analyse the sweep that "
-            f"they tune, with tuning={name}."
+            f"they tune, with tuning={name}, or see the best rates of each size: scaling-lab report sweep={name}."
         )
     return own, TunedRecords(tuple(own), tuple(tuned)) if tuned else None
 

@@ -14,14 +14,17 @@ from matplotlib.figure import Figure
 from scaling_lab.analyse.analysis import Analysis
 from scaling_lab.analyse.estimate import BudgetStatus
 from scaling_lab.analyse.laws import get_law
+from scaling_lab.analyse.lr_transfer import transfer_cells
 from scaling_lab.analyse.skills import Skills
 from scaling_lab.analyse.tuning import Tuning
+from scaling_lab.analyse.tuning_records import LR_SWEEP
 from scaling_lab.core.record import RunRecord
 from scaling_lab.report import (
     figures_checks,
     figures_curves,
     figures_frontier,
     figures_skills,
+    figures_transfer,
     figures_tuning,
 )
 from scaling_lab.report.style import (
@@ -84,6 +87,8 @@ def draw_all(analysis: Analysis | None, records: Sequence[RunRecord]) -> list[Pl
             plates.append(_skills(analysis.skills))
         if analysis.tuning is not None:
             plates.append(_tuning(analysis.tuning))
+    if any(r.spec.role == LR_SWEEP for r in records):
+        plates.append(_transfer(records))
     plates.append(_training(records))
     return plates
 
@@ -377,6 +382,19 @@ def _tuning(tuning: Tuning) -> Plate:
         )
 
     return _finish("tuning", "The learning rates, tried", 4.0, draw)
+
+
+def _transfer(records: Sequence[RunRecord]) -> Plate:
+    def draw(figure: Figure) -> tuple[str, str] | str:
+        cells = transfer_cells(records)
+        if not any(len(cell.peak_lr) > 1 for cell in cells):
+            return "no size has completed runs at two learning rates."
+        figures_transfer.lr_transfer(figure, cells)
+        return figures_transfer.transfer_words(cells)
+
+    return _finish(
+        "lr_transfer", "Does the best learning rate transfer?", figures_transfer.transfer_height(), draw
+    )
 
 
 def _training(records: Sequence[RunRecord]) -> Plate:

@@ -32,11 +32,19 @@ def run(arguments: Arguments) -> int:
     results = command.tree["results_dir"]
     where = "" if results == "results" else f" results_dir={results}"
     name = command.tree["sweep"]
-    if status == 0 and tunes_another(store_of(command).read_plan()):
+    plan = store_of(command).read_plan()
+    if status == 0 and compares_parametrizations(plan):
+        console.next_step(f"scaling-lab report sweep={name}{where}")
+    elif status == 0 and tunes_another(plan):
         console.next_step(f"scaling-lab analyze sweep=THE_SWEEP_IT_TUNES tuning={name}{where}")
     else:
         console.next_step(f"scaling-lab {'analyze' if status == 0 else 'status'} sweep={name}{where}")
     return status
+
+
+def compares_parametrizations(plan: Plan) -> bool:
+    """Whether the plan's runs vary the learning rate under several parametrisations: the report shows which transfers."""
+    return tunes_another(plan) and len({run.spec.parametrization.kind for run in plan.runs}) > 1
 
 
 def tunes_another(plan: Plan) -> bool:

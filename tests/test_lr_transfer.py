@@ -1,0 +1,130 @@
+"""Learning-rate transfer: the best LR recovered where it is known, its error that of many repetitions, and the figure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from synthetic import QUICKSTART_LAW, make_record
+
+from scaling_lab.analyse.lr_transfer import TransferCell, drift, transfer_cells
+from scaling_lab.core.counts import Convention
+from scaling_lab.core.parametrization import STANDARD, CompleteP, MuP
+from scaling_lab.core.record import RunRecord, RunStatus
+from scaling_lab.core.schedules import Cosine
+from scaling_lab.core.shapes.gpt import GPTShape
+from scaling_lab.core.sources.pysource import PySource
+from scaling_lab.core.spec import OptimizerSpec, RunSpec
+from scaling_lab.report.figures_transfer import lr_transfer, transfer_words
+from scaling_lab.report.gallery import Drawn, draw_all
+from scaling_lab.report.style import figure_style
+
+CURVATURE, NOISE = 0.05, 0.004
+RATES = 0.007 * 2.0 ** np.arange(-2, 3)
+# Best LRs that are known: standard's falls as 1/width, the others' stay where they are.
+BEST = {
+    "standard": lambda width: 0.009 * 32 / width,
+    "mup": lambda width: 0.009,
+    "completep": lambda width: 0.009,
+}
+
+
+def record(parametrization, width, depth, lr, seed=0, noise=0.0, rng=None, **changes) -> RunRecord:
+    spec = RunSpec(
+        sweep="t", role="lr_sweep", budget_flops=1e9, shape=GPTShape(width=width, depth=depth, heads=width // 16),
+        data=PySource(), schedule=Cosine(), optimizer=OptimizerSpec(peak_lr=lr), batch_tokens=512,
+        train_tokens=512 * 20, seed_init=seed, seed_data=seed, convention=Convention.SIX_N_WITH_HEAD,
+        parametrization=parametrization,
+    )  # fmt: skip
+    spec = replace(spec, **changes)
+    rng = rng or np.random.default_rng(0)
+    best = BEST[parametrization.kind](width)
+    loss = 2.5 + 0.5 * CURVATURE * np.log(lr / best) ** 2 + noise * rng.standard_normal()
+    made = make_record(spec, QUICKSTART_LAW, rng, noise=0.0, curve_points=2)
+    return replace(made, final_val_loss_nats=float(loss))
+
+
+def sweep(noise=0.0, seeds=1, rng=None) -> list[RunRecord]:
+    rates = {"standard": lambda width: RATES * 32 / width}
+    return [
+        record(kind, width, depth, float(lr), seed, noise, rng)
+        for kind in (MuP(), STANDARD, CompleteP())  # not in the order in which they are shown
+        for width in (32, 64, 128)
+        for depth in (2, 4)
+        for lr in rates.get(kind.kind, lambda width: RATES)(width)
+        for seed in range(seeds)
+    ]
+
+
+def test_the_best_rate_of_every_size_is_recovered():
+    cells = transfer_cells(sweep())
+    assert [c.parametrization for c in cells[::6]] == ["standard", "mup", "completep"]
+    assert [(c.width, c.depth) for c in cells[:6]] == [(w, d) for w in (32, 64, 128) for d in (2, 4)]
+    for cell in cells:
+        assert cell.best_lr == pytest.approx(BEST[cell.parametrization](cell.width), rel=1e-6)
+        assert cell.floor_nats == pytest.approx(2.5, abs=1e-9)
+        assert cell.best_lr_log_error is None  # one seed: nobody knows how far it scatters
+    for kind, factor in (("standard", 0.25), ("mup", 1.0), ("completep", 1.0)):
+        own = [c for c in cells if c.parametrization == kind]
+        assert drift(own, "width") == pytest.approx(factor, rel=1e-6)
+        assert drift(own, "depth") == pytest.approx(1.0, rel=1e-6)
+
+
+def test_the_error_is_that_of_repetitions():
+    """Over 20 sweeps with noise the best LRs scatter about the truth by what their errors say, or a little less: where two
+    rates are equally good, the parabola through the better one's neighbours is chosen after the noise is seen."""
+    off, stated = [], []
+    for repetition in range(20):
+        for cell in transfer_cells(sweep(NOISE, 2, np.random.default_rng(repetition))):
+            if cell.best_lr is not None:
+                off.append(np.log(cell.best_lr / BEST[cell.parametrization](cell.width)))
+                stated.append(cell.best_lr_log_error)
+    assert len(off) > 300
+    assert 0.9 < np.sqrt(np.mean(np.square(stated))) / np.std(off) < 1.5
+    assert abs(np.mean(off)) < 0.3 * np.std(off)
+
+
+def test_a_least_loss_at_the_end_has_no_best_rate():
+    low = [record(MuP(), 32, 2, lr) for lr in (0.001, 0.002, 0.004)]
+    (cell,) = transfer_cells(low)
+    assert cell.best_lr is None
+    assert "end of the learning rates" in str(cell.message)
+    assert drift([cell], "width") is None
+
+
+def test_what_is_not_of_the_study_is_left_out():
+    good = [record(MuP(), 32, 2, float(lr)) for lr in RATES]
+    others = [
+        record(MuP(), 32, 2, 0.007, role="isoflop"),
+        record(MuP(), 32, 2, 0.05, batch_tokens=1024),
+        replace(record(MuP(), 32, 2, 0.5), status=RunStatus.DIVERGED, final_val_loss_nats=None),
+    ]
+    (cell,) = transfer_cells([*good, *others])
+    assert cell.peak_lr.tolist() == pytest.approx(RATES.tolist())
+    assert transfer_cells(others[:1]) == []
+
+
+def test_the_report_has_the_figure_and_its_words():
+    names = [p.name for p in draw_all(None, sweep(NOISE, 2)) if isinstance(p, Drawn)]
+    assert "lr_transfer" in names
+    caption, alt = transfer_words(transfer_cells(sweep()))
+    assert "under standard by 0.25 from the least to the largest width and 1 from" in caption
+    assert "under completep by 1 from" in alt
+    assert "lr_transfer" not in [
+        p.name for p in draw_all(None, [record(MuP(), 32, 2, 0.007, role="isoflop")])
+    ]
+
+
+def test_the_figure_shows_every_size():
+    cells: list[TransferCell] = transfer_cells(sweep())
+    with figure_style():
+        figure = Figure()
+        lr_transfer(figure, cells)
+    above, below = figure.axes[:3], figure.axes[3:6]
+    assert [ax.get_title(loc="left") for ax in above] == ["standard", "mup", "completep"]
+    for ax in below:
+        assert len(ax.containers) == 6  # an error bar a size
+    drawn = sorted(float(c[0].get_ydata()[0]) for c in below[0].containers)
+    assert drawn == pytest.approx(sorted(BEST["standard"](w) for w in (32, 64, 128) for _ in range(2)))
