@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -48,16 +49,32 @@ class ValidationSet:
         vocab_size: int = 256,
     ) -> tuple[float, float | None]:
         """(mean loss, standard error of the mean), nats per token."""
-        context = self._windows.shape[1] - 1
-        rows = max(1, min(EVAL_BATCH_TOKENS, LOGITS_AT_ONCE // vocab_size) // context)
-        means = []
-        for start in range(0, len(self._windows), rows):
-            window = self._windows[start : start + rows]
-            with torch.autocast(window.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-                logits = torch.func.functional_call(model, parameters, (window[:, :-1],))
-            losses = token_loss(logits, window[:, 1:], reduction="none")
-            means.append(losses.view(len(window), context).mean(1))
-        per_window = torch.cat(means).cpu().double().numpy()
+
+        def forward(tokens: Tensor) -> Tensor:
+            logits: Tensor = torch.func.functional_call(model, parameters, (tokens,))
+            return logits
+
+        means = [self.window_losses(forward, rows, dtype) for rows in self.chunks(vocab_size)]
+        return self.summary(torch.cat(means))
+
+    def chunks(self, vocab_size: int) -> list[slice]:
+        """The windows in parts that are computed at once."""
+        rows = max(1, min(EVAL_BATCH_TOKENS, LOGITS_AT_ONCE // vocab_size) // (self._windows.shape[1] - 1))
+        return [slice(start, start + rows) for start in range(0, len(self._windows), rows)]
+
+    @torch.no_grad()
+    def window_losses(self, forward: Callable[[Tensor], Tensor], rows: slice, dtype: str) -> Tensor:
+        """Mean loss of each of these windows, nats per token; `forward` makes logits of tokens."""
+        window = self._windows[rows]
+        with torch.autocast(window.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = forward(window[:, :-1])
+        losses = token_loss(logits, window[:, 1:], reduction="none")
+        return losses.view(len(window), -1).mean(1)
+
+    @staticmethod
+    def summary(window_losses: Tensor) -> tuple[float, float | None]:
+        """(mean loss, standard error of the mean) of the losses of all windows, in order."""
+        per_window = window_losses.cpu().double().numpy()
         return float(per_window.mean()), standard_error(per_window)
 
 

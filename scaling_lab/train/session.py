@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Execution, RunSpec
 from scaling_lab.train.data import read_tokens
 from scaling_lab.train.devices import apply_execution
+from scaling_lab.train.distributed import current_team
 from scaling_lab.train.evaluate import ValidationSet, evaluation_steps
 from scaling_lab.train.models import build_model
 from scaling_lab.train.noise import ENOUGH_PARTS, Noise, NoiseProbe, noise, visits_measured
@@ -34,6 +36,9 @@ class Session:
 
     def validation_loss(self) -> tuple[float, float | None]:
         """(mean loss, standard error of the mean) of the validation set, nats per token."""
+        team = current_team()
+        if team is not None:
+            return team.validation_loss(self, self.step.index if isinstance(self.step, Slot) else 0)
         return self.validation.loss(
             self.step.model,
             self.step.parameters(),
@@ -44,7 +49,9 @@ class Session:
     def noise_at(self, step: int, told: Tensor, micro: int) -> Noise | None:
         """The gradient noise after `step` steps, of which the last one told `told` (3,); None where none is measured."""
         spec = self.spec
-        if step not in visits_measured(spec, evaluation_steps(spec)):
+        if step not in visits_measured(spec, evaluation_steps(spec)) or not isinstance(
+            self.step, (TrainStep, Slot)
+        ):
             return None
         if spec.batch_sequences // micro >= ENOUGH_PARTS:
             part, whole = told[MEAN_PART_SQUARE].item(), told[SQUARE].item()
@@ -124,7 +131,23 @@ def open_program(
     *,
     stacked: bool,
 ) -> Program:
-    """The program of one run, or of a stack of runs of one shape, batch and corpus."""
+    """The program of one run, or of a stack of runs of one shape, batch and corpus; in a team, of all its processes."""
+    team = current_team()
+    if team is not None:
+        return team.open(specs, execution, expected_fingerprint, stacked)
+    return build_program(specs, execution, expected_fingerprint, stacked=stacked)
+
+
+def build_program(
+    specs: Sequence[RunSpec],
+    execution: Execution,
+    expected_fingerprint: str | None = None,
+    *,
+    stacked: bool,
+    make_step: Callable[..., Any] = TrainStep,
+    whole_models: bool = True,
+) -> Program:
+    """This process's program. Without `whole_models` the step brings the models to the device, part by part."""
     spec = specs[0]
     device = apply_execution(execution, spec.dtype)
     fingerprint = check_data(spec, expected_fingerprint)
@@ -138,9 +161,10 @@ def open_program(
     models = []
     for each in specs:
         torch.manual_seed(each.seed_init)
-        models.append(build_model(each.shape, each.parametrization).to(device))
+        model = build_model(each.shape, each.parametrization)
+        models.append(model.to(device) if whole_models else model)
     tokens = device_tokens(train, device)
-    step = TrainStep(models if stacked else models[0], tokens, specs if stacked else spec, execution)
+    step = make_step(models if stacked else models[0], tokens, specs if stacked else spec, execution)
     validation = ValidationSet(read_tokens(spec.data, "validation"), context, spec.eval, device)
     sessions = [
         Session(

@@ -38,7 +38,9 @@ class TrainStep:
         tokens: Tensor,
         spec: RunSpec | Sequence[RunSpec],
         execution: Execution,
+        sequences: int | None = None,
     ) -> None:
+        """`sequences` of each batch are computed here; None: all (see `distributed.ParallelStep`)."""
         self.stacked = not isinstance(spec, RunSpec)
         specs: tuple[RunSpec, ...] = (spec,) if isinstance(spec, RunSpec) else tuple(spec)
         models: tuple[Any, ...] = (model,) if isinstance(model, nn.Module) else tuple(model)
@@ -50,7 +52,7 @@ class TrainStep:
         self.first_moment = torch.zeros_like(self.flat)
         self.second_moment = torch.zeros_like(self.flat)
         self.buffers = dict(self.model.named_buffers())
-        self.batch = specs[0].batch_sequences
+        self.batch = sequences or specs[0].batch_sequences
         self.micro = execution.micro_batch_sequences or self.batch
         if self.batch % self.micro:
             raise ValueError(f"micro-batches of {self.micro} sequences do not divide a batch of {self.batch}")
@@ -140,6 +142,11 @@ class TrainStep:
         """The current parameters by name, views of the flat vector."""
         return self.layout.views(self.flat)
 
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits under the current parameters, of a run alone."""
+        out: Tensor = torch.func.functional_call(self.model, self.parameters(), (tokens,))
+        return out
+
     def state(self) -> dict[str, Tensor]:
         """Everything that a step changes, by name; the tensors themselves, not copies."""
         return {"flat": self.flat, "first_moment": self.first_moment, "second_moment": self.second_moment}
@@ -159,6 +166,10 @@ class Slot:
 
     def parameters(self) -> dict[str, Tensor]:
         return self.layout.views(self.flat)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        out: Tensor = torch.func.functional_call(self.model, self.parameters(), (tokens,))
+        return out
 
     def state(self) -> dict[str, Tensor]:
         # Copies: a row saved as a view would take the whole stack's storage with it.

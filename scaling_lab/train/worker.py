@@ -1,6 +1,7 @@
 """Owns the worker process: it claims a sweep's pending runs, longest first, and trains them until none is left.
 
     python -m scaling_lab.train.worker SWEEP_FOLDER [--run-ids A,B] [--tracker JSON]
+    torchrun --nproc_per_node=8 -m scaling_lab.train.worker SWEEP_FOLDER [--parallel ddp|fsdp]    each run on all of them
 
 Any number of workers may share a folder, on one machine or several: the claims keep each run to one of them.
 """
@@ -26,6 +27,7 @@ from scaling_lab.core.record import RunRecord, RunStatus
 from scaling_lab.core.spec import Plan, PlannedRun
 from scaling_lab.core.store import RunStore
 from scaling_lab.train.devices import environment, resolve_device
+from scaling_lab.train.distributed import PARALLEL, TeamLost, joined
 from scaling_lab.train.loop import CHECKPOINT_EVERY_S, Claimed, train_together
 from scaling_lab.train.member import Member
 from scaling_lab.train.stopping import EXIT_REQUEUE, Interrupted, listen
@@ -181,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stop-with", type=int, default=None, help="pid of the parent: stop when it is gone")
     parser.add_argument("--checkpoint-every-s", type=float, default=CHECKPOINT_EVERY_S)
     parser.add_argument("--tracker", default=None, help="JSON: kind and options")
+    parser.add_argument("--parallel", default="auto", help=f"under torchrun or srun: {', '.join(PARALLEL)}")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     store = RunStore(options.folder)
@@ -188,7 +191,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         threading.Thread(target=stop_with, args=(options.stop_with,), daemon=True).start()
     try:
         run_ids = options.run_ids.split(",") if options.run_ids else None
-        with listen():
+        with joined(options.parallel) as team, listen():
+            if team is not None and not team.leads:
+                return team.follow()
             train_pending(
                 store,
                 store.read_plan(),
@@ -199,7 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (Interrupted, KeyboardInterrupt):
+    except (Interrupted, KeyboardInterrupt) as stop:
+        if isinstance(stop, TeamLost):
+            log.warning("%s: stopping; the runs go on another time.", stop)
         return EXIT_REQUEUE
     return 0
 

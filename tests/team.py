@@ -1,0 +1,63 @@
+"""Owns what the processes of tests/test_distributed.py do: started by torchrun, two of them, over gloo.
+
+The first trains as any test does, with folders below the one named on the command line; the second follows.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from test_distributed import SPECS, planned_stack
+from test_resume import interrupted_at
+from test_train import tiny, train
+
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.spec import Execution
+from scaling_lab.core.store import RunStore
+from scaling_lab.train.distributed import Team, joined
+from scaling_lab.train.worker import train_pending
+
+
+def lead(team: Team, folder: Path) -> None:
+    def of_kind(kind: str, name: str) -> RunStore:
+        team.parallel = kind
+        return RunStore(folder / name)
+
+    for name, spec in SPECS.items():
+        train(of_kind("ddp", f"ddp-{name}"), spec)
+    for name in ("even", "tied", "bfloat16"):
+        train(of_kind("fsdp", f"fsdp-{name}"), SPECS[name])
+    train(of_kind("fsdp", "fsdp-micro"), SPECS["even"], Execution(micro_batch_sequences=1))
+    train(of_kind("ddp", "ddp-compiled"), SPECS["even"], Execution(compile=True))
+    stack = of_kind("ddp", "ddp-stack")
+    train_pending(stack, planned_stack())
+
+    # A run of one process goes on in two, one of two in one (by pytest, afterwards), one spread over two in two copies.
+    train(of_kind("ddp", "1-to-2"), SPECS["even"])
+    train(of_kind("fsdp", "1-to-2-fsdp"), SPECS["even"])
+    interrupted_at(of_kind("ddp", "2-to-1"), SPECS["even"], 7)
+    interrupted_at(of_kind("fsdp", "2-to-1-fsdp"), SPECS["even"], 7)
+    interrupted_at(of_kind("fsdp", "fsdp-to-ddp"), SPECS["even"], 7)
+    train(of_kind("ddp", "fsdp-to-ddp"), SPECS["even"])
+
+    with pytest.raises(UserError, match="a batch of 1 sequences cannot be shared by 2 processes"):
+        train(of_kind("ddp", "refused"), tiny(10, batch_tokens=64, train_tokens=640))
+    with pytest.raises(UserError, match="needs equal shares"):
+        train(of_kind("fsdp", "refused-fsdp"), SPECS["uneven"])
+    with pytest.raises(UserError, match="one run at a time"):
+        train_pending(of_kind("fsdp", "refused-stack"), planned_stack())
+
+
+def main() -> int:
+    with joined("ddp") as team:
+        assert team is not None
+        if not team.leads:
+            return team.follow()
+        lead(team, Path(sys.argv[1]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

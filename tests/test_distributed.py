@@ -1,0 +1,199 @@
+"""One run over several processes: the losses of one device at the same global batch, resumes on another number of them.
+
+Two real processes over gloo, started by torchrun once for all tests here (tests/team.py); one process for comparison.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_resume import interrupted_at
+from test_train import tiny, train
+
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.record import RunRecord
+from scaling_lab.core.shapes.gpt2 import GPT2Shape
+from scaling_lab.core.spec import Execution, OptimizerSpec, Plan, PlannedRun
+from scaling_lab.core.store import RunStore
+from scaling_lab.train.checkpoint import read_checkpoint
+from scaling_lab.train.distributed import World, first_host, share
+from scaling_lab.train.worker import train_pending
+
+STEPS = 24
+SPECS = {
+    "even": tiny(STEPS),
+    "uneven": tiny(STEPS, batch_tokens=192, train_tokens=192 * STEPS),  # two sequences and one
+    # A small LR: gradients that are zero but for rounding (of gpt2's key biases) move Adam by as much as any.
+    "tied": tiny(STEPS, shape=GPT2Shape(width=16, depth=2, heads=2), optimizer=OptimizerSpec(peak_lr=0.002)),
+    "bfloat16": tiny(STEPS, dtype="bfloat16"),
+}
+TOLERANCE = 1e-5
+STACK = tuple(tiny(steps, seed_init=seed, seed_data=seed) for steps, seed in ((STEPS, 1), (STEPS // 2, 2)))
+
+
+def planned_stack() -> Plan:
+    execution = Execution(stack="s", stack_size=len(STACK))
+    runs = tuple(PlannedRun(spec, execution) for spec in STACK)
+    return Plan("t", runs, STACK[0].convention, STACK[0].data.fingerprint())
+
+
+def torchrun(*arguments: str, port: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(port), *arguments
+        ],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What two processes made of the plan of tests/team.py."""
+    folder = tmp_path_factory.mktemp("team")
+    for name in ("1-to-2", "1-to-2-fsdp"):
+        interrupted_at(RunStore(folder / name), SPECS["even"], 7)
+    process = torchrun(
+        str(Path(__file__).with_name("team.py")), str(folder), port=29_500 + os.getpid() % 1000
+    )
+    out, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, out
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, RunRecord]:
+    """The same runs, of one process."""
+    return {name: train(RunStore(tmp_path_factory.mktemp(name)), spec) for name, spec in SPECS.items()}
+
+
+def same(a: RunRecord, b: RunRecord, tolerance: float = TOLERANCE) -> bool:
+    """The same steps, tokens and FLOPs, counted once; losses within the tolerance."""
+    pairs = list(zip(a.curve, b.curve, strict=True))
+    assert [(p.step, p.tokens, p.train_flops, p.lr) for p, _ in pairs] == [
+        (q.step, q.tokens, q.train_flops, q.lr) for _, q in pairs
+    ]
+    assert [p.val_loss_nats is None for p, _ in pairs] == [q.val_loss_nats is None for _, q in pairs]
+    found = [(p.train_loss_nats, q.train_loss_nats) for p, q in pairs]
+    found += [(p.val_loss_nats, q.val_loss_nats) for p, q in pairs if p.val_loss_nats is not None]
+    return all(x == pytest.approx(y, abs=tolerance) for x, y in found)
+
+
+def record(folder: Path, name: str, spec=SPECS["even"]) -> RunRecord:
+    return RunStore(folder / name).read_record(spec.run_id())
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", SPECS)
+def test_two_processes_have_the_losses_of_one(folder, alone, kind, name):
+    if (kind, name) == ("fsdp", "uneven"):
+        pytest.skip("refused: fsdp needs equal shares")
+    # Sums in bfloat16 are rounded at 3 digits, in another order.
+    tolerance = 2e-3 if name == "bfloat16" else TOLERANCE
+    assert same(record(folder, f"{kind}-{name}", SPECS[name]), alone[name], tolerance)
+
+
+@pytest.mark.parametrize("name", ["fsdp-micro", "ddp-compiled"])
+def test_micro_batches_and_compiled_steps(folder, alone, name):
+    assert same(record(folder, name), alone["even"])
+
+
+def test_a_stack_over_two_processes(folder, tmp_path):
+    train_pending(RunStore(tmp_path), planned_stack())
+    for spec in STACK:
+        assert same(record(folder, "ddp-stack", spec), RunStore(tmp_path).read_record(spec.run_id()))
+
+
+@pytest.mark.parametrize("name", ["1-to-2", "1-to-2-fsdp", "fsdp-to-ddp"])
+def test_a_run_goes_on_with_more_processes(folder, alone, name):
+    assert same(record(folder, name), alone["even"])
+
+
+@pytest.mark.parametrize("name", ["2-to-1", "2-to-1-fsdp"])
+def test_a_run_of_two_processes_goes_on_in_one(folder, alone, name, caplog):
+    store = RunStore(folder / name)
+    assert store.state(SPECS["even"].run_id()).state == "interrupted"
+    caplog.set_level("INFO")
+    assert same(train(store, SPECS["even"]), alone["even"])
+    assert f"of {STEPS}." in caplog.text  # "goes on from step ..."
+
+
+def test_a_checkpoint_is_the_same_of_one_process_and_of_two(folder, alone, tmp_path):
+    spec = SPECS["tied"]
+    train(RunStore(tmp_path), spec)
+    path = Path("checkpoint") / f"step-{spec.steps}.pt"
+    one = read_checkpoint(RunStore(tmp_path).run_folder(spec.run_id()) / path, spec.run_id())
+    for kind in ("ddp", "fsdp"):
+        two = read_checkpoint(
+            RunStore(folder / f"{kind}-tied").run_folder(spec.run_id()) / path, spec.run_id()
+        )
+        assert two.tensors.keys() == one.tensors.keys()
+        for name, tensor in one.tensors.items():
+            assert two.tensors[name].shape == tensor.shape
+            # Adam divides small gradients by small numbers: single weights differ by more than a loss does.
+            assert float((two.tensors[name] - tensor).norm() / tensor.norm()) < 1e-3
+
+
+def test_shares_cover_a_batch_and_differ_by_one():
+    for sequences, size in ((8, 2), (7, 3), (3, 3), (100, 16)):
+        parts = [share(sequences, World(rank, size, rank)) for rank in range(size)]
+        assert [k for first, last in parts for k in range(first, last)] == list(range(sequences))
+        lengths = [last - first for first, last in parts]
+        assert max(lengths) - min(lengths) <= 1
+    with pytest.raises(UserError, match="batch of 3 sequences cannot be shared by 4 processes"):
+        share(3, World(0, 4, 0))
+
+
+def test_who_is_who(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that what is set below is put back
+        monkeypatch.delenv(name)
+    assert World.from_environment("auto") is None
+    with pytest.raises(UserError, match="parallel=ddp needs several processes"):
+        World.from_environment("ddp")
+    with pytest.raises(UserError, match="parallel='dpd' is not known. Did you mean 'ddp'"):
+        World.from_environment("dpd")
+    for name, value in {
+        "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "12345",
+        "SLURM_STEP_NODELIST": "gpu[003-004,9],login",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    assert World.from_environment("auto") is None  # tasks of Slurm each work for themselves, unless told
+    assert World.from_environment("ddp") == World(5, 8, 1)
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu003", "22345")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert World.from_environment("auto") == World(1, 2, 0)
+    assert World.from_environment("none") is None
+    assert [first_host(nodes) for nodes in ("a,b", "n[7,9]", "n-1")] == ["a", "n7", "n-1"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_group_that_is_stopped_or_loses_a_process_goes_on_another_time(tmp_path, number):
+    """SIGTERM to torchrun, as a scheduler sends it; SIGKILL to the second process, as a lost node looks."""
+    spec, store = tiny(200_000), RunStore(tmp_path)
+    store.write_plan(Plan("t", (PlannedRun(spec, Execution()),), spec.convention, spec.data.fingerprint()))
+    process = torchrun("-m", "scaling_lab.train.worker", str(store.folder), port=28_500 + os.getpid() % 1000)
+    deadline = time.monotonic() + 120
+    while len(store.read_curve(spec.run_id())) < 50 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if number == signal.SIGTERM:
+        process.send_signal(number)
+    else:
+        follower = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+        ).stdout.split()
+        leader = store.state(spec.run_id()).claim.pid
+        os.kill(next(int(pid) for pid in follower if int(pid) != leader), number)
+    process.communicate(timeout=120)
+    assert store.state(spec.run_id()).state == "interrupted"
+    assert not (store.run_folder(spec.run_id()) / "record.json").exists()
+    if number == signal.SIGTERM:
+        assert list((store.run_folder(spec.run_id()) / "checkpoint").glob("step-*.pt"))
