@@ -94,8 +94,8 @@ class Backend(Protocol):
         """(array's name, number in it) of every job that is not over, and the queue in words; None: no answer."""
         ...
 
-    def fate(self, name: str, task: int) -> str:
-        """How a job ended, as far as is known."""
+    def fate(self, folder: Path, task: int) -> str:
+        """How a job of the array in `folder` ended, as far as is known."""
         ...
 
 
@@ -263,7 +263,7 @@ class Head:
         n, runs = len(array.jobs), sum(map(len, array.jobs))
         self.console.say(
             f"{title}: {n} job{'s' * (n > 1)}, {runs} run{'s' * (runs > 1)}; limits {array.time_min} min (estimate "
-            f"{human_time(array.estimate_s)}) and {array.mem_gb:g} GB each; logs: {book.folder}"
+            f"{human_time(array.estimate_s)}) and {array.mem_gb:.2g} GB each; logs: {book.folder}"
         )
 
     _mine = 0
@@ -302,7 +302,7 @@ class Head:
         for run_id in lost[:MAX_LOST_SHOWN]:
             if run_id in last:
                 book, task = last[run_id]
-                fate = self.backend.fate(book.name, task)
+                fate = self.backend.fate(book.folder, task)
                 self.console.warn(f"{run_id} is not over: {fate or 'its job has ended'}; logs: {book.folder}")
         if len(lost) > MAX_LOST_SHOWN:
             self.console.warn(f"and {len(lost) - MAX_LOST_SHOWN} more runs are not over.")

@@ -77,7 +77,7 @@ class SlurmBackend:
             executor.update_parameters(**options)
             handles = executor.submit_array(jobs)
         except (FailedJobError, FailedSubmissionError) as error:
-            text = " ".join(str(error).split()) or "no reason given"
+            text = " ".join(str(error).replace("sbatch: error:", "").split()) or "no reason given"
             raise UserError(
                 f"sbatch refuses: {text} (asked for: {_asked(options)}; each can be set, hydra.launcher.NAME=VALUE)."
             ) from error
@@ -93,15 +93,25 @@ class SlurmBackend:
         self._last = {**self._last, **slurm.by_place(jobs)}
         return {(job.name, job.task) for job in jobs if not job.is_over}, slurm.in_words(jobs)
 
-    def fate(self, name: str, task: int) -> str:
-        job = self._last.get((name, task))
+    def fate(self, folder: Path, task: int) -> str:
+        job = self._last.get((folder.name, task))
         if job is None:
             return ""
+        said = error_line(folder / f"{job.job_id}_0_log.err")
         hint = {
             "TIMEOUT": " (hydra.launcher.timeout_min gives more time)",
             "OUT_OF_MEMORY": " (hydra.launcher.mem_gb gives more memory)",
         }.get(job.state, "")
-        return f"Slurm job {job.job_id} is {job.state}{hint}"
+        return f"Slurm job {job.job_id} is {job.state}{hint}{': ' + said if said else ''}"
+
+
+def error_line(log: Path) -> str | None:
+    """The last `error: ` line of a job's log: what was wrong with its input."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line for line in reversed(lines) if line.startswith("error: ")), None)
 
 
 def _asked(options: Mapping[str, Any]) -> str:
@@ -146,5 +156,6 @@ class LocalBackend:
         waiting = {(name, task) for name, task, _, _ in self._waiting}
         return waiting | self._running.keys(), f"{len(self._running)} running, {len(waiting)} pending"
 
-    def fate(self, name: str, task: int) -> str:
-        return ""
+    def fate(self, folder: Path, task: int) -> str:
+        logs = sorted(folder.glob("*_0_log.err"))
+        return next((said for log in reversed(logs) if (said := error_line(log))), "")
