@@ -109,6 +109,16 @@ def test_config_has_every_convention():
         assert config[f"C/{convention.value}"] == spec.count().flops_per_token(convention) * spec.train_tokens
 
 
+def test_runs_of_one_stack_are_runs_of_their_own(tmp_path, server):  # noqa: F811
+    store = RunStore(tmp_path / "sweep")
+    runs = [PlannedRun(tiny(40, sweep="sweep", seed_init=s), Execution(stack=2)) for s in (1, 2)]
+    plan = Plan("sweep", tuple(runs), runs[0].spec.convention, runs[0].spec.data.fingerprint())
+    records = train_pending(store, plan, tracker={"kind": "wandb"})
+    assert len(records) == len(server.runs) == 2
+    for record in records:
+        assert_whole(server.run(f"sweep-{record.run_id}").history, record)
+
+
 # -- one training run is one W&B run
 def interrupted_then_done(tmp_path, monkeypatch, stop_after: int) -> RunRecord:
     """A run that is told to stop at a checkpoint, and its second attempt."""
@@ -214,7 +224,9 @@ def assert_unhurt(record: RunRecord, store: RunStore, undisturbed: RunRecord | N
     assert store.read_record(record.run_id) == record
 
 
-@pytest.mark.parametrize("failing", ["key", "quota", "error", "hang", "unreachable"])
+@pytest.mark.parametrize(
+    "failing", ["key", "quota", pytest.param("error", marks=pytest.mark.slow), "hang", "unreachable"]
+)
 def test_a_server_that_fails_at_once_is_a_warning(tmp_path, server, monkeypatch, caplog, failing):  # noqa: F811
     """The runs are complete, it is said once, and only the first waits for the server."""
     monkeypatch.setattr(wandb_client, "INIT_TIMEOUT_S", 1.5)
@@ -286,12 +298,12 @@ def test_a_client_that_hangs_does_not_hold_the_run_up(tmp_path, monkeypatch, cap
 
 
 def test_a_failed_run_is_failed_there_too(tmp_path, monkeypatch, server):  # noqa: F811
-    import scaling_lab.train.loop as loop
+    from scaling_lab.train.evaluate import ValidationSet
 
-    def broken(*args):
+    def broken(*args, **options):
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(loop, "validation_loss", broken)
+    monkeypatch.setattr(ValidationSet, "loss", broken)
     store, spec = RunStore(tmp_path / "sweep"), tiny(40, sweep="sweep")
     record = train_claimed(PlannedRun(spec, Execution()), store, store.claim(spec), None, {"kind": "wandb"})
     wait_for_mirrors()
@@ -431,6 +443,7 @@ def test_the_analysis_is_one_run_with_figures_tables_and_exponents(tmp_path, ser
     }
 
 
+@pytest.mark.slow
 def test_the_end_of_a_sweep_names_the_command_that_uploads_it(sweep, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     record = sweep.load_records()[0][0]
