@@ -75,6 +75,7 @@ if "scaling_lab.train.worker" in sys.orig_argv:
     say("+", "starting", "-")
     from scaling_lab.core.store import RunStore
     from scaling_lab.train import loop
+    from scaling_lab.train.session import Program
     writing = []
     def announced(phase, function, run_of, writes=True):
         def wrapped(*args, **options):
@@ -97,7 +98,9 @@ if "scaling_lab.train.worker" in sys.orig_argv:
         return wrapped
     for name in ("fsync", "replace", "link"):
         setattr(os, name, slow(getattr(os, name)))
-    loop.train_block = announced("training", loop.train_block, lambda session, *_: session.spec.run_id(), False)
+    def run_of(program, done, *_):
+        return program.sessions[min(done)].spec.run_id()
+    Program.run_block = announced("training", Program.run_block, run_of, False)
     loop.keep = announced("checkpointing", loop.keep, lambda folder, planned, *_: planned.run_id)
     RunStore.write_record = announced("recording", RunStore.write_record, lambda store, record: record.run_id)
     loop.CHECKPOINT_EVERY_S = 0.25

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from scaling_lab.cli.main import main
 from scaling_lab.cli.table import COMMANDS
+from scaling_lab.core.store import RunStore
 
 
 @pytest.fixture(autouse=True)
@@ -259,9 +260,36 @@ def test_plan_prints_the_grid_and_writes_it(capsys):
     assert plan["settings"]["max_epochs"] == 0.1
     assert main(argv) == 0
     assert "(unchanged)" in capsys.readouterr().out
-    # Nothing has begun: the plan may change.
+    # Nothing has begun: the plan may change, and that is said; a sweep goes on with the plan that there is, or refuses.
     assert main([*argv, "seed=7", "--json"]) == 0
-    assert {r["spec"]["seed_init"] for r in json.loads(capsys.readouterr().out)["runs"]} == {7, 8}
+    out, err = capsys.readouterr()
+    assert {r["spec"]["seed_init"] for r in json.loads(out)["runs"]} == {7, 8}
+    assert "replaced the plan" in err
+    assert "seed (on disk 0, now 7)" in err
+    line = refused(capsys, "sweep", *argv[1:], "seed=7,9")
+    assert "seed (on disk 7, now 7,9)" in line
+    assert "no run has begun" in line
+    assert main([*argv, "seed=7", "--quiet"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_a_token_file_needs_its_vocabulary(capsys, tmp_path):
+    import numpy as np
+
+    np.save(tmp_path / "words.npy", np.arange(5000, dtype=np.uint16) % 99)
+    np.save(tmp_path / "bytes.npy", np.arange(5000, dtype=np.uint8) % 99)
+    few = ["device=cpu", "design.budgets_flops=2e9", "data=tokens", "data.max_epochs=1e9"]
+    line = refused(capsys, "plan", "sweep=words", *few, f"data.path={tmp_path}/words.npy")
+    assert "data.vocab_size is missing" in line
+    assert "uint16" in line
+    assert main(["plan", "sweep=words", *few, f"data.path={tmp_path}/words.npy", "data.vocab_size=99"]) == 0
+    assert main(["plan", "sweep=bytes", *few, f"data.path={tmp_path}/bytes.npy"]) == 0
+    assert {r.spec.shape.vocab_size for r in RunStore("results/bytes").read_plan().runs} == {256}
+
+
+def test_errors_name_the_users_option(capsys):
+    line = refused(capsys, "plan", "sweep=x", "device=cpu", "data.max_mb=1", "recipe.clip_norm=-1")
+    assert "recipe.clip_norm=-1" in line
 
 
 def test_own_configs_are_found_first(capsys, tmp_path):

@@ -1,7 +1,8 @@
 """Owns the console script: the table of commands, and how every way of ending becomes one line and an exit status.
 
 Exit status: 0 done; 1 done, but runs failed or diverged; 2 the user can mend it; 70 our own bug;
-75 told to go by the system (SIGTERM, SIGUSR1: the same command goes on); 130 interrupted.
+74 a sweep's folder cannot be written (full, read-only); 75 told to go by the system (SIGTERM, SIGUSR1: the same command
+goes on); 130 interrupted.
 Importing this module imports nothing heavy: `scaling-lab --help` answers at once.
 """
 
@@ -13,9 +14,10 @@ from collections.abc import Sequence
 
 from scaling_lab.cli.arguments import Arguments, parse
 from scaling_lab.cli.table import COMMANDS
-from scaling_lab.core.errors import Preempted, UserError, unknown
+from scaling_lab.core.errors import DiskError, Preempted, UserError, unknown
 
-EXIT_OK, EXIT_RUNS_FAILED, EXIT_USER, EXIT_BUG, EXIT_PREEMPTED, EXIT_INTERRUPTED = 0, 1, 2, 70, 75, 130
+EXIT_OK, EXIT_RUNS_FAILED, EXIT_USER, EXIT_BUG, EXIT_DISK = 0, 1, 2, 70, 74
+EXIT_PREEMPTED, EXIT_INTERRUPTED = 75, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         return _dispatch(arguments)
+    except DiskError as error:
+        return _fail(error, EXIT_DISK, str(error))
     except UserError as error:
         return _fail(error, EXIT_USER, str(error))
     except KeyboardInterrupt as error:

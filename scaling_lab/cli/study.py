@@ -241,7 +241,7 @@ def sweep_settings(
         design=_part("design", parts["design"]) if "design" in parts else None,
         recipe=_part("recipe", parts["recipe"]),
         model=model_settings(parts["model"]),
-        data=_part("data", data_node),
+        data=_part("data", complete(data_node)),
         schedule=_part("schedule", parts["schedule"]),
         parametrization=_part("parametrization", parts["parametrization"]),
         eval=common.eval,
@@ -268,6 +268,12 @@ def execution_settings(common: Common, device: str) -> ExecutionSettings:
         stack=common.stack,
         memory_gb=memory_gb,
     )
+
+
+def complete(data_node: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A source's options, with those that the source itself finds out."""
+    completed = getattr(part_class("data", data_node), "completed", None)
+    return data_node if completed is None else dict(completed(data_node))
 
 
 def resolve_device(name: str) -> str:

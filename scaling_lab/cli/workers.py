@@ -7,6 +7,7 @@ nothing. Each worker's output goes to <sweep>/logs/worker-<k>.log, below a clust
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -23,7 +24,8 @@ from typing import IO, Any
 from scaling_lab.cli.console import Console
 from scaling_lab.cli.progress import Display, Progress
 from scaling_lab.cli.sweeping import go_on_hint
-from scaling_lab.core.errors import Preempted, UserError
+from scaling_lab.core.errors import DiskError, Preempted, UserError
+from scaling_lab.core.files import disk_error
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.store import RunStore
 
@@ -33,7 +35,7 @@ STATES_EVERY_S = 1.0
 STOP_GRACE_S = 30.0
 # Workers that end without having begun a run, one after another: something is wrong with all of them.
 MAX_FRUITLESS = 3
-EXIT_USER, EXIT_REQUEUE = 2, 75
+EXIT_USER, EXIT_DISK, EXIT_REQUEUE = 2, 74, 75
 # An argument may have at most 128 KiB on Linux; longer lists of ids are not passed (the plan's pending runs are).
 MAX_ARGUMENT_BYTES = 100_000
 # Several small models fit one GPU and hide each other's launch latency; each needs a CPU core to feed it.
@@ -225,6 +227,9 @@ class Crew:
     def _judge(self, worker: Worker, status: int) -> None:
         """What the end of a worker means for the run that it held."""
         self.progress.look()
+        if status == EXIT_DISK:
+            # What it said does not reach a log on a full disk.
+            raise self._disk_error(worker)
         if status == EXIT_USER:
             raise UserError(_last_error(worker.log) or f"a worker refused its input: see {worker.log}.")
         held = [i for i in self.progress.last_claimed_by(worker.process.pid) if i in self.progress.open_ids()]
@@ -243,6 +248,14 @@ class Crew:
                 f"workers end before they begin a run ({_ending(status)}): {_last_line(worker.log)} (log: {worker.log})."
             )
         self.not_before = time.monotonic() + 0.5 * 2**self.fruitless * bool(self.fruitless)
+
+    def _disk_error(self, worker: Worker) -> DiskError:
+        said = _last_error(worker.log)
+        if said is not None:
+            return DiskError(said)
+        refused = disk_error(OSError(errno.ENOSPC, "no space left"), self.store.folder)
+        assert refused is not None
+        return refused
 
     def _give_up(self, run_id: str, worker: Worker, status: int) -> None:
         """Record a run as failed whose worker died again and again."""

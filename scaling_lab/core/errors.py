@@ -10,6 +10,11 @@ class UserError(ValueError):
     """Bad input. The message is one line that names the option, the value and the choices."""
 
 
+class DiskError(UserError):
+    """The sweep's folder cannot be written (full, read-only): nobody's run failed, and all go on once it can. Exit status 74
+    (the BSD sysexits' EX_IOERR)."""
+
+
 class Preempted(KeyboardInterrupt):
     """The machine or its scheduler wants this process gone (SIGTERM, SIGUSR1); what is not over goes on another time.
 

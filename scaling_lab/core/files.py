@@ -9,8 +9,36 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from scaling_lab.core.errors import DiskError
+
 # What filesystems without hard links answer (exFAT, many FUSE and SMB mounts).
 NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+
+
+# What a disk says that cannot be written by anybody now, whatever is asked of it.
+DISK_REFUSES = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "it is read-only",
+    errno.EIO: "the disk has an error",
+}
+
+
+def disk_error(error: OSError, folder: Path) -> DiskError | None:
+    """The error to raise where writing below a sweep's folder failed for a reason that is not the run's; None for others."""
+    why = DISK_REFUSES.get(error.errno or 0)
+    below = error.filename is not None and Path(str(error.filename)).absolute().is_relative_to(
+        folder.absolute()
+    )
+    if why is None and isinstance(error, PermissionError) and below:
+        why = "permission denied"
+    if why is None:
+        return None
+    where = f" ({error.filename})" if error.filename else ""
+    return DiskError(
+        f"{folder} cannot be written: {why}{where}. No run is lost: each goes on from its last checkpoint. Make room or "
+        f"make it writable, then: scaling-lab sweep sweep={folder.name}"
+    )
 
 
 def temporary_beside(path: Path) -> Path:

@@ -102,10 +102,15 @@ class RunRecord:
         return out
 
     @staticmethod
-    def from_dict(data: dict[str, Any], curve: tuple[EvalPoint, ...] = ()) -> RunRecord:
-        """The inverse of `to_dict`. Raises KeyError, TypeError or ValueError for what this version cannot read."""
+    def from_dict(
+        data: dict[str, Any], curve: tuple[EvalPoint, ...] = (), shared: dict[str, Any] | None = None
+    ) -> RunRecord:
+        """The inverse of `to_dict`. Raises KeyError, TypeError or ValueError for what this version cannot read.
+
+        `shared` remembers parts between calls, as `RunSpec.from_dict` has it.
+        """
         parts = dict(data)
-        parts["spec"] = RunSpec.from_dict(parts["spec"])
+        parts["spec"] = RunSpec.from_dict(parts["spec"], shared)
         parts["execution"] = build(Execution, parts["execution"])
         parts["params"] = build(ParamCount, parts["params"])
         parts["flops"] = build(FlopCount, parts["flops"])

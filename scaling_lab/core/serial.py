@@ -13,6 +13,8 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
+# How an error says that data hold more than this version knows.
+NEWER = "written by a newer version?"
 # Types that are their own JSON form; a float may be NaN, and an enum may be a str.
 _PLAIN = frozenset({str, int, bool})
 
@@ -74,9 +76,7 @@ def build(cls: type, data: dict[str, Any]) -> Any:
     names = _names(cls)
     extra = set(data) - names - {"kind"}
     if extra:
-        raise ValueError(
-            f"{cls.__name__} has no field {', '.join(sorted(extra))}: written by a newer version?"
-        )
+        raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(extra))}: {NEWER}")
     return cls(**{key: value for key, value in data.items() if key in names})
 
 

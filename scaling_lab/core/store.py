@@ -25,7 +25,7 @@ from scaling_lab.core.claims import Claim, ClaimInfo, last_claim, take
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.files import create_exclusive, synced_size, write_atomic
 from scaling_lab.core.record import EvalPoint, RunRecord, RunStatus
-from scaling_lab.core.serial import dumps
+from scaling_lab.core.serial import NEWER, dumps
 from scaling_lab.core.spec import Plan, RunSpec
 
 # States of runs that somebody computes now, and of those that are over.
@@ -57,6 +57,7 @@ class RunStore:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
+        self._shared: dict[str, Any] = {}
 
     @staticmethod
     def for_sweep(root: Path | str, sweep: str) -> RunStore:
@@ -100,7 +101,14 @@ class RunStore:
         except UserError:
             raise
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.plan_path} cannot be read: {error}.") from None
+            advice = (
+                "update scaling-lab to read it"
+                if NEWER in str(error)
+                else "move it away and plan again with the same options: they make the same run ids, and what is done stays done"
+            )
+            raise UserError(
+                f"{self.plan_path} cannot be read ({type(error).__name__}: {error}): {advice}."
+            ) from None
 
     def neighbours(self) -> list[str]:
         """Other sweeps beside this one."""
@@ -165,7 +173,7 @@ class RunStore:
         except FileNotFoundError:
             raise UserError(f"run={run_id!r} has no record at {path}: it is not over.") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} cannot be read ({error}): {TRY_AGAIN}.") from None
+            raise UserError(f"{path} {unreadable(error)}.") from None
         if curve and len(record.curve) < record.curve_points:
             raise UserError(
                 f"{path.with_name('curve.jsonl')} has {len(record.curve)} of {record.curve_points} points: {TRY_AGAIN}."
@@ -223,10 +231,13 @@ class RunStore:
                     wall_time_s=data.get("wall_time_s"),
                     ended_unix_s=record.stat().st_mtime,
                 )
+                RunRecord.from_dict(
+                    data, shared=self._shared
+                )  # what the analysis would refuse is not completed
                 lost = _lost_curve(folder / "curve.jsonl", data) if state.state == "completed" else None
                 return replace(state, state="failed", reason=lost) if lost else state
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                return RunState(run_id, "failed", f"record.json cannot be read ({error}): {TRY_AGAIN}")
+                return RunState(run_id, "failed", f"record.json {unreadable(error)}")
         claim = last_claim(folder)
         if claim is None:
             return RunState(run_id, "planned")
@@ -237,6 +248,12 @@ class RunStore:
     def states(self, plan: Plan) -> Iterator[RunState]:
         for run in plan.runs:
             yield self.state(run.run_id)
+
+
+def unreadable(error: Exception) -> str:
+    """What is said about a record that cannot be read: half-written, damaged, or of another version."""
+    advice = "update scaling-lab to read it" if NEWER in str(error) else TRY_AGAIN
+    return f"cannot be read ({type(error).__name__}: {error}): {advice}"
 
 
 def _lost_curve(path: Path, record: dict[str, Any]) -> str | None:

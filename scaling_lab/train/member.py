@@ -75,6 +75,11 @@ class Member(Progress):
         planned = self.planned
         saved = load_latest(self.folder / "checkpoint", planned.run_id, planned.execution, fingerprint)
         if saved is None:
+            if lost := len(self.store.read_curve(planned.run_id)):
+                log.warning(
+                    "run %s begins again: no whole checkpoint is left; its %d points are computed anew.",
+                    planned.run_id, lost,
+                )  # fmt: skip
             return
         points = len(self.store.read_curve(planned.run_id))
         if points < saved.curve_points:

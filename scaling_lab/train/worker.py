@@ -9,6 +9,7 @@ Any number of workers may share a folder, on one machine or several: the claims 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -22,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from scaling_lab.core.claims import Claim, ClaimLost
-from scaling_lab.core.errors import UserError
+from scaling_lab.core.errors import DiskError, UserError
+from scaling_lab.core.files import disk_error
 from scaling_lab.core.record import RunRecord, RunStatus
 from scaling_lab.core.spec import Plan, PlannedRun
 from scaling_lab.core.store import RunStore
@@ -36,6 +38,7 @@ from scaling_lab.train.tracking import make_tracker, mirrors_closed
 log = logging.getLogger(__name__)
 
 PARENT_POLL_S = 1.0
+EXIT_DISK = 74
 
 
 def longest_first(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
@@ -52,7 +55,8 @@ def train_pending(
 ) -> list[RunRecord]:
     """Train every run that is neither over nor computed by somebody else; returns the records made here.
 
-    Raises `Interrupted` when told to stop and `UserError` where the data are not the plan's.
+    Raises `Interrupted` when told to stop, `DiskError` where the folder cannot be written and `UserError` where the data
+    are not the plan's.
     """
     wanted = None if run_ids is None else set(run_ids)
     for device in {run.execution.device for run in plan.runs}:
@@ -64,7 +68,10 @@ def train_pending(
             # Told to stop as the run before ended: this one is not begun.
             asked.answer()
             mine = [planned for planned in group if wanted is None or planned.run_id in wanted]
-            claims = {planned.run_id: store.claim(planned.spec) for planned in mine}
+            try:
+                claims = {planned.run_id: store.claim(planned.spec) for planned in mine}
+            except OSError as error:
+                raise disk_error(error, store.folder) or error from error
             claimed = {run_id: claim for run_id, claim in claims.items() if claim is not None}
             if claimed:
                 made += train_group(group, claimed, store, plan.data_fingerprint, tracker, checkpoint_every_s)
@@ -127,9 +134,14 @@ def train_group(
 
 
 def failure(member: Member, store: RunStore, fingerprint: str | None) -> RunRecord | None:
-    """Record that an error ended a run here; None where it was taken over: a former owner's error is not the run's."""
+    """Record that an error ended a run here; None where it was taken over: a former owner's error is not the run's, and a
+    disk's is nobody's (`DiskError`)."""
     planned, error = member.planned, member.error
     assert error is not None
+    refused = disk_error(error, store.folder) if isinstance(error, OSError) else None
+    if refused is not None:
+        member.tracker.abandon()
+        raise refused from error
     if isinstance(error, ClaimLost):
         log.warning("run %s was taken over by another process.", planned.run_id)
     else:
@@ -176,7 +188,7 @@ def stop_with(parent: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 when nothing is left to do here, 2 for bad input, 75 when told to stop."""
+    """Exit status: 0 when nothing is left to do here, 2 for bad input, 74 for a disk that refuses, 75 when told to stop."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--run-ids", default=None)
@@ -202,8 +214,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 options.checkpoint_every_s,
             )
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        # Where the disk is full the message may not reach the log: the exit status says it too.
+        with contextlib.suppress(OSError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_DISK if isinstance(error, DiskError) else 2
     except (Interrupted, KeyboardInterrupt) as stop:
         if isinstance(stop, TeamLost):
             log.warning("%s: stopping; the runs go on another time.", stop)

@@ -15,6 +15,7 @@ from scaling_lab.cli.planning import defines_plan
 from scaling_lab.cli.study import SweepOnly, study_form, sweep_settings
 from scaling_lab.cli.sweeping import Session, open_session, report_outcome, run_multirun, sweep_job
 from scaling_lab.cli.wandb_study import is_mirrored, mirror_study, say_what_is_missing
+from scaling_lab.core.files import disk_error
 from scaling_lab.core.spec import Plan
 from scaling_lab.core.store import RunStore
 from scaling_lab.plan.designs.learning_rate import ROLE as LR_SWEEP
@@ -76,7 +77,10 @@ def execute(command: Command, console: Console) -> int:
         for combination in command.combinations:
             sweep_settings(combination.tree, (SweepOnly,), device="cpu")  # refuses before Hydra starts
     trees = [combination.tree for combination in command.combinations]
-    with open_session(Session(console, command.given, trees)) as session:
-        # The combinations are the plan's, and Hydra need not compose them again, at a tenth of a second each.
-        run_multirun(replace(command, combinations=command.combinations[:1]), "sweep", sweep_job)
+    try:
+        with open_session(Session(console, command.given, trees)) as session:
+            # The combinations are the plan's, and Hydra need not compose them again, at a tenth of a second each.
+            run_multirun(replace(command, combinations=command.combinations[:1]), "sweep", sweep_job)
+    except OSError as error:
+        raise disk_error(error, store.folder) or error from error
     return report_outcome(console, store, session.plan or store.read_plan(), [o.text for o in command.hydra])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ class TokenFile:
 
     path: str = ""
     vocab_size: int = 256
+    """Needed (`completed` says so), but for files of uint8; every token must be below it."""
     validation_path: str = ""
     """Empty: the last `validation_fraction` of `path` is the validation split."""
     validation_fraction: float = 0.05
@@ -41,6 +43,28 @@ class TokenFile:
             raise UserError(f"data.validation_fraction={self.validation_fraction!r} must be in (0, 1).")
         if self.vocab_size < 2:
             raise UserError(f"data.vocab_size={self.vocab_size!r} must be at least 2.")
+
+    @staticmethod
+    def completed(options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options as a user gave them, with the vocabulary of bytes where the file holds bytes.
+
+        Raises `UserError` where another file comes without its vocabulary: a wrong guess would cost a sweep.
+        """
+        path = Path(str(options.get("path") or "")).expanduser()
+        if "vocab_size" in options or not path.is_file():
+            return dict(options)
+        dtype = options.get("dtype", TokenFile.dtype)
+        if path.suffix == ".npy":
+            try:
+                dtype = str(np.load(path, mmap_mode="r", allow_pickle=False).dtype)
+            except (OSError, ValueError):
+                return dict(options)  # `array` says what is wrong with it
+        if dtype != "uint8":
+            raise UserError(
+                f"data.vocab_size is missing: {path.name} holds {dtype}; give the size of its vocabulary "
+                "(only a file of uint8 has one by itself, 256)."
+            )
+        return {**options, "vocab_size": 256}
 
     @property
     def bytes_per_token(self) -> float | None:

@@ -27,6 +27,7 @@ class LocalLauncher(Launcher):
         from scaling_lab.cli.sweeping import plain, session
         from scaling_lab.cli.workers import run_workers
         from scaling_lab.core.errors import UserError
+        from scaling_lab.core.files import disk_error
         from scaling_lab.core.store import RunStore
 
         assert self.config is not None
@@ -39,15 +40,18 @@ class LocalLauncher(Launcher):
             )
         run_ids = [run_id for overrides in job_overrides for run_id in _run_ids(overrides)]
         store = RunStore.for_sweep(first["results_dir"], first["sweep"])
-        run_workers(
-            store,
-            session().plan or store.read_plan(),
-            run_ids,
-            session().console,
-            workers=self.workers,
-            max_attempts=self.max_attempts,
-            tracker=tracker_options(first),
-        )
+        try:
+            run_workers(
+                store,
+                session().plan or store.read_plan(),
+                run_ids,
+                session().console,
+                workers=self.workers,
+                max_attempts=self.max_attempts,
+                tracker=tracker_options(first),
+            )
+        except OSError as error:
+            raise disk_error(error, store.folder) or error from error
         return [_returned(overrides) for overrides in job_overrides]
 
 
