@@ -120,6 +120,8 @@ def train_members(
         for member in running(members):
             with separately(member):
                 curves.enter_context(member.begin(program.sessions[member.slot]))
+                if member.done == member.spec.steps:  # killed between its last checkpoint and its record
+                    member.finish()
         clock, fresh = Timer(checkpoint_every_s), True
         for count in blocks(members):
             live = running(members)
