@@ -247,6 +247,7 @@ def test_what_only_some_rows_have_costs_no_row():
 def test_a_run_file_cut_anywhere_holds_a_beginning(sweep, tmp_path):
     """Cut at every place: never an error, never a wrong row."""
     import wandb
+
     from scaling_lab.cli.wandb_files import payloads, read_run_file
 
     run = wandb.init(

@@ -25,7 +25,7 @@ _BASINS = 4
 _HOPELESS = 25.0
 _INDEPENDENT_POINTS = 100
 # Tables longer than this are searched on a random sample of so many rows; its distinct minima are then refined on all rows.
-_SEARCH_POINTS = 4000
+_SEARCH_POINTS = 1000
 
 Starts = Mapping[str, Any] | Sequence[Mapping[str, Any]] | Array
 

@@ -11,6 +11,7 @@ store's own slow reader, so that what a damaged file means is decided in one pla
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import MISSING, fields, replace
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -93,9 +94,8 @@ def load_ledger(
     records: dict[str, RunRecord] = {}
     problems: dict[str, str] = {}
 
-    def settle(batch: list[tuple[str, RunRecord, bytes]]) -> None:
-        parsed = _parse([text for _, _, text in batch])
-        for (run_id, record, _), columns in zip(batch, parsed):
+    def settle(batch: list[tuple[str, RunRecord]], parsed: Future[list[CurveColumns | None]]) -> None:
+        for (run_id, record), columns in zip(batch, parsed.result()):
             if columns is not None and len(columns) >= record.curve_points:
                 records[run_id] = replace(record, curve=columns.first(record.curve_points))
                 continue
@@ -104,23 +104,36 @@ def load_ledger(
             except UserError as error:
                 problems[run_id] = str(error)
 
-    batch: list[tuple[str, RunRecord, bytes]] = []
-    size = 0
     run_ids = store.run_ids_with_record()
-    for run_id in run_ids:
-        try:
-            record = store.read_record(run_id, curve=False)
-            path = store.run_folder(run_id) / "curve.jsonl"
-            text = path.read_bytes() if path.exists() else b""
-        except (UserError, OSError) as error:
-            problems[run_id] = str(error)
-            continue
-        batch.append((run_id, record, text))
-        size += len(text)
-        if size >= batch_bytes:
-            settle(batch)
-            batch, size = [], 0
-    settle(batch)
+    # pyarrow parses without Python's lock: one batch is parsed while the next one's files are read.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: list[tuple[list[tuple[str, RunRecord]], Future[list[CurveColumns | None]]]] = []
+
+        def submit(batch: list[tuple[str, RunRecord]], texts: list[bytes]) -> None:
+            waiting.append((batch, pool.submit(_parse, texts)))
+            while len(waiting) > 1:
+                settle(*waiting.pop(0))
+
+        batch: list[tuple[str, RunRecord]] = []
+        texts: list[bytes] = []
+        size = 0
+        for run_id in run_ids:
+            try:
+                record = store.read_record(run_id, curve=False)
+                path = store.run_folder(run_id) / "curve.jsonl"
+                text = path.read_bytes() if path.exists() else b""
+            except (UserError, OSError) as error:
+                problems[run_id] = str(error)
+                continue
+            batch.append((run_id, record))
+            texts.append(text)
+            size += len(text)
+            if size >= batch_bytes:
+                submit(batch, texts)
+                batch, texts, size = [], [], 0
+        submit(batch, texts)
+        for one in waiting:
+            settle(*one)
     return [records[r] for r in run_ids if r in records], [(r, problems[r]) for r in run_ids if r in problems]
 
 

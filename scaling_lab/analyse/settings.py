@@ -61,6 +61,7 @@ class AnalysisSettings:
     strict: bool = False
     """Every bad row is an error."""
     seed: int = 0
+    """Of the resampling: the same seed gives the same intervals."""
     approach: ApproachSettings = field(default_factory=ApproachSettings)
     bootstrap: BootstrapSettings = field(default_factory=BootstrapSettings)
     predict_flops: tuple[float, ...] = ()

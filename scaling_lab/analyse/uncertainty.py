@@ -28,7 +28,9 @@ class BootstrapSettings:
     resamples: int = 1000
     """0 gives no intervals."""
     unit: Literal["auto", "run", "row", "seed", "budget", "residual"] = "auto"
+    """What is drawn anew; auto: the approach's own for these data, the one that is calibrated."""
     level: float = 0.9
+    """Of every interval, in (0, 1)."""
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
