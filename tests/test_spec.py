@@ -44,7 +44,7 @@ def test_labels_are_not_identity():
     "changes",
     [
         {"seed_init": 1}, {"seed_data": 1}, {"dtype": "bfloat16"}, {"train_tokens": 512}, {"batch_tokens": 1024},
-        {"budget_flops": 2e11}, {"parent": "x"}, {"eval": EvalSpec(points=3)}, {"schedule": Cosine(final_fraction=0.0)},
+        {"budget_flops": 2e11}, {"parent": "x", "parent_step": 1}, {"keep_steps": (3,)}, {"eval": EvalSpec(points=3)}, {"schedule": Cosine(final_fraction=0.0)},
         {"optimizer": OptimizerSpec(peak_lr=0.03)}, {"shape": GPTShape(width=32, depth=3, heads=2)},
         {"data": PySource(split_seed=1)}, {"parametrization": MuP()},
     ],

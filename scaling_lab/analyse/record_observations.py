@@ -126,6 +126,8 @@ def _lr_horizon(record: RunRecord) -> float:
 def _why_unusable(record: RunRecord) -> str | None:
     if record.status is not RunStatus.COMPLETED:
         return record.status.value + (f": {record.reason}" if record.reason else "")
+    if record.spec.role == "trunk":
+        return "a trunk: its learning rate never falls, its branches are the runs to compare"
     loss = record.final_val_loss_nats
     if loss is None:
         return "no final validation loss"

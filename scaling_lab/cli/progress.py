@@ -24,7 +24,7 @@ class Progress:
 
     def __init__(self, store: RunStore, runs: Sequence[PlannedRun]) -> None:
         self.store = store
-        self.flops = {run.run_id: run.spec.train_flops() for run in runs}
+        self.flops = {run.run_id: run.spec.own_train_flops() for run in runs}
         self.states = {run.run_id: RunState(run.run_id, "planned") for run in runs}
         self.started = time.monotonic()
         self._done_at_start: float | None = None

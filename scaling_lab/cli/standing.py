@@ -47,7 +47,7 @@ class Standing:
         """Training FLOPs done (steps of unfinished runs included) and of all runs."""
         done = total = 0.0
         for row in self.rows:
-            flops = 0.0 if row.spec is None else row.spec.train_flops()
+            flops = 0.0 if row.spec is None else row.spec.own_train_flops()
             total += flops
             done += flops * (1.0 if row.state.state in OVER else _share(row.state))
         return done, total
@@ -66,7 +66,7 @@ class Standing:
             return None
         done, total = self.flops
         own = [
-            row.spec.train_flops() * (1 - _share(row.state)) / speed
+            row.spec.own_train_flops() * (1 - _share(row.state)) / speed
             for row in self.rows
             if row.spec is not None and (speed := _speed(row)) is not None
         ]

@@ -78,6 +78,8 @@ class Constant:
 
 
 COOLDOWNS = ("sqrt", "linear")
+# Far below one step's share of any cooldown.
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ class WarmupStableDecay:
         if warm is not None:
             return warm
         done = (progress - (1.0 - self.decay_fraction)) / self.decay_fraction
-        if done <= 0:
+        # Rounding must not begin the cooldown a step early: the square root would make 1e-16 of it 1e-8 of the LR.
+        if done <= ROUNDING:
             return 1.0
         left = 1.0 - (math.sqrt(done) if self.cooldown == "sqrt" else done)
         return self.final_fraction + (1.0 - self.final_fraction) * max(0.0, left)

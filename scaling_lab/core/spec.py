@@ -135,6 +135,10 @@ class RunSpec:
     dtype: str = "float32"
     parent: str | None = None
     """Run whose checkpoint this one continues (trunk and cooldown)."""
+    parent_step: int = 0
+    """Steps that the parent had done there; they count as this run's own first steps, in its tokens and FLOPs too."""
+    keep_steps: tuple[int, ...] = ()
+    """Steps after which a checkpoint is kept for other runs to continue from, and validation is visited."""
     convention: Convention = Convention.SIX_N_WITH_HEAD
     parametrization: Any = field(default_factory=Standard)
     """How init, multipliers and group LRs follow from the shape; `optimizer` is what holds at its base shape."""
@@ -143,6 +147,8 @@ class RunSpec:
         self.parametrization.base_shape(self.shape)  # refuses a base shape that the family cannot have
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
+        # From JSON it comes as a list.
+        object.__setattr__(self, "keep_steps", tuple(self.keep_steps))
         if self.batch_tokens < self.shape.context or self.batch_tokens % self.shape.context:
             raise UserError(
                 f"batch_tokens={self.batch_tokens} must be a positive multiple of model.context={self.shape.context}."
@@ -155,6 +161,14 @@ class RunSpec:
         if self.train_tokens % self.batch_tokens:
             raise UserError(
                 f"train_tokens={self.train_tokens} is not a whole number of steps of batch_tokens={self.batch_tokens}."
+            )
+        if (self.parent is None) != (self.parent_step == 0) or not 0 <= self.parent_step < self.steps:
+            raise UserError(
+                f"parent_step={self.parent_step} of parent={self.parent} must lie within the run's {self.steps} steps."
+            )
+        if any(not 0 < step <= self.steps for step in self.keep_steps):
+            raise UserError(
+                f"keep_steps={list(self.keep_steps)} must lie within the run's {self.steps} steps."
             )
         if self.shape.vocab_size < self.data.vocab_size:
             raise UserError(
@@ -183,6 +197,10 @@ class RunSpec:
     def train_flops(self) -> float:
         """Training FLOPs of the whole run under its own convention."""
         return train_flops(self.flops_per_token(), self.train_tokens)
+
+    def own_train_flops(self) -> float:
+        """What this run itself spends: all of it, or from where it left its parent."""
+        return train_flops(self.flops_per_token(), self.train_tokens - self.parent_step * self.batch_tokens)
 
     def learning_rate(self, step: int) -> float:
         """LR at `step`, counted from 0, of hidden matrices of the parametrisation's base shape."""
@@ -324,7 +342,7 @@ class Plan:
 
     @property
     def total_flops(self) -> float:
-        return float(sum(run.spec.train_flops() for run in self.runs))
+        return float(sum(run.spec.own_train_flops() for run in self.runs))
 
     @property
     def budgets_flops(self) -> tuple[float, ...]:

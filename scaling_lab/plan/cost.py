@@ -46,7 +46,7 @@ def estimate_seconds(run: PlannedRun) -> float | None:
     if run.execution.device != "cpu":
         return None
     n = run.spec.n_params()
-    return run.spec.train_flops() / cpu_flops_per_s(n, run.execution.compile)
+    return run.spec.own_train_flops() / cpu_flops_per_s(n, run.execution.compile)
 
 
 def estimate_plan_seconds(runs: Iterable[PlannedRun], workers: int) -> float | None:
@@ -98,7 +98,7 @@ def job_needs(runs: Sequence[PlannedRun], workers: int = 1) -> JobNeeds:
 
 def _assumed_seconds(run: PlannedRun) -> float:
     step_s = UNKNOWN_STEP_S[0] + UNKNOWN_STEP_S[1] * run.spec.shape.depth
-    return run.spec.steps * step_s + run.spec.train_flops() / UNKNOWN_FLOPS_PER_S
+    return (run.spec.steps - run.spec.parent_step) * step_s + run.spec.own_train_flops() / UNKNOWN_FLOPS_PER_S
 
 
 def _worker_bytes(run: PlannedRun) -> float:

@@ -13,6 +13,7 @@ from scaling_lab.core.errors import UserError
 from scaling_lab.core.schedules import Cosine
 from scaling_lab.core.serial import to_dict
 from scaling_lab.core.spec import Plan, PlannedRun, RunSpec
+from scaling_lab.plan.cooldown import cooldown_spec, saved_note
 from scaling_lab.plan.designs.base import RunRequest
 from scaling_lab.plan.execution import executions
 from scaling_lab.plan.recipes.base import Hyperparameters, SweepHorizons, decide, round_batch
@@ -113,7 +114,7 @@ def make_plan(settings: SweepSettings) -> Plan:
         convention=settings.convention,
         data_fingerprint=settings.data.fingerprint(),
         rounding=(*batch_rounding(batches), *rounding),
-        notes=tuple(notes),
+        notes=(*notes, *saved_note(list(specs.values()))),
         settings=to_dict(settings),
     )
 
@@ -177,7 +178,9 @@ def plan_run(settings: SweepSettings, request: RunRequest, horizons: SweepHorizo
     shape = request.shape
     per_token = shape.count().flops_per_token(settings.convention)
     wanted = request.tokens(settings.convention)
-    chosen = decide(settings.recipe, settings.parametrization, shape, wanted, horizons)
+    # Runs that share a trunk share its batch, LR and warm-up: those of their middle horizon.
+    tuned_for = wanted if request.cooldown is None else geometric_mean(request.cooldown.horizons_tokens)
+    chosen = decide(settings.recipe, settings.parametrization, shape, tuned_for, horizons)
     chosen = scaled(chosen, request, shape.context)
     steps = whole_steps(wanted, chosen.batch_tokens)
     if steps < 1:
@@ -188,6 +191,9 @@ def plan_run(settings: SweepSettings, request: RunRequest, horizons: SweepHorizo
     train_tokens = steps * chosen.batch_tokens
     budget = request.budget_flops
     seed = settings.seed + request.seed
+    if request.cooldown is not None:
+        spec = cooldown_spec(settings, request, chosen)
+        return spec, said_of_run(settings, request, spec, chosen)
     spec = RunSpec(
         sweep=settings.sweep, role=request.role,
         budget_flops=float(budget) if budget is not None else train_flops(per_token, train_tokens),
@@ -198,15 +204,19 @@ def plan_run(settings: SweepSettings, request: RunRequest, horizons: SweepHorizo
         dtype=settings.dtype, convention=settings.convention,
         parametrization=settings.parametrization,
     )  # fmt: skip
+    return spec, said_of_run(settings, request, spec, chosen)
+
+
+def said_of_run(settings: SweepSettings, request: RunRequest, spec: RunSpec, chosen: Hyperparameters) -> Said:
+    """What rounding did to a run, and the recipe's notes."""
     rounding: tuple[str, ...] = ()
-    off = train_tokens / wanted - 1
-    if abs(off) > ROUNDING_TOLERANCE:
-        of_what = "budget" if budget is not None else "horizon"
-        rounding = (f"{spec.run_id()}: {steps} whole steps spend {off:+.1%} of the {of_what}.",)
+    off = spec.train_tokens / request.tokens(settings.convention) - 1
+    # A trunk's length is its last branch point.
+    if abs(off) > ROUNDING_TOLERANCE and request.role != "trunk":
+        of_what = "budget" if request.budget_flops is not None else "horizon"
+        rounding = (f"{spec.run_id()}: {spec.steps} whole steps spend {off:+.1%} of the {of_what}.",)
     notes = (*chosen.notes, *schedule_note(settings, chosen))
-    return spec, Said(
-        rounding, notes, chosen.batch_tokens / (chosen.rule_batch_tokens or chosen.batch_tokens) - 1
-    )
+    return Said(rounding, notes, chosen.batch_tokens / (chosen.rule_batch_tokens or chosen.batch_tokens) - 1)
 
 
 def batch_rounding(off: Sequence[float]) -> tuple[str, ...]:
@@ -220,6 +230,12 @@ def batch_rounding(off: Sequence[float]) -> tuple[str, ...]:
 
 def schedule_note(settings: SweepSettings, chosen: Hyperparameters) -> tuple[str, ...]:
     """That the recipe's schedule takes the place of one that the user chose."""
+    if settings.design is not None and settings.design.kind == "trunk_cooldown":
+        if chosen.schedule is None and settings.schedule == Cosine():
+            return ()
+        return (
+            "design=trunk_cooldown has schedules of its own: neither schedule= nor the recipe's is used.",
+        )
     if chosen.schedule is None or settings.schedule == Cosine():
         return ()
     return (

@@ -43,7 +43,7 @@ def executions(specs: list[RunSpec], settings: ExecutionSettings) -> list[Execut
     """
     group_flops: dict[tuple[Any, int], float] = defaultdict(float)
     for spec in specs:
-        group_flops[spec.shape, spec.batch_tokens] += spec.train_flops()
+        group_flops[spec.shape, spec.batch_tokens] += spec.own_train_flops()
     threads = settings.threads or threads_for(specs, settings)
 
     def compiled(spec: RunSpec) -> bool:

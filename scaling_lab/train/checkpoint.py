@@ -1,6 +1,7 @@
 """Owns checkpoints: atomic, checksummed, no pickle; enough to go on as if nothing had happened, bit for bit on a CPU.
 
     <run folder>/checkpoint/step-<n>.pt     tensors: parameters and both moments, flat (torch.save, read weights_only)
+                            kept-<n>.pt, .json  the same, for other runs to continue from (spec.keep_steps); never pruned
                             step-<n>.json   written after it: its sha256, the step, how much of the curve belongs to it
 
 A checkpoint is what its .json says. The last two are kept; a damaged one is skipped for the one before, with a warning.
@@ -52,11 +53,24 @@ class Checkpoint:
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = KEPT) -> None:
     """Write durably, then remove all but the last `keep`. Raises OSError (a full disk, say); what was there stays."""
-    folder.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(folder / f"step-{checkpoint.step}.pt", checkpoint)
+    for step in steps_saved(folder)[:-keep]:
+        # The .json first: a .pt alone is no checkpoint, a .json alone would look like a damaged one.
+        (folder / f"step-{step}.json").unlink(missing_ok=True)
+        (folder / f"step-{step}.pt").unlink(missing_ok=True)
+
+
+def kept_path(folder: Path, step: int) -> Path:
+    """The tensors of a kept checkpoint; it is there when the .json beside them is."""
+    return folder / f"kept-{step}.pt"
+
+
+def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write `path` and, after it, the .json that makes it a checkpoint. Raises OSError; what was there stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save({name: tensor.cpu() for name, tensor in checkpoint.tensors.items()}, buffer)
     data = buffer.getvalue()
-    path = folder / f"step-{checkpoint.step}.pt"
     temporary = temporary_beside(path)
     try:
         with open(temporary, "wb") as file:
@@ -73,10 +87,6 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = KEPT) -> N
         "format_version": FORMAT_VERSION,
     }
     write_atomic(path.with_suffix(".json"), dumps(meta))
-    for step in steps_saved(folder)[:-keep]:
-        # The .json first: a .pt alone is no checkpoint, a .json alone would look like a damaged one.
-        (folder / f"step-{step}.json").unlink(missing_ok=True)
-        (folder / f"step-{step}.pt").unlink(missing_ok=True)
 
 
 def clean(folder: Path) -> None:

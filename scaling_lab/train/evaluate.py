@@ -91,9 +91,10 @@ def evaluation_steps(spec: RunSpec) -> tuple[int, ...]:
     """Steps (counted from 1) after which the validation set is visited: the last, and before it factors of sqrt(2).
 
     At most `eval.points`, and no more visits than cost `eval.max_cost_fraction` of the training FLOPs: a forward pass
-    costs a third of a training step. The last step is always visited.
+    costs a third of a training step. The last step is always visited, and so are those whose checkpoint is kept.
     """
     visit_cost = spec.eval.tokens / 3
     affordable = int(spec.eval.max_cost_fraction * spec.train_tokens / visit_cost)
     points = max(1, min(spec.eval.points, affordable))
-    return tuple(sorted({max(1, round(spec.steps * 2 ** (-i / 2))) for i in range(points)}))
+    visits = {max(1, round(spec.steps * 2 ** (-i / 2))) for i in range(points)} | set(spec.keep_steps)
+    return tuple(sorted(step for step in visits if step > spec.parent_step))

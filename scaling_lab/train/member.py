@@ -14,7 +14,16 @@ from scaling_lab.core.claims import Claim, ClaimLost
 from scaling_lab.core.record import EvalPoint, RunRecord, RunStatus
 from scaling_lab.core.spec import PlannedRun, RunSpec
 from scaling_lab.core.store import RunStore
-from scaling_lab.train.checkpoint import KEPT, Checkpoint, clean, load_latest, save_checkpoint
+from scaling_lab.train.checkpoint import (
+    KEPT,
+    Checkpoint,
+    clean,
+    kept_path,
+    load_latest,
+    read_checkpoint,
+    save_checkpoint,
+    write_checkpoint,
+)
 from scaling_lab.train.curve import CurveWriter
 from scaling_lab.train.devices import environment
 from scaling_lab.train.divergence import Divergence
@@ -80,6 +89,7 @@ class Member(Progress):
                     "run %s begins again: no whole checkpoint is left; its %d points are computed anew.",
                     planned.run_id, lost,
                 )  # fmt: skip
+            self.saved = self.of_parent(fingerprint)
             return
         points = len(self.store.read_curve(planned.run_id))
         if points < saved.curve_points:
@@ -87,8 +97,23 @@ class Member(Progress):
                 "run %s begins again: its curve has %d of the %d points that its checkpoint counts on.",
                 planned.run_id, points, saved.curve_points,
             )  # fmt: skip
+            self.saved = self.of_parent(fingerprint)
             return
         self.saved = saved
+
+    def of_parent(self, fingerprint: str) -> Checkpoint | None:
+        """Where this run leaves its parent, as the beginning of its own curve; None for a run without a parent.
+
+        Raises ValueError or OSError where the parent's checkpoint is not there or damaged.
+        """
+        spec = self.spec
+        if spec.parent is None:
+            return None
+        path = kept_path(self.store.run_folder(spec.parent) / "checkpoint", spec.parent_step)
+        found = read_checkpoint(path, spec.parent, fingerprint=fingerprint)
+        return replace(
+            found, run_id=self.planned.run_id, curve_points=0, block_losses_nats=(), wall_time_s=0.0
+        )
 
     def begin(self, session: Session) -> IO[str]:
         """Take up where the checkpoint left off; returns the curve's file, to be closed by the caller."""
@@ -129,8 +154,14 @@ class Member(Progress):
         self.curve.flush()
         if self.watch.reason:
             self.finish()
-        else:
-            self.pulse.progress(self.done, losses[-1])
+            return
+        self.pulse.progress(self.done, losses[-1])
+        if self.done in self.spec.keep_steps:
+            self.pulse.check()
+            keep(
+                self.folder / "checkpoint", self.planned, self.session, self.curve, self.watch, self.done,
+                for_others=True,
+            )  # fmt: skip
 
     def mirror(self, point: EvalPoint) -> None:
         """Show a point elsewhere, once: an attempt that ran out of memory may have shown it."""
@@ -168,28 +199,35 @@ class Member(Progress):
 
 
 def keep(
-    folder: Path, planned: PlannedRun, session: Session, curve: CurveWriter, watch: Divergence, step: int
+    folder: Path,
+    planned: PlannedRun,
+    session: Session,
+    curve: CurveWriter,
+    watch: Divergence,
+    step: int,
+    *,
+    for_others: bool = False,
 ) -> bool:
     """Checkpoint; says whether it is on the disk. A disk that refuses is a warning: the run goes on, and would begin
-    from an older one."""
+    from an older one. `for_others`: one that is kept for runs that continue from it."""
     try:
         curve.flush(durable=True)
-        save_checkpoint(
-            folder,
-            Checkpoint(
-                run_id=planned.run_id,
-                step=step,
-                curve_points=len(curve.points),
-                block_losses_nats=curve.block_losses_nats,
-                wall_time_s=curve.wall_time_s,
-                execution=planned.execution,
-                data_fingerprint=session.fingerprint,
-                tensors=session.step.state(),
-                divergence=watch.state(),
-            ),
-            # A run that is over needs one: its weights, to sample from.
-            keep=1 if step == planned.spec.steps else KEPT,
+        checkpoint = Checkpoint(
+            run_id=planned.run_id,
+            step=step,
+            curve_points=len(curve.points),
+            block_losses_nats=curve.block_losses_nats,
+            wall_time_s=curve.wall_time_s,
+            execution=planned.execution,
+            data_fingerprint=session.fingerprint,
+            tensors=session.step.state(),
+            divergence=watch.state(),
         )
+        if for_others:
+            write_checkpoint(kept_path(folder, step), checkpoint)
+        else:
+            # A run that is over needs one: its weights, to sample from.
+            save_checkpoint(folder, checkpoint, keep=1 if step == planned.spec.steps else KEPT)
     except OSError as error:
         log.warning("run %s: no checkpoint at step %d (%s).", planned.run_id, step, error)
         return False

@@ -28,11 +28,12 @@ from scaling_lab.core.files import disk_error
 from scaling_lab.core.record import RunRecord, RunStatus
 from scaling_lab.core.spec import Plan, PlannedRun
 from scaling_lab.core.store import RunStore
+from scaling_lab.train.checkpoint import kept_path
 from scaling_lab.train.devices import environment, resolve_device
 from scaling_lab.train.distributed import PARALLEL, TeamLost, joined
 from scaling_lab.train.loop import CHECKPOINT_EVERY_S, Claimed, train_together
 from scaling_lab.train.member import Member
-from scaling_lab.train.stopping import EXIT_REQUEUE, Interrupted, listen
+from scaling_lab.train.stopping import EXIT_REQUEUE, Interrupted, Requests, listen
 from scaling_lab.train.tracking import make_tracker, mirrors_closed
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ EXIT_DISK = 74
 
 def longest_first(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     """The order in which workers take runs: a long run that starts last would keep the others waiting."""
-    return sorted(runs, key=lambda run: (-run.spec.train_flops(), run.run_id))
+    return sorted(runs, key=lambda run: (-run.spec.own_train_flops(), run.run_id))
 
 
 def train_pending(
@@ -62,12 +63,15 @@ def train_pending(
     for device in {run.execution.device for run in plan.runs}:
         resolve_device(device)
     made = []
+    if wanted is not None:
+        # Whoever is to train a branch trains its trunk, unless somebody else does.
+        wanted |= {r.spec.parent for r in plan.runs if r.run_id in wanted and r.spec.parent is not None}
     pending = longest_first([r for r in plan.runs if wanted is None or r.run_id in wanted])
     with mirrors_closed(), listen() as asked:
-        for group in groups(pending, plan):
+        for group in ready_first(store, list(groups(pending, plan)), wanted, asked):
             # Told to stop as the run before ended: this one is not begun.
             asked.answer()
-            mine = [planned for planned in group if wanted is None or planned.run_id in wanted]
+            mine = [r for r in group if (wanted is None or r.run_id in wanted) and is_ready(store, r)]
             try:
                 claims = {planned.run_id: store.claim(planned.spec) for planned in mine}
             except OSError as error:
@@ -88,6 +92,57 @@ def groups(runs: Iterable[PlannedRun], plan: Plan) -> Iterator[list[PlannedRun]]
         elif stack not in begun:
             begun.add(stack)
             yield [member for member in plan.runs if member.execution.stack == stack]
+
+
+def ready_first(
+    store: RunStore, waiting: list[list[PlannedRun]], wanted: set[str] | None, asked: Requests
+) -> Iterator[list[PlannedRun]]:
+    """The groups in order, those whose runs wait for the checkpoint of a parent after it is there.
+
+    While another process trains the last parents this one waits; a run whose parent ended without that checkpoint is
+    recorded as failed.
+    """
+    while waiting:
+        later = []
+        for group in waiting:
+            mine = [r for r in group if wanted is None or r.run_id in wanted]
+            unready = [r for r in mine if not is_ready(store, r)]
+            for run in [r for r in unready if is_over(store, r.spec.parent)]:
+                # Looked at again: the parent may have written both in between.
+                if not is_ready(store, run):
+                    fail_orphan(store, run)
+            unready = [r for r in unready if not is_over(store, r.run_id)]
+            if len(unready) < len(mine):
+                yield group
+            if unready:
+                later.append(group)
+        if len(later) == len(waiting):
+            asked.answer()
+            time.sleep(PARENT_POLL_S)
+        waiting = later
+
+
+def is_ready(store: RunStore, run: PlannedRun) -> bool:
+    """Whether nothing that the run begins from is missing."""
+    spec = run.spec
+    if spec.parent is None:
+        return True
+    kept = kept_path(store.run_folder(spec.parent) / "checkpoint", spec.parent_step)
+    return kept.with_suffix(".json").exists()
+
+
+def is_over(store: RunStore, run_id: str | None) -> bool:
+    return run_id is not None and (store.run_folder(run_id) / "record.json").exists()
+
+
+def fail_orphan(store: RunStore, run: PlannedRun) -> None:
+    """Record that the run cannot be trained: its parent is over and left no checkpoint at that step."""
+    claim = store.claim(run.spec)
+    if claim is None:
+        return
+    why = f"its trunk {run.spec.parent} is over without a checkpoint at step {run.spec.parent_step}"
+    store.write_record(failed_record(run, store, "", why))
+    claim.release()
 
 
 def train_claimed(

@@ -13,6 +13,18 @@ from scaling_lab.plan.sizes import SizeLadder
 
 
 @dataclass(frozen=True)
+class Cooldown:
+    """How runs of one size share a constant-LR trunk."""
+
+    horizons_tokens: tuple[float, ...]
+    """Of all runs of the size, ascending, not yet rounded."""
+    decay_fraction: float
+    """Share of a run that its cooldown takes."""
+    shape: str
+    """sqrt or linear."""
+
+
+@dataclass(frozen=True)
 class RunRequest:
     """One run that a design asks for: a shape and what it may spend, as a budget or as a horizon."""
 
@@ -28,6 +40,8 @@ class RunRequest:
     """Times the recipe's peak LR."""
     batch_multiplier: float = 1.0
     """Times the recipe's batch, then rounded as the recipe rounds."""
+    cooldown: Cooldown | None = None
+    """A trunk (role "trunk") or a branch of one; the recipe decides once for all runs of the size."""
 
     def __post_init__(self) -> None:
         if (self.budget_flops is None) == (self.train_tokens is None):

@@ -73,9 +73,13 @@ class IsoFlopDesign:
 
     def requests(self, shapes: ShapeMaker) -> Iterator[RunRequest]:
         """Ascending by budget, then by size; the repeated seeds of a size follow its first."""
+        return self.requests_of_seeds(shapes)
+
+    def requests_of_seeds(self, shapes: ShapeMaker, seeds: int | None = None) -> Iterator[RunRequest]:
+        """The requests with so many seeds of every run; None: as `noise_seeds` says."""
         for index, budget in enumerate(sorted(self.budgets_flops)):
             for shape in self.window_shapes(shapes, budget):
-                for seed in self.seeds(index):
+                for seed in self.seeds(index) if seeds is None else range(seeds):
                     role = "isoflop" if seed == 0 else "noise"
                     yield RunRequest(shape, budget, role=role, seed=seed)
 

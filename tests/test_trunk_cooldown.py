@@ -1,0 +1,266 @@
+"""Trunks and cooldown branches: planned in steps that fit, trained from the trunk's checkpoint, equal to runs alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from scaling_lab.analyse.analysis import observations_of_sweep
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.record import RunStatus
+from scaling_lab.core.schedules import Constant, Cosine, WarmupStableDecay
+from scaling_lab.core.sources.pysource import PySource
+from scaling_lab.core.spec import EvalSpec, Plan, PlannedRun, RunSpec
+from scaling_lab.core.store import RunStore
+from scaling_lab.plan.cooldown import stretch
+from scaling_lab.plan.design import make_plan
+from scaling_lab.plan.designs.isoflop import IsoFlopDesign
+from scaling_lab.plan.designs.trunk_cooldown import TrunkCooldownDesign
+from scaling_lab.plan.recipes.default import DefaultRecipe
+from scaling_lab.plan.settings import ExecutionSettings, ModelSettings, SweepSettings
+from scaling_lab.plan.sizes import SizeLadder
+from scaling_lab.train.checkpoint import kept_path, read_checkpoint, steps_saved
+from scaling_lab.train.worker import failed_record, train_pending
+
+
+def settings(design: TrunkCooldownDesign | None = None, **changes) -> SweepSettings:
+    base = SweepSettings(
+        sweep="t",
+        design=design or TrunkCooldownDesign(),
+        recipe=DefaultRecipe(),
+        model=ModelSettings(),
+        data=PySource(),
+        schedule=Cosine(),
+        execution=ExecutionSettings(compile="false"),
+    )
+    return replace(base, **changes)
+
+
+def tiny_plan() -> Plan:
+    """Four sizes of 1.3k to 4k parameters at two budgets: trunks of up to about 200 steps."""
+    design = TrunkCooldownDesign(
+        budgets_flops=(8e7, 1.6e8),
+        sizes_per_budget=4,
+        sizes=SizeLadder(min_width=4, max_width=12, width_multiple=2, min_depth=1),
+    )
+    return make_plan(
+        settings(
+            design,
+            model=ModelSettings(context=16, head_dim=4),
+            data=PySource(max_mb=1),
+            recipe=DefaultRecipe(batch_tokens=128),
+            eval=EvalSpec(tokens=1024, points=2),
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Plan, RunStore]:
+    plan = tiny_plan()
+    store = RunStore(tmp_path_factory.mktemp("trunks") / "t")
+    store.write_plan(plan)
+    records = train_pending(store, plan)
+    assert len(records) == len(plan.runs)
+    return plan, store
+
+
+def branches(plan: Plan) -> list[PlannedRun]:
+    return [r for r in plan.runs if r.spec.parent is not None]
+
+
+def test_whole_steps_of_a_horizon_by_hand():
+    """1000 tokens in steps of 10 are 100 steps, of which 20 cool down; 3 steps leave one for the cooldown."""
+    found = [stretch(t, 10, 0.2) for t in (1000.0, 30.0, 20.0)]
+    assert [(s.steps, s.branch_step) for s in found] == [(100, 80), (3, 2), (2, 1)]
+
+
+def test_the_plan_holds_an_isoflop_grid_and_its_trunks():
+    plan = make_plan(settings())
+    grid = make_plan(settings(design=IsoFlopDesign(TrunkCooldownDesign().budgets_flops, noise_seeds=1)))
+    of_grid = [(r.spec.budget_flops, r.spec.shape) for r in grid.runs]
+    points = [r.spec for r in plan.runs if r.spec.role == "isoflop"]
+    assert [(s.budget_flops, s.shape) for s in points] == of_grid
+    for s in points:
+        assert s.train_flops() == pytest.approx(s.budget_flops, rel=0.01)
+        assert s.schedule.kind == "wsd"
+    trunks = {r.run_id: r.spec for r in plan.runs if r.spec.role == "trunk"}
+    for run in branches(plan):
+        trunk = trunks[run.spec.parent]
+        assert run.spec.parent_step in trunk.keep_steps
+        assert (trunk.shape, trunk.batch_tokens, trunk.optimizer) == (
+            run.spec.shape, run.spec.batch_tokens, run.spec.optimizer,
+        )  # fmt: skip
+        assert run.spec.schedule.decay_fraction == pytest.approx(0.2, abs=2 / run.spec.steps)
+        # Half of the cosine's peak.
+        assert trunk.optimizer.peak_lr == pytest.approx(0.007 * 64 / trunk.shape.width / 2)
+
+
+def test_a_size_with_one_budget_is_one_run_without_a_trunk():
+    plan = make_plan(settings(TrunkCooldownDesign((1e11, 1.6e12))))
+    specs = [r.spec for r in plan.runs if r.spec.role == "isoflop"]
+    once = [s for s in specs if sum(p.shape == s.shape for p in specs) == 1]
+    assert once
+    assert all(s.parent is None for s in once)
+    assert len(specs) == 12
+    assert len({s.shape for s in specs} - {s.shape for s in once}) == sum(
+        r.spec.role == "trunk" for r in plan.runs
+    )
+
+
+def test_flops_are_counted_once_and_the_saving_is_said():
+    plan = make_plan(settings())
+    points = [r.spec for r in plan.runs if r.spec.role == "isoflop"]
+    trunks = [r.spec for r in plan.runs if r.spec.role == "trunk"]
+    own = sum(6 * s.n_params() * (s.train_tokens - s.parent_step * s.batch_tokens) for s in points)
+    spent = own + sum(6 * s.n_params() * s.train_tokens for s in trunks)
+    assert plan.total_flops == pytest.approx(spent)
+    alone = sum(s.train_flops() for s in points)
+    saved = 1 - spent / alone
+    assert 0.4 < saved < 0.6
+    assert any(f"{saved:.0%} saved" in note for note in plan.notes)
+
+
+def test_learning_rates_of_trunk_and_branch_are_the_same_up_to_the_branch_point():
+    plan = make_plan(settings())
+    specs = {r.run_id: r.spec for r in plan.runs}
+    for run in branches(plan):
+        branch, trunk = run.spec, specs[run.spec.parent]
+        steps = [*range(0, branch.parent_step, 37), branch.parent_step - 1]
+        ours = np.float32([branch.learning_rate(s) for s in steps])
+        theirs = np.float32([trunk.learning_rate(s) for s in steps])
+        np.testing.assert_array_equal(ours, theirs)
+        assert branch.learning_rate(branch.parent_step) < trunk.optimizer.peak_lr
+        assert branch.learning_rate(branch.steps - 1) < 1e-15
+
+
+def test_a_horizon_beyond_the_corpus_does_not_lengthen_the_trunk():
+    plan = make_plan(settings(max_epochs=0.2))
+    corpus = PySource().n_tokens("train")
+    assert any(note.startswith("not planned") for note in plan.notes)
+    assert max(r.spec.train_tokens for r in plan.runs) <= 0.2 * corpus
+    ids = {r.run_id for r in plan.runs}
+    assert all(r.spec.parent in ids for r in branches(plan))
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: TrunkCooldownDesign(decay_fraction=1.0), "design.decay_fraction=1.0"),
+        (lambda: TrunkCooldownDesign(cooldown="cosine"), "design.cooldown='cosine'"),
+        (lambda: TrunkCooldownDesign(lr_ratio=0), "design.lr_ratio=0"),
+        (lambda: TrunkCooldownDesign(budgets_flops=()), "design.budgets_flops"),
+        (lambda: make_plan(settings(TrunkCooldownDesign((1e7, 2e7)))), "a trunk and a cooldown need 2"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(make, named):
+    with pytest.raises(UserError, match=named) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_a_spec_refuses_a_parent_without_a_place_in_it():
+    spec = branches(tiny_plan())[0].spec
+    for changes in ({"parent_step": 0}, {"parent": None}, {"parent_step": spec.steps}, {"keep_steps": (0,)}):
+        with pytest.raises(UserError, match="must lie within the run's"):
+            replace(spec, **changes)
+    assert RunSpec.from_dict(spec.to_dict()) == spec
+
+
+def test_a_branch_is_bit_for_bit_the_run_of_its_horizon_trained_alone(trained, tmp_path):
+    plan, store = trained
+    for run in branches(plan)[:3]:
+        spec = replace(run.spec, parent=None, parent_step=0)
+        assert isinstance(spec.schedule, WarmupStableDecay)
+        alone = PlannedRun(spec, run.execution)
+        other = RunStore(tmp_path / run.run_id)
+        train_pending(other, Plan("t", (alone,), plan.convention, plan.data_fingerprint))
+        ours, theirs = store.read_record(run.run_id), other.read_record(alone.run_id)
+        assert ours.final_val_loss_nats == theirs.final_val_loss_nats
+        # The branch's curve begins where it left the trunk, with the FLOPs that were spent by then.
+        assert ours.curve[0].step == run.spec.parent_step + 1
+        assert ours.curve[0].train_flops == pytest.approx(
+            spec.flops_per_token() * (run.spec.parent_step + 1) * spec.batch_tokens
+        )
+        later = [p for p in theirs.curve if p.step > run.spec.parent_step]
+        assert [(p.step, p.train_loss_nats, p.lr) for p in ours.curve] == [
+            (p.step, p.train_loss_nats, p.lr) for p in later
+        ]
+        one, two = (
+            read_checkpoint(s.run_folder(i) / "checkpoint" / f"step-{spec.steps}.pt", i).tensors
+            for s, i in ((store, run.run_id), (other, alone.run_id))
+        )
+        for name in one:
+            assert torch.equal(one[name], two[name])
+
+
+def test_the_trunk_keeps_what_its_branches_begin_from(trained):
+    plan, store = trained
+    trunks = [r for r in plan.runs if r.spec.role == "trunk"]
+    assert trunks
+    for run in trunks:
+        assert isinstance(run.spec.schedule, Constant)
+        folder = store.run_folder(run.run_id) / "checkpoint"
+        for step in run.spec.keep_steps:
+            assert read_checkpoint(kept_path(folder, step), run.run_id).step == step
+        # Pruning took the others, and validation was visited at the branch points.
+        assert steps_saved(folder) == [run.spec.steps]
+        visited = {p.step for p in store.read_curve(run.run_id) if p.val_loss_nats is not None}
+        assert set(run.spec.keep_steps) <= visited
+
+
+def test_analysis_takes_the_branches_with_their_whole_n_d_and_c(trained):
+    plan, store = trained
+    records, problems = store.load_records()
+    assert not problems
+    observations = observations_of_sweep(records)
+    points = {r.run_id: r.spec for r in plan.runs if r.spec.role != "trunk"}
+    assert set(observations.run_names) == set(points)
+    for name, d, c in zip(
+        observations.run_id, observations.n_tokens, observations.compute_flops, strict=True
+    ):
+        assert d == points[name].train_tokens
+        assert c == pytest.approx(points[name].train_flops())
+    assert {d.reason.split(":")[0] for d in observations.dropped} == {"a trunk"}
+
+
+def test_whoever_is_handed_a_branch_alone_trains_its_trunk_first(tmp_path):
+    plan, store = tiny_plan(), RunStore(tmp_path / "t")
+    branch = branches(plan)[0]
+    made = train_pending(store, plan, [branch.run_id])
+    assert [r.run_id for r in made] == [branch.spec.parent, branch.run_id]
+    assert all(r.status is RunStatus.COMPLETED for r in made)
+
+
+def test_a_branch_whose_trunk_left_nothing_fails_and_says_so(tmp_path):
+    plan, store = tiny_plan(), RunStore(tmp_path / "t")
+    branch = branches(plan)[0]
+    trunk = next(r for r in plan.runs if r.run_id == branch.spec.parent)
+    store.run_folder(trunk.run_id).mkdir(parents=True)
+    store.write_record(failed_record(trunk, store, "", "it broke"))
+    assert train_pending(store, plan, [branch.run_id]) == []
+    state = store.state(branch.run_id)
+    assert state.state == "failed"
+    assert "is over without a checkpoint at step" in state.reason
+
+
+@pytest.mark.slow
+def test_workers_share_trunks_and_branches(tmp_path, trained):
+    """Two processes at once: whoever finds only branches of a trunk under way waits for it. The losses are those of one."""
+    plan, alone = trained
+    store = RunStore(tmp_path / "t")
+    store.write_plan(plan)
+    command = [sys.executable, "-m", "scaling_lab.train.worker", str(store.folder)]
+    workers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for worker in workers:
+        _, said = worker.communicate(timeout=120)
+        assert worker.returncode == 0, said
+    for run in plan.runs:
+        ours, theirs = (s.read_record(run.run_id, curve=False) for s in (store, alone))
+        assert ours.final_val_loss_nats == theirs.final_val_loss_nats
+    assert not list(Path(store.folder).glob("runs/*/record-failed-*"))
