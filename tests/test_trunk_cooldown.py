@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -247,6 +248,17 @@ def test_a_branch_whose_trunk_left_nothing_fails_and_says_so(tmp_path):
     state = store.state(branch.run_id)
     assert state.state == "failed"
     assert "is over without a checkpoint at step" in state.reason
+
+
+def test_a_trunk_whose_owner_is_gone_is_taken_over(tmp_path):
+    """Another process has the trunk, and lets go of it without a record while this one waits for the branch point."""
+    plan, store = tiny_plan(), RunStore(tmp_path / "t")
+    branch = branches(plan)[0]
+    trunk = next(r for r in plan.runs if r.run_id == branch.spec.parent)
+    claim = store.claim(trunk.spec)
+    threading.Timer(1.5, claim.release).start()
+    made = train_pending(store, plan, [branch.run_id])
+    assert [r.run_id for r in made] == [trunk.run_id, branch.run_id]
 
 
 @pytest.mark.slow

@@ -99,9 +99,10 @@ def ready_first(
 ) -> Iterator[list[PlannedRun]]:
     """The groups in order, those whose runs wait for the checkpoint of a parent after it is there.
 
-    While another process trains the last parents this one waits; a run whose parent ended without that checkpoint is
-    recorded as failed.
+    While another process trains the last parents this one waits, and looks whether they are still trained; a run whose
+    parent ended without that checkpoint is recorded as failed.
     """
+    everything = list(waiting)
     while waiting:
         later = []
         for group in waiting:
@@ -116,9 +117,12 @@ def ready_first(
                 yield group
             if unready:
                 later.append(group)
-        if len(later) == len(waiting):
+        if later and len(later) == len(waiting):
             asked.answer()
             time.sleep(PARENT_POLL_S)
+            # Their owner may have died meanwhile: whoever is left takes them.
+            parents = {r.spec.parent for group in later for r in group if not is_ready(store, r)}
+            yield from (group for group in everything if any(r.run_id in parents for r in group))
         waiting = later
 
 
