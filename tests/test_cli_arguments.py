@@ -173,3 +173,14 @@ def test_hydra_reads_back_other_values():
     for value in (1, -2, 1e-7, 5e10, True, None, [1.5, 2.0], ["a'b", "c"]):
         parsed = OverridesParser.create().parse_override(f"++key={hydra_text('key', value)}").value()
         assert parsed == value, value
+
+
+def test_hydras_own_options_keep_their_plus():
+    argv = ["sweep", "++seed=1", "+hydra.launcher.ray.init.log_to_driver=false", "hydra/launcher=ray"]
+    arguments = parse(argv)
+    assert [a.key for a in arguments.assignments] == [
+        "seed",
+        "hydra.launcher.ray.init.log_to_driver",
+        "hydra/launcher",
+    ]
+    assert [a.text for a in arguments.assignments] == argv[1:]

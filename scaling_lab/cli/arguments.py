@@ -32,10 +32,12 @@ class Assignment:
 
     key: str
     value: str
+    plus: str = ""
+    """What was taken off. Hydra's own options need it where they add something (+hydra.launcher.ray.init.x=1)."""
 
     @property
     def text(self) -> str:
-        return f"{self.key}={self.value}"
+        return f"{self.plus}{self.key}={self.value}"
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,13 @@ def _assignment(text: str) -> Assignment:
     key, _, value = text.partition("=")
     if key.startswith("~"):
         raise UserError(f"{text!r}: options cannot be removed; give the option another value instead.")
-    bare = key[2:] if key.startswith("++") else key[1:] if key.startswith("+") else key
-    bare = bare.strip()
+    plus = "++" if key.startswith("++") else "+" if key.startswith("+") else ""
+    bare = key.removeprefix(plus).strip()
     if not bare:
         raise UserError(f"{text!r} names no option: options are written key=value.")
     if not value.strip():
         raise UserError(f"{bare}= has no value: write {bare}=VALUE, without spaces around the '='.")
-    return Assignment(bare, value)
+    return Assignment(bare, value, plus)
 
 
 def _unknown_flag(text: str) -> UserError:
