@@ -197,3 +197,30 @@ def test_a_group_that_is_stopped_or_loses_a_process_goes_on_another_time(tmp_pat
     assert not (store.run_folder(spec.run_id()) / "record.json").exists()
     if number == signal.SIGTERM:
         assert list((store.run_folder(spec.run_id()) / "checkpoint").glob("step-*.pt"))
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun_writes_and_says_everything_once(tmp_path):
+    options = [
+        "sweep=p",
+        f"results_dir={tmp_path}",
+        "model.width=16",
+        "model.depth=1",
+        "device=cpu",
+        "train_tokens=20k",
+    ]
+    command = [str(Path(sys.executable).parent / "scaling-lab"), "train", *options, "compile=false"]
+    process = torchrun(*command, port=27_500 + os.getpid() % 1000)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out
+    assert out.count("records: ") == 1
+    assert len(list(tmp_path.glob("p/runs/*/record.json"))) == 1
+    assert len(list(tmp_path.glob("p/runs/*/claim-*.json"))) == 1
+
+
+def test_sweep_under_torchrun_says_what_to_do(tmp_path, monkeypatch, capsys):
+    from scaling_lab.cli.main import main
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["sweep", "sweep=p", f"results_dir={tmp_path}"]) == 2
+    assert "torchrun --nproc_per_node=N -m scaling_lab.train.worker" in capsys.readouterr().err

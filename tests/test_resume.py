@@ -248,3 +248,19 @@ def test_a_worker_stops_in_good_order_when_its_launcher_is_killed(tmp_path):
         time.sleep(0.1)
     assert store.state(spec.run_id()).state == "interrupted"
     assert steps_saved(store.run_folder(spec.run_id()) / "checkpoint")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_deterministic_gpu_repeats_and_resumes_bit_for_bit(tmp_path, dtype, compiled):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    spec, execution = tiny(150, dtype=dtype), Execution(device="cuda", compile=compiled, deterministic=True)
+    whole = train(RunStore(tmp_path / "whole"), spec, execution)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert losses(train(RunStore(tmp_path / "again"), spec, execution)) == losses(whole)
+    store = RunStore(tmp_path / "resumed")
+    interrupted_at(store, spec, 64, execution)
+    assert losses(train(store, spec, execution)) == losses(whole)

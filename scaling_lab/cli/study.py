@@ -99,6 +99,8 @@ class TrainOnly:
     """What train takes beside a study's options."""
 
     train_tokens: int | None = None
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """Under torchrun, or srun with ddp or fsdp: how the processes share the run; auto: fsdp where it needs the room"""
 
 
 @dataclass(frozen=True)

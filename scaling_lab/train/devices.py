@@ -42,11 +42,23 @@ def apply_execution(execution: Execution, dtype: str = "float32") -> torch.devic
     torch.set_num_threads(execution.threads)
     if execution.device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-        if execution.deterministic:
-            # cuBLAS needs this before its first call to be reproducible.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
+        be_deterministic(execution.deterministic)
     return torch.device(execution.device)
+
+
+def be_deterministic(on: bool) -> None:
+    """The same bits at every repetition on one kind of GPU, or an error that names the operation that has no such form.
+
+    An error, not a warning: under warn_only memory-efficient attention keeps its backward pass that adds atomically.
+    """
+    if on:
+        # cuBLAS needs this before its first call to be reproducible.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # No word of determinism in the documentation of cuDNN's attention; flash and memory-efficient attention have it.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.use_deterministic_algorithms(on)
+    # Filling fresh memory, which the switch would also do, costs time and decides no result here.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def cuda_memory_gb() -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 from scaling_lab.cli.arguments import Arguments
@@ -15,6 +16,7 @@ from scaling_lab.cli.planning import defines_plan
 from scaling_lab.cli.study import SweepOnly, study_form, sweep_settings
 from scaling_lab.cli.sweeping import Session, open_session, report_outcome, run_multirun, sweep_job
 from scaling_lab.cli.wandb_study import is_mirrored, mirror_study, say_what_is_missing
+from scaling_lab.core.errors import UserError
 from scaling_lab.core.files import disk_error
 from scaling_lab.core.spec import Plan
 from scaling_lab.core.store import RunStore
@@ -71,6 +73,11 @@ def mirror_whole_sweep(store: RunStore, text: str, console: Console) -> None:
 def execute(command: Command, console: Console) -> int:
     """Run the multirun and return the exit status that the records tell."""
     store: RunStore = store_of(command)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "sweep starts its own workers. To train each run on all processes of torchrun, plan it and give torchrun "
+            f"the workers: torchrun --nproc_per_node=N -m scaling_lab.train.worker {store.folder}"
+        )
     if not defines_plan(command.given):
         store.read_plan()  # says at once which sweeps there are, if this is none of them
     else:

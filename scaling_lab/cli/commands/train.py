@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling_lab.cli.arguments import Arguments
-from scaling_lab.cli.compose import read_command
+from scaling_lab.cli.compose import Command, read_command
 from scaling_lab.cli.console import Console, human_count, human_time
 from scaling_lab.cli.forms import Form
 from scaling_lab.cli.progress import ending_line
@@ -28,6 +28,7 @@ def form(arguments: Arguments) -> Form:
 
 
 def run(arguments: Arguments) -> int:
+    """Under torchrun every process comes here; all but the first follow it in what is trained, and say nothing."""
     multirun = "multirun" in arguments.flags
     command = read_command(
         arguments,
@@ -36,9 +37,19 @@ def run(arguments: Arguments) -> int:
         multirun=multirun,
         launches=multirun,
     )
-    console = Console.for_flags(arguments.flags)
     # Every run is planned before the first is launched: an impossible one refuses them all.
     planned = {p.run_id: p for p in (planned_run(c.tree) for c in command.combinations)}
+    from scaling_lab.train.distributed import joined
+
+    with joined(str(command.tree["parallel"]), str(command.tree["device"])) as team:
+        if team is not None and not team.leads:
+            return team.follow()
+        return train_planned(command, planned, Console.for_flags(arguments.flags), multirun=multirun)
+
+
+def train_planned(
+    command: Command, planned: dict[str, PlannedRun], console: Console, *, multirun: bool
+) -> int:
     store = RunStore.for_sweep(command.tree["results_dir"], str(command.tree["sweep"]))
     with open_session(Session(console)):
         if multirun:
