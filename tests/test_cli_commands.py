@@ -70,7 +70,7 @@ def test_overview_is_fast_and_names_every_command(capsys):
         assert f"\n  {command.name} " in out
         assert command.example in out
     # What does not exist yet is not promised.
-    for later in ("validate", "compare", "observe", "import-wandb", "prune"):
+    for later in ("validate", "compare", "observe", "prune"):
         assert later not in out
 
 
