@@ -159,7 +159,8 @@ class Crew:
             if now >= next_look:
                 self.progress.look()
                 display.show(self.progress)
-                next_look = now + STATES_EVERY_S
+                # A look at thousands of open runs takes a while: at most a fifth of the time is spent looking.
+                next_look = now + max(STATES_EVERY_S, 5 * (time.monotonic() - now))
                 if not self.progress.open_ids() or (self.leave_others and self._rest_is_others()):
                     break
                 if now >= self.not_before:
