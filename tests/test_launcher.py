@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from scaling_lab.cli import workers
 from scaling_lab.cli.workers import worker_slots
 from scaling_lab.core.spec import Execution
 from scaling_lab.core.store import RunStore
@@ -163,6 +164,9 @@ def test_workers_share_cores_and_gpus(monkeypatch):
     devices = [s["CUDA_VISIBLE_DEVICES"] for s in worker_slots(Execution("cuda"), None, 100)]
     assert devices == ["4", "6"] * 4
     assert [s["CUDA_VISIBLE_DEVICES"] for s in worker_slots(Execution("cuda"), 3, 100)] == ["4", "6", "4"]
+    # Of runs of 30 GB two fit on a GPU of 80 GB; of 100 GB none does, and each GPU gets one, which will say so.
+    monkeypatch.setattr(workers, "gpu_bytes", lambda: 80e9)
+    assert [len(worker_slots(Execution("cuda"), None, 100, size)) for size in (1e9, 30e9, 100e9)] == [8, 4, 2]
 
 
 def test_impossible_options_are_refused(tmp_path):

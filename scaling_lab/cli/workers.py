@@ -28,6 +28,7 @@ from scaling_lab.core.errors import DiskError, Preempted, UserError
 from scaling_lab.core.files import disk_error
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.store import RunStore
+from scaling_lab.plan.cost import device_bytes
 
 POLL_S = 0.25
 STATES_EVERY_S = 1.0
@@ -79,7 +80,8 @@ def run_workers(
     runs = [run for run in plan.runs if run.run_id in wanted]
     if not runs:
         return
-    slots = worker_slots(runs[0].execution, workers, len(runs))
+    largest = max(map(device_bytes, runs)) if workers is None and runs[0].execution.device == "cuda" else 0.0
+    slots = worker_slots(runs[0].execution, workers, len(runs), largest)
     console.say(
         f"{len(runs)} runs on {len(slots)} worker{'s' * (len(slots) > 1)} ({runs[0].execution.device}); logs: {store.folder / 'logs'}"
     )
@@ -95,8 +97,11 @@ def run_workers(
             raise
 
 
-def worker_slots(execution: Execution, workers: int | None, n_runs: int) -> list[dict[str, str]]:
-    """The environment of each worker: one a core (of the plan's threads) on a CPU, spread over the GPUs on CUDA."""
+def worker_slots(
+    execution: Execution, workers: int | None, n_runs: int, largest_bytes: float = 0.0
+) -> list[dict[str, str]]:
+    """The environment of each worker: one a core (of the plan's threads) on a CPU, spread over the GPUs on CUDA, on each
+    as many as runs of `largest_bytes` fit beside each other."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = {
         name: str(execution.threads)
@@ -104,13 +109,26 @@ def worker_slots(execution: Execution, workers: int | None, n_runs: int) -> list
     }
     if execution.device == "cuda":
         devices = visible_gpus()
-        count = workers or len(devices) * max(1, min(MAX_WORKERS_PER_GPU, cores // len(devices)))
+        fitting = (
+            int(min(MAX_WORKERS_PER_GPU, gpu_bytes() / largest_bytes))
+            if largest_bytes
+            else MAX_WORKERS_PER_GPU
+        )
+        count = workers or len(devices) * max(1, min(MAX_WORKERS_PER_GPU, fitting, cores // len(devices)))
         return [
             {**threads, "CUDA_VISIBLE_DEVICES": devices[k % len(devices)]} for k in range(min(count, n_runs))
         ]
     # One MPS device is shared; two workers on it gain nothing.
     count = workers or (1 if execution.device == "mps" else max(1, cores // execution.threads))
     return [dict(threads) for _ in range(min(count, n_runs))]
+
+
+def gpu_bytes() -> float:
+    """Memory of the smallest GPU that this process may use; no limit where there is none to ask."""
+    import torch
+
+    sizes = [torch.cuda.get_device_properties(k).total_memory for k in range(torch.cuda.device_count())]
+    return float(min(sizes, default=float("inf")))
 
 
 def visible_gpus() -> list[str]:

@@ -103,13 +103,17 @@ def _assumed_seconds(run: PlannedRun) -> float:
 
 def _worker_bytes(run: PlannedRun) -> float:
     """Host memory of one worker: models live there on a CPU only; the corpus passes through it on any device."""
+    compiler = COMPILER_BYTES if run.execution.compile else 0.0
+    on_cpu = run.execution.device == "cpu"
+    return compiler + (device_bytes(run) if on_cpu else GPU_HOST_BYTES + _corpus_bytes(run.spec.data))
+
+
+def device_bytes(run: PlannedRun) -> float:
+    """Peak memory of a run (with its stack) on its device."""
     spec, execution = run.spec, run.execution
-    corpus = _corpus_bytes(spec.data)
-    compiler = COMPILER_BYTES if execution.compile else 0.0
-    if execution.device != "cpu":
-        return GPU_HOST_BYTES + compiler + corpus
     sequences = execution.micro_batch_sequences or spec.batch_sequences
-    return compiler + estimate_bytes(spec, "cpu", sequences, corpus, execution.stack_size)
+    corpus = _corpus_bytes(spec.data)
+    return estimate_bytes(spec, execution.device, sequences, corpus, execution.stack_size)
 
 
 @cache
