@@ -14,6 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from scaling_lab.core.errors import UserError
 
 # Left out by name of any folder above the file: tests are repetitive, encodings and pydoc_data are generated tables.
@@ -59,6 +62,10 @@ class PySource:
     def text(self, split: str) -> bytes:
         """The whole split as bytes, each document after a separator. Cached in the process: about 10 MB."""
         return _splits(self)[0 if split == "train" else 1]
+
+    def tokens(self, split: str) -> NDArray[np.uint8]:
+        """The split's bytes, (n,) uint8."""
+        return np.frombuffer(self.text(split), dtype=np.uint8)
 
     def n_tokens(self, split: str) -> int:
         return len(self.text(split))

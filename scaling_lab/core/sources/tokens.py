@@ -70,12 +70,12 @@ class TokenFile:
     def bytes_per_token(self) -> float | None:
         return None
 
-    def array(self, split: str) -> NDArray[np.integer]:
+    def tokens(self, split: str) -> NDArray[np.integer]:
         """The split's token ids, 1-d, memory-mapped."""
         return _splits(self)[0 if split == "train" else 1]
 
     def n_tokens(self, split: str) -> int:
-        return int(self.array(split).size)
+        return int(self.tokens(split).size)
 
     def fingerprint(self) -> str:
         """sha256 over both splits' token ids, so that the same tokens in another dtype or place count as the same."""
@@ -87,7 +87,7 @@ def _fingerprint(source: TokenFile) -> str:
     digest = hashlib.sha256()
     for split in ("train", "validation"):
         part = hashlib.sha256()
-        tokens = source.array(split)
+        tokens = source.tokens(split)
         for start in range(0, tokens.size, 1 << 22):
             part.update(np.ascontiguousarray(tokens[start : start + (1 << 22)], dtype=np.uint32).tobytes())
         digest.update(part.digest())

@@ -1,0 +1,64 @@
+"""Owns what a run is evaluated on, and when: the validation set, the same for every size, and other distributions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.source_option import source_of
+
+EVAL_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """One more distribution: the validation split of another source (Kaplan et al. 2020, figure 8)."""
+
+    name: str
+    source: Any
+
+    def __post_init__(self) -> None:
+        if not EVAL_SET_NAME.fullmatch(self.name):
+            raise UserError(f"eval.sets: the name {self.name!r} must be letters, digits, '_' and '-'.")
+
+    @staticmethod
+    def of(value: Any) -> EvalSet:
+        """From a source's name, from `{name: NAME, kind: KIND, option: value}`, or as JSON has it."""
+        if isinstance(value, EvalSet):
+            return value
+        if isinstance(value, Mapping) and isinstance(value.get("source"), Mapping):
+            return EvalSet(str(value["name"]), source_of("eval.sets", value["source"]))
+        options = {"kind": value} if isinstance(value, str) else dict(value)
+        name = str(options.pop("name", options.get("kind", "")))
+        return EvalSet(name, source_of("eval.sets", options))
+
+
+@dataclass(frozen=True)
+class EvalSpec:
+    """The fixed validation set, the same for every size, and when it is visited."""
+
+    tokens: int = 32_768
+    """Size of the set: windows spread evenly over the validation split (fewer tokens where the split is smaller)."""
+    points: int = 8
+    """Visits per run at most, log-spaced in steps by a factor of sqrt(2) and ending at the last step."""
+    max_cost_fraction: float = 0.25
+    """Visits before the last are left out where all of them would cost more than this share of the training FLOPs."""
+    sets: tuple[Any, ...] = ()
+    """Other sources to evaluate on as well: [NAME,{name: NAME, kind: KIND, option: value}]."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sets", tuple(EvalSet.of(value) for value in self.sets))
+        names = [s.name for s in self.sets]
+        if len(set(names)) < len(names):
+            raise UserError(f"eval.sets: the names {', '.join(names)} must differ; give each a name: NAME.")
+        if self.max_cost_fraction < 0:
+            raise UserError(f"eval.max_cost_fraction={self.max_cost_fraction!r} must not be negative.")
+        if self.tokens < 1:
+            raise UserError(f"eval.tokens={self.tokens!r} must be at least 1.")
+        if self.points < 1:
+            raise UserError(
+                f"eval.points={self.points!r} must be at least 1: a run without a final loss is no data."
+            )
