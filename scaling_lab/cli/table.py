@@ -96,6 +96,16 @@ _ALL = (
         "runs every publication in under a minute. Nothing is written.",
     ),
     Command(
+        "prepare-data",
+        "token files from text: a file, a folder, or a data set of the hub",
+        "scaling-lab prepare-data path=books.txt out=books tokenizer=bpe vocab_size=4096",
+        STUDY,
+        frozenset({"json"}),
+        "path=FILE or FOLDER of text, JSON lines or Parquet; or source=PRESET (fineweb_edu, fineweb, c4, openwebtext, "
+        "tinystories, wikitext103) or OWNER/NAME[:CONFIGURATION] of the Hugging Face hub, streamed. Documents are split into "
+        "train and validation by their content. Safe to interrupt: the same command goes on. Then: data=prepared data.path=OUT.",
+    ),
+    Command(
         "train",
         "train one model; with -m, one for each value of a list",
         "scaling-lab train model.width=64 model.depth=2 train_tokens=2M",

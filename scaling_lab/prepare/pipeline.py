@@ -1,0 +1,223 @@
+"""Owns `prepare`: documents in, token files with a sidecar out; can be interrupted at any moment and goes on.
+
+Which split a document belongs to follows from its content: copies of one text are never on both sides, and adding
+documents moves none. Of copies within validation only the first is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.sources.prepared import META
+from scaling_lab.prepare.tokenizing import (
+    BPE,
+    BYTES,
+    ByteTokens,
+    TokenizerTokens,
+    Tokens,
+    published_tokenizer,
+    train_bpe,
+)
+from scaling_lab.prepare.writer import (
+    SPLITS,
+    Counts,
+    ShardWriter,
+    load_progress,
+    save_progress,
+    write_meta,
+)
+
+# Documents and characters that are tokenised at a time.
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 2_000, 4_000_000
+# How often progress is made durable.
+SAVE_EVERY_S = 2.0
+HASHES = "seen.hashes"
+
+
+class Documents(Protocol):
+    """Where documents come from, always in the same order."""
+
+    @property
+    def name(self) -> str: ...
+    def documents(self, skip: int = 0) -> Iterator[str]: ...
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """How documents become token files."""
+
+    tokenizer: str = BYTES
+    """bytes, bpe (trained on this text), a tokenizer.json, or a name on the hub"""
+    vocab_size: int = 4096
+    """Of tokenizer=bpe"""
+    tokenizer_mb: float = 50.0
+    """Text that tokenizer=bpe is trained on, MB from the beginning"""
+    validation_fraction: float = 0.01
+    """Share of the documents that is kept for validation, by their content"""
+    max_tokens: int | None = None
+    """Stop after this many training tokens"""
+    shard_tokens: int = 100_000_000
+    """Tokens of one file"""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"validation_fraction={self.validation_fraction!r} must be in (0, 1).")
+        if self.shard_tokens < 1:
+            raise UserError(f"shard_tokens={self.shard_tokens} must be at least 1.")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UserError(f"max_tokens={self.max_tokens} must be at least 1.")
+        if not self.tokenizer_mb > 0:
+            raise UserError(f"tokenizer_mb={self.tokenizer_mb!r} must be positive.")
+
+
+def prepare(
+    documents: Documents,
+    out: Path,
+    settings: PrepareSettings,
+    progress: Callable[[Counts], None] = lambda counts: None,
+) -> dict[str, Any]:
+    """Write the token files of `documents` to `out` and return the sidecar; what an earlier attempt wrote is kept.
+
+    Raises:
+        UserError: documents that cannot be read, an `out` that holds something else, no document for one of the splits.
+    """
+    described = {"source": documents.name, **asdict(settings)}
+    counts = _go_on(out, described)
+    tokens = open_tokenizer(documents, out, settings)
+    dtype = "uint16" if tokens.vocab_size <= 1 << 16 else "uint32"
+    writers = {
+        name: ShardWriter(out, name, dtype, settings.shard_tokens, counts.split(name).tokens)
+        for name in SPLITS
+    }
+    seen = _seen_before(out, counts.validation.documents)
+    last = time.monotonic()
+    with open(out / HASHES, "ab") as hashes:
+        for texts in _batches(documents.documents(skip=counts.documents_read)):
+            sides: dict[str, list[str]] = {name: [] for name in SPLITS}
+            for text in texts:
+                _sort_out(text, sides, counts, seen, settings.validation_fraction, hashes)
+            for name, side in sides.items():
+                encoded = tokens.encode(side, dtype)
+                writers[name].append(encoded)
+                counts.split(name).tokens += int(encoded.size)
+            enough = settings.max_tokens is not None and counts.train.tokens >= settings.max_tokens
+            if time.monotonic() - last > SAVE_EVERY_S or enough:
+                hashes.flush()
+                for writer in writers.values():
+                    writer.flush()
+                save_progress(out, counts, described)
+                progress(counts)
+                last = time.monotonic()
+            if enough:
+                break
+    for name in SPLITS:
+        if counts.split(name).tokens == 0:
+            raise UserError(
+                f"{counts.documents_read:,} documents of {documents.name} leave the {name} split empty. Choices: more "
+                "text, or another validation_fraction."
+            )
+    shards = {name: writer.close() for name, writer in writers.items()}
+    described_tokenizer = {
+        "name": tokens.name, "sha256": tokens.hash(), "separator": tokens.separator, "vocab_size": tokens.vocab_size,
+    }  # fmt: skip
+    meta = write_meta(out, counts, shards, described, described_tokenizer, dtype, settings.shard_tokens)
+    (out / HASHES).unlink(missing_ok=True)
+    return meta
+
+
+def _go_on(out: Path, described: dict[str, Any]) -> Counts:
+    """What an interrupted preparation of the same settings has done; a new folder begins from nothing."""
+    if (out / META).exists():
+        raise UserError(
+            f"out={str(out)!r} holds a finished preparation already. Give another folder, or remove it."
+        )
+    begun = load_progress(out)
+    if begun is not None:
+        counts, before = begun
+        different = [k for k in described if before.get(k) != described[k]]
+        if different:
+            k = different[0]
+            raise UserError(
+                f"out={str(out)!r} was begun with {k}={before.get(k)!r}, now it is {described[k]!r}. Give another folder, or "
+                "remove it."
+            )
+        return counts
+    if out.is_dir() and any(
+        p.name not in (HASHES, "tokenizer.json") and not _is_ours(p) for p in out.iterdir()
+    ):
+        raise UserError(f"out={str(out)!r} is not empty and no preparation: give a new folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    # Before the first progress nothing counts.
+    (out / HASHES).unlink(missing_ok=True)
+    (out / "tokenizer.json").unlink(missing_ok=True)
+    counts = Counts()
+    save_progress(out, counts, described)
+    return counts
+
+
+def _is_ours(path: Path) -> bool:
+    return path.suffix in (".bin", ".tmp") and path.name.startswith(SPLITS)
+
+
+def open_tokenizer(documents: Documents, out: Path, settings: PrepareSettings) -> Tokens:
+    """The tokenizer of the settings; one that is trained or fetched is kept as tokenizer.json."""
+    if settings.tokenizer == BYTES:
+        return ByteTokens()
+    file = out / "tokenizer.json"
+    if not file.exists():
+        if settings.tokenizer == BPE:
+            train_bpe(documents.documents(), settings.vocab_size, settings.tokenizer_mb, file)
+        else:
+            published_tokenizer(settings.tokenizer, file)
+    return TokenizerTokens(file, settings.tokenizer)
+
+
+def _sort_out(
+    text: str, sides: dict[str, list[str]], counts: Counts, seen: set[bytes], fraction: float, hashes: Any
+) -> None:
+    """Put a document on the side that its content decides."""
+    counts.documents_read += 1
+    text = text.strip("\n")
+    if not text.strip():
+        return
+    data = text.encode("utf-8", "replace")
+    digest = hashlib.sha256(data).digest()[:16]
+    side = "validation" if int.from_bytes(digest[:8], "big") < fraction * 2.0**64 else "train"
+    if side == "validation":
+        if digest in seen:
+            counts.duplicates += 1
+            return
+        seen.add(digest)
+        hashes.write(digest)
+    sides[side].append(text)
+    counts.split(side).documents += 1
+    counts.split(side).bytes += len(data)
+
+
+def _seen_before(out: Path, documents: int) -> set[bytes]:
+    """Hashes of the validation documents that count; what was written after the last progress is cut off."""
+    path = out / HASHES
+    data = path.read_bytes()[: 16 * documents] if path.exists() else b""
+    path.write_bytes(data)
+    return {data[i : i + 16] for i in range(0, len(data), 16)}
+
+
+def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+    """Documents a few at a time; where a batch ends depends on nothing but the documents since the first of it."""
+    while True:
+        batch: list[str] = []
+        size = 0
+        for text in documents:
+            batch.append(text)
+            size += len(text)
+            if len(batch) >= BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+                break
+        if not batch:
+            return
+        yield batch

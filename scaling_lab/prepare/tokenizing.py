@@ -1,0 +1,132 @@
+"""Owns turning documents into tokens: bytes, a BPE trained here, or a published tokenizer; and which one it was."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scaling_lab.core.errors import UserError
+
+BYTES, BPE = "bytes", "bpe"
+SEPARATOR_NAME = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class ByteTokens:
+    """One byte, one token; 256 separates documents."""
+
+    name: str = BYTES
+
+    @property
+    def vocab_size(self) -> int:
+        return 257
+
+    @property
+    def separator(self) -> int:
+        return 256
+
+    def hash(self) -> str:
+        return hashlib.sha256(b"bytes, 256 separates documents").hexdigest()
+
+    def encode(self, texts: Sequence[str], dtype: Any) -> NDArray[np.integer]:
+        """All documents one after the other, each after a separator."""
+        parts: list[NDArray[np.integer]] = []
+        for text in texts:
+            parts.append(np.array([self.separator], dtype=dtype))
+            # Half of a surrogate pair (JSON may hold one) has no UTF-8: it becomes a question mark.
+            parts.append(np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(dtype))
+        return np.concatenate(parts) if parts else np.empty(0, dtype)
+
+
+class TokenizerTokens:
+    """A tokenizer of the `tokenizers` library, read from its JSON file."""
+
+    def __init__(self, file: Path, name: str) -> None:
+        from tokenizers import Tokenizer
+
+        try:
+            self._tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception for whatever is wrong with a file
+            raise UserError(
+                f"tokenizer={name!r} cannot be read as a tokenizer.json: {' '.join(str(error).split())}."
+            ) from None
+        self.name, self._hash = name, hashlib.sha256(file.read_bytes()).hexdigest()
+        special = [SEPARATOR_NAME, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>"]
+        found = [i for token in special if (i := self._tokenizer.token_to_id(token)) is not None]
+        self._extra = 0 if found else 1
+        self.separator = found[0] if found else self._tokenizer.get_vocab_size()
+
+    @property
+    def vocab_size(self) -> int:
+        """With the separator, where the tokenizer has none of its own."""
+        return int(self._tokenizer.get_vocab_size()) + self._extra
+
+    def hash(self) -> str:
+        return self._hash
+
+    def encode(self, texts: Sequence[str], dtype: Any) -> NDArray[np.integer]:
+        """All documents one after the other, each after a separator; on all cores."""
+        clean = [text.encode("utf-8", "replace").decode() for text in texts]
+        encoded = self._tokenizer.encode_batch_fast(clean, add_special_tokens=False)
+        flat = itertools.chain.from_iterable([self.separator, *each.ids] for each in encoded)
+        return np.fromiter(flat, dtype=dtype)
+
+
+Tokens = ByteTokens | TokenizerTokens
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int, train_mb: float, file: Path) -> None:
+    """Train a byte-level BPE on the first `train_mb` MB of the documents and write its tokenizer.json."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise UserError(f"vocab_size={vocab_size} must be at least 257: 256 bytes and the separator.")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[SEPARATOR_NAME],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(up_to(documents, train_mb * 1e6), trainer)
+    temporary = file.with_suffix(".tmp")
+    tokenizer.save(str(temporary))
+    temporary.replace(file)
+
+
+def up_to(documents: Iterable[str], limit_bytes: float) -> Iterator[str]:
+    """Documents until so many bytes are reached."""
+    total = 0
+    for document in documents:
+        text = document.encode("utf-8", "replace")
+        yield text.decode()
+        total += len(text)
+        if total >= limit_bytes:
+            return
+
+
+def published_tokenizer(name: str, file: Path) -> None:
+    """Write the tokenizer.json of a file or of a name on the hub to `file`. Raises `UserError` in one line."""
+    local = Path(name).expanduser()
+    if local.is_file():
+        file.write_bytes(local.read_bytes())
+        return
+    try:
+        from tokenizers import Tokenizer
+
+        Tokenizer.from_pretrained(name).save(str(file))
+    except Exception as error:  # the hub's client has many kinds
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"tokenizer={name!r} is no file and could not be read from the hub ({what[:160]}). "
+            "Choices: bytes, bpe, a tokenizer.json, or a name on the hub."
+        ) from None

@@ -1,0 +1,353 @@
+"""Preparing token files: what is in them, that an interrupted preparation ends in the same bytes, and what bad input says."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.sources.prepared import Prepared, content_check
+from scaling_lab.core.sources.pysource import PySource
+from scaling_lab.prepare.documents import LocalText
+from scaling_lab.prepare.pipeline import PrepareSettings, prepare
+from scaling_lab.prepare.tokenizing import TokenizerTokens
+
+TEXTS = [f"document {i}: " + " ".join(str(i * k % 97) for k in range(i % 50)) for i in range(400)]
+
+
+def jsonl(path: Path, texts) -> Path:
+    path.write_text(
+        "".join(json.dumps({"text": t, "n": i}) + "\n" for i, t in enumerate(texts)), encoding="utf-8"
+    )
+    return path
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def documents_of(source: Prepared, split: str, separator: int) -> list[bytes]:
+    tokens = np.asarray(source.tokens(split))
+    starts = [*np.flatnonzero(tokens == separator).tolist(), tokens.size]
+    return [tokens[a + 1 : b].astype(np.uint8).tobytes() for a, b in itertools.pairwise(starts)]
+
+
+def test_bytes_come_back_and_every_document_is_on_one_side(tmp_path):
+    texts = [*TEXTS, "naïve café ☕", TEXTS[3]]
+    meta = prepare(
+        LocalText(jsonl(tmp_path / "a.jsonl", texts)),
+        tmp_path / "out",
+        PrepareSettings(validation_fraction=0.2),
+    )
+    source = Prepared(str(tmp_path / "out"))
+    train, validation = (documents_of(source, split, 256) for split in ("train", "validation"))
+    assert sorted({*train, *validation}) == sorted({t.encode() for t in texts})
+    assert not set(train) & set(validation)
+    assert 40 < len(validation) < 130
+    assert meta["duplicates"] + len(train) + len(validation) == len(texts)
+    assert source.vocab_size == 257
+    assert content_check(str(tmp_path / "out")) == []
+    bytes_in, tokens = sum(map(len, validation)), sum(map(len, validation)) + len(validation)
+    assert source.bytes_per_token == pytest.approx(bytes_in / tokens)
+
+
+def test_the_side_of_a_document_does_not_depend_on_the_others(tmp_path):
+    settings = PrepareSettings(validation_fraction=0.3)
+    prepare(LocalText(jsonl(tmp_path / "a.jsonl", TEXTS)), tmp_path / "a", settings)
+    prepare(LocalText(jsonl(tmp_path / "b.jsonl", TEXTS[::-1][:300])), tmp_path / "b", settings)
+    a = set(documents_of(Prepared(str(tmp_path / "a")), "validation", 256))
+    b = set(documents_of(Prepared(str(tmp_path / "b")), "validation", 256))
+    assert b == a & {t.encode() for t in TEXTS[::-1][:300]}
+
+
+def test_every_format_gives_the_same_tokens(tmp_path):
+    rows = pa.table({"text": TEXTS, "n": list(range(len(TEXTS)))})
+    pq.write_table(rows, tmp_path / "t.parquet")
+    (tmp_path / "t.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
+    (tmp_path / "marks.txt").write_text("<|endoftext|>".join(TEXTS), encoding="utf-8")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i, text in enumerate(TEXTS):
+        (folder / f"{i:04d}.txt").write_text(text, encoding="utf-8")
+    sums = set()
+    for k, path in enumerate(
+        (
+            jsonl(tmp_path / "t.jsonl", TEXTS),
+            tmp_path / "t.parquet",
+            tmp_path / "t.txt",
+            tmp_path / "marks.txt",
+            folder,
+        )
+    ):
+        meta = prepare(LocalText(path), tmp_path / f"out{k}", PrepareSettings(validation_fraction=0.1))
+        sums.add(meta["content_sha256"])
+    assert len(sums) == 1
+
+
+def test_bpe_decodes_to_the_text_and_says_which_it_was(tmp_path):
+    text = PySource(max_mb=0.4).text("train").decode("utf-8").replace("\0", "<|endoftext|>")
+    path = tmp_path / "code.txt"
+    path.write_text(text, encoding="utf-8")
+    settings = PrepareSettings(tokenizer="bpe", vocab_size=600, validation_fraction=0.2, shard_tokens=20_000)
+    meta = prepare(LocalText(path), tmp_path / "out", settings)
+    tokenizer = TokenizerTokens(tmp_path / "out" / "tokenizer.json", "bpe")
+    assert meta["tokenizer"]["sha256"] == tokenizer.hash()
+    source = Prepared(str(tmp_path / "out"))
+    assert source.vocab_size == meta["vocab_size"] == 600
+    tokens = np.asarray(source.tokens("train"))
+    assert len(meta["splits"]["train"]["shards"]) > 2
+    starts = np.flatnonzero(tokens == tokenizer.separator)
+    first = tokens[starts[0] + 1 : starts[1]].tolist()
+    assert tokenizer._tokenizer.decode(first) in text
+    assert source.bytes_per_token > 1.5
+
+
+def test_shards_read_like_one_array(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", TEXTS)
+    prepare(LocalText(path), tmp_path / "one", PrepareSettings())
+    prepare(LocalText(path), tmp_path / "many", PrepareSettings(shard_tokens=1000))
+    one, many = (Prepared(str(tmp_path / name)).tokens("train") for name in ("one", "many"))
+    assert one.size == many.size
+    places = np.random.default_rng(0).integers(0, one.size, (30, 7))
+    np.testing.assert_array_equal(one[places], many[places])
+    np.testing.assert_array_equal(one[990:2010], many[990:2010])
+    np.testing.assert_array_equal(np.asarray(one), np.asarray(many))
+
+
+def command(path: Path, out: Path, *options: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "scaling_lab.cli.main",
+        "prepare-data",
+        f"path={path}",
+        f"out={out}",
+        *options,
+    ]
+
+
+def kill_until_done(argv: list[str], out: Path, kills: int, rng: random.Random) -> int:
+    """Run the command, SIGKILL it at random moments `kills` times, then let it end; how many kills hit a half-done one."""
+    hits = 0
+    for _ in range(kills):
+        process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.3, 2.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if (out / "meta.json").exists():
+            return hits
+        hits += (out / "progress.json").exists()
+    assert subprocess.run(argv, capture_output=True, check=False).returncode == 0
+    return hits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [("tokenizer=bytes",), ("tokenizer=bpe", "vocab_size=512", "tokenizer_mb=1")]
+)
+def test_100_mb_killed_and_resumed_are_the_same_bytes(tmp_path, options):
+    text = PySource().text("train").decode("utf-8").split("\0")
+    rng = random.Random(0)
+    path = tmp_path / "big.txt"
+    with open(path, "w", encoding="utf-8") as file:
+        while file.tell() < (100e6 if "tokenizer=bytes" in options else 20e6):
+            file.write(f"<|endoftext|>{rng.random()}\n{rng.choice(text)}")
+    assert subprocess.run(command(path, tmp_path / "calm", *options), check=False).returncode == 0
+    hits = kill_until_done(command(path, tmp_path / "killed", *options), tmp_path / "killed", 12, rng)
+    assert hits >= 2
+    assert folder_bytes(tmp_path / "calm") == folder_bytes(tmp_path / "killed")
+
+
+def test_interrupted_between_batches_is_the_same_bytes(tmp_path, monkeypatch):
+    """Stopped after each of the first batches, with progress saved at every one, and with garbage after it."""
+    from scaling_lab.prepare import pipeline
+
+    monkeypatch.setattr(pipeline, "BATCH_DOCUMENTS", 30)
+    monkeypatch.setattr(pipeline, "SAVE_EVERY_S", 0.0)
+    source = LocalText(jsonl(tmp_path / "a.jsonl", [*TEXTS, *TEXTS]))
+    settings = PrepareSettings(validation_fraction=0.2, shard_tokens=3000)
+    prepare(source, tmp_path / "calm", settings)
+
+    class Stop(Exception):
+        pass
+
+    out, stops = tmp_path / "killed", 0
+    while True:
+        calls = 0
+
+        def stop_at_second(counts):
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                raise Stop
+
+        try:
+            prepare(source, out, settings, stop_at_second)
+            break
+        except Stop:
+            stops += 1
+            shards = sorted(out.glob("train-*.bin"))
+            with open(shards[-1], "ab") as file:
+                file.write(b"what was written after the last progress")
+            (out / "train-00099.bin").write_bytes(b"1234")
+    assert stops > 5
+    assert folder_bytes(tmp_path / "calm") == folder_bytes(out)
+
+
+def test_another_command_does_not_go_on_with_it(tmp_path):
+    source = LocalText(jsonl(tmp_path / "a.jsonl", TEXTS))
+    out = tmp_path / "out"
+    prepare(source, out, PrepareSettings())
+    with pytest.raises(UserError, match="finished preparation already"):
+        prepare(source, out, PrepareSettings())
+    (out / "meta.json").unlink()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="not empty"):
+        prepare(source, tmp_path / "other", PrepareSettings())
+    assert (tmp_path / "other" / "thesis.tex").exists()
+
+
+def bad_utf8(path: Path) -> Path:
+    lines = b"".join(b"good text %d\n\n" % i for i in range(10))
+    (path / "bad.txt").write_bytes(lines + b"bad \xff byte")
+    return path / "bad.txt"
+
+
+def half_json(path: Path) -> Path:
+    (path / "half.jsonl").write_text('{"text": "one"}\n{"text": "tw')
+    return path / "half.jsonl"
+
+
+def no_column(path: Path) -> Path:
+    (path / "c.jsonl").write_text('{"body": "one"}\n')
+    return path / "c.jsonl"
+
+
+def not_parquet(path: Path) -> Path:
+    (path / "p.parquet").write_bytes(b"PAR1 not really")
+    return path / "p.parquet"
+
+
+def empty_file(path: Path) -> Path:
+    (path / "empty.txt").write_bytes(b"")
+    return path / "empty.txt"
+
+
+def blank_file(path: Path) -> Path:
+    (path / "blank.txt").write_bytes(b" \n\n \n" * 100)
+    return path / "blank.txt"
+
+
+def empty_folder(path: Path) -> Path:
+    (path / "nothing").mkdir()
+    return path / "nothing"
+
+
+def mixed_encodings(path: Path) -> Path:
+    (path / "mixed").mkdir()
+    (path / "mixed" / "a.txt").write_text("fine", encoding="utf-8")
+    (path / "mixed" / "b.txt").write_text("gr\u00fc\u00df", encoding="utf-16")
+    return path / "mixed"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (bad_utf8, "not UTF-8.*0xff near byte 134"),
+        (half_json, "line 2 is not a JSON object"),
+        (no_column, "text_column='text' is no text.*It has: body"),
+        (not_parquet, "cannot be read as Parquet"),
+        (empty_file, "0 documents|leave the train split empty"),
+        (blank_file, "leave the train split empty"),
+        (empty_folder, "holds no file that ends in"),
+        (mixed_encodings, "b.txt' is not UTF-8"),
+        (lambda path: path / "missing.txt", "there is no such file"),
+    ],
+)
+def test_bad_text_is_one_clear_line(tmp_path, make, message):
+    with pytest.raises(UserError, match=message) as caught:
+        prepare(LocalText(make(tmp_path)), tmp_path / "out", PrepareSettings())
+    assert "\n" not in str(caught.value)
+
+
+def test_replace_takes_what_is_not_utf8(tmp_path):
+    prepare(
+        LocalText(bad_utf8(tmp_path), errors="replace"),
+        tmp_path / "out",
+        PrepareSettings(validation_fraction=0.5),
+    )
+
+
+def test_one_giant_line_is_cut_and_kept_whole(tmp_path):
+    path = tmp_path / "giant.txt"
+    line = "".join(random.Random(1).choices("abcdefgh ", k=5_000_000))
+    path.write_text(line)
+    prepare(LocalText(path), tmp_path / "out", PrepareSettings(validation_fraction=0.3))
+    source = Prepared(str(tmp_path / "out"))
+    parts = [*documents_of(source, "train", 256), *documents_of(source, "validation", 256)]
+    assert len(parts) >= 4
+    assert sum(map(len, parts)) == len(line)
+    assert all(part.decode() in line for part in parts)
+
+
+def damage(folder: Path, what: str) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    shard = folder / "train-00000.bin"
+    if what == "truncated":
+        os.truncate(shard, 100)
+    elif what == "missing":
+        shard.unlink()
+    elif what == "dtype":
+        meta["dtype"] = "float32"
+    elif what == "vocabulary":
+        meta["vocab_size"] = 1 << 20
+    elif what == "range":
+        meta["vocab_size"] = 60
+    elif what == "version":
+        meta["format_version"] = 99
+    elif what == "torn":
+        (folder / "meta.json").write_text("{")
+        return
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("truncated", "has 100 bytes instead of"),
+        ("missing", "train-00000.bin is missing"),
+        ("dtype", "dtype 'float32'.*uint16, uint32"),
+        ("vocabulary", "1048576 does not fit dtype uint16"),
+        ("range", "token .* at index .* outside the vocabulary of 60"),
+        ("version", "format version 99"),
+        ("torn", "meta.json cannot be read"),
+    ],
+)
+def test_damaged_folders_are_one_clear_line(tmp_path, what, message):
+    prepare(LocalText(jsonl(tmp_path / "a.jsonl", TEXTS)), tmp_path / "out", PrepareSettings())
+    damage(tmp_path / "out", what)
+    with pytest.raises(UserError, match=message):
+        Prepared(str(tmp_path / "out")).tokens("train")
+
+
+def test_the_command_ends_with_what_to_do_next(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", TEXTS)
+    done = subprocess.run(command(path, tmp_path / "out"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.rstrip().splitlines()[-1].startswith("next: scaling-lab plan sweep=out data=prepared")
+    nothing = subprocess.run(command(path, tmp_path / "out"), capture_output=True, text=True, check=False)
+    assert nothing.returncode == 2
+    assert nothing.stderr.count("\n") == 1
