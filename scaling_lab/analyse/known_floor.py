@@ -1,0 +1,147 @@
+"""Owns what a corpus of known entropy tells: the true irreducible loss beside the fitted one, and the reducible loss itself.
+
+The floor is the mean true -ln p of the very validation windows, so L - floor is measured and not fitted. Where it is a
+straight line on log axes, the loss is a power law of compute; how straight it is, is measured too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scaling_lab.analyse.estimate import Array, Band, Estimate
+from scaling_lab.analyse.observations import Observations
+
+FLOOR = "floor_nats"
+"""The column of `Observations.extra` that holds the floor of each run's validation set."""
+
+# A stretch counts as straight if no point is further than this from its line, in ln(L - floor).
+STRAIGHT_WITHIN = 0.03
+# A line through fewer points says nothing.
+MIN_POINTS = 4
+
+
+@dataclass(frozen=True)
+class KnownFloor:
+    """The true floor, the fitted one, and the reducible loss of the best models at each compute."""
+
+    floor_nats: float
+    fitted_nats: float | None
+    """E of the parametric fit; None where it has none."""
+    interval: tuple[float, float] | None
+    standard_error_nats: float | None
+    compute_flops: Array
+    """(points,) ascending: the frontier of everything that was evaluated, each point the lowest loss up to there."""
+    reducible_nats: Array
+    """(points,) loss less the floor."""
+    line: ReducibleLine | None
+    """The straight part; None with too few points."""
+
+    @property
+    def z(self) -> float | None:
+        """(fitted - true) / standard error."""
+        if self.fitted_nats is None or not self.standard_error_nats:
+            return None
+        return (self.fitted_nats - self.floor_nats) / self.standard_error_nats
+
+
+@dataclass(frozen=True)
+class ReducibleLine:
+    """ln(L - floor) = intercept - exponent ln C over the longest straight stretch, and how it bends over the whole."""
+
+    exponent: float
+    intercept: float
+    compute_range_flops: tuple[float, float]
+    n_points: int
+    largest_deviation: float
+    """In ln(L - floor), within the range."""
+    curvature_per_decade: float | None
+    """How much the local exponent grows for each factor of 10 in C, over all points: 0 for a power law."""
+    local_exponents: tuple[float, float] | None
+    """At the smallest and the largest compute, from the same parabola."""
+
+    def __call__(self, compute_flops: Array) -> Array:
+        """Reducible loss on the line, nats."""
+        return np.asarray(np.exp(self.intercept - self.exponent * np.log(compute_flops)))
+
+
+def known_floor(observations: Observations, parametric: Estimate, band: Band) -> KnownFloor | None:
+    """None where the floor is not known, or the observations have different ones (different validation sets)."""
+    column = observations.extra.get(FLOOR)
+    if column is None or not np.isfinite(column).all() or np.ptp(column) > 1e-9:
+        return None
+    floor = float(column[0])
+    fit = parametric.fits[0] if parametric.fits else None
+    interval = band.interval("E")
+    compute, loss = loss_frontier(observations)
+    above = loss > floor
+    compute, reducible = compute[above], loss[above] - floor
+    return KnownFloor(
+        floor_nats=floor,
+        fitted_nats=None if fit is None else fit.parameters.get("E"),
+        interval=None if interval is None else (interval.lo, interval.hi),
+        standard_error_nats=band.standard_error("E"),
+        compute_flops=compute,
+        reducible_nats=reducible,
+        line=straight_line(compute, reducible),
+    )
+
+
+def loss_frontier(observations: Observations) -> tuple[Array, Array]:
+    """(C, L) of every evaluation that no evaluation at less compute beats, ascending in C. Training losses are left out."""
+    compute, loss = [observations.compute_flops], [observations.loss_nats]
+    curves = observations.separate_curves
+    if curves is not None and curves.kind == "validation points":
+        compute.append(curves.compute_flops)
+        loss.append(curves.loss_nats)
+    flops, nats = np.concatenate(compute), np.concatenate(loss)
+    order = np.lexsort((nats, flops))
+    flops, nats = flops[order], nats[order]
+    before = np.concatenate([[np.inf], np.minimum.accumulate(nats)[:-1]])
+    return flops[nats < before], nats[nats < before]
+
+
+def straight_line(compute_flops: Array, reducible_nats: Array) -> ReducibleLine | None:
+    """The longest stretch in ln C whose points all lie within `STRAIGHT_WITHIN` of its least-squares line."""
+    x, y = np.log(compute_flops), np.log(reducible_nats)
+    if x.size < MIN_POINTS:
+        return None
+    best: tuple[float, int, int] | None = None
+    for first in range(x.size - MIN_POINTS + 1):
+        for last in range(x.size, first + MIN_POINTS - 1, -1):
+            length = float(x[last - 1] - x[first])
+            if best is not None and length <= best[0]:
+                break
+            if _deviation(x[first:last], y[first:last]) <= STRAIGHT_WITHIN:
+                best = (length, first, last)
+                break
+    # Noise may leave no stretch straight: then the line is that through all points, and its deviation says so.
+    first, last = best[1:] if best else (0, x.size)
+    slope, intercept = np.polyfit(x[first:last], y[first:last], 1)
+    bend = _parabola(x, y)
+    return ReducibleLine(
+        exponent=-float(slope),
+        intercept=float(intercept),
+        compute_range_flops=(float(compute_flops[first]), float(compute_flops[last - 1])),
+        n_points=last - first,
+        largest_deviation=_deviation(x[first:last], y[first:last]),
+        curvature_per_decade=bend[0] if bend else None,
+        local_exponents=bend[1] if bend else None,
+    )
+
+
+def _deviation(x: Array, y: Array) -> float:
+    slope, intercept = np.polyfit(x, y, 1)
+    return float(np.abs(y - slope * x - intercept).max())
+
+
+def _parabola(x: Array, y: Array) -> tuple[float, tuple[float, float]] | None:
+    """(growth of the local exponent per decade, local exponents at both ends) of a parabola through all points."""
+    if x.size < MIN_POINTS + 1:
+        return None
+    centre = x.mean()
+    a, b, _ = np.polyfit(x - centre, y, 2)
+    ends: NDArray[np.float64] = -(2 * a * (x[[0, -1]] - centre) + b)
+    return float(-2 * a * np.log(10)), (float(ends[0]), float(ends[1]))
