@@ -40,9 +40,9 @@ def test_probe_against_the_spread_of_every_sequences_gradient():
     session = open_session(spec, Execution())
     step = session.step
     gradient = make_gradient(step.model, step.layout, spec, 1)
-    probe = NoiseProbe(step.model, step.layout, spec, step.tokens, session.order)
+    probe = NoiseProbe(step.model, step.layout, spec)
     # Batches of 4 sequences: every sixteenth step's probe sees 64 others.
-    measured = [probe.measure(step.flat, 16 * k) for k in range(25)]
+    measured = [probe.measure(step.flat, session.feed.windows(0, 64 * k, PARTS)) for k in range(25)]
     starts = torch.from_numpy(session.order.windows(0, 1600) * 64)
     gradients = torch.stack([gradient(step.flat, start[None], step.tokens)[0] for start in starts])
     mean = gradients.mean(0)

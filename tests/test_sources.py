@@ -60,8 +60,8 @@ def test_token_file_split_and_fingerprint(tmp_path):
     tokens.astype(np.uint16).tofile(tmp_path / "t.bin")
     a = TokenFile(path=str(tmp_path / "t.npy"), vocab_size=300, validation_fraction=0.1)
     b = TokenFile(path=str(tmp_path / "t.bin"), vocab_size=300, validation_fraction=0.1)
-    assert a.array("train").tolist() == tokens[:900].tolist()
-    assert b.array("validation").tolist() == tokens[900:].tolist()
+    assert a.tokens("train").tolist() == tokens[:900].tolist()
+    assert b.tokens("validation").tolist() == tokens[900:].tolist()
     assert a.fingerprint() == b.fingerprint()
     own = TokenFile(path=str(tmp_path / "t.npy"), validation_path=str(tmp_path / "t.bin"), vocab_size=300)
     assert own.n_tokens("train") == own.n_tokens("validation") == 1000
@@ -87,7 +87,7 @@ def test_bad_token_files_are_one_line(tmp_path, make, options, named):
     path = tmp_path / "t.bin"
     make(path)
     with pytest.raises(UserError, match=named) as error:
-        TokenFile(**{"path": str(path), "vocab_size": 500, **options}).array("train")
+        TokenFile(**{"path": str(path), "vocab_size": 500, **options}).tokens("train")
     assert "\n" not in str(error.value)
 
 
@@ -95,7 +95,7 @@ def test_damaged_npy_is_one_line(tmp_path):
     path = tmp_path / "t.npy"
     path.write_bytes(b"\x93NUMPY not really")
     with pytest.raises(UserError, match="cannot be read as tokens"):
-        TokenFile(path=str(path)).array("train")
+        TokenFile(path=str(path)).tokens("train")
     np.save(path, np.zeros((3, 4)))
     with pytest.raises(UserError, match="flat array of integers"):
-        TokenFile(path=str(path)).array("train")
+        TokenFile(path=str(path)).tokens("train")

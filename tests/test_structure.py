@@ -16,11 +16,12 @@ PACKAGE = ROOT / "scaling_lab"
 ALLOWED = {
     "core": {"core"},
     "plan": {"core", "plan"},
+    "prepare": {"core", "prepare"},
     "train": {"core", "plan", "train"},
     "analyse": {"core", "analyse"},
     "report": {"core", "analyse", "report"},
-    "cli": {"core", "plan", "train", "analyse", "report", "cli"},
-    "hydra_plugins": {"core", "plan", "train", "analyse", "report", "cli", "hydra_plugins"},
+    "cli": {"core", "plan", "prepare", "train", "analyse", "report", "cli"},
+    "hydra_plugins": {"core", "plan", "prepare", "train", "analyse", "report", "cli", "hydra_plugins"},
 }
 # Outside packages with one owner.
 ONLY_IN = {

@@ -261,14 +261,14 @@ def test_blocks_cover_every_step_once_and_end_where_validation_is_due():
 def test_validation_set_is_fixed_and_its_error_is_by_batch_means(tmp_path):
     import numpy as np
 
-    tokens = np.frombuffer(PySource().text("validation"), np.uint8)
+    tokens = PySource().tokens("validation")
     torch.manual_seed(0)
     model = build_model(SHAPE)
     device = torch.device("cpu")
-    one = ValidationSet(tokens, 64, EvalSpec(tokens=8192), device)
+    one = ValidationSet(PySource(), 64, EvalSpec(tokens=8192), device)
     assert one.n_tokens == 8192
     mean, sem = one.loss(model, dict(model.named_parameters()))
-    again, _ = ValidationSet(tokens, 64, EvalSpec(tokens=8192), device).loss(
+    again, _ = ValidationSet(PySource(), 64, EvalSpec(tokens=8192), device).loss(
         model, dict(model.named_parameters())
     )
     assert mean == again

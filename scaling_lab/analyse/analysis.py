@@ -22,6 +22,7 @@ from scaling_lab.analyse.approaches import Parametric
 from scaling_lab.analyse.caveats import caveats
 from scaling_lab.analyse.compare_laws import LawComparison, compare_laws
 from scaling_lab.analyse.estimate import Array, Band, Estimate, FitStatus
+from scaling_lab.analyse.known_floor import KnownFloor, known_floor
 from scaling_lab.analyse.laws import get_law, law_names
 from scaling_lab.analyse.observations import AS_GIVEN, Observations, from_table
 from scaling_lab.analyse.predict import Backtest, Prediction, backtest, predict
@@ -68,6 +69,8 @@ class Analysis:
     """Profile-likelihood intervals of the parametric fit (None where they were not asked for)."""
     tuning: Tuning | None = None
     """What the runs owe to their learning rates; None where no runs tell."""
+    known_floor: KnownFloor | None = None
+    """The true irreducible loss beside the fitted one (None where the corpus's entropy is not known)."""
 
     @cached_property
     def points(self) -> Observations:
@@ -170,6 +173,7 @@ def analyse(
         _law_comparison(points, s),
         _profile(points, estimates[2], s, weights),
         None if tuned is None else tuning_of(tuned, points, approaches, estimates, s.bootstrap.level, s.seed),
+        known_floor=known_floor(points, estimates[2], bands[2]),
     )
 
 

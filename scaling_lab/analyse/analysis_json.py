@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from scaling_lab.analyse.agreement import Agreement
 from scaling_lab.analyse.compare_laws import HeldOutError, LawComparison
 from scaling_lab.analyse.estimate import Band, BudgetOptimum, Estimate, Interval
+from scaling_lab.analyse.known_floor import KnownFloor
 from scaling_lab.analyse.observations import Observations
 from scaling_lab.analyse.predict import Backtest, Prediction, Quantity
 from scaling_lab.analyse.profiles import Profile
@@ -53,6 +54,34 @@ def to_json_dict(
         "skills": _skills(analysis.skills),
         "law_comparison": _law_comparison(analysis.law_comparison),
         "tuning": _tuning(analysis),
+        "known_floor": _known_floor(analysis.known_floor),
+    }
+
+
+def _known_floor(known: KnownFloor | None) -> dict[str, Any] | None:
+    if known is None:
+        return None
+    line = known.line
+    return {
+        "floor_nats": known.floor_nats,
+        "fitted_nats": number(known.fitted_nats),
+        "interval": None if known.interval is None else [number(end) for end in known.interval],
+        "standard_error_nats": number(known.standard_error_nats),
+        "z": number(known.z),
+        "reducible": [
+            {"compute_flops": c, "loss_nats": r}
+            for c, r in zip(known.compute_flops.tolist(), known.reducible_nats.tolist())
+        ],
+        "line": None
+        if line is None
+        else {
+            "exponent": line.exponent,
+            "compute_range_flops": list(line.compute_range_flops),
+            "n_points": line.n_points,
+            "largest_deviation": line.largest_deviation,
+            "curvature_per_decade": number(line.curvature_per_decade),
+            "local_exponents": None if line.local_exponents is None else list(line.local_exponents),
+        },
     }
 
 

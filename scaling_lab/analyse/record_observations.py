@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from scaling_lab.analyse.estimate import Array
+from scaling_lab.analyse.known_floor import FLOOR
 from scaling_lab.analyse.ledger import curve_columns
 from scaling_lab.analyse.observations import Curves, Dropped, Observations
 from scaling_lab.analyse.table_rows import LR_HORIZON
@@ -85,6 +86,7 @@ def observations_from_records(
             "n_steps": np.array([float(r.spec.steps) for r in usable]),
             "batch_tokens": np.array([float(r.spec.batch_tokens) for r in usable]),
             LR_HORIZON: np.array([_lr_horizon(r) for r in usable]),
+            **_optional_columns(usable),
         },
         separate_curves=_curves(usable, n, per_token, kind),
         alternatives={
@@ -113,6 +115,19 @@ def smooth(values: Array, steps: Array, window_steps: float = SMOOTHING_WINDOW_S
         total[:-k] += w * values[k:]
         weight[:-k] += w
     return total / weight
+
+
+def _optional_columns(records: Sequence[RunRecord]) -> dict[str, Array]:
+    """Columns that only some sweeps have: the validation set's floor, and the tokens that were trained on again and again."""
+    columns = {}
+    floors = np.array([_or_nan(r.val_floor_nats) for r in records])
+    if np.isfinite(floors).all():
+        columns[FLOOR] = floors
+    if any(r.spec.unique_tokens is not None for r in records):
+        columns["unique_tokens"] = np.array(
+            [float(r.spec.unique_tokens or r.spec.train_tokens) for r in records]
+        )
+    return columns
 
 
 def _lr_horizon(record: RunRecord) -> float:

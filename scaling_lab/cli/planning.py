@@ -173,7 +173,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def _option(key: str) -> str:
     """A settings path as the option that sets it."""
     key = key.removeprefix("execution.").replace("model.options.", "model.")
-    return "data.max_epochs" if key == "max_epochs" else key.removesuffix(".kind")
+    return f"data.{key}" if key in ("max_epochs", "unique_tokens", "noise") else key.removesuffix(".kind")
 
 
 def _shown(values: list[str] | None) -> str:

@@ -25,7 +25,7 @@ from scaling_lab.core.errors import UserError, unknown
 from scaling_lab.core.parametrization import parametrization_class
 from scaling_lab.core.registry import member
 from scaling_lab.core.spec import DTYPES, EvalSpec, schedule_class, shape_class, source_class
-from scaling_lab.plan.settings import ExecutionSettings, ModelSettings, SweepSettings
+from scaling_lab.plan.settings import CorpusUse, ExecutionSettings, ModelSettings, SweepSettings
 
 # Groups of which a study has one choice each, with options of its own.
 PARTS = ("model", "data", "schedule", "parametrization", "recipe", "design", "tracker")
@@ -156,9 +156,7 @@ def form_of_tree(
         )
         options |= {key: option for key, option in own.items() if key not in options}
     if "data" in tree:
-        options["data.max_epochs"] = Option(
-            "data.max_epochs", float, 4.0, (words or {}).get("data.max_epochs", "")
-        )
+        options |= options_of(CorpusUse, "data.", words=words)
     elsewhere = OF_THE_RECIPE | (OF_THE_DESIGN if "design" in tree else {})
     known = {key: _with_tree_default(option, tree) for key, option in options.items() if key not in elsewhere}
     return Form(known, elsewhere=elsewhere)
@@ -237,7 +235,9 @@ def sweep_settings(
         )
     tracker_options(tree)
     data_node = dict(parts["data"])
-    max_epochs = read_value("data.max_epochs", data_node.pop("max_epochs", 4.0), float)
+    use_fields = {f.name for f in dataclasses.fields(CorpusUse)}
+    use_node = {name: data_node.pop(name) for name in list(data_node) if name in use_fields}
+    use: CorpusUse = build(CorpusUse, use_node, "data.")
     return SweepSettings(
         sweep=common.sweep,
         design=_part("design", parts["design"]) if "design" in parts else None,
@@ -247,7 +247,9 @@ def sweep_settings(
         schedule=_part("schedule", parts["schedule"]),
         parametrization=_part("parametrization", parts["parametrization"]),
         eval=common.eval,
-        max_epochs=max_epochs,
+        max_epochs=use.max_epochs,
+        unique_tokens=use.unique_tokens,
+        noise=use.noise,
         convention=common.convention,
         seed=common.seed,
         dtype=common.dtype,

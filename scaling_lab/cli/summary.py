@@ -41,6 +41,10 @@ def print_analysis(console: Console, analysis: Analysis) -> None:
         if band.message and analysis.estimate(band.approach).message not in band.message:
             console.print(f"  {band.approach}: {band.message}", markup=False)
     _print_law(console, analysis)
+    if analysis.known_floor is not None:
+        from scaling_lab.report.floor_words import floor_words
+
+        console.print(floor_words(analysis.known_floor), markup=False)
     console.print(f"agreement: {analysis.agreement.message}", markup=False)
     _print_backtest(console, analysis)
     if analysis.tuning is not None:

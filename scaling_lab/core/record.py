@@ -37,6 +37,8 @@ class EvalPoint:
     train_loss_nats: float | None = None
     val_loss_nats: float | None = None
     val_loss_sem_nats: float | None = None
+    evals: dict[str, float] | None = None
+    """Loss on other evaluation sets by their name, nats per token, and scores of the validation set (`exact_match`, ...)."""
     wall_time_s: float = 0.0
     """Training time since the run began, evaluation and compilation included, over all attempts."""
     noise_scale_tokens: float | None = None
@@ -91,6 +93,10 @@ class RunRecord:
     curve: tuple[EvalPoint, ...] = field(default=(), repr=False)
     """Kept in curve.jsonl, beside record.json."""
     schema_version: int = RECORD_SCHEMA_VERSION
+    val_floor_nats: float | None = None
+    """Mean true -ln p per token of the validation windows, where the corpus's probabilities are known: no loss is below."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What else is known of the final model: `eval.NAME` in nats per token, `bits_per_byte`, `exact_match`, ..."""
 
     def count(self) -> ModelCount:
         return ModelCount(self.params, self.flops)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from scaling_lab.core.counts import Convention, ModelCount, train_flops
 from scaling_lab.core.errors import UserError, unknown
+from scaling_lab.core.evaluation import EvalSpec
 from scaling_lab.core.parametrization import Standard, parametrization_class
 from scaling_lab.core.registry import member
 from scaling_lab.core.serial import build, canonical_json, to_dict
@@ -92,28 +93,6 @@ class OptimizerSpec:
 
 
 @dataclass(frozen=True)
-class EvalSpec:
-    """The fixed validation set, the same for every size, and when it is visited."""
-
-    tokens: int = 32_768
-    """Size of the set: windows spread evenly over the validation split (fewer tokens where the split is smaller)."""
-    points: int = 8
-    """Visits per run at most, log-spaced in steps by a factor of sqrt(2) and ending at the last step."""
-    max_cost_fraction: float = 0.25
-    """Visits before the last are left out where all of them would cost more than this share of the training FLOPs."""
-
-    def __post_init__(self) -> None:
-        if self.max_cost_fraction < 0:
-            raise UserError(f"eval.max_cost_fraction={self.max_cost_fraction!r} must not be negative.")
-        if self.tokens < 1:
-            raise UserError(f"eval.tokens={self.tokens!r} must be at least 1.")
-        if self.points < 1:
-            raise UserError(
-                f"eval.points={self.points!r} must be at least 1: a run without a final loss is no data."
-            )
-
-
-@dataclass(frozen=True)
 class RunSpec:
     """Everything that decides a run's numbers. Same spec, same machine, same execution: same losses, bit for bit."""
 
@@ -142,6 +121,10 @@ class RunSpec:
     convention: Convention = Convention.SIX_N_WITH_HEAD
     parametrization: Any = field(default_factory=Standard)
     """How init, multipliers and group LRs follow from the shape; `optimizer` is what holds at its base shape."""
+    unique_tokens: int | None = None
+    """Train on this many tokens of the corpus, again and again; None: on all of it."""
+    noise: float = 0.0
+    """Share of the training tokens that are replaced by random ones; validation stays as it is."""
 
     def __post_init__(self) -> None:
         self.parametrization.base_shape(self.shape)  # refuses a base shape that the family cannot have
@@ -173,6 +156,20 @@ class RunSpec:
         if self.shape.vocab_size < self.data.vocab_size:
             raise UserError(
                 f"model.vocab_size={self.shape.vocab_size} is smaller than the data's vocabulary of {self.data.vocab_size}."
+            )
+        for other in self.eval.sets:
+            if self.shape.vocab_size < other.source.vocab_size:
+                raise UserError(
+                    f"eval.sets: {other.name} has a vocabulary of {other.source.vocab_size}, larger than the model's "
+                    f"{self.shape.vocab_size}."
+                )
+        if not 0 <= self.noise <= 1:
+            raise UserError(f"data.noise={self.noise!r} must be in [0, 1].")
+        if self.unique_tokens is not None and (
+            self.unique_tokens < 1 or self.unique_tokens % self.shape.context
+        ):
+            raise UserError(
+                f"data.unique_tokens={self.unique_tokens} must be a positive multiple of model.context={self.shape.context}."
             )
 
     @property

@@ -100,8 +100,13 @@ def make_plan(settings: SweepSettings) -> Plan:
     if not specs:
         raise UserError(
             f"design={design.kind}: no run is left, every one would pass over the "
-            f"{settings.data.n_tokens('train'):,} tokens of data={settings.data.kind} more than "
+            f"{settings.corpus_tokens():,} tokens of data={settings.data.kind} more than "
             f"data.max_epochs={settings.max_epochs:g} times."
+        )
+    if settings.unique_tokens not in (None, settings.corpus_tokens()):
+        rounding.insert(
+            0,
+            f"data.unique_tokens={settings.unique_tokens:,} are {settings.corpus_tokens():,} in whole windows.",
         )
     return Plan(
         sweep=settings.sweep,
@@ -141,14 +146,24 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 def too_many_epochs(settings: SweepSettings, spec: RunSpec, label: str) -> str | None:
     """Why the run is not planned, if it would pass over its corpus too often."""
-    corpus_tokens = settings.data.n_tokens("train")
+    if (over := epochs_over(settings, spec)) is None:
+        return None
+    return f"not planned: width {spec.shape.width}, depth {spec.shape.depth} at {label} needs {over}."
+
+
+def epochs_over(settings: SweepSettings, spec: RunSpec) -> str | None:
+    """In how far the run would pass over its corpus too often, and what it lacks; None where it would not."""
+    corpus_tokens = settings.corpus_tokens()
     epochs = spec.train_tokens / corpus_tokens
     if epochs <= settings.max_epochs:
         return None
+    lacks = math.ceil(spec.train_tokens / settings.max_epochs) - corpus_tokens
+    which = (
+        "the corpus of" if settings.unique_tokens is None else f"data.unique_tokens={settings.unique_tokens},"
+    )
     return (
-        f"not planned: width {spec.shape.width}, depth {spec.shape.depth} at {label} needs "
-        f"{spec.train_tokens:,} tokens, {epochs:.1f} passes over the corpus of {corpus_tokens:,} "
-        f"(data.max_epochs={settings.max_epochs:g})."
+        f"{spec.train_tokens:,} tokens, {epochs:.1f} passes over {which} {corpus_tokens:,} "
+        f"(data.max_epochs={settings.max_epochs:g}): it lacks {lacks:,} tokens"
     )
 
 
@@ -202,7 +217,8 @@ def plan_run(settings: SweepSettings, request: RunRequest, horizons: SweepHorizo
         optimizer=chosen.optimizer, batch_tokens=chosen.batch_tokens, train_tokens=train_tokens,
         eval=settings.eval, seed_init=seed, seed_data=seed,
         dtype=settings.dtype, convention=settings.convention,
-        parametrization=settings.parametrization,
+        parametrization=settings.parametrization, noise=settings.noise,
+        unique_tokens=None if settings.unique_tokens is None else settings.corpus_tokens(),
     )  # fmt: skip
     return spec, said_of_run(settings, request, spec, chosen)
 
@@ -286,12 +302,8 @@ def plan_single(settings: SweepSettings, train_tokens: float) -> PlannedRun:
     shape = model.shape(model.width, depth, settings.data.vocab_size)
     request = RunRequest(shape, train_tokens=float(train_tokens), role="single")
     spec, _ = plan_run(settings, request, SweepHorizons(train_tokens, train_tokens))
-    epochs = spec.train_tokens / settings.data.n_tokens("train")
-    if epochs > settings.max_epochs:
-        raise UserError(
-            f"train_tokens={spec.train_tokens} is {epochs:.1f} passes over data={settings.data.kind} "
-            f"({settings.data.n_tokens('train'):,} tokens), more than data.max_epochs={settings.max_epochs:g}."
-        )
+    if (over := epochs_over(settings, spec)) is not None:
+        raise UserError(f"train_tokens={spec.train_tokens} of data={settings.data.kind}: a run of {over}.")
     return PlannedRun(spec, executions([spec], settings.execution)[0])
 
 
@@ -304,7 +316,7 @@ def describe(plan: Plan, corpus_tokens: int | None = None) -> list[GridRow]:
             GridRow(
                 run_id=run.run_id, budget_flops=spec.budget_flops, width=spec.shape.width, depth=spec.shape.depth,
                 n_params=n, train_tokens=spec.train_tokens, tokens_per_param=spec.train_tokens / n,
-                epochs=spec.train_tokens / corpus_tokens if corpus_tokens else math.nan, steps=spec.steps,
+                epochs=spec.train_tokens / (spec.unique_tokens or corpus_tokens or math.nan), steps=spec.steps,
                 batch_tokens=spec.batch_tokens, peak_lr=spec.optimizer.peak_lr, seed=spec.seed_init,
                 compiled=run.execution.compile, parametrization=spec.parametrization.kind,
             )

@@ -89,6 +89,26 @@ class ExecutionSettings:
 
 
 @dataclass(frozen=True)
+class CorpusUse:
+    """How a corpus is trained on, whichever it is."""
+
+    max_epochs: float = 4.0
+    """A run that would pass over its corpus more often is not planned"""
+    unique_tokens: int | None = None
+    """Train on this many tokens of the corpus, again and again; null: on all of it"""
+    noise: float = 0.0
+    """Share of the training tokens that are replaced by random ones; validation stays clean"""
+
+    def __post_init__(self) -> None:
+        if not self.max_epochs > 0:
+            raise UserError(f"data.max_epochs={self.max_epochs!r} must be positive.")
+        if not 0 <= self.noise <= 1:
+            raise UserError(f"data.noise={self.noise!r} must be in [0, 1].")
+        if self.unique_tokens is not None and self.unique_tokens < 1:
+            raise UserError(f"data.unique_tokens={self.unique_tokens} must be at least 1.")
+
+
+@dataclass(frozen=True)
 class SweepSettings:
     """Everything that a plan is made from."""
 
@@ -107,13 +127,32 @@ class SweepSettings:
     dtype: str = "float32"
     execution: ExecutionSettings = field(default_factory=ExecutionSettings)
     parametrization: Any = field(default_factory=Standard)
+    unique_tokens: int | None = None
+    """Train on this many tokens of the corpus; None: on all of it."""
+    noise: float = 0.0
+    """Share of the training tokens that are random."""
 
     def __post_init__(self) -> None:
-        if not self.max_epochs > 0:
-            raise UserError(f"data.max_epochs={self.max_epochs!r} must be positive.")
+        CorpusUse(self.max_epochs, self.unique_tokens, self.noise)
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
         if self.dtype == "tf32" and self.execution.device != "cuda":
             raise UserError(
                 f"dtype=tf32 needs device=cuda, not {self.execution.device}. Choices: float32, bfloat16."
             )
+
+    def corpus_tokens(self) -> int:
+        """How many different tokens a run trains on at most. Raises `UserError` where the corpus has too few."""
+        available = int(self.data.n_tokens("train"))
+        if self.unique_tokens is None:
+            return available
+        if self.unique_tokens > available:
+            raise UserError(
+                f"data.unique_tokens={self.unique_tokens:,} is more than the {available:,} tokens of data={self.data.kind}: "
+                f"it lacks {self.unique_tokens - available:,}."
+            )
+        return self.unique_windows() * self.model.context
+
+    def unique_windows(self) -> int:
+        """`unique_tokens` in whole windows of the context, to nearest and at least one."""
+        return max(1, round((self.unique_tokens or 0) / self.model.context))

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from scaling_lab.analyse.analysis import Analysis
 from scaling_lab.analyse.estimate import BudgetStatus
+from scaling_lab.analyse.known_floor import KnownFloor
 from scaling_lab.analyse.laws import get_law
 from scaling_lab.analyse.lr_transfer import transfer_cells
 from scaling_lab.analyse.skills import Skills
@@ -22,11 +23,13 @@ from scaling_lab.core.record import RunRecord
 from scaling_lab.report import (
     figures_checks,
     figures_curves,
+    figures_floor,
     figures_frontier,
     figures_skills,
     figures_transfer,
     figures_tuning,
 )
+from scaling_lab.report.floor_words import floor_words
 from scaling_lab.report.style import (
     FIGURE_WIDTH,
     SHORT_APPROACH_NAMES,
@@ -87,6 +90,8 @@ def draw_all(analysis: Analysis | None, records: Sequence[RunRecord]) -> list[Pl
             plates.append(_skills(analysis.skills))
         if analysis.tuning is not None:
             plates.append(_tuning(analysis.tuning))
+        if analysis.known_floor is not None:
+            plates.insert(1, _known_floor(analysis.known_floor))
     if any(r.spec.role == LR_SWEEP for r in records):
         plates.append(_transfer(records))
     plates.append(_training(records))
@@ -395,6 +400,18 @@ def _transfer(records: Sequence[RunRecord]) -> Plate:
     return _finish(
         "lr_transfer", "Does the best learning rate transfer?", figures_transfer.transfer_height(), draw
     )
+
+
+def _known_floor(known: KnownFloor) -> Plate:
+    def draw(figure: Figure) -> tuple[str, str] | str:
+        if known.compute_flops.size < 2:
+            return "Fewer than two evaluations lie above the floor."
+        figures_floor.reducible_loss(figure.add_subplot(), known)
+        return floor_words(
+            known
+        ), f"Loss above its true floor of {known.floor_nats:.4f} nats against training FLOPs."
+
+    return _finish("reducible_loss", "What is left above the true floor", 3.6, draw)
 
 
 def _training(records: Sequence[RunRecord]) -> Plate:

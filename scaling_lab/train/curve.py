@@ -43,6 +43,7 @@ class CurveWriter:
         val_loss_nats: float | None = None,
         val_loss_sem_nats: float | None = None,
         noise_scale_tokens: float | None = None,
+        evals: dict[str, float] | None = None,
     ) -> EvalPoint | None:
         """Take the loss of `step` (counted from 1); a point comes back where a block ends or validation was visited."""
         self._block.append(train_loss_nats)
@@ -59,6 +60,7 @@ class CurveWriter:
             val_loss_nats=val_loss_nats,
             val_loss_sem_nats=val_loss_sem_nats,
             noise_scale_tokens=noise_scale_tokens,
+            evals=evals or None,
             wall_time_s=round(self.wall_time_s, 3),
         )
         self._block.clear()

@@ -36,6 +36,7 @@ from scaling_lab.train.step import TrainStep
 from scaling_lab.train.stopping import EXIT_REQUEUE, Interrupted
 
 if TYPE_CHECKING:
+    from scaling_lab.train.evaluate import ValidationSet
     from scaling_lab.train.session import Program, Session
 
 log = logging.getLogger(__name__)
@@ -154,10 +155,14 @@ class Team:
                 self._open(*arguments)
             return
         assert self.program is not None
-        if order == "validate":
-            session = self.program.sessions[arguments[0]]
+        if order == "load":
             with suppress(Exception):
-                self.validation_loss(session, arguments[0])
+                self.program.sessions[0].feed.starts(*arguments)
+            return
+        if order == "validate":
+            slot, name = arguments
+            with suppress(Exception):
+                self.validation_loss(self.program.sessions[slot], slot, name)
             return
         with suppress(Exception):
             getattr(self.program.step, order)(*arguments)
@@ -225,28 +230,30 @@ class Team:
         room = torch.cuda.get_device_properties(0).total_memory
         return "fsdp" if state_bytes(spec.shape) > MAX_STATE_SHARE * room else "ddp"
 
-    def validation_loss(self, session: Session, slot: int) -> tuple[float, float | None]:
-        """Validation loss of a slot's run (leader: the numbers; others: nothing of use), its windows shared out."""
-        self.tell("validate", slot)
+    def validation_loss(
+        self, session: Session, slot: int, name: str | None = None
+    ) -> tuple[float, float | None]:
+        """Loss of a slot's run on the validation set, or another one by name (leader: the numbers; others: nothing of use),
+        its windows shared out."""
+        self.tell("validate", slot, name)
+        which = session.evaluation.set(name)
         chunks: list[Any] = [None] * self.world.size
         with self.settled():
-            mine = self._validation_chunks(session)
+            mine = self._validation_chunks(session, which)
         with reaching_the_others():
             dist.gather_object(mine, chunks if self.leads else None, 0, self._control)
         if not self.leads:
             return 0.0, None
         found = {k: losses for part in chunks for k, losses in part.items()}
-        return session.validation.summary(torch.cat([found[k] for k in sorted(found)]))
+        return which.summary(torch.cat([found[k] for k in sorted(found)]))
 
-    def _validation_chunks(self, session: Session) -> dict[int, Tensor]:
+    def _validation_chunks(self, session: Session, which: ValidationSet) -> dict[int, Tensor]:
         """Losses of this rank's parts of the windows, by number; all ranks compute equally many (FSDP needs it)."""
         spec, step, done = session.spec, session.step, {}
-        parts = session.validation.chunks(spec.shape.vocab_size)
+        parts = which.chunks(spec.shape.vocab_size)
         for first in range(0, len(parts), self.world.size):
             k = first + self.world.rank
-            losses = session.validation.window_losses(
-                step.logits, parts[k if k < len(parts) else 0], spec.dtype
-            )
+            losses = which.window_losses(step.logits, parts[k if k < len(parts) else 0], spec.dtype)
             if k < len(parts):
                 done[k] = losses.cpu()
         return done

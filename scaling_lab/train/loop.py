@@ -18,6 +18,7 @@ from scaling_lab.core.record import RunRecord
 from scaling_lab.core.spec import PlannedRun
 from scaling_lab.core.store import RunStore
 from scaling_lab.plan.memory import halved
+from scaling_lab.train.feed import BLOCK_STEPS
 from scaling_lab.train.member import Member, Progress, keep
 from scaling_lab.train.memory import is_out_of_memory, release_memory
 from scaling_lab.train.pulse import Timer
@@ -31,7 +32,6 @@ log = logging.getLogger(__name__)
 
 # Losses are read back from the device, and signals looked at, after about this time and at most this many steps.
 BLOCK_S = 0.5
-BLOCK_STEPS = 64
 # A killed run loses at most this much work; a checkpoint of a tiny model takes milliseconds.
 CHECKPOINT_EVERY_S = 30.0
 
@@ -123,7 +123,7 @@ def train_members(
                 if member.done == member.spec.steps:  # killed between its last checkpoint and its record
                     member.finish()
         clock, fresh = Timer(checkpoint_every_s), True
-        for count in blocks(members):
+        for count in blocks(members, program.max_block_steps):
             live = running(members)
             # The first block is one step, and compiles it.
             with asked.nothing_to_save(fresh):
@@ -162,7 +162,7 @@ def running(members: Sequence[Member]) -> list[Member]:
     return [member for member in members if not member.over]
 
 
-def blocks(members: Sequence[Progress]) -> Iterator[int]:
+def blocks(members: Sequence[Progress], most: int = BLOCK_STEPS) -> Iterator[int]:
     """Numbers of steps to do next, until all members are over: about `BLOCK_S` seconds each as far as steps allow, ending
     where any member's validation is due at the latest. What is computed does not depend on them."""
     size = 1
@@ -171,7 +171,7 @@ def blocks(members: Sequence[Progress]) -> Iterator[int]:
         yield min(size, *(member.until_visit() for member in live))
         elapsed = time.monotonic() - began
         if elapsed < BLOCK_S / 2:
-            size = min(2 * size, BLOCK_STEPS)
+            size = min(2 * size, most)
         elif elapsed > 2 * BLOCK_S:
             size = max(1, size // 2)
 

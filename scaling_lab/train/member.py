@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from scaling_lab.train.checkpoint import (
 from scaling_lab.train.curve import CurveWriter
 from scaling_lab.train.devices import environment
 from scaling_lab.train.divergence import Divergence
-from scaling_lab.train.evaluate import evaluation_steps
+from scaling_lab.train.evaluate import Visit, evaluation_steps
 from scaling_lab.train.pulse import Pulse
 from scaling_lab.train.session import Session
 from scaling_lab.train.step import LOSS
@@ -145,7 +146,7 @@ class Member(Progress):
     def take(self, told: Tensor, micro: int) -> None:
         """Take what a block of steps told, (steps, 3): validate if it is time, and add to the curve."""
         first, self.done = self.done, self.done + len(told)
-        validation = self.session.validation_loss() if self.visits_now else None
+        validation = self.session.visit() if self.visits_now else None
         measured = self.session.noise_at(self.done, told[-1], micro) if self.visits_now else None
         scale = measured.scale_tokens if measured else None
         losses: list[float] = told[:, LOSS].tolist()
@@ -238,7 +239,7 @@ def record_block(
     curve: CurveWriter,
     first: int,
     losses: list[float],
-    validation: tuple[float, float | None] | None,
+    validation: Visit | None,
     watch: Divergence,
     noise_scale_tokens: float | None = None,
 ) -> Iterator[EvalPoint]:
@@ -246,10 +247,13 @@ def record_block(
     for i, loss in enumerate(losses):
         if watch.step(loss):
             return
-        at_end: tuple[float | None, float | None, float | None] = (None, None, None)
-        if validation and i == len(losses) - 1 and not watch.validation(validation[0]):
-            at_end = (*validation, noise_scale_tokens)
-        point = curve.add(first + i + 1, loss, *at_end)
+        step = first + i + 1
+        if validation and i == len(losses) - 1 and not watch.validation(validation.loss_nats):
+            point = curve.add(
+                step, loss, validation.loss_nats, validation.sem_nats, noise_scale_tokens, validation.others
+            )
+        else:
+            point = curve.add(step, loss)
         if point:
             yield point
 
@@ -273,4 +277,16 @@ def make_record(planned: PlannedRun, session: Session, curve: CurveWriter, reaso
         environment=environment(session.device, session.fingerprint),
         curve_points=len(curve.points),
         curve=tuple(curve.points),
+        val_floor_nats=session.evaluation.floor_nats,
+        metrics=final_metrics(planned.spec, last) if done and last else {},
     )
+
+
+def final_metrics(spec: RunSpec, last: EvalPoint) -> dict[str, float]:
+    """What is known of the final model beside its loss, by the names under which it is analysed."""
+    sets = {each.name for each in spec.eval.sets}
+    found = {(f"eval.{name}" if name in sets else name): value for name, value in (last.evals or {}).items()}
+    bytes_per_token = spec.data.bytes_per_token
+    if bytes_per_token and last.val_loss_nats is not None:
+        found["bits_per_byte"] = last.val_loss_nats / math.log(2) / bytes_per_token
+    return found

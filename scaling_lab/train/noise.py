@@ -16,7 +16,6 @@ from torch import Tensor
 from scaling_lab.core.spec import RunSpec
 from scaling_lab.train.gradient import make_gradient
 from scaling_lab.train.optim import FlatLayout
-from scaling_lab.train.order import WindowOrder
 
 # Micro-batches of a measurement, one sequence each. Late in training tr(S) is many times |G|^2 b: a measurement on fewer
 # tokens than the scale itself says little of |G|^2.
@@ -61,29 +60,26 @@ def visits_measured(spec: RunSpec, visits: Sequence[int]) -> frozenset[int]:
 class NoiseProbe:
     """Measures on the sequences that follow the step's batch in the data order: a pure function of parameters and step."""
 
-    def __init__(
-        self, model: torch.nn.Module, layout: FlatLayout, spec: RunSpec, tokens: Tensor, order: WindowOrder
-    ) -> None:
-        self._spec, self._tokens, self._order = spec, tokens, order
+    def __init__(self, model: torch.nn.Module, layout: FlatLayout, spec: RunSpec) -> None:
+        self._context = spec.shape.context
         self._gradient = make_gradient(model, layout, spec, 1)
 
     @torch.no_grad()
-    def measure(self, flat: Tensor, step: int) -> Noise:
-        """At parameters (n,) after `step` steps."""
-        spec = self._spec
-        windows = self._order.windows(step * spec.batch_sequences, PARTS)
-        starts = torch.from_numpy(windows * spec.shape.context).view(PARTS, 1).to(self._tokens.device)
-        if PARTS * flat.numel() <= AT_ONCE:
+    def measure(self, flat: Tensor, windows: Tensor) -> Noise:
+        """At parameters (n,), over `windows` (parts, context + 1)."""
+        parts, length = windows.shape
+        data = windows.reshape(-1)
+        starts = (torch.arange(parts, device=data.device) * length)[:, None]
+        if parts * flat.numel() <= AT_ONCE:
             each = torch.func.vmap(self._gradient, in_dims=(None, 0, None))
-            gradients, _ = each(flat, starts, self._tokens)
+            gradients, _ = each(flat, starts, data)
             part_square = gradients.square().sum(1).mean()
             square = gradients.mean(0).square().sum()
         else:
             total, part_square = torch.zeros_like(flat), torch.zeros((), device=flat.device)
             for start in starts:
-                gradient, _ = self._gradient(flat, start, self._tokens)
-                total += gradient / PARTS
-                part_square += gradient.square().sum() / PARTS
+                gradient, _ = self._gradient(flat, start, data)
+                total += gradient / parts
+                part_square += gradient.square().sum() / parts
             square = total.square().sum()
-        context = spec.shape.context
-        return noise(part_square.item(), square.item(), context, PARTS * context)
+        return noise(part_square.item(), square.item(), self._context, parts * self._context)

@@ -6,21 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Execution, RunSpec
-from scaling_lab.train.data import read_tokens
 from scaling_lab.train.devices import apply_execution
 from scaling_lab.train.distributed import current_team
-from scaling_lab.train.evaluate import ValidationSet, evaluation_steps
+from scaling_lab.train.evaluate import Evaluation, ValidationSet, Visit, evaluation_steps
+from scaling_lab.train.feed import BLOCK_STEPS, Feed, device_tokens, open_feed
 from scaling_lab.train.models import build_model
-from scaling_lab.train.noise import ENOUGH_PARTS, Noise, NoiseProbe, noise, visits_measured
+from scaling_lab.train.noise import ENOUGH_PARTS, PARTS, Noise, NoiseProbe, noise, visits_measured
 from scaling_lab.train.optim import control_rows
-from scaling_lab.train.order import WindowOrder, n_windows
+from scaling_lab.train.order import WindowOrder
 from scaling_lab.train.step import LOSS, MEAN_PART_SQUARE, SQUARE, Slot, TrainStep
+
+__all__ = ["Program", "Session", "check_data", "device_tokens", "open_program", "open_session", "train_block"]
 
 
 @dataclass
@@ -30,16 +31,37 @@ class Session:
     spec: RunSpec
     device: torch.device
     step: TrainStep | Slot
-    order: WindowOrder
-    validation: ValidationSet
+    feed: Feed
+    slot: int
+    """Which of the feed's runs this is."""
+    evaluation: Evaluation
     fingerprint: str
 
-    def validation_loss(self) -> tuple[float, float | None]:
-        """(mean loss, standard error of the mean) of the validation set, nats per token."""
+    @property
+    def order(self) -> WindowOrder:
+        """Which window of the corpus the run sees at which position."""
+        return self.feed.order(self.slot)
+
+    def visit(self) -> Visit:
+        """The validation set, and the other evaluation sets, at the current parameters."""
+        return self.evaluation.visit(self._mean_loss, self._scores)
+
+    def _mean_loss(self, name: str | None) -> tuple[float, float | None]:
         team = current_team()
         if team is not None:
-            return team.validation_loss(self, self.step.index if isinstance(self.step, Slot) else 0)
-        return self.validation.loss(
+            return team.validation_loss(self, self.slot, name)
+        return self.evaluation.set(name).loss(
+            self.step.model,
+            self.step.parameters(),
+            dtype=self.spec.dtype,
+            vocab_size=self.spec.shape.vocab_size,
+        )
+
+    def _scores(self, which: ValidationSet) -> dict[str, float]:
+        # Parameters that are spread over processes would have to be gathered for it.
+        if not self.step.holds_all_parameters:
+            return {}
+        return which.fact_scores(
             self.step.model,
             self.step.parameters(),
             dtype=self.spec.dtype,
@@ -56,8 +78,8 @@ class Session:
         if spec.batch_sequences // micro >= ENOUGH_PARTS:
             part, whole = told[MEAN_PART_SQUARE].item(), told[SQUARE].item()
             return noise(part, whole, micro * spec.shape.context, spec.batch_tokens)
-        probe = NoiseProbe(self.step.model, self.step.layout, spec, self.step.tokens, self.order)
-        return probe.measure(self.step.flat, step)
+        windows = self.feed.windows(self.slot, step * spec.batch_sequences, PARTS)
+        return NoiseProbe(self.step.model, self.step.layout, spec).measure(self.step.flat, windows)
 
 
 @dataclass
@@ -66,6 +88,11 @@ class Program:
 
     step: TrainStep
     sessions: list[Session]
+
+    @property
+    def max_block_steps(self) -> int:
+        """How many steps `run_block` can do at once."""
+        return self.sessions[0].feed.max_block_steps
 
     def run_block(self, places: Mapping[int, int], count: int) -> Tensor:
         """`count` steps of the members in the slots `places`, each from the step (counted from 0) that is given there.
@@ -88,8 +115,10 @@ class Program:
 def inputs(session: Session, first: int, count: int) -> tuple[Tensor, Tensor]:
     """Window starts (count, batch) and controls (count, 3) of a run's steps first .. first + count - 1."""
     spec = session.spec
-    windows = session.order.windows(first * spec.batch_sequences, count * spec.batch_sequences)
-    starts = torch.from_numpy(windows * spec.shape.context).view(count, -1)
+    team = current_team()
+    if team is not None and not session.feed.is_whole:
+        team.tell("load", session.slot, first, count)
+    starts = session.feed.starts(session.slot, first, count)
     rates = [spec.learning_rate(step) for step in range(first, first + count)]
     return starts, control_rows(rates, first, spec.optimizer)
 
@@ -151,38 +180,24 @@ def build_program(
     spec = specs[0]
     device = apply_execution(execution, spec.dtype)
     fingerprint = check_data(spec, expected_fingerprint)
-    train = read_tokens(spec.data, "train")
-    context = spec.shape.context
-    windows = n_windows(train.size, context)
-    if windows < 1:
-        raise UserError(
-            f"data={spec.data.kind} has {train.size} tokens: less than one window of model.context={context}."
-        )
+    feed = open_feed(specs, device, BLOCK_STEPS)
     models = []
     for each in specs:
         torch.manual_seed(each.seed_init)
         model = build_model(each.shape, each.parametrization)
         models.append(model.to(device) if whole_models else model)
-    tokens = device_tokens(train, device)
-    step = make_step(models if stacked else models[0], tokens, specs if stacked else spec, execution)
-    validation = ValidationSet(read_tokens(spec.data, "validation"), context, spec.eval, device)
+    step = make_step(models if stacked else models[0], feed.tokens, specs if stacked else spec, execution)
+    evaluation = Evaluation(spec, device)
     sessions = [
         Session(
             spec=each,
             device=device,
             step=Slot(step, k) if stacked else step,
-            order=WindowOrder(windows, each.seed_data),
-            validation=validation,
+            feed=feed,
+            slot=k,
+            evaluation=evaluation,
             fingerprint=fingerprint,
         )
         for k, each in enumerate(specs)
     ]
     return Program(step, sessions)
-
-
-def device_tokens(tokens: np.ndarray, device: torch.device) -> Tensor:
-    """The corpus on the device, in the smallest torch dtype that holds it (torch cannot index uint16)."""
-    small = {1: np.uint8, 2: np.int32, 4: np.int64, 8: np.int64}[tokens.dtype.itemsize]
-    if tokens.dtype == np.int32:
-        small = np.int32
-    return torch.from_numpy(np.array(tokens, dtype=small)).to(device)

@@ -35,6 +35,7 @@ class ShardedStep:
     """With the face of a `TrainStep` of one run, but for what needs a whole copy of the parameters."""
 
     stacked = False
+    holds_all_parameters = False
 
     def __init__(
         self, model: nn.Module, tokens: Tensor, spec: RunSpec, execution: Execution, team: Team

@@ -32,6 +32,8 @@ class TrainStep:
     member as it was. It returns (steps, 3) or (steps, K, 3) on the device, see `LOSS`; nothing is read back.
     """
 
+    holds_all_parameters = True
+
     def __init__(
         self,
         model: nn.Module | Sequence[nn.Module],
@@ -158,6 +160,8 @@ class TrainStep:
 
 class Slot:
     """One member of a stack, with the face of a `TrainStep` of its own: its state is a row of the stack's."""
+
+    holds_all_parameters = True
 
     def __init__(self, stack: TrainStep, index: int) -> None:
         self.stack, self.index = stack, index
