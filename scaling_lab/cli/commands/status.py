@@ -92,8 +92,8 @@ def _watch(console: Console, store: RunStore, plan: Plan | None, sweep: str, now
 
         with Live(console=console.out, auto_refresh=False, transient=True) as live:
             while not now.is_over:
-                # The table's frame and the headline take six lines.
-                rows = max(1, min(MAX_ROWS, console.out.height - 6))
+                # The table's frame, its two captions, the row of the others and the headline take eight lines.
+                rows = max(1, min(MAX_ROWS, console.out.height - 8))
                 live.update(
                     Group(status_table(sweep, now.rows, console.out.width, rows), now.headline()),
                     refresh=True,
