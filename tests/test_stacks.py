@@ -108,6 +108,19 @@ def test_stopped_and_taken_up_by_whoever_is_left_bit_for_bit(tmp_path, monkeypat
         assert losses(store.read_record(planned.run_id)) == losses(whole[planned.run_id])
 
 
+def test_a_record_that_a_kill_prevented_is_written_from_the_last_checkpoint(tmp_path, whole):
+    """Of a whole stack, and of its first member alone while the others are over."""
+    runs, store = members(), RunStore(tmp_path)
+    train_all(tmp_path, runs)
+    for gone in (runs, runs[:1]):
+        for planned in gone:
+            (store.run_folder(planned.run_id) / "record.json").unlink()
+        made = {r.run_id: r for r in train_pending(store, plan_of(runs))}
+        assert set(made) == {r.run_id for r in gone}
+        for run_id, record in made.items():
+            assert losses(record) == losses(whole[run_id])
+
+
 def test_a_member_that_is_taken_over_or_in_error_is_dropped_alone(tmp_path, monkeypatch, whole):
     """Its slot rests; the others end bit for bit as they would have."""
     from scaling_lab.train.member import Member

@@ -120,8 +120,7 @@ def train_members(
         for member in running(members):
             with separately(member):
                 curves.enter_context(member.begin(program.sessions[member.slot]))
-                if member.done == member.spec.steps:  # killed between its last checkpoint and its record
-                    member.finish()
+        finish(members)  # killed between its last checkpoint and its record
         clock, fresh = Timer(checkpoint_every_s), True
         for count in blocks(members, program.max_block_steps):
             live = running(members)
@@ -133,10 +132,7 @@ def train_members(
                 with separately(member):
                     member.take(told[:, member.slot], program.step.micro)
             save(live, asked, everybody=clock.is_due() or asked())
-            for member in running(live):
-                if member.done == member.spec.steps:
-                    with separately(member):
-                        member.finish()
+            finish(live)
             if running(members):
                 asked.answer()
 
@@ -174,6 +170,14 @@ def blocks(members: Sequence[Progress], most: int = BLOCK_STEPS) -> Iterator[int
             size = min(2 * size, most)
         elif elapsed > 2 * BLOCK_S:
             size = max(1, size // 2)
+
+
+def finish(members: Sequence[Member]) -> None:
+    """Write the records of those at their last step."""
+    for member in running(members):
+        if member.done == member.spec.steps:
+            with separately(member):
+                member.finish()
 
 
 def save(members: Sequence[Member], asked: Requests, everybody: bool) -> None:
