@@ -162,7 +162,7 @@ class Envelope:
         used = sum(s.at.size for s in design.sizes)
         notes = [
             f"The envelope of the runs' ends (method=ends): {used} of {final.n_points} runs, {len(design.sizes)} sizes with"
-            " three horizons or more; whole curves are not used.",
+            " three horizons or more; the curves before their ends play no part.",
             *schedule_notes(observations, np.ones(observations.n_runs, dtype=bool)),
         ]
         if len(design.sizes) < 3:
