@@ -334,7 +334,7 @@ def test_a_plan_of_a_version_without_parametrisations_is_the_same_plan(tmp_path,
     assert main(["plan", *TINY_PLAN]) == 0
     assert "unchanged" in capsys.readouterr().out
     assert main(["plan", *TINY_PLAN, "parametrization=mup"]) == 2
-    assert "parametrization (on disk null, now" in capsys.readouterr().err
+    assert "parametrization (on disk nothing, now" in capsys.readouterr().err
 
 
 def test_a_list_multiplies_a_plan(tmp_path, monkeypatch, capsys):
@@ -346,3 +346,15 @@ def test_a_list_multiplies_a_plan(tmp_path, monkeypatch, capsys):
     kinds = [run["spec"]["parametrization"]["kind"] for run in data["runs"]]
     assert sorted(set(kinds)) == ["completep", "standard"]
     assert kinds.count("completep") == kinds.count("standard")
+
+
+def test_an_experiments_lists_multiply_its_plan(tmp_path, monkeypatch):
+    """experiment=lr_transfer plans every size under each parametrisation; a choice of the user's goes before its list."""
+    monkeypatch.chdir(tmp_path)
+    small = ["experiment=lr_transfer", "device=cpu", "compile=false", "design.widths=[16]", "design.seeds=1"]
+    assert main(["plan", *small]) == 0
+    runs = RunStore("results/lr_transfer").read_plan().runs
+    assert [run.spec.parametrization.kind for run in runs[::15]] == ["standard", "mup", "completep"]
+    assert len(runs) == 3 * 3 * 5
+    assert main(["plan", *small, "sweep=mine", "parametrization=mup"]) == 0
+    assert {run.spec.parametrization.kind for run in RunStore("results/mine").read_plan().runs} == {"mup"}
