@@ -120,6 +120,16 @@ def job_of(store: RunStore, run_id: str) -> str:
     return f"{array}_{task}" if any(line.split()[1:] == [str(task)] for line in lines) else array
 
 
+def kill_job(store: RunStore, run_id: str) -> None:
+    """SIGKILL to the job's process and to its worker, which has no time to notice that the first is gone."""
+    claim = last_claim(store.run_folder(run_id))
+    assert claim is not None
+    parent = int(Path(f"/proc/{claim.pid}/stat").read_text().rpartition(")")[2].split()[1])
+    assert b"submitit" in Path(f"/proc/{parent}/cmdline").read_bytes()
+    os.kill(parent, signal.SIGKILL)
+    os.kill(claim.pid, signal.SIGKILL)
+
+
 def generations(store: RunStore) -> dict[str, int]:
     """How often each run was claimed."""
     return {p.name: c.generation for p in store.folder.glob("runs/*") if (c := last_claim(p)) is not None}
@@ -172,7 +182,7 @@ def test_killed_cancelled_and_timed_out_jobs_end_right_after_a_rerun(cluster, lo
     late_job = job_of(store, late)
     slurm("scontrol", "update", f"JobId={late_job}", "TimeLimit=1")
     killed = wait_for(lambda: training(store, late))
-    slurm("scancel", "--signal=KILL", "--full", job_of(store, killed))
+    kill_job(store, killed)
     cancelled = wait_for(lambda: training(store, late, killed))
     slurm("scancel", job_of(store, cancelled))
     wait_for(lambda: late_job not in slurm("squeue", "-h", "-r", "-o", "%F_%K").split(), 200)
