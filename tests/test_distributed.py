@@ -95,7 +95,9 @@ def test_two_processes_have_the_losses_of_one(folder, alone, kind, name):
         pytest.skip("refused: fsdp needs equal shares")
     # Sums in bfloat16 are rounded at 3 digits, in another order.
     tolerance = 2e-3 if name == "bfloat16" else TOLERANCE
-    assert same(record(folder, f"{kind}-{name}", SPECS[name]), alone[name], tolerance)
+    together = record(folder, f"{kind}-{name}", SPECS[name])
+    assert same(together, alone[name], tolerance)
+    assert (together.environment.processes, alone[name].environment.processes) == (2, 1)
 
 
 @pytest.mark.parametrize("name", ["fsdp-micro", "ddp-compiled"])

@@ -68,6 +68,8 @@ class Environment:
     host: str
     platform: str
     data_fingerprint: str
+    processes: int = 1
+    """That trained the run together, at its end: one a device."""
 
 
 @dataclass(frozen=True)

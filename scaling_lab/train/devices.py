@@ -81,6 +81,11 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def _processes() -> int:
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if together else 1
+
+
 @cache
 def git_revision() -> str | None:
     """Revision of the checkout that this code runs from, with a + where it has local changes; None in a wheel."""
@@ -117,4 +122,5 @@ def environment(device: torch.device | None, data_fingerprint: str, planned_devi
         host=socket.gethostname(),
         platform=platform.platform(),
         data_fingerprint=data_fingerprint,
+        processes=_processes(),
     )
