@@ -50,6 +50,9 @@ def test_a_band_uses_it_where_samples_pile_up_at_zero() -> None:
     assert piled is not None
     assert (piled.lo, piled.hi) == pytest.approx(means_held(1.4, 0.9), abs=0.02)
     assert piled.lo > 0  # equal tails would begin at 0
+    at_zero = band(np.maximum(free - 1.0, 0.0)).interval("E")
+    assert at_zero is not None
+    assert at_zero.lo == 0.0
     inside = band(free + 10).interval("E")
     assert inside is not None
     assert (inside.lo, inside.hi) == pytest.approx((11.4 - 1.645, 11.4 + 1.645), abs=0.01)

@@ -50,4 +50,5 @@ def bounded_tails(share_at_zero: float, level: float) -> tuple[float, float]:
     """The lower and upper quantile levels of resamples of which this share lies at 0; a lower level within that share is 0 itself."""
     x = float(np.clip(-ndtri(share_at_zero), -3.0, _FAR + 3.0))
     lo, hi = means_held(x, level)
-    return float(ndtr(lo - x)), float(ndtr(hi - x))
+    # Where 0 itself is held, the quantile at its own share would lie between 0 and the first sample above it.
+    return 0.0 if lo == 0.0 else float(ndtr(lo - x)), float(ndtr(hi - x))
