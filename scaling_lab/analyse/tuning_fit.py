@@ -48,7 +48,7 @@ def debt_at(offset: Array, hessian: Array) -> Array:
 
 def window(x: Array, loss: Array) -> NDArray[np.bool_]:
     """(runs,) which runs are near enough. `x` is (runs, dims), ln of the setting over the reference."""
-    best = x[int(np.argmin(loss))]
+    best = best_setting(x, loss)
     margin = np.log(WINDOW_FACTOR)
     low, high = np.minimum(best, 0.0) - margin, np.maximum(best, 0.0) + margin
     return np.asarray(((x >= low) & (x <= high)).all(axis=1))
@@ -56,8 +56,15 @@ def window(x: Array, loss: Array) -> NDArray[np.bool_]:
 
 def at_the_edge(x: Array, loss: Array) -> bool:
     """Whether the best of the settings `x` (runs, dims) is the least or the largest that was tried of any of them."""
-    best = x[int(np.argmin(loss))]
+    best = best_setting(x, loss)
     return bool(((best <= x.min(axis=0)) | (best >= x.max(axis=0))).any())
+
+
+def best_setting(x: Array, loss: Array) -> Array:
+    """(dims,) of the settings `x` (runs, dims) the one with the lowest mean: a single seed may be lucky."""
+    label = settings_of(x)
+    means = np.bincount(label, loss) / np.bincount(label)
+    return np.asarray(x[int(np.argmin(means[label]))])
 
 
 def settings_of(x: Array) -> NDArray[np.int64]:

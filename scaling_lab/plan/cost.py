@@ -62,10 +62,10 @@ def estimate_plan_seconds(runs: Iterable[PlannedRun], workers: int) -> float | N
 
 
 def estimate_disk_bytes(runs: Iterable[PlannedRun]) -> int:
-    """Bytes of the curves and of one checkpoint a run, what a sweep leaves behind."""
+    """Bytes of the curves, of one checkpoint a run, and of those kept for others: what a sweep leaves behind."""
     return sum(
         min(run.spec.steps, MAX_CURVE_POINTS) * CURVE_LINE_BYTES
-        + CHECKPOINT_BYTES_PER_PARAM * run.spec.count().params.total
+        + CHECKPOINT_BYTES_PER_PARAM * run.spec.count().params.total * (1 + len(run.spec.keep_steps))
         for run in runs
     )
 

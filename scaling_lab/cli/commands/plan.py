@@ -133,8 +133,14 @@ def grid_table(plan: Plan, width: int) -> Any:
         cells,
         width,
         drop=("compiled", "seed", "peak LR", "batch", "steps", "epochs", "depth", "width", "D/N"),
-        sections={i for i in range(1, len(rows)) if rows[i].budget_flops != rows[i - 1].budget_flops},
+        sections={i for i in range(1, len(rows)) if section_of(plan, i) != section_of(plan, i - 1)},
     )
+
+
+def section_of(plan: Plan, row: int) -> Any:
+    """Runs of one budget stand together, and trunks, which have none."""
+    spec = plan.runs[row].spec
+    return "trunk" if spec.role == "trunk" else spec.budget_flops
 
 
 def corpus_tokens(plan: Plan) -> int | None:
