@@ -229,7 +229,7 @@ def test_sweep_horizons_by_hand():
         ),
         (
             lambda: plan_single(settings(model=ModelSettings(width=32, depth=2)), 1e12),
-            "passes over data=pysource",
+            "passes over the corpus of",
         ),
     ],
 )
