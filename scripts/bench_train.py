@@ -259,16 +259,13 @@ def child_sweep(task: dict[str, Any]) -> dict[str, Any]:
     """Runs one after the other in one process: seconds of each, the steps beyond the sample extrapolated."""
     import torch
 
-    from scaling_lab.train.data import read_tokens
     from scaling_lab.train.evaluate import ValidationSet, evaluation_steps
 
     device, seconds = task["device"], []
     for spec in map(RunSpec.from_dict, task["specs"]):
         began = time.perf_counter()
         loop = PlainLoop(spec, device, task["compile"])
-        held_out = ValidationSet(
-            read_tokens(spec.data, "validation"), spec.shape.context, spec.eval, torch.device(device)
-        )
+        held_out = ValidationSet(spec.data, spec.shape.context, spec.eval, torch.device(device))
         loop.steps(2)
         wait(device)
         first = time.perf_counter() - began

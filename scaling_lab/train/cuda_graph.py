@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from scaling_lab.train.memory import is_out_of_memory
+
 log = logging.getLogger(__name__)
 
 # Steps whose inputs the graph holds at once; longer blocks are run in parts.
@@ -45,6 +47,8 @@ class BlockGraph:
         try:
             self._capture()
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             torch.cuda.synchronize()
             log.warning(
                 "no CUDA graph (%s): steps are launched one by one.", " ".join(str(error).split())[:200]

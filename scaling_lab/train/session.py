@@ -180,6 +180,10 @@ def build_program(
     spec = specs[0]
     device = apply_execution(execution, spec.dtype)
     fingerprint = check_data(spec, expected_fingerprint)
+    if execution.compile:
+        # Dynamo keeps a few programs for each place in the source, and this one is the same for every run: beyond its limit
+        # (8) a worker's later runs would silently be computed eagerly. One process computes one program at a time.
+        torch.compiler.reset()
     feed = open_feed(specs, device, BLOCK_STEPS)
     models = []
     for each in specs:
