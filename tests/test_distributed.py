@@ -19,6 +19,7 @@ from test_train import tiny, train
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord
 from scaling_lab.core.shapes.gpt2 import GPT2Shape
+from scaling_lab.core.sources.context_tree import ContextTree
 from scaling_lab.core.spec import Execution, OptimizerSpec, Plan, PlannedRun
 from scaling_lab.core.store import RunStore
 from scaling_lab.train.checkpoint import read_checkpoint
@@ -32,7 +33,10 @@ SPECS = {
     # A small LR: gradients that are zero but for rounding (of gpt2's key biases) move Adam by as much as any.
     "tied": tiny(STEPS, shape=GPT2Shape(width=16, depth=2, heads=2), optimizer=OptimizerSpec(peak_lr=0.002)),
     "bfloat16": tiny(STEPS, dtype="bfloat16"),
+    # Not a corpus on the device but chunks of it, which every process is told to read (of CHUNK_STEPS in tests/team.py).
+    "generated": tiny(STEPS, data=ContextTree(), noise=0.1, seed_data=4),
 }
+CHUNK_STEPS = 5
 TOLERANCE = 1e-5
 STACK = tuple(tiny(steps, seed_init=seed, seed_data=seed) for steps, seed in ((STEPS, 1), (STEPS // 2, 2)))
 
