@@ -14,6 +14,7 @@ from scaling_lab.core.schedules import Cosine
 from scaling_lab.core.serial import to_dict
 from scaling_lab.core.spec import Plan, PlannedRun, RunSpec
 from scaling_lab.plan.cooldown import cooldown_spec, saved_note
+from scaling_lab.plan.corpus import check_corpus
 from scaling_lab.plan.designs.base import RunRequest
 from scaling_lab.plan.execution import executions
 from scaling_lab.plan.recipes.base import Hyperparameters, SweepHorizons, decide, round_batch
@@ -165,17 +166,6 @@ def epochs_over(settings: SweepSettings, spec: RunSpec) -> str | None:
         f"{spec.train_tokens:,} tokens, {epochs:.1f} passes over {which} {corpus_tokens:,} "
         f"(data.max_epochs={settings.max_epochs:g}): it lacks {lacks:,} tokens"
     )
-
-
-def check_corpus(settings: SweepSettings) -> None:
-    """Refuse a corpus in which a split is shorter than one window of the context."""
-    for split in ("train", "validation"):
-        tokens = settings.data.n_tokens(split)
-        if tokens <= settings.model.context:
-            raise UserError(
-                f"data={settings.data.kind}: the {split} split has {tokens:,} tokens, less than one window of "
-                f"model.context={settings.model.context} and a target."
-            )
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,12 @@ class Prepared:
         split = _meta(self)["splits"]["validation"]
         return float(split["bytes"] / split["tokens"])
 
+    @property
+    def tokenizer(self) -> str:
+        """What decides the tokens' meaning: bytes, or the beginning of the tokenizer file's checksum."""
+        found = _meta(self)["tokenizer"]
+        return "bytes" if found["name"] == "bytes" else f"sha256 {found['sha256'][:12]}"
+
     def tokens(self, split: str) -> ShardedTokens:
         return _splits(self)[0 if split == "train" else 1]
 
@@ -114,6 +120,8 @@ def _meta(source: Prepared) -> dict[str, Any]:
             )
         _ = (
             meta["content_sha256"],
+            meta["tokenizer"]["name"],
+            meta["tokenizer"]["sha256"],
             meta["shard_tokens"],
             meta["splits"]["train"],
             meta["splits"]["validation"],

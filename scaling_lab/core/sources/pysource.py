@@ -59,6 +59,10 @@ class PySource:
     def bytes_per_token(self) -> float | None:
         return 1.0
 
+    @property
+    def tokenizer(self) -> str:
+        return "bytes"
+
     def text(self, split: str) -> bytes:
         """The whole split as bytes, each document after a separator. Cached in the process: about 10 MB."""
         return _splits(self)[0 if split == "train" else 1]
