@@ -84,6 +84,9 @@ DAMAGE: dict[str, Callable[[str], str]] = {
     "a null in an optional field": lambda text: text.replace('"lr"', '"val_loss_nats": null, "lr"', 1),
     "an infinite number": lambda text: text.replace('"lr": ', '"lr": 1e999, "lr": ', 1),
     "a count written as a float": lambda text: text.replace(', "train_flops"', '.0, "train_flops"', 1),
+    "evaluations that are no numbers": lambda text: text.replace('"lr"', '"evals": {"a": "x"}, "lr"', 1),
+    "an evaluation that is none": lambda text: text.replace('"lr"', '"evals": {"a": null}, "lr"', 1),
+    "evaluations that are a number": lambda text: text.replace('"lr"', '"evals": 3, "lr"', 1),
     "a number as text": lambda text: text.replace('"step": ', '"step": "3", "x": ', 1),
     "not UTF-8": lambda text: text[:50] + "\udcff" + text[50:],
     "nothing": lambda text: "",
@@ -132,6 +135,34 @@ def test_a_curve_without_validation_has_none(tmp_path: Path) -> None:
     assert np.isnan(curve_columns(records[0].curve)["val_loss_nats"]).all()
 
 
+def with_evals(record: RunRecord, *names: str) -> RunRecord:
+    """The record with further losses where the validation set was visited."""
+    curve = tuple(
+        replace(p, evals={name: p.val_loss_nats + i for i, name in enumerate(names)} or None)
+        if p.val_loss_nats is not None
+        else p
+        for p in record.curve
+    )
+    return replace(record, curve=curve)
+
+
+def test_other_evaluation_sets_are_columns_to_both_readers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [("code",), ("code", "rare.facts"), (), ("exact_match",)]
+    records = [with_evals(r, *names[i % 4]) for i, r in enumerate(RECORDS)]
+    store = written(tmp_path, records)
+    found = {r.run_id: r for r in same(store)}
+    with monkeypatch.context() as patched:
+        patched.setattr(RunStore, "read_curve", None)  # the fast reader needs no other
+        load_ledger(store)
+    for record, own in zip(records, names * len(records)):
+        fast, plain = curve_columns(found[record.run_id].curve), curve_columns(record.curve)
+        assert {name for name in plain if name.startswith("evals.")} == {f"evals.{name}" for name in own}
+        for name, values in plain.items():
+            np.testing.assert_array_equal(fast[name], values)
+
+
 def test_good_runs_are_never_read_the_slow_way(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: RunStore, run_id: str) -> list[EvalPoint]:
         raise AssertionError(f"{run_id} was read line by line")
@@ -167,8 +198,9 @@ def test_every_line_that_the_store_writes_is_understood() -> None:
 
     points = (
         EvalPoint(1, 512, 1e9, 1e-3),
-        EvalPoint(2, 2**40, 6e23, 1e-320, 1e-300, 3, None, 1),  # type: ignore[arg-type]
-        EvalPoint(3, 5, 7, 0, 0.1 + 0.2, 1 / 3, 0.0, 1e5),
+        EvalPoint(2, 2**40, 6e23, 1e-320, 1e-300, 3, None, wall_time_s=1),
+        EvalPoint(3, 5, 7, 0, 0.1 + 0.2, 1 / 3, 0.0, {"exact_match": 0, "value_loss_nats": 1 / 3}, 1e5),
+        EvalPoint(4, 5, 7, 0, 0.1 + 0.2, 1 / 3, 0.0, {"value_loss_nats": 2}),
     )
     columns = ledger._columns("".join(map(curve_line, points)).encode())
     assert columns is not None

@@ -29,11 +29,14 @@ if TYPE_CHECKING:
 _BATCH_BYTES = 16 << 20
 _COUNTS = ("step", "tokens")
 _REQUIRED = tuple(f.name for f in fields(EvalPoint) if f.default is MISSING)
-_NAMES = tuple(f.name for f in fields(EvalPoint))
+_NAMES = tuple(f.name for f in fields(EvalPoint) if f.name != "evals")
+# Each of a point's further losses and scores is a column of its own, so named.
+EVALS = "evals."
 
 
 class CurveColumns(Sequence[EvalPoint]):
-    """One run's curve by columns: `columns[name]` is a (points,) array, int64 for counts, else float64, NaN where absent.
+    """One run's curve by columns: `columns[name]` is a (points,) array, int64 for counts, else float64, NaN where absent;
+    `columns["evals.NAME"]` is what the points' `evals` say of NAME, where any does.
 
     As a sequence it holds the same `EvalPoint` values as the store's tuple (None where absent).
     """
@@ -53,12 +56,11 @@ class CurveColumns(Sequence[EvalPoint]):
     def __getitem__(self, at: int | slice) -> EvalPoint | tuple[EvalPoint, ...]:
         if isinstance(at, slice):
             return tuple(CurveColumns({k: v[at] for k, v in self.columns.items()}))
-        return EvalPoint(**{name: _cell(name, v[at].item()) for name, v in self.columns.items()})
+        return _point({name: v[at].item() for name, v in self.columns.items()})
 
     def __iter__(self) -> Iterator[EvalPoint]:
-        cells = [[_cell(name, v) for v in values.tolist()] for name, values in self.columns.items()]
-        for row in zip(*cells):
-            yield EvalPoint(**dict(zip(self.columns, row)))
+        for row in zip(*(values.tolist() for values in self.columns.values())):
+            yield _point(dict(zip(self.columns, row)))
 
     def first(self, n: int) -> tuple[EvalPoint, ...]:
         """The first n points as columns; typed as what a record declares, since it serves as that."""
@@ -79,9 +81,10 @@ def curve_columns(points: Sequence[EvalPoint]) -> Mapping[str, NDArray[Any]]:
     """The columns of any curve: those it has, or the same arrays made from its points (NaN where a value is None)."""
     if isinstance(points, CurveColumns):
         return points.columns
-    return {
-        name: np.array([_number(getattr(p, name)) for p in points], dtype=_dtype(name)) for name in _NAMES
-    }
+    out = {name: np.array([_number(getattr(p, name)) for p in points], dtype=_dtype(name)) for name in _NAMES}
+    for name in dict.fromkeys(name for p in points for name in p.evals or ()):
+        out[EVALS + name] = np.array([_number((p.evals or {}).get(name)) for p in points], dtype=np.float64)
+    return out
 
 
 def load_ledger(
@@ -163,15 +166,21 @@ def _columns(text: bytes) -> dict[str, NDArray[Any]] | None:
             pyarrow.BufferReader(text),
             # One block: a block's end inside a line would otherwise have to be sewn together.
             read_options=json.ReadOptions(use_threads=False, block_size=len(text) + 1),
-            parse_options=json.ParseOptions(explicit_schema=_schema(), unexpected_field_behavior="error"),
+            # Only `evals` may be inferred: which names it has is the sweep's choice.
+            parse_options=json.ParseOptions(explicit_schema=_schema(), unexpected_field_behavior="infer"),
         )
     except pyarrow.ArrowException:
         return None
     if table.num_rows != text.count(b"\n"):  # blank lines, or two points on one
         return None
+    if not {*table.column_names} <= {*_NAMES, "evals"}:
+        return None
     if any(table.column(name).null_count for name in _REQUIRED):
         return None
-    out = {}
+    evals = _evals(table)
+    if evals is None:
+        return None
+    out: dict[str, NDArray[Any]] = {}
     for name in _NAMES:
         column = table.column(name)
         if name == "wall_time_s":
@@ -179,6 +188,24 @@ def _columns(text: bytes) -> dict[str, NDArray[Any]] | None:
         out[name] = column.to_numpy()
         if out[name].dtype != _dtype(name):  # a column of nothing but nulls
             out[name] = out[name].astype(_dtype(name))
+    return out | evals
+
+
+def _evals(table: pyarrow.Table) -> dict[str, NDArray[np.float64]] | None:
+    """The columns of the points' `evals`; None unless each is a number by name."""
+    import pyarrow
+
+    if "evals" not in table.column_names or pyarrow.types.is_null(table.column("evals").type):
+        return {}
+    # A table is read as one block, and so is this column; flatten() keeps what is absent absent.
+    (column,) = table.column("evals").chunks
+    if not pyarrow.types.is_struct(column.type):
+        return None
+    out = {}
+    for field, values in zip(column.type, column.flatten()):
+        if not (pyarrow.types.is_floating(field.type) or pyarrow.types.is_integer(field.type)):
+            return None
+        out[EVALS + field.name] = values.cast(pyarrow.float64(), safe=False).to_numpy(zero_copy_only=False)
     return out
 
 
@@ -194,6 +221,13 @@ def _dtype(name: str) -> type:
 
 def _number(value: float | None) -> float:
     return np.nan if value is None else value
+
+
+def _point(cells: Mapping[str, Any]) -> EvalPoint:
+    plain = {name: _cell(name, value) for name, value in cells.items() if not name.startswith(EVALS)}
+    # NaN is no value: not every run of a sweep, and not every point of a run, has each of them.
+    evals = {name.removeprefix(EVALS): v for name, v in cells.items() if name.startswith(EVALS) and v == v}
+    return EvalPoint(**plain, evals=evals or None)
 
 
 def _cell(name: str, value: Any) -> Any:
