@@ -220,6 +220,8 @@ def hydra_text(key: str, value: Any) -> str:
         return repr(value)
     if isinstance(value, (list, tuple)):
         return f"[{','.join(hydra_text(key, item) for item in value)}]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{hydra_text(key, item)}" for name, item in value.items()) + "}"
     text = str(value)
     if "${" in text:
         raise UserError(f"{key}={show(text)}: '${{' means something else to Hydra; choose another name.")

@@ -258,7 +258,22 @@ def _plain(raw: Any) -> Any:
             value = read("", text)
             if value is not _NO:
                 return value
+    if text.startswith("[") and text.endswith("]"):
+        return [_plain(part.strip()) for part in split_list(text[1:-1]) if part.strip()]
+    if text.startswith("{") and text.endswith("}"):
+        return _plain_group(raw, text)
     return unquoted(raw)
+
+
+def _plain_group(raw: str, text: str) -> dict[str, Any]:
+    """`{kind: zipf_facts, seed: 3}` as a mapping."""
+    found: dict[str, Any] = {}
+    for part in split_list(text[1:-1]):
+        name, colon, value = part.partition(":")
+        if not colon or not name.strip():
+            raise UserError(f"{show(raw)} is not understood: wanted {{option: value, ...}}.")
+        found[unquoted(name.strip())] = _plain(value.strip())
+    return found
 
 
 def _is_list(wanted: Any) -> bool:
