@@ -1,7 +1,10 @@
-"""Owns what all tests share: errors of single figures are not turned into a line of the report, they fail the test."""
+"""Owns what all tests share: errors of single figures are not turned into a line of the report, they fail the test; and
+models of a few thousand parameters are computed on one thread, which is faster, and does not collapse on a busy machine."""
 
 from __future__ import annotations
 
 import os
 
 os.environ.setdefault("SCALING_LAB_STRICT", "1")
+# Read by torch and NumPy when they are imported, after this file.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
