@@ -20,7 +20,9 @@ FLOOR = "floor_nats"
 # A stretch counts as straight if no point is further than this from its line, in ln(L - floor).
 STRAIGHT_WITHIN = 0.03
 # A line through fewer points says nothing.
-MIN_POINTS = 4
+MIN_POINTS = 3
+# Neighbours in ln C closer than this are of one budget.
+SAME_BUDGET = 0.05
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class KnownFloor:
     interval: tuple[float, float] | None
     standard_error_nats: float | None
     compute_flops: Array
-    """(points,) ascending: the frontier of everything that was evaluated, each point the lowest loss up to there."""
+    """(points,) ascending: the frontier of the runs' ends, each point the lowest loss up to there."""
     reducible_nats: Array
     """(points,) loss less the floor."""
     line: ReducibleLine | None
@@ -90,15 +92,16 @@ def known_floor(observations: Observations, parametric: Estimate, band: Band) ->
 
 
 def loss_frontier(observations: Observations) -> tuple[Array, Array]:
-    """(C, L) of every evaluation that no evaluation at less compute beats, ascending in C. Training losses are left out."""
-    compute, loss = [observations.compute_flops], [observations.loss_nats]
-    curves = observations.separate_curves
-    if curves is not None and curves.kind == "validation points":
-        compute.append(curves.compute_flops)
-        loss.append(curves.loss_nats)
-    flops, nats = np.concatenate(compute), np.concatenate(loss)
-    order = np.lexsort((nats, flops))
-    flops, nats = flops[order], nats[order]
+    """(C, L) of every run's end that no run's end at less compute beats, ascending in C.
+
+    Points inside a run are left out: there the learning rate has not fallen, and the loss is not what C can buy.
+    """
+    order = np.lexsort((observations.loss_nats, observations.compute_flops))
+    flops, nats = observations.compute_flops[order], observations.loss_nats[order]
+    # Runs of one budget differ by rounding in what they spend: the best of those within 5% speaks for them.
+    group = np.concatenate([[0], np.cumsum(np.diff(np.log(flops)) > SAME_BUDGET)])
+    best = [np.flatnonzero(group == g)[nats[group == g].argmin()] for g in range(int(group[-1]) + 1)]
+    flops, nats = flops[best], nats[best]
     before = np.concatenate([[np.inf], np.minimum.accumulate(nats)[:-1]])
     return flops[nats < before], nats[nats < before]
 
