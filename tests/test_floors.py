@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from scaling_lab.core.evaluation import EvalSet, EvalSpec
 from scaling_lab.core.generated import GeneratedSource
 from scaling_lab.core.shapes.gpt import GPTShape
-from scaling_lab.core.sources.context_tree import ContextTree, _tables
+from scaling_lab.core.sources.context_tree import ContextTree, language_tables
 from scaling_lab.core.sources.mixture import Mixture
 from scaling_lab.core.sources.prepared import Prepared
 from scaling_lab.core.sources.pysource import PySource
@@ -57,7 +57,7 @@ class TreeOracle(nn.Module):
 
     def __init__(self, source: ContextTree) -> None:
         super().__init__()
-        tables = _tables(source)
+        tables = language_tables(source)
         self.order, self.base, self.symbols = source.order, source.vocab_size, source.symbols
         self.leaf = torch.from_numpy(tables.leaf.astype(np.int64))
         # Nothing follows the beginning token but symbols: it has no probability itself.

@@ -67,7 +67,8 @@ class BlockGraph:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # A feed's thread may be pinning the next chunk: only what this thread does is part of the capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._one()
         self._graph = graph
 

@@ -1,8 +1,8 @@
 """Owns how training tokens reach the device: the windows at a run's positions, as a pure function of the spec.
 
 A small corpus lies on the device whole and the step gathers from it. A large or generated one is read chunk by chunk: a
-thread prepares the next chunk while the device computes, and the host never holds more than two of them. Which of the two it is
-changes no token.
+thread prepares the next chunk while the device computes, and the host never holds more than two of them. A GPU makes chunks of a
+generated corpus itself where it can (train/data). Which of these it is changes no token.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch import Tensor
 from scaling_lab.core.counter_random import draw_u64, stream_key
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import RunSpec
+from scaling_lab.train.data import DeviceDocuments, device_documents
+from scaling_lab.train.data import counter_random as on_device
 from scaling_lab.train.order import WindowOrder, n_windows
 
 # Steps that a loop does at once at most.
@@ -28,6 +30,8 @@ BLOCK_STEPS = 64
 RESIDENT_TOKENS = 200_000_000
 # Tokens of a chunk, as far as one step's batch allows; blocks of steps are at most a chunk long.
 CHUNK_TOKENS = 1 << 22
+# Devices that make generated corpora themselves: a CPU is better used by the thread that reads ahead.
+GENERATING_DEVICES = ("cuda",)
 Windows = NDArray[np.integer]
 
 
@@ -62,8 +66,12 @@ def open_feed(specs: Sequence[RunSpec], device: torch.device, block_steps: int =
     spec, context = specs[0], specs[0].shape.context
     orders = [WindowOrder(train_windows(each), each.seed_data) for each in specs]
     if hasattr(spec.data, "documents"):
+        made = device_documents(spec.data, device) if device.type in GENERATING_DEVICES else None
+        readers = [
+            document_reader(each) if made is None else device_reader(each, made, device) for each in specs
+        ]
         return ChunkFeed(
-            [Reader(o, document_reader(s)) for o, s in zip(orders, specs, strict=True)],
+            [Reader(o, read) for o, read in zip(orders, readers, strict=True)],
             specs,
             device,
             block_steps,
@@ -133,18 +141,20 @@ class ResidentFeed:
 
 @dataclass(frozen=True)
 class Reader:
-    """A run's windows by position, on the host."""
+    """A run's windows by position, on the host or made on the device."""
 
     order: WindowOrder
-    read: Callable[[NDArray[np.int64]], Windows]
+    read: Callable[[NDArray[np.int64]], Windows | Tensor]
     """Window indices (n,) -> tokens (n, context + 1)."""
 
-    def at(self, first: int, count: int) -> Windows:
-        return self.read(self.order.windows(first, count))
+    def at(self, first: int, count: int) -> Tensor:
+        found = self.read(self.order.windows(first, count))
+        return found if isinstance(found, Tensor) else device_tokens(found, torch.device("cpu"))
 
 
 class ChunkFeed:
-    """Two chunks of windows of each slot on the device; the next one is read by a thread."""
+    """Two chunks of windows of each slot on the device. The next one is read by a thread, or made by the device when its turn
+    comes: that is queued like any other work, and needs no thread."""
 
     is_whole = False
 
@@ -157,8 +167,9 @@ class ChunkFeed:
         self._steps = [each.steps for each in specs]
         self.max_block_steps = max(1, min(block_steps, CHUNK_TOKENS // (spec.batch_tokens * len(specs))))
         self._half = self.max_block_steps * self._batch * self._length
-        dtype = readers[0].at(0, 1).dtype
-        self.tokens = device_tokens(np.zeros(2 * self._half * len(specs), dtype=dtype), device)
+        example = readers[0].at(0, 1)
+        self._reads_ahead = device.type not in GENERATING_DEVICES or example.device.type != device.type
+        self.tokens = torch.zeros(2 * self._half * len(specs), dtype=example.dtype, device=device)
         self._in_half: list[list[int | None]] = [[None, None] for _ in specs]
         self._ahead: list[tuple[int, Future[Tensor]] | None] = [None] * len(specs)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
@@ -179,7 +190,7 @@ class ChunkFeed:
         return torch.from_numpy((row + np.arange(self._batch)) * self._length)
 
     def windows(self, slot: int, first: int, count: int) -> Tensor:
-        return self._host(self._readers[slot].at(first, count)).to(self.tokens.device)
+        return self._readers[slot].at(first, count).to(self.tokens.device, self.tokens.dtype)
 
     def _load(self, slot: int, chunk: int) -> None:
         if self._in_half[slot][chunk % 2] == chunk:
@@ -194,17 +205,15 @@ class ChunkFeed:
     def _prefetch(self, slot: int, chunk: int) -> None:
         ahead = self._ahead[slot]
         wanted = chunk not in self._in_half[slot] and (ahead is None or ahead[0] != chunk)
-        if wanted and chunk * self.max_block_steps < self._steps[slot]:
+        if self._reads_ahead and wanted and chunk * self.max_block_steps < self._steps[slot]:
             self._ahead[slot] = (chunk, self._pool.submit(self._chunk, slot, chunk))
 
     def _chunk(self, slot: int, chunk: int) -> Tensor:
         first = chunk * self.max_block_steps
         # Past the last step too: a measurement or a longer stack may ask for it, and every chunk has one size.
-        windows = self._host(self._readers[slot].at(first * self._batch, self.max_block_steps * self._batch))
-        return windows.pin_memory() if self.tokens.device.type == "cuda" else windows
-
-    def _host(self, windows: Windows) -> Tensor:
-        return device_tokens(windows, torch.device("cpu")).to(self.tokens.dtype)
+        windows = self._readers[slot].at(first * self._batch, self.max_block_steps * self._batch)
+        windows = windows.to(self.tokens.dtype)
+        return windows.pin_memory() if self._reads_ahead and self.tokens.device.type == "cuda" else windows
 
 
 def document_reader(spec: RunSpec) -> Callable[[NDArray[np.int64]], Windows]:
@@ -215,6 +224,23 @@ def document_reader(spec: RunSpec) -> Callable[[NDArray[np.int64]], Windows]:
         documents: Windows = source.documents("train", indices, length)
         places = indices[:, None] * length + np.arange(1, length)
         documents[:, 1:] = replaced(spec, documents[:, 1:], places)
+        return documents
+
+    return read
+
+
+def device_reader(
+    spec: RunSpec, made: DeviceDocuments, device: torch.device
+) -> Callable[[NDArray[np.int64]], Tensor]:
+    """The windows of `document_reader`, made on the device."""
+    length = spec.shape.context + 1
+
+    def read(indices: NDArray[np.int64]) -> Tensor:
+        which = torch.from_numpy(indices).to(device)
+        documents = made.documents("train", which, length)
+        if spec.noise:
+            places = which[:, None] * length + torch.arange(1, length, device=device)
+            documents[:, 1:] = on_device.replaced(documents[:, 1:], places, spec.noise, spec.data.vocab_size)
         return documents
 
     return read

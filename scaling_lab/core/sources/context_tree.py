@@ -75,7 +75,7 @@ class ContextTree:
 
     def documents(self, split: str, indices: NDArray[np.integer], length: int) -> NDArray[np.int32]:
         """Documents `indices` of a split, (n, length): the beginning token, then `length - 1` symbols."""
-        tables = _tables(self)
+        tables = language_tables(self)
         key = stream_key("context_tree documents", self.seed, split)
         index = np.asarray(indices, dtype=np.uint64)
         out = np.full((index.size, length), self.symbols, dtype=np.int32)
@@ -94,7 +94,7 @@ class ContextTree:
 
         A token that is no symbol of this language has -inf.
         """
-        tables = _tables(self)
+        tables = language_tables(self)
         state = np.full(len(documents), tables.first_state)
         out = np.empty((len(documents), documents.shape[1] - 1))
         for t in range(1, documents.shape[1]):
@@ -110,7 +110,7 @@ class ContextTree:
 
         By carrying the distribution over contexts from the beginning of a document through its positions.
         """
-        tables = _tables(self)
+        tables = language_tables(self)
         v, n = self.vocab_size, tables.leaf.size
         probability = np.zeros((n, v))
         probability[:, : self.symbols] = np.exp(tables.log_p)[tables.leaf]
@@ -127,7 +127,7 @@ class ContextTree:
 
     def fingerprint(self) -> str:
         """sha256 over the tables and the first documents: equal fingerprints mean the same language and documents."""
-        tables = _tables(self)
+        tables = language_tables(self)
         digest = hashlib.sha256(tables.leaf.tobytes() + tables.bounds.tobytes())
         for split in ("train", "validation"):
             digest.update(self.documents(split, np.arange(64), 64).tobytes())
@@ -147,7 +147,8 @@ class _Tables:
 
 
 @cache
-def _tables(source: ContextTree) -> _Tables:
+def language_tables(source: ContextTree) -> _Tables:
+    """The language as integers; built once a process."""
     v, symbols = source.vocab_size, source.symbols
     zipf = zipf_weights(symbols, source.zipf)
     key = stream_key("context_tree language", source.seed)

@@ -59,7 +59,7 @@ class Mixture:
 
     def shares(self) -> NDArray[np.float64]:
         """Probability of each source, as documents are drawn: whole numbers over 2^32, (sources,)."""
-        return np.diff(np.concatenate([[0], self._bounds()])) / ONE
+        return np.diff(np.concatenate([[0], self.cumulative_shares()])) / ONE
 
     def n_tokens(self, split: str) -> int:
         return UNLIMITED_TOKENS
@@ -68,7 +68,7 @@ class Mixture:
         """Which source each document is from, (n,)."""
         key = stream_key("mixture", self.seed, split)
         draws = draw_u32(key, np.asarray(indices, dtype=np.uint64))
-        return np.searchsorted(self._bounds(), draws, side="right").astype(np.int64)
+        return np.searchsorted(self.cumulative_shares(), draws, side="right").astype(np.int64)
 
     def documents(self, split: str, indices: NDArray[np.integer], length: int) -> NDArray[np.int32]:
         """Documents `indices` of a split, (n, length): the beginning token, then one source's document without its own."""
@@ -97,12 +97,12 @@ class Mixture:
     def fingerprint(self) -> str:
         """sha256 over the sources' fingerprints, the shares and the first draws."""
         digest = hashlib.sha256("".join(source.fingerprint() for source in self.sources).encode())
-        digest.update(self._bounds().tobytes())
+        digest.update(self.cumulative_shares().tobytes())
         for split in ("train", "validation"):
             digest.update(self.source_of(split, np.arange(64)).tobytes())
         return digest.hexdigest()
 
-    def _bounds(self) -> NDArray[np.uint64]:
+    def cumulative_shares(self) -> NDArray[np.uint64]:
         """Cumulative shares over 2^32, (sources,)."""
         weights = self.weights or (1.0,) * len(self.sources)
         # Added up one by one, so that no machine's vector unit decides the last bit.

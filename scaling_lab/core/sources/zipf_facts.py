@@ -80,17 +80,17 @@ class ZipfFacts:
 
     def probability(self, ranks: NDArray[np.integer]) -> NDArray[np.float64]:
         """Probability that a statement is about the fact of each rank (from 1)."""
-        return _tables(self).mass[np.asarray(ranks) - 1] / ONE
+        return fact_tables(self).mass[np.asarray(ranks) - 1] / ONE
 
     def stated_ranks(self, split: str, indices: NDArray[np.integer], statements: int) -> NDArray[np.int64]:
         """Rank (from 1) of each statement's fact, (n, statements)."""
         key = stream_key("zipf_facts documents", self.seed, split)
         u = draw_u32(key, np.asarray(indices, dtype=np.uint64)[:, None], np.arange(statements)[None, :])
-        return np.searchsorted(_tables(self).bounds, u, side="right") + 1
+        return np.searchsorted(fact_tables(self).bounds, u, side="right") + 1
 
     def documents(self, split: str, indices: NDArray[np.integer], length: int) -> NDArray[np.int32]:
         """Documents `indices` of a split, (n, length): a full stop, then statements, the last one cut off."""
-        tables, size = _tables(self), self.statement_tokens
+        tables, size = fact_tables(self), self.statement_tokens
         statements = -(-(length - 1) // size)
         ranks = self.stated_ranks(split, indices, statements)
         text = tables.spelled[ranks - 1].reshape(len(ranks), statements * size)
@@ -102,7 +102,7 @@ class ZipfFacts:
 
         A token that cannot stand where it stands has -inf, and so has everything after it in its statement.
         """
-        tables, size = _tables(self), self.statement_tokens
+        tables, size = fact_tables(self), self.statement_tokens
         n, scored = len(documents), documents.shape[1] - 1
         statements = -(-scored // size)
         padded = np.full((n, statements * size), -1, dtype=np.int64)
@@ -131,7 +131,7 @@ class ZipfFacts:
 
     def entropy_nats(self, length: int) -> float:
         """Mean entropy per predicted token of a document of `length` tokens, exactly."""
-        tables, size = _tables(self), self.statement_tokens
+        tables, size = fact_tables(self), self.statement_tokens
         of_prefix = [_entropy(mass) for mass in tables.prefix_mass]
         by_place = [b - a for a, b in itertools.pairwise(of_prefix)] + [0.0] * (size - self.key_tokens)
         return sum(by_place[t % size] for t in range(length - 1)) / (length - 1)
@@ -144,7 +144,7 @@ class ZipfFacts:
 
     def fingerprint(self) -> str:
         """sha256 over the facts and the first documents: equal fingerprints mean the same facts and documents."""
-        tables = _tables(self)
+        tables = fact_tables(self)
         digest = hashlib.sha256(tables.spelled.tobytes() + tables.bounds.tobytes())
         for split in ("train", "validation"):
             digest.update(self.documents(split, np.arange(64), 64).tobytes())
@@ -166,7 +166,8 @@ class _Tables:
 
 
 @cache
-def _tables(source: ZipfFacts) -> _Tables:
+def fact_tables(source: ZipfFacts) -> _Tables:
+    """The facts as integers; built once a process."""
     facts, symbols, k = source.facts, source.symbols, source.key_tokens
     mass = zipf_weights(facts, 1.0 + source.slope)
     key = stream_key("zipf_facts language", source.seed)
