@@ -11,10 +11,10 @@ from test_train import train
 
 import scaling_lab.train.feed as feed_module
 from scaling_lab.core import counter_random as host
-from scaling_lab.core.sources.context_tree import ContextTree
+from scaling_lab.core.sources.context_tree import ContextTree, language_tables
 from scaling_lab.core.sources.mixture import Mixture
 from scaling_lab.core.sources.pysource import PySource
-from scaling_lab.core.sources.zipf_facts import ZipfFacts
+from scaling_lab.core.sources.zipf_facts import ZipfFacts, fact_tables
 from scaling_lab.core.store import RunStore
 from scaling_lab.train.data import counter_random as on_device
 from scaling_lab.train.data import device_documents
@@ -50,6 +50,32 @@ def test_documents_are_the_same_token_for_token(source):
         ours = made.documents(split, torch.from_numpy(INDICES), length)
         assert ours.dtype == torch.int32
         np.testing.assert_array_equal(ours.numpy(), source.documents(split, INDICES, length))
+
+
+@pytest.mark.parametrize("source", [SOURCES[2], SOURCES[4]], ids=["context_tree", "zipf_facts"])
+def test_a_draw_that_meets_a_bound_exactly_goes_the_same_way(monkeypatch, source):
+    """One in 2^32: draws are put on every bound of the first token, just below and just above it."""
+    tables = fact_tables(source) if isinstance(source, ZipfFacts) else language_tables(source)
+    bounds = tables.bounds if tables.bounds.ndim == 1 else tables.bounds[tables.leaf[tables.first_state]]
+    draws = (bounds[:-1, None].astype(np.int64) + np.array([-1, 0, 1])).ravel()
+    draws = np.concatenate([[0], draws, [2**32 - 1]])
+    indices = np.arange(draws.size)
+
+    def on_host(key, index, *rest):
+        return np.broadcast_to(
+            draws[np.asarray(index, dtype=np.int64)], np.broadcast_shapes(*map(np.shape, (index, *rest)))
+        ).astype(np.uint32)
+
+    def in_torch(key, index, *rest):
+        return torch.from_numpy(on_host(key, index.numpy(), *(r.numpy() for r in rest)).astype(np.int64))
+
+    for module in ("core.sources", "train.data"):
+        fake = on_host if module == "core.sources" else in_torch
+        monkeypatch.setattr(f"scaling_lab.{module}.{source.kind}.draw_u32", fake)
+    wanted = source.documents("train", indices, 2)
+    assert (np.diff(np.unique(wanted[:, 1])) > 0).sum() > 1
+    ours = device_documents(source, CPU).documents("train", torch.from_numpy(indices), 2)
+    np.testing.assert_array_equal(ours.numpy(), wanted)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0, 1e-9])
