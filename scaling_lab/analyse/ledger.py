@@ -81,7 +81,9 @@ def curve_columns(points: Sequence[EvalPoint]) -> Mapping[str, NDArray[Any]]:
     """The columns of any curve: those it has, or the same arrays made from its points (NaN where a value is None)."""
     if isinstance(points, CurveColumns):
         return points.columns
-    out = {name: np.array([_number(getattr(p, name)) for p in points], dtype=_dtype(name)) for name in _NAMES}
+    out: dict[str, NDArray[Any]] = {
+        name: np.array([_number(getattr(p, name)) for p in points], dtype=_dtype(name)) for name in _NAMES
+    }
     for name in dict.fromkeys(name for p in points for name in p.evals or ()):
         out[EVALS + name] = np.array([_number((p.evals or {}).get(name)) for p in points], dtype=np.float64)
     return out
