@@ -262,11 +262,3 @@ def test_the_summary_shows_skills_and_laws(
         assert part in out
     assert main([*common, "compare_laws=chinchila"]) == 2
     assert "compare_laws" in capsys.readouterr().err
-
-
-def test_metrics_are_for_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from scaling_lab.cli.main import main
-
-    (tmp_path / "s" / "runs").mkdir(parents=True)
-    assert main(["analyze", "sweep=s", f"results_dir={tmp_path}", "metrics=a,b"]) == 2
-    assert "metrics" in capsys.readouterr().err

@@ -106,10 +106,10 @@ def read_observations(path: str | Path, settings: AnalysisSettings | None = None
 def observations_of_sweep(
     records: Iterable[RunRecord], settings: AnalysisSettings | None = None
 ) -> Observations:
-    """Observations from a sweep's run records, as the settings say (convention, approach.envelope.curve).
+    """Observations from a sweep's run records, as the settings say (convention, metric, metrics, approach.envelope.curve).
 
     Raises:
-        UserError: no completed run, or `as_given`, which is for tables.
+        UserError: no completed run, a metric that the records lack, or `as_given`, which is for tables.
     """
     s = settings or AnalysisSettings()
     if s.convention == AS_GIVEN:
@@ -117,7 +117,7 @@ def observations_of_sweep(
             f"convention={AS_GIVEN} is for tables; a sweep is counted under one of {', '.join(Convention)}."
         )
     convention = None if s.convention is None else Convention(s.convention)
-    return observations_from_records(records, convention, s.approach.envelope.curve)
+    return observations_from_records(records, convention, s.approach.envelope.curve, s.metric, s.metrics)
 
 
 def select_points(observations: Observations, settings: AnalysisSettings) -> Observations:
@@ -172,7 +172,7 @@ def analyse(
         skill_optima(observations, s, mean_compute),
         _law_comparison(points, s),
         _profile(points, estimates[2], s, weights),
-        None if tuned is None else tuning_of(tuned, points, approaches, estimates, s.bootstrap.level, s.seed),
+        _tuning(tuned, points, s, approaches, estimates),
         known_floor=known_floor(points, estimates[2], bands[2]),
     )
 
@@ -207,6 +207,20 @@ def _law_comparison(points: Observations, settings: AnalysisSettings) -> LawComp
         objective=own.objective,  # type: ignore[arg-type]
         seed=settings.seed,
     )
+
+
+def _tuning(
+    tuned: TunedRecords | None,
+    points: Observations,
+    settings: AnalysisSettings,
+    approaches: tuple[Approach, ...],
+    estimates: tuple[Estimate, ...],
+) -> Tuning | None:
+    if tuned is None:
+        return None
+    if settings.metric is not None:
+        tuned = tuned.with_loss(settings.metric)
+    return tuning_of(tuned, points, approaches, estimates, settings.bootstrap.level, settings.seed)
 
 
 def _profile(

@@ -102,6 +102,9 @@ class Observations:
     """By convention: (runs,) N and FLOPs per token, where the source can count otherwise (a sweep's records)."""
     budgets_match_convention: bool = True
     """False where `budget_flops` was planned under another convention than `compute_flops` counts."""
+    column_curves: Mapping[str, Curves] = field(default_factory=dict)
+    """By column of `extra`: the curves of a further loss, where they are not the points themselves. Of all runs under the
+    source's own convention: a selection of runs has none."""
 
     @classmethod
     def from_arrays(
@@ -217,6 +220,7 @@ class Observations:
             run_index=new_index[kept.run_index],
             separate_curves=None if curves is None else curves.of_runs(keep, new_index),
             alternatives={k: (n[keep], f[keep]) for k, (n, f) in self.alternatives.items()},
+            column_curves={},
         )
 
     def under(self, convention: str) -> Observations:
@@ -242,6 +246,7 @@ class Observations:
             convention=convention,
             separate_curves=curves,
             budgets_match_convention=False,
+            column_curves={},
         )
 
     def with_budgets(self) -> Observations:

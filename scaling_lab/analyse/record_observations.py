@@ -12,6 +12,7 @@ from scaling_lab.analyse.estimate import Array
 from scaling_lab.analyse.known_floor import FLOOR
 from scaling_lab.analyse.ledger import curve_columns
 from scaling_lab.analyse.observations import Curves, Dropped, Observations
+from scaling_lab.analyse.record_losses import LOSS, check_losses, with_loss
 from scaling_lab.analyse.table_rows import LR_HORIZON
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError, unknown
@@ -29,7 +30,11 @@ _ENOUGH_VALIDATION_POINTS = 4
 
 
 def observations_from_records(
-    records: Iterable[RunRecord], convention: Convention | None = None, curve: CurveKind = "auto"
+    records: Iterable[RunRecord],
+    convention: Convention | None = None,
+    curve: CurveKind = "auto",
+    metric: str | None = None,
+    metrics: Sequence[str] = (),
 ) -> Observations:
     """One point a completed run (its final validation loss) and, beside it, the runs' curves.
 
@@ -38,16 +43,22 @@ def observations_from_records(
         curve: what the envelope reads. "train" is the training loss smoothed over 10 steps, as in the paper; with data
             seen more than once it falls below the validation loss. "validation" is the loss on the fixed validation set,
             comparable between runs but sparse. "auto" takes validation where the runs have at least four such points.
+        metric: another loss of the records to take in place of the validation loss (`eval.NAME`); its curve is of the
+            visits of the validation set.
+        metrics: further losses, each a column of `extra` with its own curves; NaN where a record has none.
 
     Raises:
-        UserError: no completed run, or an unknown `curve`.
+        UserError: no completed run, an unknown `curve`, or a metric that is no loss of these records.
     """
     if curve not in CURVE_KINDS:
         raise unknown("approach.envelope.curve", curve, CURVE_KINDS)
-    everything = list(records)
+    chosen = LOSS if metric is None else metric
+    everything = _of_loss(list(records), chosen, metrics, curve)
+    if chosen != LOSS:
+        curve = "validation"
     usable, dropped = [], []
     for record in everything:
-        reason = _why_unusable(record)
+        reason = _why_unusable(record, "final validation loss" if chosen == LOSS else chosen)
         if reason is None:
             usable.append(record)
         else:
@@ -87,6 +98,7 @@ def observations_from_records(
             "batch_tokens": np.array([float(r.spec.batch_tokens) for r in usable]),
             LR_HORIZON: np.array([_lr_horizon(r) for r in usable]),
             **_optional_columns(usable),
+            **{name: _loss_column(usable, name) for name in metrics if name != LOSS},
         },
         separate_curves=_curves(usable, n, per_token, kind),
         alternatives={
@@ -97,7 +109,25 @@ def observations_from_records(
             for c in Convention
         },
         budgets_match_convention=planned == {convention},
+        column_curves=_column_curves(usable, metrics, n, per_token),
     )
+
+
+def _of_loss(
+    records: Sequence[RunRecord], chosen: str, metrics: Sequence[str], curve: CurveKind
+) -> list[RunRecord]:
+    """The records with the chosen loss as their validation loss. Raises `UserError` for what they cannot give."""
+    check_losses(records, "metrics", metrics)
+    check_losses(records, "metric", [chosen])
+    if chosen != LOSS and LOSS in metrics:
+        raise UserError(
+            f"metrics={LOSS}: with metric={chosen} that is the loss. Choices: metrics without it, or no metric."
+        )
+    if chosen != LOSS and curve == "train":
+        raise UserError(
+            f"approach.envelope.curve=train is the training loss, and metric={chosen} is not. Choices: auto, validation."
+        )
+    return [with_loss(r, chosen) for r in records]
 
 
 def smooth(values: Array, steps: Array, window_steps: float = SMOOTHING_WINDOW_STEPS) -> Array:
@@ -130,6 +160,23 @@ def _optional_columns(records: Sequence[RunRecord]) -> dict[str, Array]:
     return columns
 
 
+def _loss_column(records: Sequence[RunRecord], name: str) -> Array:
+    """(runs,) the final value of a further loss; NaN where there is none."""
+    return np.array([_or_nan(r.metrics.get(name)) for r in records])
+
+
+def _column_curves(
+    records: Sequence[RunRecord], names: Sequence[str], n: Array, per_token: Array
+) -> dict[str, Curves]:
+    """The curves of further losses, of those that were evaluated while the runs trained."""
+    of = {
+        name: _curves([with_loss(r, name) for r in records], n, per_token, "validation")
+        for name in names
+        if name != LOSS
+    }
+    return {name: curves for name, curves in of.items() if curves is not None}
+
+
 def _lr_horizon(record: RunRecord) -> float:
     """Length of the run's LR schedule over the run's own; infinite where the LR ends at its peak."""
     schedule = record.spec.schedule
@@ -138,16 +185,16 @@ def _lr_horizon(record: RunRecord) -> float:
     return float(getattr(schedule, "horizon_fraction", 1.0))
 
 
-def _why_unusable(record: RunRecord) -> str | None:
+def _why_unusable(record: RunRecord, loss_name: str) -> str | None:
     if record.status is not RunStatus.COMPLETED:
         return record.status.value + (f": {record.reason}" if record.reason else "")
     if record.spec.role == "trunk":
         return "a trunk: its learning rate never falls, its branches are the runs to compare"
     loss = record.final_val_loss_nats
     if loss is None:
-        return "no final validation loss"
+        return f"no {loss_name}"
     if not (np.isfinite(loss) and loss > 0):
-        return f"final validation loss is {loss}"
+        return f"{loss_name} is {loss}"
     return None
 
 
@@ -170,7 +217,8 @@ def _curve_kind(records: Sequence[RunRecord], curve: CurveKind) -> str:
     return "validation" if visits and np.median(visits) >= _ENOUGH_VALIDATION_POINTS else "train"
 
 
-def _curves(records: Sequence[RunRecord], n: Array, per_token: Array, kind: str) -> Curves:
+def _curves(records: Sequence[RunRecord], n: Array, per_token: Array, kind: str) -> Curves | None:
+    """None where no run has a point of this kind: then the runs' ends are all there is."""
     index, tokens, losses = [], [], []
     column = "val_loss_nats" if kind == "validation" else "train_loss_nats"
     for i, record in enumerate(records):
@@ -184,6 +232,8 @@ def _curves(records: Sequence[RunRecord], n: Array, per_token: Array, kind: str)
         tokens.append(columns["tokens"][good].astype(np.float64))
         losses.append(loss)
     run = np.concatenate(index)
+    if not run.size:
+        return None
     d = np.concatenate(tokens)
     label = "validation points" if kind == "validation" else "training loss smoothed over 10 steps"
     return Curves(run, n[run], d, per_token[run] * d, np.concatenate(losses), label)

@@ -16,10 +16,10 @@ import numpy as np
 
 from scaling_lab.analyse.estimate import Array, Band, Estimate, Interval
 from scaling_lab.analyse.frontiers import at_compute
-from scaling_lab.analyse.observations import MIN_ROWS, Observations
+from scaling_lab.analyse.observations import MIN_ROWS, Curves, Observations
 from scaling_lab.analyse.predict import Prediction, predict
 from scaling_lab.analyse.uncertainty import Approach, bootstrap
-from scaling_lab.core.errors import UserError, unknown
+from scaling_lab.core.errors import unknown
 
 if TYPE_CHECKING:
     from scaling_lab.analyse.settings import AnalysisSettings
@@ -86,7 +86,7 @@ def skill_optima(
     """Analyse every column of `settings.metrics`; None where none is asked for.
 
     Args:
-        observations: of a table, every row; the columns are its loss and its further numeric columns.
+        observations: every row; the columns are the loss and the further numeric columns.
         compute_flops: where the columns are compared.
 
     Raises:
@@ -117,8 +117,8 @@ def _skill(
     loss = column_of(observations, column)
     usable = np.isfinite(loss) & (loss > 0)
     rows = replace(observations, loss_nats=loss, loss_sem_nats=np.full(loss.size, np.nan)).points(usable)
-    # The rows are the curves too, of this column's loss.
-    rows = replace(rows, separate_curves=None)
+    # Of a table the rows are the curves too, of this column's loss.
+    rows = replace(rows, separate_curves=_curves_of(observations, column))
     with_rows = np.bincount(rows.run_index, minlength=rows.n_runs) > 0
     left_out = int(np.count_nonzero(~usable))
     if int(usable.sum()) < MIN_ROWS:
@@ -152,9 +152,14 @@ def column_of(observations: Observations, column: str) -> Array:
         return observations.loss_nats
     if column not in observations.extra:
         raise unknown("metrics", column, ("loss", *observations.extra))
-    if observations.separate_curves is not None:
-        raise UserError(f"metrics={column}: these observations have curves of one loss only.")
     return observations.extra[column]
+
+
+def _curves_of(observations: Observations, column: str) -> Curves | None:
+    """A column's own curves; None where its rows are all there is."""
+    if column == "loss":
+        return observations.separate_curves
+    return observations.column_curves.get(column)
 
 
 def _budgets(observations: Observations) -> tuple[float, ...]:

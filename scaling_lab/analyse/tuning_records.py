@@ -9,6 +9,7 @@ import numpy as np
 
 from scaling_lab.analyse.estimate import Estimate
 from scaling_lab.analyse.observations import Observations
+from scaling_lab.analyse.record_losses import check_losses, with_loss
 from scaling_lab.analyse.tuning import Trained, Tuning, measure, tuned_exponents
 from scaling_lab.analyse.uncertainty import Approach
 from scaling_lab.core.counts import Convention
@@ -25,6 +26,11 @@ class TunedRecords:
 
     sweep: tuple[RunRecord, ...]
     tuned: tuple[RunRecord, ...]
+
+    def with_loss(self, name: str) -> TunedRecords:
+        """The same with another loss in place of the validation loss. Raises `UserError` where no tuned run has it."""
+        check_losses(self.tuned, "metric (with tuning)", [name])
+        return TunedRecords(*(tuple(with_loss(r, name) for r in part) for part in (self.sweep, self.tuned)))
 
 
 def split_by_role(

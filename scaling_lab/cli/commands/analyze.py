@@ -161,11 +161,10 @@ def analyse_source(
         path = Path(where.runs).expanduser()
         console.note(f"reading {path}")
         return analyse(read_observations(path, settings), settings), []
-    options = {"where.": settings.where, "columns.": settings.columns, "metric": settings.metric}
-    for key, given in {**options, "metrics": settings.metrics}.items():
+    for key, given in {"where.": settings.where, "columns.": settings.columns}.items():
         if given:
             raise UserError(
-                f"{key}: this option is for tables (runs=FILE); a sweep's records have no columns to choose."
+                f"{key}: this option is for tables (runs=FILE); of a sweep's records metric= and metrics= choose the loss."
             )
     records = read_records(where.results_dir, where.sweep, "sweep", console)
     elsewhere = (

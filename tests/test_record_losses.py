@@ -1,0 +1,188 @@
+"""Tests of a sweep's further losses: `metric=` and `metrics=` on run records whose evaluation sets follow known laws."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import QUICKSTART_LAW, Law, make_record, synthetic_records
+
+from scaling_lab.analyse.analysis import AnalysisSettings, analyse, observations_of_sweep
+from scaling_lab.analyse.approaches import EnvelopeSettings
+from scaling_lab.analyse.known_floor import FLOOR
+from scaling_lab.analyse.record_losses import is_loss, loss_names, with_loss
+from scaling_lab.analyse.record_observations import observations_from_records
+from scaling_lab.analyse.settings import ApproachSettings
+from scaling_lab.analyse.tuning_records import TunedRecords
+from scaling_lab.analyse.uncertainty import BootstrapSettings
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.record import RunRecord
+from scaling_lab.core.store import RunStore
+
+# Facts ask for more parameters than the text of the sweep does, code for fewer.
+FACTS = Law(E=1.3, A=160.0, B=965.0, alpha=0.50, beta=0.57)
+CODE = Law(E=0.6, A=55.3, B=2800.0, alpha=0.50, beta=0.57)
+QUICK = AnalysisSettings(
+    bootstrap=BootstrapSettings(resamples=60), sensitivity=False, backtest=False, profile=False
+)
+
+
+def noiseless(record: RunRecord, law: Law) -> RunRecord:
+    """The same run with the losses of another law."""
+    return make_record(record.spec, law, np.random.default_rng(0), noise=0.0, curve_points=40)
+
+
+def with_sets(record: RunRecord, **laws: Law) -> RunRecord:
+    """The record with further sets, evaluated as `train` does it: at every visit, the last one in the record's metrics."""
+    others = {name: noiseless(record, law) for name, law in laws.items()}
+    curve = tuple(
+        replace(p, evals={name: float(o.curve[i].val_loss_nats or 0) for name, o in others.items()})
+        if p.val_loss_nats is not None
+        else p
+        for i, p in enumerate(record.curve)
+    )
+    metrics = {f"eval.{name}": float(o.final_val_loss_nats or 0) for name, o in others.items()}
+    metrics |= {"exact_match": 0.25, "bits_per_byte": 2.0, "value_loss_nats": 1.0}
+    return replace(record, curve=curve, metrics=metrics, val_floor_nats=0.5)
+
+
+PLAIN = synthetic_records(QUICKSTART_LAW, noise=0.0, curve_points=40)
+RECORDS = [with_sets(r, code=CODE, facts=FACTS) for r in PLAIN]
+
+
+def test_a_metric_is_analysed_as_if_it_were_the_validation_loss() -> None:
+    found = observations_of_sweep(RECORDS, replace(QUICK, metric="eval.facts"))
+    wanted = observations_from_records([noiseless(r, FACTS) for r in PLAIN], curve="validation")
+    np.testing.assert_array_equal(found.loss_nats, wanted.loss_nats)
+    np.testing.assert_array_equal(found.curves.loss_nats, wanted.curves.loss_nats)
+    np.testing.assert_array_equal(found.curves.compute_flops, wanted.curves.compute_flops)
+    assert np.isnan(found.loss_sem_nats).all()
+    assert FLOOR not in found.extra  # of the validation set, not of this one
+    assert FLOOR in observations_of_sweep(RECORDS, QUICK).extra
+    settings = replace(QUICK, metric="eval.facts")
+    fit = analyse(found, settings).estimate("parametric").fits[0].parameters
+    assert fit["E"] == pytest.approx(FACTS.E, abs=1e-3)
+    assert fit["alpha"] == pytest.approx(FACTS.alpha, abs=1e-3)
+
+
+def test_a_metric_named_loss_is_the_loss() -> None:
+    one, two = (observations_of_sweep(RECORDS, replace(QUICK, metric=m)) for m in ("loss", None))
+    np.testing.assert_array_equal(one.loss_nats, two.loss_nats)
+    np.testing.assert_array_equal(one.curves.loss_nats, two.curves.loss_nats)
+
+
+def test_skills_of_a_sweep_are_those_of_each_loss_alone() -> None:
+    names = ("loss", "eval.code", "eval.facts")
+    settings = replace(QUICK, metrics=names)
+    skills = analyse(observations_of_sweep(RECORDS, settings), settings).skills
+    assert skills is not None
+    for skill, law in zip(skills.columns, (QUICKSTART_LAW, CODE, FACTS)):
+        alone = replace(QUICK, metric=skill.column)
+        wanted = analyse(observations_of_sweep(RECORDS, alone), alone)
+        for one, other in zip(skill.estimates, wanted.estimates):
+            assert one.frontier is not None
+            assert other.frontier is not None
+            assert one.frontier.params.exponent == other.frontier.params.exponent
+        fit = skill.estimates[2].fits[0].parameters
+        assert fit["A"] == pytest.approx(law.A, rel=0.05)
+        assert fit["B"] == pytest.approx(law.B, rel=0.05)
+    ratio = next(
+        r for r in skills.ratios if r.columns == ("eval.code", "eval.facts") and r.approach == "parametric"
+    )
+    c = skills.compute_flops
+    assert ratio.ratio == pytest.approx(CODE.params_opt(c) / FACTS.params_opt(c), rel=0.02)
+    assert ratio.differ
+
+
+def test_runs_without_the_metric_are_dropped_with_the_reason() -> None:
+    lacking = [replace(r, metrics={}) if i < 2 else r for i, r in enumerate(RECORDS)]
+    found = observations_of_sweep(lacking, replace(QUICK, metric="eval.code"))
+    assert [(d.run_id, d.reason) for d in found.dropped] == [(r.run_id, "no eval.code") for r in RECORDS[:2]]
+    assert found.n_runs == len(RECORDS) - 2
+    settings = replace(QUICK, metrics=("eval.code",))
+    skills = analyse(observations_of_sweep(lacking, settings), settings).skills
+    assert skills is not None
+    assert (skills.columns[0].n_runs, skills.columns[0].n_left_out) == (len(RECORDS) - 2, 2)
+
+
+def test_a_loss_that_was_evaluated_at_the_end_alone_has_no_curves_of_its_own() -> None:
+    ends = [
+        replace(r, curve=tuple(replace(p, evals=None) for p in r.curve), metrics=r.metrics) for r in RECORDS
+    ]
+    found = observations_of_sweep(ends, replace(QUICK, metric="eval.code"))
+    assert found.separate_curves is None
+    assert analyse(found, QUICK).estimate("isoflop").frontier is not None
+    settings = replace(QUICK, metrics=("eval.code",))
+    skills = analyse(observations_of_sweep(ends, settings), settings).skills
+    assert skills is not None
+    assert skills.columns[0].estimates[1].frontier is not None
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"metric": "eval.cod"}, r"metric='eval.cod' is not known. Did you mean 'eval.code'\? Choices: eval.code, "),
+        ({"metrics": ("eval.facts", "speed")}, r"metrics='speed' is not known.*eval.facts, loss, value_loss_nats"),
+        ({"metric": "exact_match"}, r"metric=exact_match is a score and no loss in nats.*loss, eval.code"),
+        ({"metric": "eval.code", "metrics": ("loss",)}, r"metrics=loss: with metric=eval.code that is the loss"),
+        ({"metrics": ("bits_per_byte",)}, r"metrics=bits_per_byte is a score"),
+        (
+            {"metric": "eval.code", "approach": ApproachSettings(envelope=EnvelopeSettings(curve="train"))},
+            r"approach.envelope.curve=train is the training loss",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_no_loss_of_the_sweep_is_one_clear_error(option: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        observations_of_sweep(RECORDS, replace(QUICK, **option))  # type: ignore[arg-type]
+
+
+def test_tuning_debt_is_of_the_same_loss() -> None:
+    tuned = TunedRecords(tuple(RECORDS), tuple(RECORDS[:3])).with_loss("eval.code")
+    for part, originals in ((tuned.sweep, RECORDS), (tuned.tuned, RECORDS[:3])):
+        assert [r.final_val_loss_nats for r in part] == [r.metrics["eval.code"] for r in originals]
+    with pytest.raises(UserError, match=r"metric \(with tuning\)='eval.code' is not known"):
+        TunedRecords(tuple(RECORDS), tuple(PLAIN)).with_loss("eval.code")
+
+
+def test_losses_are_told_from_scores() -> None:
+    assert loss_names(RECORDS) == ("loss", "eval.code", "eval.facts", "value_loss_nats")
+    assert not is_loss("exact_match")
+    same = with_loss(with_loss(RECORDS[0], "eval.code"), "eval.code")
+    assert same == with_loss(RECORDS[0], "eval.code")
+    assert {p.train_loss_nats for p in same.curve} == {None}
+
+
+def test_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from scaling_lab.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    store = RunStore.for_sweep("results", "synthetic")
+    for record in RECORDS:
+        claim = store.claim(record.spec)
+        assert claim is not None
+        store.start_curve(record.run_id, record.curve).close()
+        assert store.write_record(record)
+        claim.release()
+    quick = ["bootstrap.resamples=60", "sensitivity=false", "backtest=false", "profile=false", "--json"]
+    common = ["analyze", "sweep=synthetic", *quick]
+    assert main([*common, "metric=eval.facts", "metrics=[eval.code,value_loss_nats]"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    wanted = observations_of_sweep(RECORDS, replace(QUICK, metric="eval.facts"))
+    assert found["observations"]["n_runs"] == wanted.n_runs == len(RECORDS)
+    alone = analyse(wanted, replace(QUICK, metric="eval.facts"))
+    for told, estimate in zip(found["estimates"], alone.estimates):
+        assert estimate.frontier is not None
+        assert told["params_exponent"] == pytest.approx(estimate.frontier.params.exponent, rel=1e-9)
+    assert [c["column"] for c in found["skills"]["columns"]] == ["eval.code", "value_loss_nats"]
+    assert main([*common, "metric=exact_match"]) == 2
+    err = capsys.readouterr().err
+    assert "is a score" in err
+    assert len(err.strip().splitlines()) == 1
+    assert main(["predict", "sweep=synthetic", "metric=eval.code", "compute_flops=1e13", *quick[:1]]) == 0
