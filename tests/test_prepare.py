@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -351,3 +352,20 @@ def test_the_command_ends_with_what_to_do_next(tmp_path):
     nothing = subprocess.run(command(path, tmp_path / "out"), capture_output=True, text=True, check=False)
     assert nothing.returncode == 2
     assert nothing.stderr.count("\n") == 1
+
+
+def test_a_published_tokenizer_neither_cuts_nor_fills_up_documents(tmp_path):
+    """Files of encoder models say how long their inputs are; as a tokenizer of documents they are used without."""
+    from tokenizers import Tokenizer
+
+    path = jsonl(tmp_path / "a.jsonl", TEXTS)
+    settings = PrepareSettings(tokenizer="bpe", vocab_size=300, validation_fraction=0.2)
+    prepare(LocalText(path), tmp_path / "plain", settings)
+    cut = Tokenizer.from_file(str(tmp_path / "plain" / "tokenizer.json"))
+    cut.enable_truncation(5)
+    cut.enable_padding(length=9)
+    cut.save(str(tmp_path / "cut.json"))
+    prepare(LocalText(path), tmp_path / "out", replace(settings, tokenizer=str(tmp_path / "cut.json")))
+    for split in ("train", "validation"):
+        wanted, found = (np.asarray(Prepared(str(tmp_path / n)).tokens(split)) for n in ("plain", "out"))
+        np.testing.assert_array_equal(found, wanted)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,14 +99,12 @@ def prepare(
     seen = _seen_before(out, counts.validation.documents)
     last = time.monotonic()
     with open(out / HASHES, "ab") as hashes:
-        for texts in _batches(documents.documents(skip=counts.documents_read)):
-            sides: dict[str, list[str]] = {name: [] for name in SPLITS}
-            for text in texts:
-                _sort_out(text, sides, counts, seen, settings.validation_fraction, hashes)
+        for looked_at, encoded in _encoded(documents.documents(skip=counts.documents_read), tokens, settings):
+            sides = _sort_out(looked_at, encoded, counts, seen, hashes)
             for name, side in sides.items():
-                encoded = tokens.encode(side, dtype)
-                writers[name].append(encoded)
-                counts.split(name).tokens += int(encoded.size)
+                flat = tokens.flat(side, dtype)
+                writers[name].append(flat)
+                counts.split(name).tokens += int(flat.size)
             enough = settings.max_tokens is not None and counts.train.tokens >= settings.max_tokens
             if time.monotonic() - last > SAVE_EVERY_S or enough:
                 hashes.flush()
@@ -178,26 +177,68 @@ def open_tokenizer(documents: Documents, out: Path, settings: PrepareSettings) -
     return TokenizerTokens(file, settings.tokenizer)
 
 
-def _sort_out(
-    text: str, sides: dict[str, list[str]], counts: Counts, seen: set[bytes], fraction: float, hashes: Any
-) -> None:
-    """Put a document on the side that its content decides."""
-    counts.documents_read += 1
+@dataclass(frozen=True)
+class _LookedAt:
+    """What a document is, from its content alone."""
+
+    text: str
+    n_bytes: int
+    digest: bytes
+    side: str
+
+
+def _look_at(text: str, fraction: float) -> _LookedAt | None:
+    """None for a blank document."""
     text = text.strip("\n")
     if not text.strip():
-        return
+        return None
     data = text.encode("utf-8", "replace")
     digest = hashlib.sha256(data).digest()[:16]
     side = "validation" if int.from_bytes(digest[:8], "big") < fraction * 2.0**64 else "train"
-    if side == "validation":
-        if digest in seen:
-            counts.duplicates += 1
-            return
-        seen.add(digest)
-        hashes.write(digest)
-    sides[side].append(text)
-    counts.split(side).documents += 1
-    counts.split(side).bytes += len(data)
+    return _LookedAt(text, len(data), digest, side)
+
+
+def _encoded(
+    documents: Iterator[str], tokens: Tokens, settings: PrepareSettings
+) -> Iterator[tuple[list[_LookedAt | None], Sequence[Any]]]:
+    """Batches of documents and, of those that are not blank, their tokens.
+
+    A batch is tokenised while the one before it is written and the one after it is read, so that the cores of a
+    tokenizer need not wait for Python. Nothing here knows of another batch: what counts is decided by who takes them.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as pool:
+        ahead: tuple[list[_LookedAt | None], Future[Sequence[Any]]] | None = None
+        for texts in _batches(documents):
+            looked_at = [_look_at(text, settings.validation_fraction) for text in texts]
+            future = pool.submit(tokens.encode, [each.text for each in looked_at if each])
+            if ahead is not None:
+                yield ahead[0], ahead[1].result()
+            ahead = looked_at, future
+        if ahead is not None:
+            yield ahead[0], ahead[1].result()
+
+
+def _sort_out(
+    looked_at: list[_LookedAt | None], encoded: Sequence[Any], counts: Counts, seen: set[bytes], hashes: Any
+) -> dict[str, list[Any]]:
+    """Each document's tokens on the side that its content decides, but for copies within validation."""
+    sides: dict[str, list[Any]] = {name: [] for name in SPLITS}
+    tokens = iter(encoded)
+    for document in looked_at:
+        counts.documents_read += 1
+        if document is None:
+            continue
+        its_tokens = next(tokens)
+        if document.side == "validation":
+            if document.digest in seen:
+                counts.duplicates += 1
+                continue
+            seen.add(document.digest)
+            hashes.write(document.digest)
+        sides[document.side].append(its_tokens)
+        counts.split(document.side).documents += 1
+        counts.split(document.side).bytes += document.n_bytes
+    return sides
 
 
 def _seen_before(out: Path, documents: int) -> set[bytes]:

@@ -35,13 +35,17 @@ class ByteTokens:
     def hash(self) -> str:
         return hashlib.sha256(b"bytes, 256 separates documents").hexdigest()
 
-    def encode(self, texts: Sequence[str], dtype: Any) -> NDArray[np.integer]:
+    def encode(self, texts: Sequence[str]) -> Sequence[Any]:
+        """Each document's tokens, in a form that `flat` takes."""
+        # Half of a surrogate pair (JSON may hold one) has no UTF-8: it becomes a question mark.
+        return [text.encode("utf-8", "replace") for text in texts]
+
+    def flat(self, encoded: Sequence[Any], dtype: Any) -> NDArray[np.integer]:
         """All documents one after the other, each after a separator."""
         parts: list[NDArray[np.integer]] = []
-        for text in texts:
+        for document in encoded:
             parts.append(np.array([self.separator], dtype=dtype))
-            # Half of a surrogate pair (JSON may hold one) has no UTF-8: it becomes a question mark.
-            parts.append(np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(dtype))
+            parts.append(np.frombuffer(document, dtype=np.uint8).astype(dtype))
         return np.concatenate(parts) if parts else np.empty(0, dtype)
 
 
@@ -57,6 +61,9 @@ class TokenizerTokens:
             raise UserError(
                 f"tokenizer={name!r} cannot be read as a tokenizer.json: {' '.join(str(error).split())}."
             ) from None
+        # A published file may say how its model's inputs are cut and filled up: documents are neither.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self.name, self._hash = name, hashlib.sha256(file.read_bytes()).hexdigest()
         special = [SEPARATOR_NAME, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>"]
         found = [i for token in special if (i := self._tokenizer.token_to_id(token)) is not None]
@@ -71,10 +78,14 @@ class TokenizerTokens:
     def hash(self) -> str:
         return self._hash
 
-    def encode(self, texts: Sequence[str], dtype: Any) -> NDArray[np.integer]:
-        """All documents one after the other, each after a separator; on all cores."""
+    def encode(self, texts: Sequence[str]) -> Sequence[Any]:
+        """Each document's tokens, in a form that `flat` takes; on all cores, and Python is free meanwhile."""
         clean = [text.encode("utf-8", "replace").decode() for text in texts]
-        encoded = self._tokenizer.encode_batch_fast(clean, add_special_tokens=False)
+        encoded: Sequence[Any] = self._tokenizer.encode_batch_fast(clean, add_special_tokens=False)
+        return encoded
+
+    def flat(self, encoded: Sequence[Any], dtype: Any) -> NDArray[np.integer]:
+        """All documents one after the other, each after a separator."""
         flat = itertools.chain.from_iterable([self.separator, *each.ids] for each in encoded)
         return np.fromiter(flat, dtype=dtype)
 
