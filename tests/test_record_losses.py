@@ -11,8 +11,9 @@ import pytest
 from synthetic import QUICKSTART_LAW, Law, make_record, synthetic_records
 
 from scaling_lab.analyse.analysis import AnalysisSettings, analyse, observations_of_sweep
-from scaling_lab.analyse.approaches import EnvelopeSettings
+from scaling_lab.analyse.approaches import EnvelopeSettings, ParametricSettings
 from scaling_lab.analyse.known_floor import FLOOR
+from scaling_lab.analyse.laws import get_law
 from scaling_lab.analyse.record_losses import is_loss, loss_names, with_loss
 from scaling_lab.analyse.record_observations import observations_from_records
 from scaling_lab.analyse.settings import ApproachSettings
@@ -146,6 +147,31 @@ def test_tuning_debt_is_of_the_same_loss() -> None:
         assert [r.final_val_loss_nats for r in part] == [r.metrics["eval.code"] for r in originals]
     with pytest.raises(UserError, match=r"metric \(with tuning\)='eval.code' is not known"):
         TunedRecords(tuple(RECORDS), tuple(PLAIN)).with_loss("eval.code")
+
+
+def test_the_data_constrained_law_sees_a_sweeps_unique_tokens() -> None:
+    truth = get_law("muennighoff")
+    rng = np.random.default_rng(0)
+    records = []
+    for record in synthetic_records(QUICKSTART_LAW, sizes=12, noise=0.0, curve_points=10):
+        windows = max(1, int(record.spec.train_tokens / np.exp(rng.uniform(0, 4)) / 64))
+        unique = None if rng.random() < 0.3 else 64 * windows
+        records.append(replace(record, spec=replace(record.spec, unique_tokens=unique)))
+    columns = {
+        "n_params": np.array([r.spec.n_params() for r in records]),
+        "n_tokens": np.array([float(r.spec.train_tokens) for r in records]),
+        "unique_tokens": np.array([float(r.spec.unique_tokens or r.spec.train_tokens) for r in records]),
+    }
+    losses = truth.loss_nats(truth.example, columns)
+    records = [replace(r, final_val_loss_nats=float(loss)) for r, loss in zip(records, losses)]
+    settings = replace(QUICK, approach=ApproachSettings(parametric=ParametricSettings(law="muennighoff")))
+    observations = observations_of_sweep(records, settings)
+    np.testing.assert_array_equal(observations.extra["unique_tokens"], columns["unique_tokens"])
+    fit = analyse(observations, settings).estimate("parametric").fits[0].parameters
+    assert fit["R_D_star"] == pytest.approx(truth.example["R_D_star"], rel=0.02)
+    assert fit["E"] == pytest.approx(truth.example["E"], abs=0.05)
+    with pytest.raises(UserError, match="unique_tokens"):
+        analyse(observations_of_sweep(PLAIN, settings), settings)
 
 
 def test_losses_are_told_from_scores() -> None:

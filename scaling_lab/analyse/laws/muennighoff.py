@@ -68,7 +68,8 @@ class Muennighoff(LossLaw):
     def loss_nats(self, parameters: Mapping[str, Any], columns: Mapping[str, Any]) -> Any:
         E, A, B, alpha, beta, r_d, r_n = (parameters[k] for k in self.parameters)
         n, d = columns["n_params"], columns["n_tokens"]
-        u_d = np.minimum(columns["unique_tokens"], d)
+        # The frontier and the contour are those of unlimited data: where no column says otherwise, every token is unique.
+        u_d = np.minimum(columns.get("unique_tokens", d), d)
         g = (alpha * A / (beta * B)) ** (1 / (alpha + beta))
         u_n = np.minimum(n, g * (g * u_d) ** (beta / alpha))
         worth_d = u_d * (1 + r_d * (1 - np.exp(-(d / u_d - 1) / r_d)))

@@ -1,0 +1,239 @@
+"""Tests of what a known floor tells: the straight part of the reducible loss, its bend, z, and how they are shown."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from importlib import resources
+
+import jsonschema
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from synthetic import QUICKSTART_LAW, synthetic_records
+
+from scaling_lab.analyse.analysis import Analysis, AnalysisSettings, analyse, observations_of_sweep
+from scaling_lab.analyse.approaches import ParametricSettings
+from scaling_lab.analyse.known_floor import (
+    MIN_POINTS,
+    STRAIGHT_WITHIN,
+    KnownFloor,
+    known_floor,
+    loss_frontier,
+    straight_line,
+)
+from scaling_lab.analyse.observations import Observations
+from scaling_lab.analyse.settings import ApproachSettings
+from scaling_lab.analyse.uncertainty import BootstrapSettings
+from scaling_lab.report.figures_floor import reducible_loss
+from scaling_lab.report.floor_words import floor_line, floor_words
+from scaling_lab.report.gallery import draw_all
+
+QUICK = AnalysisSettings(
+    bootstrap=BootstrapSettings(resamples=100), sensitivity=False, backtest=False, profile=False
+)
+FLOPS = np.geomspace(1e10, 1e13, 31)
+LOG10 = np.log(10.0)
+
+
+# -- the line
+
+
+def test_a_power_law_is_straight_from_end_to_end() -> None:
+    line = straight_line(FLOPS, 40.0 * FLOPS**-0.2)
+    assert line is not None
+    assert line.exponent == pytest.approx(0.2, abs=1e-9)
+    assert np.exp(line.intercept) == pytest.approx(40.0, rel=1e-6)
+    assert line.compute_range_flops == (FLOPS[0], FLOPS[-1])
+    assert line.n_points == 31
+    assert line.largest_deviation < 1e-9
+    assert line.curvature_per_decade == pytest.approx(0.0, abs=1e-9)
+    assert line.local_exponents == pytest.approx((0.2, 0.2), abs=1e-9)
+    np.testing.assert_allclose(line(FLOPS), 40.0 * FLOPS**-0.2)
+
+
+def test_a_bend_is_measured_and_ends_the_straight_part() -> None:
+    # The local exponent goes from .1 at 1e10 FLOPs to .4 at 1e13: .1 a decade.
+    x = np.log10(FLOPS / 1e10)
+    line = straight_line(FLOPS, np.exp(-LOG10 * (0.1 * x + 0.05 * x**2)))
+    assert line is not None
+    assert line.curvature_per_decade == pytest.approx(0.1, abs=1e-9)
+    assert line.local_exponents == pytest.approx((0.1, 0.4), abs=1e-9)
+    # A parabola a x^2 over a width w lies within a w^2 / 8 of the best line for the largest deviation, and within
+    # a w^2 / 6 of the least-squares line: with a = .05 ln 10, .03 allows 1.25 of the three decades.
+    lo, hi = line.compute_range_flops
+    assert np.log10(hi / lo) == pytest.approx(1.25, abs=0.1)
+    assert line.n_points == 1 + round(np.log10(hi / lo) * 10)
+    assert line.largest_deviation <= STRAIGHT_WITHIN
+
+
+def test_a_power_law_down_to_a_plateau_is_straight_on_its_slope() -> None:
+    reducible = np.where(FLOPS < 1e12, (FLOPS / 1e12) ** -0.3, 1.0)
+    line = straight_line(FLOPS, reducible)
+    assert line is not None
+    assert line.exponent == pytest.approx(0.3, abs=0.01)
+    assert line.compute_range_flops[0] == FLOPS[0]
+    assert line.compute_range_flops[1] == pytest.approx(1e12, rel=0.3)
+
+
+def test_noise_is_averaged_by_the_line() -> None:
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(200):
+        line = straight_line(FLOPS, np.exp(-0.2 * np.log(FLOPS) + rng.normal(0, 0.005, FLOPS.size)))
+        assert line is not None
+        assert line.n_points == 31  # .03 is six standard deviations
+        found.append((line.exponent, line.curvature_per_decade))
+    exponents, curvatures = np.array(found).T
+    x = np.log(FLOPS)
+    sem = 0.005 / np.sqrt(((x - x.mean()) ** 2).sum())
+    assert exponents.std() == pytest.approx(sem, rel=0.2)
+    assert abs(exponents.mean() - 0.2) < 4 * sem / np.sqrt(200)
+    assert abs(curvatures.mean()) < 4 * curvatures.std() / np.sqrt(200)
+
+
+def test_where_nothing_is_straight_the_line_is_that_through_all_points_and_says_so() -> None:
+    zigzag = np.exp(-0.2 * np.log(FLOPS) + 0.1 * (-1.0) ** np.arange(31))
+    line = straight_line(FLOPS, zigzag)
+    assert line is not None
+    assert line.n_points == 31
+    assert line.largest_deviation > STRAIGHT_WITHIN
+
+
+def test_few_points_make_no_line() -> None:
+    assert straight_line(FLOPS[: MIN_POINTS - 1], FLOPS[: MIN_POINTS - 1] ** -0.1) is None
+    line = straight_line(FLOPS[:MIN_POINTS], FLOPS[:MIN_POINTS] ** -0.1)
+    assert line is not None
+    assert line.curvature_per_decade is None  # a parabola goes through nearly anything
+
+
+# -- from observations
+
+
+def test_the_frontier_is_what_no_cheaper_evaluation_beats() -> None:
+    obs = Observations.from_arrays(
+        n_params=[1, 1, 1, 1, 1], n_tokens=[1, 1, 1, 1, 1],
+        compute_flops=[4, 1, 3, 2, 5], loss_nats=[1.9, 3.0, 2.0, 2.0, 1.5],
+    )  # fmt: skip
+    flops, loss = loss_frontier(obs)
+    assert flops.tolist() == [1, 2, 4, 5]
+    assert loss.tolist() == [3.0, 2.0, 1.9, 1.5]
+
+
+def of_floor(
+    noise: float = 0.005, floors: tuple[float, ...] = (QUICKSTART_LAW.E,), **options: object
+) -> Analysis:
+    """A sweep of the quickstart's law whose floor is known; several floors take turns."""
+    records = synthetic_records(noise=noise, curve_points=20)
+    records = [replace(r, val_floor_nats=floors[i % len(floors)]) for i, r in enumerate(records)]
+    settings = replace(QUICK, **options)  # type: ignore[arg-type]
+    return analyse(observations_of_sweep(records, settings), settings)
+
+
+@pytest.fixture(scope="module")
+def analysis() -> Analysis:
+    return of_floor()
+
+
+def test_fitted_and_true_floor_are_compared_in_standard_errors(analysis: Analysis) -> None:
+    known = analysis.known_floor
+    assert known is not None
+    assert known.floor_nats == QUICKSTART_LAW.E
+    assert known.fitted_nats == analysis.estimate("parametric").fits[0].parameters["E"]
+    samples = analysis.band("parametric").samples["E"]
+    wanted = (known.fitted_nats - QUICKSTART_LAW.E) / np.std(samples[np.isfinite(samples)], ddof=1)
+    assert known.z == pytest.approx(wanted)
+    interval = analysis.band("parametric").interval("E")
+    assert interval is not None
+    assert known.interval == (interval.lo, interval.hi)
+
+
+def test_without_noise_the_fitted_floor_is_the_true_one_and_the_reducible_loss_the_laws(
+    analysis: Analysis,
+) -> None:
+    known = of_floor(noise=0.0).known_floor
+    assert known is not None
+    assert known.fitted_nats == pytest.approx(QUICKSTART_LAW.E, abs=1e-3)
+    # The valley's bottom falls with alpha beta / (alpha + beta); curves in mid-run lie above it, so it is only near.
+    law = QUICKSTART_LAW
+    assert known.line is not None
+    assert known.line.exponent == pytest.approx(law.alpha * law.beta / (law.alpha + law.beta), rel=0.2)
+    assert np.all(np.diff(known.compute_flops) > 0)
+    assert np.all(np.diff(known.reducible_nats) < 0)
+
+
+def test_losses_below_the_floor_are_left_out(analysis: Analysis) -> None:
+    lowest = float(analysis.observations.loss_nats.min())
+    known = of_floor(floors=(lowest + 0.05,)).known_floor
+    assert known is not None
+    assert known.reducible_nats.min() > 0
+
+
+def test_no_floor_or_several_are_no_known_floor(analysis: Analysis) -> None:
+    assert of_floor(floors=(1.0, 1.1)).known_floor is None
+    points = replace(analysis.points, extra={})
+    assert known_floor(points, analysis.estimates[2], analysis.bands[2]) is None
+
+
+def test_a_law_without_a_floor_has_no_z() -> None:
+    known = of_floor(approach=ApproachSettings(parametric=ParametricSettings(law="kaplan_nd"))).known_floor
+    assert known is not None
+    assert (known.fitted_nats, known.z) == (None, None)
+    assert "no law with an E was fitted" in floor_line(known)
+
+
+# -- as it is shown
+
+
+def test_it_is_in_analysis_json_and_valid(analysis: Analysis) -> None:
+    schema = json.loads(resources.files("scaling_lab.analyse").joinpath("analysis.schema.json").read_text())
+    data = json.loads(json.dumps(analysis.to_json_dict(), allow_nan=False))
+    jsonschema.validate(data, schema)
+    told, known = data["known_floor"], analysis.known_floor
+    assert known is not None
+    assert known.line is not None
+    assert told["floor_nats"] == QUICKSTART_LAW.E
+    assert told["z"] == known.z
+    assert told["line"]["exponent"] == known.line.exponent
+    assert [p["loss_nats"] for p in told["reducible"]] == known.reducible_nats.tolist()
+    broken = data | {"known_floor": {k: v for k, v in told.items() if k != "z"}}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(broken, schema)
+    few = replace(known, line=None, fitted_nats=None, interval=None, standard_error_nats=None)
+    jsonschema.validate(json.loads(json.dumps(replace(analysis, known_floor=few).to_json_dict())), schema)
+
+
+def test_the_words_have_the_numbers(analysis: Analysis) -> None:
+    line = straight_line(FLOPS, FLOPS**-0.2)
+    known = KnownFloor(1.25, 1.3, (1.1, 1.4), 0.05, FLOPS, FLOPS**-0.2, line)
+    words = floor_words(known)
+    for part in (
+        "1.2500 nats; Approach 3 finds E = 1.3000 (1.1000 to 1.4000), z = +1.00 standard errors.",
+        "falls as C^-0.200 from 1e+10 to 1e+13 FLOPs (31 points, none further than 0.0% from the line)",
+        "from 0.200 to 0.200: ",
+    ):
+        assert part in words
+    assert "Too few evaluations" in floor_words(replace(known, line=None))
+
+
+def test_the_figure_shows_the_measured_points_and_their_line(analysis: Analysis) -> None:
+    known = analysis.known_floor
+    assert known is not None
+    assert known.line is not None
+    axes = Figure().add_subplot()
+    reducible_loss(axes, known)
+    drawn = np.asarray(axes.collections[0].get_offsets())
+    np.testing.assert_allclose(drawn, np.stack([known.compute_flops, known.reducible_nats], axis=1))
+    straight = next(a for a in axes.lines if str(a.get_label()).startswith("C^-"))
+    x, y = (np.log(np.asarray(v, dtype=float)) for v in straight.get_data())
+    assert np.polyfit(x, y, 1)[0] == pytest.approx(-known.line.exponent)
+    assert np.exp(x[[0, -1]]) == pytest.approx(known.line.compute_range_flops)
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+
+
+def test_the_report_has_the_figure_with_its_words(analysis: Analysis) -> None:
+    assert analysis.known_floor is not None
+    plate = next(p for p in draw_all(analysis, []) if p.name == "reducible_loss")
+    assert floor_words(analysis.known_floor) in str(getattr(plate, "caption", ""))
+    none = replace(analysis, known_floor=None)
+    assert "reducible_loss" not in {p.name for p in draw_all(none, [])}
