@@ -6,5 +6,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("SCALING_LAB_STRICT", "1")
+# The width of the terminal that tests were started from is not theirs (pytest-xdist sets it in its workers).
+os.environ.pop("COLUMNS", None)
 # Read by torch and NumPy when they are imported, after this file.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -20,6 +20,7 @@ from scaling_lab.analyse.settings import BootstrapSettings
 from scaling_lab.cli.commands import status
 from scaling_lab.cli.console import Console, fitting_table
 from scaling_lab.cli.main import main
+from scaling_lab.cli.standing import Row, Standing
 from scaling_lab.core.store import RunState
 from scaling_lab.report import figures_frontier, gallery
 from scaling_lab.report.gallery import Drawn, NotDrawn, draw_all
@@ -190,5 +191,5 @@ def test_tables_leave_out_columns_and_never_crop() -> None:
 def test_status_prints_whole_reasons_below_its_table(capsys: pytest.CaptureFixture[str]) -> None:
     reason = "OutOfMemoryError: " + "tried to allocate a lot " * 12
     state = RunState("run-1", "failed", reason=reason.strip())
-    status._print_states(Console(), "s", [(None, state)])
-    assert f"run-1 failed: {reason.strip()}" in capsys.readouterr().out
+    status._print_standing(Console(), "s", Standing((Row(None, state),)))
+    assert reason.strip() in capsys.readouterr().out

@@ -42,7 +42,7 @@ def test_seeds_and_rates_of_one_horizon_are_a_stack_on_a_gpu():
     assert planned[3:] == [(None, 1), (None, 1)]
     assert stacks(sweep_of_rates(3), device="cuda", stack="false") == [(None, 1)] * 3
     assert stacks(sweep_of_rates(3), device="mps") == [(None, 1)] * 3
-    continued = replace(BASE, parent="trunk")
+    continued = replace(BASE, parent="trunk", parent_step=10)
     assert stacks([*sweep_of_rates(2), continued], device="cuda")[2] == (None, 1)
 
 

@@ -78,7 +78,7 @@ def test_block_means_survive_a_stop_in_the_middle_of_a_block(tmp_path, monkeypat
     whole = train(RunStore(tmp_path / "whole"), spec)
     assert len(whole.curve) < 100
     store = RunStore(tmp_path / "resumed")
-    monkeypatch.setattr("scaling_lab.train.loop.BLOCK_STEPS", 1)  # so that it stops at this very step
+    monkeypatch.setattr("scaling_lab.train.session.BLOCK_STEPS", 1)  # so that it stops at this very step
     interrupted_at(store, spec, 64)
     assert steps_saved(store.run_folder(spec.run_id()) / "checkpoint")[-1] == 64
     assert losses(train(store, spec)) == losses(whole)
