@@ -14,16 +14,22 @@ def check_corpus(settings: SweepSettings) -> None:
     for split in ("train", "validation"):
         check_windows(f"data={settings.data.kind}", settings.data, split, settings.model.context)
     for other in settings.eval.sets:
-        check_windows(f"eval.sets: {other.name}", other.source, "validation", settings.model.context)
+        name = f"eval.sets: {other.name}"
+        try:
+            check_windows(name, other.source, "validation", settings.model.context)
+        except UserError as error:
+            # A source names its options as data.X; here they are an evaluation set's.
+            text = str(error)
+            raise UserError(f"{name}: {text[5:]}" if text.startswith("data.") else text) from None
         if other.source.vocab_size > settings.data.vocab_size:
             raise UserError(
-                f"eval.sets: {other.name} has a vocabulary of {other.source.vocab_size}, larger than the model's "
+                f"{name} has a vocabulary of {other.source.vocab_size}, larger than the model's "
                 f"{settings.data.vocab_size} (that of data={settings.data.kind})."
             )
         ours, theirs = tokenizer_of(settings.data), tokenizer_of(other.source)
         if None not in (ours, theirs) and ours != theirs:
             raise UserError(
-                f"eval.sets: {other.name} has another tokenizer ({theirs}) than data={settings.data.kind} ({ours}): their tokens mean "
+                f"{name} has another tokenizer ({theirs}) than data={settings.data.kind} ({ours}): their tokens mean "
                 "different things. Prepare it with tokenizer=FOLDER/tokenizer.json of the data's folder."
             )
 
