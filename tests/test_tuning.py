@@ -20,6 +20,7 @@ from scaling_lab.analyse.tuning_fit import debt_at, fit_bowl, why_no_bowl, windo
 from scaling_lab.analyse.tuning_records import split_by_role
 from scaling_lab.cli.main import main
 from scaling_lab.core.errors import UserError
+from scaling_lab.core.parametrization import MuP
 from scaling_lab.core.record import RunRecord
 from scaling_lab.core.serial import dumps
 from scaling_lab.core.store import RunStore, curve_line
@@ -312,6 +313,13 @@ def test_records_of_a_learning_rate_sweep_are_no_points_of_the_law(records, tune
     assert split_by_role(records) == (records, None)
     with pytest.raises(UserError, match="analyse the sweep that they tune, with tuning=tuned"):
         split_by_role(tuned_records)
+
+
+def test_rates_under_another_parametrisation_are_refused(records, tuned_records):
+    other = [replace(r, spec=replace(r.spec, parametrization=MuP())) for r in tuned_records]
+    with pytest.raises(UserError, match="its runs have parametrization MuP.*those of the sweep Standard"):
+        split_by_role(records, other)
+    assert split_by_role(records, tuned_records)[1] is not None
 
 
 def write(store: RunStore, records: list[RunRecord]) -> None:

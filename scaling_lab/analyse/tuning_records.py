@@ -15,6 +15,7 @@ from scaling_lab.analyse.uncertainty import Approach
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord, RunStatus
+from scaling_lab.core.spec import RunSpec
 
 LR_SWEEP = "lr_sweep"
 """The role of runs that vary the learning rate: no point of a scaling law."""
@@ -39,7 +40,7 @@ def split_by_role(
     """(the sweep's records, what measures its debt): runs of the role lr_sweep among them, and those of another folder.
 
     Raises:
-        UserError: there are runs of a learning-rate sweep alone.
+        UserError: there are runs of a learning-rate sweep alone, or they are trained otherwise than the sweep.
     """
     own = [r for r in records if r.spec.role != LR_SWEEP]
     tuned = [*(r for r in records if r.spec.role == LR_SWEEP), *tuned_elsewhere]
@@ -49,7 +50,31 @@ def split_by_role(
             f"sweep={name!r} holds runs of a learning-rate sweep alone, which make no scaling law: analyse the sweep that "
             f"they tune, with tuning={name}, or see the best rates of each size: scaling-lab report sweep={name}."
         )
+    if own and tuned:
+        _refuse_other_training(own, tuned)
     return own, TunedRecords(tuple(own), tuple(tuned)) if tuned else None
+
+
+def _refuse_other_training(own: Sequence[RunRecord], tuned: Sequence[RunRecord]) -> None:
+    """A rate means something else under another parametrisation or schedule, and a loss on other data."""
+    ours, theirs = ([_training(r.spec) for r in part] for part in (own, tuned))
+    for what in ours[0]:
+        known = {each[what] for each in ours}
+        if other := {each[what] for each in theirs} - known:
+            raise UserError(
+                f"tuning={tuned[0].spec.sweep}: its runs have {what} {min(other)}, those of the sweep "
+                f"{', '.join(sorted(known))}: the rates say nothing of each other."
+            )
+
+
+def _training(spec: RunSpec) -> dict[str, str]:
+    """What must be alike for rates and losses to compare. Of a schedule its kind: its warm-up may follow from the size."""
+    return {
+        "parametrization": repr(spec.parametrization),
+        "schedule": spec.schedule.kind,
+        "data": repr(spec.data),
+        "dtype": spec.dtype,
+    }
 
 
 def trained(records: Sequence[RunRecord], convention: Convention) -> Trained:
