@@ -207,6 +207,28 @@ def test_interrupted_between_batches_is_the_same_bytes(tmp_path, monkeypatch):
     assert folder_bytes(tmp_path / "calm") == folder_bytes(out)
 
 
+def test_killed_while_a_file_was_put_in_place_or_while_tidying(tmp_path):
+    """What SIGKILL leaves between a temporary file and its name, and between the sidecar and the end."""
+    source = LocalText(jsonl(tmp_path / "a.jsonl", TEXTS))
+    prepare(source, tmp_path / "calm", PrepareSettings())
+    out = tmp_path / "killed"
+
+    def stop(counts):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, out, PrepareSettings(max_tokens=10), stop)
+    (out / ".meta.json.host.12.34.tmp").write_text("{")
+    prepare(source, out, PrepareSettings(max_tokens=10))
+    assert sorted(p.name for p in out.iterdir()) == ["meta.json", "train-00000.bin", "validation-00000.bin"]
+    finished = tmp_path / "calm"
+    before = folder_bytes(finished)
+    (finished / "progress.json").write_text("{}")
+    (finished / "seen.hashes").write_bytes(b"0" * 16)
+    prepare(source, finished, PrepareSettings())
+    assert folder_bytes(finished) == before
+
+
 def test_another_command_does_not_go_on_with_it(tmp_path):
     source = LocalText(jsonl(tmp_path / "a.jsonl", TEXTS))
     out = tmp_path / "out"

@@ -7,6 +7,7 @@ documents moves none. Of copies within validation only the first is kept.
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from scaling_lab.core.errors import UserError
+from scaling_lab.core.files import remove_leftovers
 from scaling_lab.core.sources.prepared import META
 from scaling_lab.prepare.tokenizing import (
     BPE,
@@ -26,6 +28,7 @@ from scaling_lab.prepare.tokenizing import (
     train_bpe,
 )
 from scaling_lab.prepare.writer import (
+    PROGRESS,
     SPLITS,
     Counts,
     ShardWriter,
@@ -89,6 +92,8 @@ def prepare(
         UserError: documents that cannot be read, an `out` that holds something else, no document for one of the splits.
     """
     described = {"source": documents.name, **asdict(settings)}
+    if (done := _ended_while_tidying(out)) is not None:
+        return done
     counts = _go_on(out, described)
     tokens = open_tokenizer(documents, out, settings)
     dtype = "uint16" if tokens.vocab_size <= 1 << 16 else "uint32"
@@ -127,6 +132,19 @@ def prepare(
     }  # fmt: skip
     meta = write_meta(out, counts, shards, described, described_tokenizer, dtype, settings.shard_tokens)
     (out / HASHES).unlink(missing_ok=True)
+    # Last: where it is still there, the tidying is not over.
+    (out / PROGRESS).unlink()
+    return meta
+
+
+def _ended_while_tidying(out: Path) -> dict[str, Any] | None:
+    """The sidecar of a preparation that was killed after writing it, before its progress was removed; None otherwise."""
+    if not ((out / META).exists() and (out / PROGRESS).exists()):
+        return None
+    remove_leftovers(out)
+    (out / HASHES).unlink(missing_ok=True)
+    (out / PROGRESS).unlink()
+    meta: dict[str, Any] = json.loads((out / META).read_text(encoding="utf-8"))
     return meta
 
 
@@ -136,6 +154,8 @@ def _go_on(out: Path, described: dict[str, Any]) -> Counts:
         raise UserError(
             f"out={str(out)!r} holds a finished preparation already. Give another folder, or remove it."
         )
+    if out.is_dir():
+        remove_leftovers(out)
     begun = load_progress(out)
     if begun is not None:
         counts, before = begun

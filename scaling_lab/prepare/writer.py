@@ -122,7 +122,7 @@ def write_meta(
     dtype: str,
     shard_tokens: int,
 ) -> dict[str, Any]:
-    """The sidecar, written last; then the progress is no longer needed."""
+    """The sidecar, written when everything else is there."""
     meta: dict[str, Any] = {
         "format_version": META_VERSION,
         "source": settings["source"],
@@ -137,5 +137,4 @@ def write_meta(
         "content_sha256": content_sha256([s["sha256"] for name in SPLITS for s in shards[name]]),
     }
     write_atomic(folder / META, dumps(meta))
-    (folder / PROGRESS).unlink(missing_ok=True)
     return meta
