@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from importlib import resources
+from pathlib import Path
 
 import jsonschema
 import numpy as np
@@ -237,3 +238,23 @@ def test_the_report_has_the_figure_with_its_words(analysis: Analysis) -> None:
     assert floor_words(analysis.known_floor) in str(getattr(plate, "caption", ""))
     none = replace(analysis, known_floor=None)
     assert "reducible_loss" not in {p.name for p in draw_all(none, [])}
+
+
+@pytest.mark.slow
+def test_z_of_the_fitted_floor_over_simulated_studies():
+    """Forty studies: mean near 0, spread near 1; the committed table (results/calibration_floor.txt) has 500."""
+    import importlib.util
+
+    path = Path(__file__).resolve().parent.parent / "scripts" / "calibrate_floor.py"
+    spec = importlib.util.spec_from_file_location("calibrate_floor", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    z = np.array([script.study_z(0.005, study, 100) for study in range(40)], dtype=float)
+    assert abs(z.mean()) < 0.6
+    assert 0.55 < z.std(ddof=1) < 1.4
+    # Standard errors a third as large would be noticed.
+    assert not 0.55 < (3 * z).std(ddof=1) < 1.4
+    assert script.line(0.005, z, 0)[1]
+    assert not script.line(0.005, 3 * z, 0)[1]

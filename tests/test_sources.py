@@ -99,3 +99,33 @@ def test_damaged_npy_is_one_line(tmp_path):
     np.save(path, np.zeros((3, 4)))
     with pytest.raises(UserError, match="flat array of integers"):
         TokenFile(path=str(path)).tokens("train")
+
+
+def test_parquet_tokens_are_those_of_the_array(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tokens = np.random.default_rng(0).integers(0, 300, 1000)
+    np.save(tmp_path / "t.npy", tokens.astype(np.uint16))
+    flat, lists = tmp_path / "flat.parquet", tmp_path / "lists.parquet"
+    pq.write_table(pa.table({"ids": tokens, "text": ["x"] * 1000}), flat, row_group_size=77)
+    pq.write_table(pa.table({"n": [1] * 10, "ids": [part.tolist() for part in np.split(tokens, 10)]}), lists)
+    sources = [
+        TokenFile(str(tmp_path / "t.npy"), 300),
+        TokenFile(str(flat), 300),
+        TokenFile(str(lists), 300, column="ids"),
+    ]
+    assert len({s.fingerprint() for s in sources}) == 1
+    assert sources[2].tokens("train").tolist() == tokens[:950].tolist()
+    with pytest.raises(UserError, match="2 columns of integers.*Choices: n, ids"):
+        TokenFile(str(lists), 300).tokens("train")
+    with pytest.raises(UserError, match="data.column='idz' is not known.*Choices: ids, n"):
+        TokenFile(str(lists), 300, column="idz").tokens("train")
+    with pytest.raises(UserError, match=r"has token \d+ at index \d+, outside data.vocab_size=200"):
+        TokenFile(str(flat), 200).tokens("train")
+    pq.write_table(pa.table({"ids": [1, None, 3]}), tmp_path / "holes.parquet")
+    with pytest.raises(UserError, match="1 missing values"):
+        TokenFile(str(tmp_path / "holes.parquet"), 300).tokens("train")
+    (tmp_path / "no.parquet").write_bytes(b"no")
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        TokenFile(str(tmp_path / "no.parquet"), 300).tokens("train")

@@ -62,6 +62,8 @@ def test_zones(path):
         # cli may ask torch what this machine can do (doctor) and hand over wandb's login state; it trains nothing.
         assert owners is None or zone in owners or zone == "cli", f"{zone} must not import {parts[0]}"
         if zone == "core":
+            if parts[0] == "pyarrow" and path.name == "token_parquet.py":
+                continue  # imported only where a Parquet file is given
             assert parts[0] in CORE_PACKAGES or parts[0] in sys.stdlib_module_names, (
                 f"core must not import {parts[0]}"
             )

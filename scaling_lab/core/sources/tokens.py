@@ -1,4 +1,4 @@
-"""Owns the `tokens` source: a token file of the user's (.npy, or flat binary .bin of a stated dtype)."""
+"""Owns the `tokens` source: a token file of the user's (.npy, .parquet, or flat binary .bin of a stated dtype)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling_lab.core.errors import UserError, unknown
+from scaling_lab.core.token_parquet import read_token_column
 
 DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
 
@@ -31,11 +32,13 @@ class TokenFile:
     validation_fraction: float = 0.05
     dtype: str = "uint16"
     """Of a .bin file; a .npy file states its own."""
+    column: str = ""
+    """Of a .parquet file: the column that holds the tokens; empty: its only one of integers."""
 
     def __post_init__(self) -> None:
         if not self.path:
             raise UserError(
-                "data.path is missing: data=tokens needs data.path=FILE (.npy, or .bin with data.dtype=...)."
+                "data.path is missing: data=tokens needs data.path=FILE (.npy, .parquet, or .bin with data.dtype=...)."
             )
         if self.dtype not in DTYPES:
             raise unknown("data.dtype", self.dtype, DTYPES)
@@ -112,6 +115,8 @@ def _open(source: TokenFile, option: str, name: str) -> NDArray[np.integer]:
     try:
         if path.suffix == ".npy":
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        elif path.suffix == ".parquet":
+            tokens = read_token_column(path, option, source.column)
         else:
             item = np.dtype(source.dtype).itemsize
             if path.stat().st_size % item:
