@@ -21,7 +21,7 @@ import pytest
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.sources.prepared import Prepared, content_check
 from scaling_lab.core.sources.pysource import PySource
-from scaling_lab.prepare.documents import LocalText
+from scaling_lab.prepare.documents import HubText, LocalText
 from scaling_lab.prepare.pipeline import PrepareSettings, prepare
 from scaling_lab.prepare.tokenizing import TokenizerTokens
 
@@ -95,6 +95,19 @@ def test_every_format_gives_the_same_tokens(tmp_path):
         meta = prepare(LocalText(path), tmp_path / f"out{k}", PrepareSettings(validation_fraction=0.1))
         sums.add(meta["content_sha256"])
     assert len(sums) == 1
+
+
+def test_the_hubs_loader_gives_the_same_tokens_as_the_file(tmp_path):
+    """The code that streams a data set of the hub, on a folder as the hub holds it."""
+    (tmp_path / "hub").mkdir()
+    path = jsonl(tmp_path / "hub" / "train.jsonl", TEXTS)
+    hub = HubText(str(tmp_path / "hub"), None, "text")
+    assert list(hub.documents(skip=390)) == TEXTS[390:]
+    ours = prepare(LocalText(path), tmp_path / "a", PrepareSettings())
+    theirs = prepare(hub, tmp_path / "b", PrepareSettings())
+    assert ours["content_sha256"] == theirs["content_sha256"]
+    with pytest.raises(UserError, match="text_column='body' is no column"):
+        list(HubText(str(tmp_path / "hub"), None, "body").documents())
 
 
 def test_bpe_decodes_to_the_text_and_says_which_it_was(tmp_path):

@@ -368,6 +368,21 @@ def test_no_frontier_at_all_gives_no_headline_number(made: tuple[Path, Analysis,
     assert not re.search(r"\d", words.plain_meaning(nothing))
 
 
+@pytest.mark.parametrize("exponent", [412.0, -412.0, float("nan"), 1e300])
+def test_an_exponent_out_of_this_world_is_said_in_words(
+    made: tuple[Path, Analysis, Page], exponent: float
+) -> None:
+    _, analysis, _ = made
+
+    def wild(estimate):
+        params = replace(estimate.frontier.params, exponent=exponent)
+        return replace(estimate, frontier=replace(estimate.frontier, params=params))
+
+    said = words.plain_meaning(replace(analysis, estimates=tuple(wild(e) for e in analysis.estimates)))
+    assert "do not show how the best size grows" in said
+    assert "times larger" in words.plain_meaning(analysis)
+
+
 def test_text_from_outside_cannot_become_markup(records: list[RunRecord], tmp_path: Path) -> None:
     nasty = '<script>alert("x")</script>&amp;'
     options = ReportOptions(title=nasty, command=nasty, problem=nasty, next_commands=[(nasty, nasty)])

@@ -72,12 +72,21 @@ def interval_words(band: Band, quantity: str) -> str:
     return "" if interval is None else f"{band.level:.0%}: {interval.lo:.2f} to {interval.hi:.2f}"
 
 
+# The best model a thousand times larger for ten times the compute: no law of this kind is known.
+CREDIBLE_EXPONENT = 3.0
+
+
 def plain_meaning(analysis: Analysis) -> str:
     """What the exponent means for somebody with ten times the compute."""
     estimate = headline_estimate(analysis)
     if estimate is None or estimate.frontier is None:
         return "The sections below say what is there and what is missing."
     a, b = estimate.frontier.params.exponent, estimate.frontier.tokens.exponent
+    if not all(abs(exponent) <= CREDIBLE_EXPONENT for exponent in (a, b)):
+        return (
+            "These runs do not show how the best size grows with compute: the exponents come out beyond anything that a "
+            "model could follow. More budgets, or budgets further apart, would tell."
+        )
     return (
         f"With ten times the compute, the best model here is {10**a:.1f} times larger and reads {10**b:.1f} times more "
         "tokens. Equal shares would be 3.2 times each."
