@@ -153,17 +153,22 @@ def command(path: Path, out: Path, *options: str) -> list[str]:
 
 
 def kill_until_done(argv: list[str], out: Path, kills: int, rng: random.Random) -> int:
-    """Run the command, SIGKILL it at random moments `kills` times, then let it end; how many kills hit a half-done one."""
+    """Run the command, SIGKILL it at random moments of its work `kills` times, then let it end; how many kills hit it
+    half done."""
     hits = 0
     for _ in range(kills):
         process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(0.3, 2.0))
+        while process.poll() is None and not (out / "progress.json").exists():
+            time.sleep(0.01)
+        # The first progress is there from the beginning of the work, later attempts have it before they start.
+        time.sleep(rng.uniform(0.0, 1.5))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        if (out / "meta.json").exists():
-            return hits
-        hits += (out / "progress.json").exists()
-    assert subprocess.run(argv, capture_output=True, check=False).returncode == 0
+        if not (out / "progress.json").exists():
+            break
+        hits += 1
+    if not (out / "meta.json").exists() or (out / "progress.json").exists():
+        assert subprocess.run(argv, capture_output=True, check=False).returncode == 0
     return hits
 
 
