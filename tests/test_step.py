@@ -157,6 +157,26 @@ def test_a_member_that_diverges_or_rests_leaves_the_others_bit_as_they_were():
     assert all(torch.equal(t, before[name]) for name, t in Slot(step, 2).state().items())
 
 
+def test_a_process_compiles_every_run_however_many_came_before(monkeypatch):
+    """Dynamo gives up on a place in the source after so many programs, and would compute later runs eagerly, in silence."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        "scaling_lab.train.step._compiled", lambda f: torch.compile(f, dynamic=False, backend=backend)
+    )
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for width in (8, 16, 24):
+            spec = tiny(1, shape=GPTShape(width=width, depth=1, heads=1))
+            before = len(compiled)
+            train_block(open_session(spec, Execution(compile=True)), 0, 1)
+            assert len(compiled) > before, f"width {width} was computed eagerly"
+    torch.compiler.reset()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("micro", [None, 2])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
