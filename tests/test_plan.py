@@ -251,7 +251,16 @@ def test_recipe_scales_and_can_be_overridden():
     fixed = DefaultRecipe(peak_lr=0.003, batch_tokens=640).decide(small, 1e6, ALONE)
     assert (fixed.optimizer.peak_lr, fixed.batch_tokens) == (0.003, 640)
     assert not recipe.decide(small, 1e6, ALONE).notes
-    assert "was tuned at" in recipe.decide(GPTShape(width=1024, depth=12, heads=16), 1e9, ALONE).notes[0]
+    # Outside of where it was measured, by more than a factor of 2, it says so: of sizes, and of horizons.
+    wide = GPTShape(width=1024, depth=12, heads=16)
+    of_size, of_horizon = recipe.decide(wide, 1e9, ALONE).notes
+    assert of_size.startswith(
+        "recipe=default was fitted at 6.6e+03 to 3.3e+05 parameters, and this sweep has"
+    )
+    assert of_horizon.startswith("recipe=default was fitted at 1.4e+05 to 6.6e+06 training tokens a run")
+    assert recipe.decide(wide, 1e6, ALONE).notes == (of_size,)
+    assert recipe.decide(small, 1e9, ALONE).notes == recipe.decide(small, 3e4, ALONE).notes == (of_horizon,)
+    assert not recipe.decide(small, 1.3e7, ALONE).notes
 
 
 @given(st.floats(1, 1e9), st.sampled_from([16, 64, 1024]))

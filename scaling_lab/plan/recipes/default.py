@@ -11,10 +11,18 @@ from typing import Any, ClassVar
 
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.spec import OptimizerSpec
-from scaling_lab.plan.recipes.base import Hyperparameters, SweepHorizons, check_batch, round_batch
+from scaling_lab.plan.recipes.base import (
+    Hyperparameters,
+    SweepHorizons,
+    check_batch,
+    outside,
+    round_batch,
+)
 
-# Where the rules below were measured, in parameters (six_n_with_head).
-CALIBRATED_PARAMS = (7e3, 5e5)
+# Where the rules below were measured (results/published/recipe_default.txt; results/LOG.md, 2026-11-22: width 92, depth 3, and
+# 145k tokens at width 64): parameters (six_n_with_head) and horizons.
+CALIBRATED_PARAMS = (6.6e3, 3.3e5)
+CALIBRATED_TOKENS = (1.4e5, 6.6e6)
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,6 @@ class DefaultRecipe:
 
     def decide(self, shape: Any, train_tokens: float, sweep: SweepHorizons) -> Hyperparameters:
         """Raises `UserError` for a batch that the context does not divide."""
-        notes = []
         n = shape.count().n_params(Convention.SIX_N_WITH_HEAD)
         batch, wanted = self.batch_tokens, None
         if batch is None:
@@ -50,11 +57,10 @@ class DefaultRecipe:
         else:
             check_batch(batch, shape.context)
         lr = self.peak_lr if self.peak_lr is not None else self.lr_at_width_64 * 64 / shape.width
-        if not CALIBRATED_PARAMS[0] * 0.5 <= n <= CALIBRATED_PARAMS[1] * 2:
-            notes.append(
-                f"recipe=default was tuned at {CALIBRATED_PARAMS[0]:.0e} to {CALIBRATED_PARAMS[1]:.0e} parameters; "
-                f"{shape.kind} of width {shape.width} and depth {shape.depth} has {n:.2g}: check its learning rate."
-            )
+        notes = (
+            *outside(self.kind, "parameters", n, *CALIBRATED_PARAMS),
+            *outside(self.kind, "training tokens a run", train_tokens, *CALIBRATED_TOKENS),
+        )
         optimizer = OptimizerSpec(
             peak_lr=lr,
             embedding_lr_ratio=self.embedding_lr_ratio,
@@ -64,4 +70,4 @@ class DefaultRecipe:
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
         )
-        return Hyperparameters(batch, optimizer, self.warmup_fraction, tuple(notes), wanted)
+        return Hyperparameters(batch, optimizer, self.warmup_fraction, notes, wanted)
