@@ -128,7 +128,7 @@ def test_compiled_step_equals_eager():
 
 def test_bfloat16_is_within_seed_noise_of_float32(tmp_path):
     """Seed by seed, so that the seeds' own scatter is not in the difference: a shift of a tenth of it would be seen. Weights
-    that are themselves bfloat16, without float32 masters, fail this: they shift it by a third."""
+    that are themselves bfloat16, without float32 masters, fail this: they shift it by a quarter."""
 
     def loss(dtype: str, seed: int) -> float:
         spec = tiny(

@@ -57,7 +57,8 @@ class Common:
     """A folder of your own configs, searched before the built-in ones"""
     seed: int = 0
     dtype: Literal["float32", "bfloat16", "tf32"] = "float32"
-    """Numbers that models are computed in (weights, moments and losses stay float32); tf32 on CUDA alone"""
+    """Numbers that models are computed in; bfloat16 is autocast (weights, moments and losses stay float32), on a CPU only faster
+    for models of millions of parameters; tf32 on CUDA alone"""
     convention: Convention = Convention.SIX_N_WITH_HEAD
     """What N and FLOP budgets count"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

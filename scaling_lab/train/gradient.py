@@ -122,5 +122,8 @@ def head_parameters(model: nn.Module, spec: RunSpec) -> tuple[str, ...]:
 
 
 def autocast(like: Tensor, spec: RunSpec) -> torch.autocast:
-    """The run's precision: bfloat16 products under bfloat16, as they are under float32 and tf32."""
+    """The run's precision: bfloat16 products under bfloat16, as they are under float32 and tf32.
+
+    A bfloat16 copy of the weights instead was as fast and no nearer to float32 (scripts/bench_bf16.py, results/bench_bf16.txt).
+    """
     return torch.autocast(like.device.type, dtype=torch.bfloat16, enabled=spec.dtype == "bfloat16")

@@ -1,0 +1,210 @@
+#!/usr/bin/env python
+"""Owns the choice between two ways of training in bfloat16, by measurement: what `dtype=bfloat16` is.
+
+autocast   parameters are float32; torch.autocast rounds them, and the activations, where a product is taken. Normalisation,
+           softmax and the residual stream stay float32 as autocast's lists say.
+weights    forward and backward with a bfloat16 copy of all parameters and buffers, activations bfloat16 throughout; the
+           flat vector that AdamW updates is its float32 master. Gradients arrive in bfloat16, and are added up in float32.
+
+Everything else is the engine's own step: the same data order, LR, clipping, AdamW, loss in float32, whole step compiled.
+
+loss    final validation loss, taken in float32, of a small model that is trained in float32, and both ways, with the same
+        --seeds seeds. The scatter of float32's own losses over seeds is the seed noise; a way's shift is the mean of its
+        losses less those of float32, seed by seed, with its standard error.
+speed   seconds of one step on one thread, compiled, at several widths; float32 and both ways in turn, the median of the rounds.
+
+    scripts/bench_bf16.py                  about 4 minutes of one core; --out FILE also writes what it prints
+    scripts/bench_bf16.py --quick          few steps, no figure of meaning (CI: that it runs)
+    scripts/bench_bf16.py --device cuda    the same on a GPU, where widths are larger
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor, nn
+
+import scaling_lab.train.step as step_module
+from scaling_lab.core.schedules import Cosine
+from scaling_lab.core.shapes.gpt import GPTShape
+from scaling_lab.core.sources.pysource import PySource
+from scaling_lab.core.spec import EvalSpec, Execution, OptimizerSpec, RunSpec
+from scaling_lab.train.devices import device_name, resolve_device
+from scaling_lab.train.gradient import GradientOf, token_loss
+from scaling_lab.train.optim import FlatLayout
+from scaling_lab.train.session import Session, open_session, train_block
+
+WAYS = ("float32", "autocast", "weights")
+# (width, depth, heads, context, sequences a step)
+LOSS_SHAPE = (32, 2, 2, 64, 16)
+SPEED_SHAPES = {
+    "cpu": [(32, 2, 2, 64, 16), (128, 3, 8, 64, 16), (384, 4, 6, 128, 8)],
+    "cuda": [(256, 6, 4, 256, 64), (768, 12, 12, 1024, 16)],
+}
+LINES: list[str] = []
+
+
+def say(line: str = "") -> None:
+    print(line, flush=True)
+    LINES.append(line)
+
+
+def spec_of(sizes: tuple[int, ...], way: str, steps: int, seed: int = 0) -> RunSpec:
+    width, depth, heads, context, sequences = sizes
+    return RunSpec(
+        sweep="bf16", role="single", budget_flops=1.0, shape=GPTShape(width, depth, heads, context=context),
+        data=PySource(), schedule=Cosine(warmup_fraction=0.05),
+        # The default recipe's rule.
+        optimizer=OptimizerSpec(peak_lr=0.007 * 64 / width), batch_tokens=sequences * context,
+        train_tokens=steps * sequences * context, eval=EvalSpec(tokens=65_536, points=1),
+        seed_init=seed, seed_data=seed, dtype="bfloat16" if way == "autocast" else "float32",
+    )  # fmt: skip
+
+
+def bfloat16_weights_gradient(
+    model: nn.Module, layout: FlatLayout, spec: RunSpec, sequences: int
+) -> GradientOf:
+    """With the face of `gradient.make_gradient`, all logits at once: the vocabulary here is 256."""
+    device = next(model.parameters()).device
+    offsets = torch.arange(spec.shape.context + 1, device=device)
+    buffers = {
+        n: b.bfloat16() if b.is_floating_point() else b for n, b in model.named_buffers()
+    }  # rotary tables
+
+    def loss_of(parameters: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        logits = torch.func.functional_call(model, (parameters, buffers), (inputs,))
+        return token_loss(logits, targets)
+
+    gradient_and_loss: Callable[..., Any] = torch.func.grad_and_value(loss_of)
+
+    def gradient(flat: Tensor, starts: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        window = tokens[starts[:, None] + offsets].long()
+        gradients, loss = gradient_and_loss(layout.views(flat.bfloat16()), window[:, :-1], window[:, 1:])
+        return layout.flatten(gradients).float(), loss
+
+    return gradient
+
+
+@contextmanager
+def way_of_training(way: str) -> Iterator[None]:
+    """Within it a step that is built takes its gradient that way."""
+    before = step_module.make_gradient
+    if way == "weights":
+        step_module.make_gradient = bfloat16_weights_gradient
+    try:
+        yield
+    finally:
+        step_module.make_gradient = before
+
+
+def opened(sizes: tuple[int, ...], way: str, steps: int, device: str, seed: int = 0) -> Session:
+    with way_of_training(way):
+        return open_session(spec_of(sizes, way, steps, seed), Execution(device=device, compile=True))
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How a way's losses lie to those of float32 with the same seeds, nats."""
+
+    mean: float
+    standard_error: float
+
+    @staticmethod
+    def of(losses: list[float], full: list[float]) -> Shift:
+        differences = [a - b for a, b in zip(losses, full, strict=True)]
+        error = statistics.stdev(differences) / math.sqrt(len(differences))
+        return Shift(statistics.fmean(differences), error)
+
+
+def final_loss(way: str, steps: int, seed: int, device: str) -> float:
+    """Of float32 arithmetic with the trained (master) weights, whatever they were trained in."""
+    session = opened(LOSS_SHAPE, way, steps, device, seed)
+    train_block(session, 0, steps)
+    found, _ = session.evaluation.main.loss(session.step.model, session.step.parameters())
+    return found
+
+
+def bench_loss(steps: int, seeds: int, device: str) -> None:
+    width, depth, _, context, sequences = LOSS_SHAPE
+    say(
+        f"final validation loss, nats: width {width}, depth {depth}, {steps} steps of {sequences * context:,} tokens, "
+        f"{seeds} seeds"
+    )
+    losses = {way: [final_loss(way, steps, seed, device) for seed in range(seeds)] for way in WAYS}
+    noise = statistics.stdev(losses["float32"])
+    say(f"  {'':9} {'mean':>7}   shift against float32   shift / seed noise of {noise:.4f}   each seed")
+    for way in WAYS:
+        each = " ".join(f"{loss:.4f}" for loss in losses[way])
+        shift = Shift.of(losses[way], losses["float32"])
+        said = f"{shift.mean:+.4f} +- {shift.standard_error:.4f}" if way != "float32" else ""
+        share = f"{shift.mean / noise:+.2f}" if way != "float32" else ""
+        say(f"  {way:9} {statistics.fmean(losses[way]):7.4f}   {said:21}   {share:29}   {each}")
+
+
+def bench_speed(shapes: list[tuple[int, ...]], seconds: float, rounds: int, device: str) -> None:
+    say(f"seconds a step, compiled, one thread; median of {rounds} rounds in turn (share of float32's time)")
+    say("  " + f"{'shape':34}" + "".join(f"{way:>22}" for way in WAYS))
+    for sizes in shapes:
+        width, depth, _, context, sequences = sizes
+        taken: dict[str, list[float]] = {way: [] for way in WAYS}
+        steppers = {way: opened(sizes, way, 10_000, device) for way in WAYS}
+        count = 3
+        for session in steppers.values():
+            train_block(session, 0, 3)  # compiles
+            began = time.perf_counter()
+            train_block(session, 3, 6)
+            count = max(count, round(seconds / rounds / (time.perf_counter() - began) * 3))
+        for turn in range(rounds):
+            for way, session in steppers.items():
+                first = 6 + turn * count
+                began = time.perf_counter() if device != "cpu" else time.thread_time()
+                train_block(session, first, first + count)
+                now = time.perf_counter() if device != "cpu" else time.thread_time()
+                taken[way].append((now - began) / count)
+        median = {way: statistics.median(values) for way, values in taken.items()}
+        cells = [f"{median[way]:.5f} ({median[way] / median['float32']:.2f})" for way in WAYS]
+        name = f"width {width}, depth {depth}, {sequences} x {context}"
+        say(f"  {name:34}" + "".join(f"{cell:>22}" for cell in cells))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    device = resolve_device(options.device)
+    torch.set_num_threads(1)
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    native = device != "cpu" or bool(asked and asked())
+    say(
+        f"{datetime.date.today()}, {device_name(torch.device(device))}, torch {torch.__version__}, bfloat16 products in "
+        f"hardware: {'yes' if native else 'no'}{', quick' * options.quick}"
+    )
+    if options.quick:
+        bench_loss(4, 2, device)
+        bench_speed(SPEED_SHAPES[device][:1], 0.1, 2, device)
+    else:
+        bench_loss(options.steps, options.seeds, device)
+        bench_speed(SPEED_SHAPES[device], 6.0, 5, device)
+    if options.out:
+        options.out.write_text("\n".join(LINES) + "\n")
+
+
+if __name__ == "__main__":
+    main()
