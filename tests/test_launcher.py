@@ -10,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+from test_spec import spec
+
 from scaling_lab.cli import workers
 from scaling_lab.cli.workers import worker_slots
-from scaling_lab.core.spec import Execution
+from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.store import RunStore
 
 TINY_LINE = (
@@ -167,6 +169,19 @@ def test_workers_share_cores_and_gpus(monkeypatch):
     # Of runs of 30 GB two fit on a GPU of 80 GB; of 100 GB none does, and each GPU gets one, which will say so.
     monkeypatch.setattr(workers, "gpu_bytes", lambda: 80e9)
     assert [len(worker_slots(Execution("cuda"), None, 100, size)) for size in (1e9, 30e9, 100e9)] == [8, 4, 2]
+
+
+def test_a_worker_is_handed_its_runs_also_where_they_are_all_that_was_read(tmp_path, monkeypatch):
+    """A cluster's job reads its part of the plan alone: a worker without ids would train the whole plan's runs."""
+    planned = [PlannedRun(spec(seed_init=seed), Execution()) for seed in (1, 2)]
+    store = RunStore(tmp_path / "s")
+    store.write_plan(Plan("s", tuple(planned), spec().convention, "abc"))
+    mine = planned[0].run_id
+    part = store.read_plan([mine])
+    commands: list[list[str]] = []
+    monkeypatch.setattr(workers.subprocess, "Popen", lambda command, **_: commands.append(command))
+    workers.Crew(store, part, part.runs, [{}], 3, None)._start(0).file.close()
+    assert commands[0][commands[0].index("--run-ids") + 1] == mine
 
 
 def test_impossible_options_are_refused(tmp_path):

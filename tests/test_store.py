@@ -215,6 +215,24 @@ def test_plan_on_disk(store):
         store.read_plan()
 
 
+def test_a_job_reads_its_runs_of_the_plan_and_those_that_they_are_trained_with(store):
+    trunk = spec(seed_init=1)
+    branch = spec(seed_init=2, parent=trunk.run_id(), parent_step=1)
+    stacked = Execution(stack="pair", stack_size=2)
+    runs = [
+        PlannedRun(trunk, Execution()),
+        PlannedRun(branch, Execution()),
+        *(PlannedRun(spec(seed_init=seed), stacked) for seed in (3, 4)),
+        PlannedRun(spec(seed_init=5), Execution()),
+    ]
+    plan = Plan("sweep", tuple(runs), spec().convention, "abc", settings={"seed": 0})
+    store.write_plan(plan)
+    for asked, kept in (([1], [0, 1]), ([0], [0]), ([3], [2, 3]), ([4, 2], [2, 3, 4]), ([], [])):
+        part = store.read_plan([runs[k].run_id for k in asked])
+        assert part.runs == tuple(runs[k] for k in kept)
+        assert (part.data_fingerprint, part.settings) == ("abc", {"seed": 0})
+
+
 @pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "a b"])
 def test_sweep_names_are_folder_names(tmp_path, name):
     with pytest.raises(UserError, match="sweep="):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -158,3 +160,20 @@ def test_report_and_status_of_a_half_done_sweep(capsys):
     assert "next: scaling-lab sweep sweep=s" in out
     assert main(["report", "sweep=s"]) == 0
     assert (store.report_folder / "report.html").is_file()
+
+
+def test_a_large_plan_fits_the_screen_and_needs_no_torch():
+    code = (
+        "import sys; from scaling_lab.cli.main import main; status = main(sys.argv[1:]); "
+        "sys.exit(status or 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", "sweep=s", *TINY[:4], "design.budgets_flops=[2e7,4e7]", *TINY[5:], "seed=range(0,30)"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr or "torch was loaded"
+    plan = RunStore("results/s").read_plan()
+    rounded = [line for line in done.stdout.splitlines() if line.startswith("  rounded: ")]
+    assert len(plan.rounding) > 100
+    assert len(rounded) == 21
+    assert rounded[-1].endswith(f"and {len(plan.rounding) - 20} more; plan.json has them all")

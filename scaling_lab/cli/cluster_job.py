@@ -99,7 +99,7 @@ class _Watch:
         try:
             run_workers(
                 store,
-                store.read_plan(),
+                store.read_plan(self.job.run_ids),
                 self.job.run_ids,
                 Console(),
                 workers=self.job.workers,

@@ -286,9 +286,11 @@ def resolve_device(name: str) -> str:
 
     A device that is named is taken at its word: a login node plans for the GPUs of its cluster. Whoever trains checks.
     """
+    if name != "auto":
+        return name
     from scaling_lab.train.devices import resolve_device as resolve
 
-    return resolve(name) if name == "auto" else name
+    return resolve(name)
 
 
 def tracker_options(tree: Mapping[str, Any]) -> dict[str, Any]:

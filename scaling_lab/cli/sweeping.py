@@ -114,7 +114,7 @@ def sweep_job(config: Any) -> int:
     store = RunStore(Path(str(config.results_dir)) / str(config.sweep))
     run_ids = [str(run_id) for run_id in config.run_ids or ()]
     try:
-        return len(train_pending(store, store.read_plan(), run_ids, tracker_options(plain(config))))
+        return len(train_pending(store, store.read_plan(run_ids), run_ids, tracker_options(plain(config))))
     except Interrupted as stop:
         # Not an error of this job: the whole sweep was told to stop, and Hydra passes only this on.
         raise stop.saying(go_on_hint(store)) from None

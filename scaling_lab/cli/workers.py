@@ -218,7 +218,7 @@ class Crew:
         command = [sys.executable, "-m", "scaling_lab.train.worker", str(self.store.folder)]
         command += ["--stop-with", str(os.getpid())]
         ids = ",".join(self.progress.open_ids())
-        if len(self.runs) < len(self.plan.runs) and len(ids) < MAX_ARGUMENT_BYTES:
+        if len(ids) < MAX_ARGUMENT_BYTES:
             command += ["--run-ids", ids]
         if self.tracker:
             command += ["--tracker", json.dumps(dict(self.tracker))]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,10 +88,13 @@ class RunStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.plan_path, plan.to_json())
 
-    def read_plan(self) -> Plan:
-        """The plan on disk. Raises `UserError` where there is none or it cannot be read."""
+    def read_plan(self, run_ids: Collection[str] | None = None) -> Plan:
+        """The plan on disk; with `run_ids` only these of its runs and those that they are trained with: a job of a plan of
+        10,000 runs begins at once. Raises `UserError` where there is none or it cannot be read."""
         try:
             data = json.loads(self.plan_path.read_text(encoding="utf-8"))
+            if run_ids is not None:
+                data["runs"] = _with_relatives(data["runs"], set(run_ids))
             return Plan.from_dict(data)
         except FileNotFoundError:
             raise UserError(
@@ -248,6 +251,14 @@ class RunStore:
     def states(self, plan: Plan) -> Iterator[RunState]:
         for run in plan.runs:
             yield self.state(run.run_id)
+
+
+def _with_relatives(runs: list[dict[str, Any]], wanted: set[str]) -> list[dict[str, Any]]:
+    """The wanted runs of a plan.json, their parents, and the stacks that any of these belong to, in the plan's order."""
+    parents = {r["spec"].get("parent") for r in runs if r["run_id"] in wanted}
+    chosen = wanted | parents
+    stacks = {r["execution"].get("stack") for r in runs if r["run_id"] in chosen} - {None}
+    return [r for r in runs if r["run_id"] in chosen or r["execution"].get("stack") in stacks]
 
 
 def unreadable(error: Exception) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -50,6 +50,8 @@ class Shapes:
     """Sizes as shapes of the plan's family, vocabulary and context (`designs.base.ShapeMaker`)."""
 
     settings: SweepSettings
+    _ladders: dict[SizeLadder, list[Any]] = field(default_factory=dict, compare=False, repr=False)
+    """Made once: designs ask for the same ladder at every budget."""
 
     @property
     def convention(self) -> Convention:
@@ -60,8 +62,10 @@ class Shapes:
 
     def ladder(self, sizes: SizeLadder) -> list[Any]:
         """The ladder's shapes, ascending in N under the plan's convention."""
-        shapes = [self.shape(width, depth) for width, depth in sizes.sizes()]
-        return sorted(shapes, key=lambda shape: shape.count().n_params(self.convention))
+        if sizes not in self._ladders:
+            shapes = [self.shape(width, depth) for width, depth in sizes.sizes()]
+            self._ladders[sizes] = sorted(shapes, key=lambda shape: shape.count().n_params(self.convention))
+        return list(self._ladders[sizes])
 
 
 def make_plan(settings: SweepSettings) -> Plan:

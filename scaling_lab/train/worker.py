@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return team.follow()
             train_pending(
                 store,
-                store.read_plan(),
+                store.read_plan(run_ids),
                 run_ids,
                 json.loads(options.tracker) if options.tracker else None,
                 options.checkpoint_every_s,

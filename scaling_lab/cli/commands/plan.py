@@ -15,8 +15,8 @@ from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Plan, source_class
 from scaling_lab.core.store import RunStore
 
-# A plan of hundreds of runs is in plan.json; the screen shows so many.
-MAX_ROWS = 80
+# A plan of hundreds of runs is in plan.json; the screen shows so many, and of each kind of remark so many.
+MAX_ROWS, MAX_REMARKS = 80, 20
 
 
 def form(arguments: Arguments) -> Form:
@@ -102,8 +102,12 @@ def print_plan(console: Console, plan: Plan, workers: int | None = None) -> None
         markup=False,
     )
     for title, lines in (("rounded", plan.rounding), ("note", plan.notes)):
-        for line in lines:
+        for line in lines[:MAX_REMARKS]:
             console.print(f"  {title}: {line}", markup=False)
+        if len(lines) > MAX_REMARKS:
+            console.print(
+                f"  {title}: and {len(lines) - MAX_REMARKS:,} more; plan.json has them all", markup=False
+            )
 
 
 def grid_table(plan: Plan, width: int) -> Any:

@@ -25,7 +25,7 @@ def form(arguments: Arguments) -> Form:
 def run(arguments: Arguments) -> int:
     command = read_study(arguments, "sweep", experiment=EXPERIMENT)
     console = Console.for_flags(arguments.flags)
-    status = execute(command, console)
+    status, _ = execute(command, console)
     store = store_of(command)
     console.say("analysing ...")
     analysis, report = write_sweep_report(store, command_text(arguments), console)

@@ -30,12 +30,11 @@ def form(arguments: Arguments) -> Form:
 def run(arguments: Arguments) -> int:
     command = read_study(arguments, "sweep")
     console = Console.for_flags(arguments.flags)
-    status = execute(command, console)
+    status, plan = execute(command, console)
     mirror_whole_sweep(store_of(command), command_text(arguments), console)
     results = command.tree["results_dir"]
     where = "" if results == "results" else f" results_dir={results}"
     name = command.tree["sweep"]
-    plan = store_of(command).read_plan()
     if status == 0 and compares_parametrizations(plan):
         console.next_step(f"scaling-lab report sweep={name}{where}")
     elif status == 0 and tunes_another(plan):
@@ -70,8 +69,8 @@ def mirror_whole_sweep(store: RunStore, text: str, console: Console) -> None:
     say_what_is_missing(store, console)
 
 
-def execute(command: Command, console: Console) -> int:
-    """Run the multirun and return the exit status that the records tell."""
+def execute(command: Command, console: Console) -> tuple[int, Plan]:
+    """Run the multirun; the exit status that the records tell, and the plan."""
     store: RunStore = store_of(command)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
@@ -90,4 +89,5 @@ def execute(command: Command, console: Console) -> int:
             run_multirun(replace(command, combinations=command.combinations[:1]), "sweep", sweep_job)
     except OSError as error:
         raise disk_error(error, store.folder) or error from error
-    return report_outcome(console, store, session.plan or store.read_plan(), [o.text for o in command.hydra])
+    plan = session.plan or store.read_plan()
+    return report_outcome(console, store, plan, [o.text for o in command.hydra]), plan

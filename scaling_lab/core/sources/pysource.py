@@ -7,6 +7,7 @@ The text depends on the Python version: the fingerprint says which text a run sa
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import sysconfig
 from dataclasses import dataclass
@@ -89,12 +90,13 @@ def _source_files(site_packages: bool) -> list[tuple[str, Path]]:
         roots.append(("site-packages", Path(sysconfig.get_paths()["purelib"])))
     files: dict[str, Path] = {}
     for label, root in roots:
-        for path in root.rglob("*.py"):
-            parts = path.relative_to(root).parts
-            skipped = set(parts[:-1]) & SKIPPED_FOLDERS
-            in_packages = label == "stdlib" and bool(set(parts) & PACKAGE_FOLDERS)
-            if not skipped and not in_packages:
-                files[f"{label}/{'/'.join(parts)}"] = path
+        left_out = SKIPPED_FOLDERS | (PACKAGE_FOLDERS if label == "stdlib" else frozenset())
+        for folder, below, names in os.walk(root):
+            below[:] = [name for name in below if name not in left_out]  # os.walk does not enter the others
+            for name in names:
+                if name.endswith(".py"):
+                    path = Path(folder, name)
+                    files[f"{label}/{path.relative_to(root).as_posix()}"] = path
     return sorted(files.items())
 
 
