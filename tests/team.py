@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_distributed import CHUNK_STEPS, SPECS, planned_stack
+from test_distributed import CHUNK_STEPS, LOGITS_AT_ONCE, SPECS, planned_stack
 from test_resume import interrupted_at
 from test_train import tiny, train
 
+import scaling_lab.plan.memory as memory
 import scaling_lab.train.feed as feed
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Execution
@@ -28,7 +29,7 @@ def lead(team: Team, folder: Path) -> None:
 
     for name, spec in SPECS.items():
         train(of_kind("ddp", f"ddp-{name}"), spec)
-    for name in ("even", "tied", "bfloat16", "generated"):
+    for name in ("even", "tied", "bfloat16", "vocabulary", "generated"):
         train(of_kind("fsdp", f"fsdp-{name}"), SPECS[name])
     train(of_kind("fsdp", "fsdp-micro"), SPECS["even"], Execution(micro_batch_sequences=1))
     train(of_kind("ddp", "ddp-compiled"), SPECS["even"], Execution(compile=True))
@@ -53,6 +54,7 @@ def lead(team: Team, folder: Path) -> None:
 
 def main() -> int:
     feed.CHUNK_TOKENS = CHUNK_STEPS * SPECS["generated"].batch_tokens
+    memory.LOGITS_AT_ONCE = LOGITS_AT_ONCE
     with joined("ddp") as team:
         assert team is not None
         if not team.leads:

@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_resume import interrupted_at
-from test_train import tiny, train
+from test_train import SHAPE, tiny, train
 
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord
@@ -33,10 +34,13 @@ SPECS = {
     # A small LR: gradients that are zero but for rounding (of gpt2's key biases) move Adam by as much as any.
     "tied": tiny(STEPS, shape=GPT2Shape(width=16, depth=2, heads=2), optimizer=OptimizerSpec(peak_lr=0.002)),
     "bfloat16": tiny(STEPS, dtype="bfloat16"),
+    # Its logits in chunks, where two processes compute it (LOGITS_AT_ONCE of tests/team.py), and at once in one.
+    "vocabulary": tiny(STEPS, shape=replace(SHAPE, vocab_size=1000)),
     # Not a corpus on the device but chunks of it, which every process is told to read (of CHUNK_STEPS in tests/team.py).
     "generated": tiny(STEPS, data=ContextTree(), noise=0.1, seed_data=4),
 }
 CHUNK_STEPS = 5
+LOGITS_AT_ONCE = 2**16  # of `vocabulary` a share's 2 sequences have 128,000, of all others at most 49,152
 TOLERANCE = 1e-5
 STACK = tuple(tiny(steps, seed_init=seed, seed_data=seed) for steps, seed in ((STEPS, 1), (STEPS // 2, 2)))
 

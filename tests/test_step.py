@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,14 @@ from test_train import SHAPE, tiny
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.shapes.gpt2 import GPT2Shape
 from scaling_lab.core.spec import Execution
-from scaling_lab.train.gradient import chunked_gradient, head_parameters, make_gradient, whole_gradient
+from scaling_lab.train.gradient import (
+    WithLoss,
+    autocast,
+    chunked_gradient,
+    head_parameters,
+    make_gradient,
+    whole_gradient,
+)
 from scaling_lab.train.loop import open_session, train_block
 from scaling_lab.train.models import build_model
 from scaling_lab.train.optim import FlatLayout, control_rows
@@ -69,8 +77,8 @@ def test_head_parameters_are_found():
     assert names == [("head.weight",), ("embedding.weight",), ("embedding.weight",)]
 
 
-def largest_tensor(spec, sequences: int) -> int:
-    """Elements of the largest tensor that any operation of one gradient makes."""
+def largest_tensor(work: Callable[[], object]) -> int:
+    """Elements of the largest tensor that any operation of it makes."""
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
@@ -83,21 +91,54 @@ def largest_tensor(spec, sequences: int) -> int:
             Watch.largest = max(Watch.largest, *sizes, 0)
             return out
 
-    model = build_model(spec.shape)
-    layout = FlatLayout.of(model)
-    flat = layout.flatten({n: p.detach() for n, p in model.named_parameters()})
-    gradient = make_gradient(model, layout, spec, sequences)
     with Watch():
-        gradient(flat, torch.arange(sequences), torch.zeros(1000, dtype=torch.uint8))
+        work()
     return Watch.largest
 
 
 def test_no_logits_of_a_whole_batch_over_a_large_vocabulary(monkeypatch):
+    """Of a process alone and of its share in a group; of one whose parameters are spread over processes."""
     spec = tiny(1, shape=replace(SHAPE, vocab_size=4000), batch_tokens=64 * 16, train_tokens=64 * 16)
     everything = 64 * 16 * 4000
-    assert largest_tensor(spec, 16) == everything
+    model, text = build_model(spec.shape), torch.zeros(1000, dtype=torch.uint8)
+    layout = FlatLayout.of(model)
+    flat = layout.flatten({n: p.detach() for n, p in model.named_parameters()})
+    window = torch.zeros(16, 65, dtype=torch.int64)
+
+    def alone() -> None:
+        make_gradient(model, layout, spec, 16)(flat, torch.arange(16), text)
+
+    def spread() -> None:
+        WithLoss(model, spec)(window[:, :-1], window[:, 1:]).backward()
+
+    assert [largest_tensor(work) for work in (alone, spread)] == [everything] * 2
     monkeypatch.setattr("scaling_lab.plan.memory.LOGITS_AT_ONCE", everything // 8)
-    assert largest_tensor(spec, 16) <= everything // 8
+    assert max(largest_tensor(work) for work in (alone, spread)) <= everything // 8
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["gpt", "tied", "gpt2"])
+def test_a_model_with_its_loss_has_the_same_gradient(shape, dtype, monkeypatch):
+    spec = tiny(1, shape=shape, dtype=dtype)
+    monkeypatch.setattr("scaling_lab.plan.memory.LOGITS_AT_ONCE", 64 * 256)  # 4 chunks of one sequence
+    torch.manual_seed(3)
+    model = build_model(shape)
+    tokens = torch.randint(0, 256, (4, 65))
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    plain, plain_loss = whole_gradient(model, spec)(parameters, tokens[:, :-1], tokens[:, 1:])
+    with_loss = WithLoss(model, spec)
+    with autocast(tokens, spec):
+        loss = with_loss(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    rounding = 1e-6 if dtype == "float32" else 1e-2
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(plain_loss.item(), rel=rounding)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert (
+            float((parameter.grad - plain[name]).norm()) <= rounding * 10 * float(plain[name].norm()) + 1e-7
+        )
+    assert torch.equal(with_loss(tokens[:, :-1]), model(tokens[:, :-1]))
 
 
 def stack_of(specs, execution: Execution | None = None):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from scaling_lab.core.spec import RunSpec
 from scaling_lab.plan.memory import loss_chunks
@@ -34,8 +35,7 @@ def make_gradient(model: nn.Module, layout: FlatLayout, spec: RunSpec, sequences
     """
     offsets = torch.arange(spec.shape.context + 1, device=next(model.parameters()).device)
     chunks = loss_chunks(sequences * spec.shape.context, spec.shape.vocab_size)
-    # A family without the two parts can be trained all the same, its logits at once.
-    in_parts = chunks > 1 and hasattr(model, "hidden") and hasattr(model, "logits")
+    in_parts = chunks > 1 and can_be_chunked(model)
     of_parameters = chunked_gradient(model, spec, chunks) if in_parts else whole_gradient(model, spec)
 
     def gradient(flat: Tensor, starts: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,6 +98,40 @@ def chunked_gradient(
         return {name: g + of_head[name] if name in of_head else g for name, g in gradients.items()}, loss
 
     return gradient_and_loss
+
+
+class WithLoss(nn.Module):
+    """A model and its mean loss as one module, for autograd as it is (`sharded.py`): (inputs (B, T), targets (B, T)) -> loss;
+    without targets the logits.
+
+    Over a large vocabulary a chunk's logits are computed again in the backward pass rather than kept: the head's forward
+    twice is what it costs.
+    """
+
+    def __init__(self, model: nn.Module, spec: RunSpec) -> None:
+        super().__init__()
+        self.model, self._vocab_size = model, spec.shape.vocab_size
+
+    def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None or not can_be_chunked(self.model):
+            logits: Tensor = self.model(inputs)
+            return logits if targets is None else token_loss(logits, targets)
+        chunks = loss_chunks(targets.numel(), self._vocab_size)
+        if chunks == 1:
+            return token_loss(self.model(inputs), targets)
+        hidden: Tensor = self.model.hidden(inputs)  # type: ignore[operator]
+        size = math.ceil(targets.numel() / chunks)
+        parts = zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size), strict=True)
+        sums = [checkpoint(self._sum, rows, goals, use_reentrant=False) for rows, goals in parts]
+        return torch.stack(sums).sum() / targets.numel()
+
+    def _sum(self, rows: Tensor, goals: Tensor) -> Tensor:
+        return token_loss(self.model.logits(rows), goals, reduction="sum")  # type: ignore[operator]
+
+
+def can_be_chunked(model: nn.Module) -> bool:
+    """Whether the family has the two parts; one without is trained all the same, its logits at once."""
+    return hasattr(model, "hidden") and hasattr(model, "logits")
 
 
 class Part(nn.Module):

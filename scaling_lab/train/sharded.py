@@ -23,7 +23,7 @@ from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Execution, RunSpec
 from scaling_lab.plan.memory import divisors
 from scaling_lab.train.distributed import TeamLost, reaching_the_others
-from scaling_lab.train.gradient import autocast, token_loss
+from scaling_lab.train.gradient import WithLoss, autocast
 from scaling_lab.train.optim import FlatLayout, GroupVectors, adamw_update, clip_scale
 from scaling_lab.train.parametrization import parameter_groups
 
@@ -59,7 +59,9 @@ class ShardedStep:
                 if execution.compile:
                     block.compile()
                 fully_shard(block, mesh=self._mesh)
-        fully_shard(model, mesh=self._mesh)
+        # The loss is within what FSDP sees as the forward pass: there the head's weights are whole.
+        self._with_loss = WithLoss(model, spec)
+        fully_shard(self._with_loss, mesh=self._mesh)
         self._parameters: list[Any] = [p for _, p in model.named_parameters()]
         self._first = [torch.zeros_like(p.to_local()) for p in self._parameters]
         self._second = [torch.zeros_like(p.to_local()) for p in self._parameters]
@@ -84,8 +86,7 @@ class ShardedStep:
         for part in parts:
             window = self.tokens[part[:, None] + self._offsets].long()
             with autocast(window, self._spec):
-                logits = self.model(window[:, :-1])
-            of_part = token_loss(logits, window[:, 1:]) / len(parts)
+                of_part: Tensor = self._with_loss(window[:, :-1], window[:, 1:]) / len(parts)
             of_part.backward()  # FSDP takes the mean over processes
             loss += of_part.detach()
         gradients = [p.grad.to_local() for p in self._parameters]
@@ -116,7 +117,7 @@ class ShardedStep:
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits under the current parameters; in all processes at once."""
         with self._in_step():
-            out: Tensor = self.model(tokens)
+            out: Tensor = self._with_loss(tokens)
         return out
 
     def state(self) -> dict[str, Tensor]:
