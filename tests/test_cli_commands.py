@@ -273,6 +273,26 @@ def test_plan_prints_the_grid_and_writes_it(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
+def test_one_run_says_what_its_recipe_does_not_know(capsys):
+    """As a plan does."""
+    argv = [
+        "train",
+        "sweep=one",
+        "device=cpu",
+        "data.max_mb=1",
+        "model.width=16",
+        "model.depth=2",
+        "model.context=16",
+    ]
+    assert main([*argv, "train_tokens=4096", "recipe=porian", "recipe.batch_tokens=256"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "note: recipe=porian was fitted at 5e+06 to 9e+08 parameters, and this plan has runs outside" in out
+    )
+    assert main([*argv, "train_tokens=81920", "recipe.batch_tokens=2048"]) == 0
+    assert "note:" not in capsys.readouterr().out
+
+
 def test_a_token_file_needs_its_vocabulary(capsys, tmp_path):
     import numpy as np
 

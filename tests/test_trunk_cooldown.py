@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import subprocess
 import sys
 import threading
@@ -23,7 +25,11 @@ from scaling_lab.plan.cooldown import stretch
 from scaling_lab.plan.design import make_plan
 from scaling_lab.plan.designs.isoflop import IsoFlopDesign
 from scaling_lab.plan.designs.trunk_cooldown import TrunkCooldownDesign
+from scaling_lab.plan.recipes.base import SweepHorizons
+from scaling_lab.plan.recipes.chinchilla import ChinchillaRecipe
 from scaling_lab.plan.recipes.default import DefaultRecipe
+from scaling_lab.plan.recipes.kaplan import KaplanRecipe
+from scaling_lab.plan.recipes.porian import PorianRecipe
 from scaling_lab.plan.settings import ExecutionSettings, ModelSettings, SweepSettings
 from scaling_lab.plan.sizes import SizeLadder
 from scaling_lab.train.checkpoint import kept_path, read_checkpoint, steps_saved
@@ -138,6 +144,48 @@ def test_learning_rates_of_trunk_and_branch_are_the_same_up_to_the_branch_point(
         np.testing.assert_array_equal(ours, theirs)
         assert branch.learning_rate(branch.parent_step) < trunk.optimizer.peak_lr
         assert branch.learning_rate(branch.steps - 1) < 1e-15
+
+
+@pytest.mark.parametrize("recipe", [KaplanRecipe(), ChinchillaRecipe(), PorianRecipe()], ids=lambda r: r.kind)
+def test_a_warmup_in_tokens_is_as_long_as_the_recipe_says(recipe):
+    """A trunk warms up as its recipe's runs do, and a cooldown that begins before the end begins at the LR of there."""
+    plan = make_plan(settings(recipe=recipe))
+    specs = {r.run_id: r.spec for r in plan.runs}
+    smallest = [s for s in specs.values() if s.budget_flops == 1e11]
+    mean_tokens = math.exp(statistics.fmean(math.log(s.train_tokens) for s in smallest))
+    trunks = [s for s in specs.values() if s.role == "trunk"]
+    assert len(trunks) > 3
+    for trunk in trunks:
+        tokens = {
+            "kaplan": 3000 / 6200 * mean_tokens,
+            "chinchilla": mean_tokens / 12,
+            "porian": trunk.n_params(),
+        }[recipe.kind]
+        warm = trunk.schedule.warmup_fraction * trunk.train_tokens
+        assert warm == pytest.approx(tokens, abs=trunk.batch_tokens, rel=0.01)
+        # The recipe's own LR, for a run that is longer than its warm-up.
+        own = recipe.decide(trunk.shape, 1e9, SweepHorizons(mean_tokens, 1e9)).optimizer.peak_lr
+        assert trunk.optimizer.peak_lr == pytest.approx(0.5 * own)
+    within = 0
+    for run in branches(plan):
+        branch, trunk = run.spec, specs[run.spec.parent]
+        steps = range(branch.parent_step)
+        ours = np.float32([branch.learning_rate(s) for s in steps])
+        theirs = np.float32([trunk.learning_rate(s) for s in steps])
+        np.testing.assert_allclose(ours, theirs, rtol=2e-7)
+        said = [note for note in plan.notes if run.run_id in note and "within the recipe's warm-up" in note]
+        early = branch.optimizer.peak_lr < trunk.optimizer.peak_lr
+        assert len(said) == early
+        within += early
+    assert (within > 0) == (recipe.kind == "kaplan")
+
+
+def test_trunks_and_branches_are_trained_on_what_the_sweep_asks_for():
+    """Noise and a limited corpus are the data's, whatever the design."""
+    plan = make_plan(settings(noise=0.25, unique_tokens=2_000_000, max_epochs=4.0))
+    assert {(r.spec.noise, r.spec.unique_tokens) for r in plan.runs} == {(0.25, 2_000_000)}
+    assert max(r.spec.train_tokens for r in plan.runs) <= 4 * 2_000_000
+    assert {r.spec.role for r in plan.runs} == {"trunk", "isoflop"}
 
 
 def test_a_horizon_beyond_the_corpus_does_not_lengthen_the_trunk():

@@ -104,7 +104,7 @@ class WarmupStableDecay:
         _check_fraction(self, "final_fraction")
         if self.cooldown not in COOLDOWNS:
             raise unknown("schedule.cooldown", self.cooldown, COOLDOWNS)
-        if self.warmup_fraction + self.decay_fraction > 1:
+        if self.warmup_fraction + self.decay_fraction > 1 + ROUNDING:
             raise UserError(
                 f"schedule.decay_fraction={self.decay_fraction!r} and schedule.warmup_fraction={self.warmup_fraction!r} "
                 "overlap: together they must be at most 1."

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from scaling_lab.core.counts import train_flops, whole_steps
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.schedules import Constant, WarmupStableDecay
-from scaling_lab.core.spec import RunSpec
+from scaling_lab.core.spec import OptimizerSpec, RunSpec
 from scaling_lab.plan.designs.base import RunRequest
 from scaling_lab.plan.recipes.base import Hyperparameters
 from scaling_lab.plan.settings import SweepSettings
@@ -35,6 +35,22 @@ def stretch(tokens: float, batch_tokens: int, decay_fraction: float) -> Stretch:
     return Stretch(steps, steps - cooldown)
 
 
+def warmup(chosen: Hyperparameters, shortest: Stretch, longest_tokens: float) -> int:
+    """Steps of warm-up that all horizons of a size share: the recipe's share of the shortest, or the recipe's tokens, of
+    which `chosen` for the longest knows the share."""
+    if chosen.warmup_in_tokens:
+        return max(1, round(chosen.warmup_fraction * longest_tokens / chosen.batch_tokens))
+    return max(1, round(chosen.warmup_fraction * shortest.steps))
+
+
+def warmed_up(optimizer: OptimizerSpec, warmup_steps: int, steps: int) -> tuple[OptimizerSpec, int]:
+    """(the optimiser, steps of warm-up) of a run that warms up for at most `steps`: where this is before the end of the
+    warm-up, its peak is the LR that is reached there, so that every step has the LR of the longer run."""
+    if warmup_steps <= steps:
+        return optimizer, warmup_steps
+    return replace(optimizer, peak_lr=optimizer.peak_lr * steps / warmup_steps), steps
+
+
 def cooldown_spec(settings: SweepSettings, request: RunRequest, chosen: Hyperparameters) -> RunSpec:
     """The trunk or the branch that `request` asks for; `chosen` is the same for all runs of the size.
 
@@ -43,7 +59,7 @@ def cooldown_spec(settings: SweepSettings, request: RunRequest, chosen: Hyperpar
     """
     cooldown, shape, batch = request.cooldown, request.shape, chosen.batch_tokens
     assert cooldown is not None
-    corpus = settings.data.n_tokens("train")
+    corpus = settings.corpus_tokens()
     # A horizon that is not planned (make_plan says so) is no reason to train the trunk that far.
     fitting = [t for t in cooldown.horizons_tokens if t <= settings.max_epochs * corpus]
     stretches = [stretch(t, batch, cooldown.decay_fraction) for t in fitting or cooldown.horizons_tokens]
@@ -52,35 +68,49 @@ def cooldown_spec(settings: SweepSettings, request: RunRequest, chosen: Hyperpar
             f"design.budgets_flops: width {shape.width}, depth {shape.depth} has {stretches[0].steps} steps of {batch} "
             "tokens at its smallest budget: a trunk and a cooldown need 2."
         )
-    warmup_steps = max(1, round(chosen.warmup_fraction * stretches[0].steps))
+    warmup_steps = warmup(chosen, stretches[0], max(cooldown.horizons_tokens))
     trunk_steps = max(s.branch_step for s in stretches)
+    optimizer, warm_steps = warmed_up(chosen.optimizer, warmup_steps, trunk_steps)
     seed = settings.seed + request.seed
     per_token = shape.count().flops_per_token(settings.convention)
     trunk = RunSpec(
         sweep=settings.sweep, role="trunk", budget_flops=train_flops(per_token, trunk_steps * batch), shape=shape,
-        data=settings.data, schedule=Constant(min(1.0, warmup_steps / trunk_steps)), optimizer=chosen.optimizer,
+        data=settings.data, schedule=Constant(warm_steps / trunk_steps), optimizer=optimizer,
         batch_tokens=batch, train_tokens=trunk_steps * batch, eval=settings.eval, seed_init=seed, seed_data=seed,
         dtype=settings.dtype, convention=settings.convention, parametrization=settings.parametrization,
-        keep_steps=tuple(sorted({s.branch_step for s in stretches})),
+        keep_steps=tuple(sorted({s.branch_step for s in stretches})), noise=settings.noise,
+        unique_tokens=None if settings.unique_tokens is None else corpus,
     )  # fmt: skip
     if request.role == "trunk":
         return trunk
     own = stretch(request.tokens(settings.convention), batch, cooldown.decay_fraction)
     assert request.budget_flops is not None
     alone = len(cooldown.horizons_tokens) == 1
+    optimizer, warm_steps = warmed_up(chosen.optimizer, warmup_steps, own.branch_step)
     return replace(
         trunk,
         role=request.role,
         budget_flops=float(request.budget_flops),
         schedule=WarmupStableDecay(
-            min(warmup_steps, own.branch_step) / own.steps,
+            warm_steps / own.steps,
             (own.steps - own.branch_step) / own.steps,
             cooldown.shape,
         ),
+        optimizer=optimizer,
         train_tokens=own.steps * batch,
         parent=None if alone else trunk.run_id(),
         parent_step=0 if alone else own.branch_step,
         keep_steps=(),
+    )
+
+
+def warmup_note(spec: RunSpec, chosen: Hyperparameters) -> tuple[str, ...]:
+    """That a cooldown begins before the end of the warm-up; nothing where it does not, or for runs of other designs."""
+    reached = spec.optimizer.peak_lr / chosen.optimizer.peak_lr
+    if spec.role == "trunk" or reached == 1:
+        return ()
+    return (
+        f"{spec.run_id()} begins its cooldown within the recipe's warm-up, at {reached:.0%} of its peak LR.",
     )
 
 

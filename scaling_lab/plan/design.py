@@ -13,7 +13,7 @@ from scaling_lab.core.errors import UserError
 from scaling_lab.core.schedules import Cosine
 from scaling_lab.core.serial import to_dict
 from scaling_lab.core.spec import Plan, PlannedRun, RunSpec
-from scaling_lab.plan.cooldown import cooldown_spec, saved_note
+from scaling_lab.plan.cooldown import cooldown_spec, saved_note, warmup_note
 from scaling_lab.plan.corpus import check_corpus
 from scaling_lab.plan.designs.base import RunRequest
 from scaling_lab.plan.execution import executions
@@ -190,6 +190,9 @@ def plan_run(settings: SweepSettings, request: RunRequest, horizons: SweepHorizo
     # Runs that share a trunk share its batch, LR and warm-up: those of their middle horizon.
     tuned_for = wanted if request.cooldown is None else geometric_mean(request.cooldown.horizons_tokens)
     chosen = decide(settings.recipe, settings.parametrization, shape, tuned_for, horizons)
+    if request.cooldown is not None and chosen.warmup_in_tokens:
+        longest = max(request.cooldown.horizons_tokens)
+        chosen = decide(settings.recipe, settings.parametrization, shape, longest, horizons)
     chosen = scaled(chosen, request, shape.context)
     steps = whole_steps(wanted, chosen.batch_tokens)
     if steps < 1:
@@ -225,7 +228,7 @@ def said_of_run(settings: SweepSettings, request: RunRequest, spec: RunSpec, cho
     if abs(off) > ROUNDING_TOLERANCE and request.role != "trunk":
         of_what = "budget" if request.budget_flops is not None else "horizon"
         rounding = (f"{spec.run_id()}: {spec.steps} whole steps spend {off:+.1%} of the {of_what}.",)
-    notes = (*chosen.notes, *schedule_note(settings, chosen))
+    notes = (*chosen.notes, *schedule_note(settings, chosen), *warmup_note(spec, chosen))
     return Said(rounding, notes, chosen.batch_tokens / (chosen.rule_batch_tokens or chosen.batch_tokens) - 1)
 
 
@@ -285,7 +288,17 @@ def too_little(request: RunRequest, tokens: float) -> str:
 
 def plan_single(settings: SweepSettings, train_tokens: float) -> PlannedRun:
     """One run outside a sweep: the shape from `settings.model` (without a depth the ladder's own), the horizon in tokens,
-    rounded to whole steps."""
+    rounded to whole steps. `single_notes` has what must be said about it."""
+    return _single(settings, train_tokens)[0]
+
+
+def single_notes(settings: SweepSettings, train_tokens: float) -> tuple[str, ...]:
+    """What rounding did to the run of `plan_single`, and the recipe's notes."""
+    said = _single(settings, train_tokens)[1]
+    return (*said.rounding, *batch_rounding([said.batch_off]), *said.notes)
+
+
+def _single(settings: SweepSettings, train_tokens: float) -> tuple[PlannedRun, Said]:
     model = settings.model
     if model.width is None:
         raise UserError("model.width is missing: one run needs a width, for example model.width=64.")
@@ -295,10 +308,10 @@ def plan_single(settings: SweepSettings, train_tokens: float) -> PlannedRun:
     check_corpus(settings)
     shape = model.shape(model.width, depth, settings.data.vocab_size)
     request = RunRequest(shape, train_tokens=float(train_tokens), role="single")
-    spec, _ = plan_run(settings, request, SweepHorizons(train_tokens, train_tokens))
+    spec, said = plan_run(settings, request, SweepHorizons(train_tokens, train_tokens))
     if (over := epochs_over(settings, spec)) is not None:
         raise UserError(f"train_tokens={spec.train_tokens} of data={settings.data.kind}: a run of {over}.")
-    return PlannedRun(spec, executions([spec], settings.execution)[0])
+    return PlannedRun(spec, executions([spec], settings.execution)[0]), said
 
 
 def describe(plan: Plan, corpus_tokens: int | None = None) -> list[GridRow]:

@@ -54,8 +54,8 @@ def be_deterministic(on: bool) -> None:
     if on:
         # cuBLAS needs this before its first call to be reproducible.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # No word of determinism in the documentation of cuDNN's attention; flash and memory-efficient attention have it.
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    # No word of determinism in the documentation of cuDNN's attention; flash and memory-efficient attention have it.
+    torch.backends.cuda.enable_cudnn_sdp(not on)
     torch.use_deterministic_algorithms(on)
     # Filling fresh memory, which the switch would also do, costs time and decides no result here.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

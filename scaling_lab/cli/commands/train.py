@@ -18,7 +18,8 @@ from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.spec import PlannedRun
 from scaling_lab.core.store import RunStore
-from scaling_lab.plan.design import plan_single
+from scaling_lab.plan.design import plan_single, single_notes
+from scaling_lab.plan.settings import SweepSettings
 
 LINE_EVERY_S = 5.0
 
@@ -72,10 +73,14 @@ def train_planned(
 
 def planned_run(tree: dict[str, Any]) -> PlannedRun:
     """The run that a composed tree describes. Raises `UserError`."""
+    return plan_single(*asked_for(tree))
+
+
+def asked_for(tree: dict[str, Any]) -> tuple[SweepSettings, float]:
+    """(settings, tokens) of one run. Raises `UserError`."""
     if tree.get("train_tokens") is None:
         raise UserError("train_tokens is missing: how long to train, for example train_tokens=2M.")
-    settings = sweep_settings(tree, (TrainOnly,))
-    return plan_single(settings, float(tree["train_tokens"]))
+    return sweep_settings(tree, (TrainOnly,)), float(tree["train_tokens"])
 
 
 def train_job(config: Any) -> str:
@@ -105,6 +110,8 @@ def train_job(config: Any) -> str:
         f"{planned.run_id}: N={human_count(spec.n_params())}, D={human_count(spec.train_tokens)}, "
         f"{spec.train_flops():.3g} FLOPs, {spec.steps:,} steps of {spec.batch_tokens:,} tokens on {planned.execution.device}"
     )
+    for note in single_notes(*asked_for(tree)):
+        console.say(f"  note: {note}")
     try:
         with mirrors_closed(), _Pulse(store, planned, console):
             train_claimed(planned, store, claim, None, tracker_options(tree))

@@ -25,6 +25,8 @@ class Hyperparameters:
     """The batch before it was rounded; None where it was given."""
     schedule: Any = None
     """A schedule that belongs to the recipe; None: the sweep's own."""
+    warmup_in_tokens: bool = False
+    """Whether the warm-up is the same number of tokens at every horizon, and no share of it."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,6 @@ def outside(kind: str, what: str, value: float, low: float, high: float) -> tupl
     if low / 2 <= value <= high * 2:
         return ()
     return (
-        f"recipe={kind} was fitted at {low:.2g} to {high:.2g} {what}, and this sweep has runs outside of that: check its "
+        f"recipe={kind} was fitted at {low:.2g} to {high:.2g} {what}, and this plan has runs outside of that: check its "
         "learning rate with design=learning_rate.",
     )

@@ -58,4 +58,5 @@ class ChinchillaRecipe(FieldsThatReplaceRules):
             (*outside(self.kind, "parameters", n, low, high), *notes),
             rule_batch,
             Cosine(final_fraction=0.1),
+            warmup_in_tokens=self.warmup_fraction is None,
         )

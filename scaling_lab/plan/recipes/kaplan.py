@@ -67,6 +67,7 @@ class KaplanRecipe(FieldsThatReplaceRules):
             (*outside(self.kind, "parameters", n, *FITTED_PARAMS), *notes),
             rule_batch,
             Cosine(final_fraction=0.0, horizon_fraction=longest),
+            warmup_in_tokens=self.warmup_fraction is None,
         )
 
 

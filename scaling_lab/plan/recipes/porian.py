@@ -48,4 +48,5 @@ class PorianRecipe(FieldsThatReplaceRules):
             weight_decay=INDEPENDENT_WEIGHT_DECAY / lr,
         )
         notes = (*outside(self.kind, "parameters", n, *FITTED_PARAMS), *notes)
-        return Hyperparameters(batch, optimizer, warmup, notes, rule_batch)
+        in_tokens = self.warmup_fraction is None
+        return Hyperparameters(batch, optimizer, warmup, notes, rule_batch, warmup_in_tokens=in_tokens)
