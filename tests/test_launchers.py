@@ -3,6 +3,7 @@ without a Slurm. Those that are optional extras are skipped where they are not i
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,34 @@ def test_ray_on_loopback(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="pip install 'scaling-lab[ray]'")
     sweep(tmp_path, "hydra/launcher=ray", "+hydra.launcher.ray.init._node_ip_address=127.0.0.1",
           "hydra.sweeper.runs_per_job=2")  # fmt: skip
+    check_complete(tmp_path)
+
+
+@pytest.mark.slow
+def test_ray_on_a_cluster_that_is_running(tmp_path, monkeypatch):
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="pip install 'scaling-lab[ray]'")
+    monkeypatch.setenv(
+        "RAY_AUTH_MODE", "disabled"
+    )  # else the key in the home folder of whoever runs the tests
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    head = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}",
+         "--node-ip-address=127.0.0.1", "--include-dashboard=false", "--num-cpus=2", "--disable-usage-stats"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert head.stdout is not None
+        said = []
+        while "Ray runtime started" not in (line := head.stdout.readline()):
+            said.append(line)
+            assert line, "".join(said)
+        sweep(tmp_path, "hydra/launcher=ray", f"hydra.launcher.ray.init.address=127.0.0.1:{port}",
+              "hydra.sweeper.runs_per_job=2")  # fmt: skip
+    finally:
+        head.terminate()
+        head.communicate(timeout=60)
     check_complete(tmp_path)
 
 
@@ -160,3 +189,21 @@ def test_runs_of_one_stack_stay_in_one_job():
     pending = {r.run_id for r in runs} - {"r2"}
     assert _chunks(runs, pending, 1) == [["r0", "r4"], ["r1"], ["r3", "r5", "r6"]]
     assert _chunks(runs, pending, 3) == [["r0", "r4", "r1"], ["r3", "r5", "r6"]]
+
+
+def test_a_job_that_left_the_queue_unbegun_is_not_called_pending(tmp_path, monkeypatch):
+    pytest.importorskip("submitit", reason="pip install 'scaling-lab[slurm]'")
+    from scaling_lab.cli.submitit_backends import SlurmBackend
+
+    monkeypatch.setattr(slurm, "check_commands", lambda: None)
+    answers = ["12|0|RUNNING|s-ab|None\n12|1|PENDING|s-ab|Resources\n", "12|0|TIMEOUT|s-ab|TimeLimit\n"]
+    monkeypatch.setattr(slurm, "ask", lambda *command: answers.pop(0))
+    backend = SlurmBackend({}, 1)
+    backend.active(["s-ab"])
+    assert backend.active(["s-ab"]) == (set(), "")
+    assert backend.fate(tmp_path / "s-ab", 0).startswith(
+        "Slurm job 12_0 is TIMEOUT (hydra.launcher.timeout_min"
+    )
+    assert (
+        backend.fate(tmp_path / "s-ab", 1) == "Slurm job 12_1 left the queue (cancelled?), last seen PENDING"
+    )

@@ -102,7 +102,9 @@ class SlurmBackend:
             "TIMEOUT": " (hydra.launcher.timeout_min gives more time)",
             "OUT_OF_MEMORY": " (hydra.launcher.mem_gb gives more memory)",
         }.get(job.state, "")
-        return f"Slurm job {job.job_id} is {job.state}{hint}{': ' + said if said else ''}"
+        # A job that is cancelled before it begins is not shown any more: what was seen last is not how it ended.
+        how = f"is {job.state}" if job.is_over else f"left the queue (cancelled?), last seen {job.state}"
+        return f"Slurm job {job.job_id} {how}{hint}{': ' + said if said else ''}"
 
 
 def error_line(log: Path) -> str | None:

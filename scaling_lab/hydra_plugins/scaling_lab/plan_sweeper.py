@@ -98,6 +98,7 @@ class PlanSweeper(Sweeper):
         ]
 
     def _launch(self, jobs: list[list[str]]) -> Any:
+        from scaling_lab.cli.compose import first_line
         from scaling_lab.cli.sweeping import session
         from scaling_lab.core.errors import UserError
 
@@ -109,9 +110,7 @@ class PlanSweeper(Sweeper):
             raise
         except Exception as error:
             # A launcher may lose a job's return value though the run goes on or is over: the records know.
-            console.warn(
-                f"the launcher lost a job ({type(error).__name__}: {str(error).strip().splitlines()[0:1]})"
-            )
+            console.warn(f"the launcher lost a job ({type(error).__name__}: {first_line(error)})")
             log.debug("launcher error", exc_info=True)
             return []
         failed = [r._return_value for r in returns if r.status == JobStatus.FAILED]
