@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +52,16 @@ def test_probe_against_the_spread_of_every_sequences_gradient():
     square = mean.square().sum().item() - trace / (64 * 1600)
     assert np.mean([m.trace_tokens for m in measured]) == pytest.approx(trace, rel=0.05)
     assert np.mean([m.gradient_square for m in measured]) == pytest.approx(square, rel=0.05)
+
+
+def test_a_measurement_warns_nobody():
+    """`scaling-lab train` shows what torch warns of, and there is nothing that a user could do about its vmap."""
+    spec = tiny(10)
+    session = open_session(spec, Execution())
+    windows = session.feed.windows(0, 0, PARTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NoiseProbe(session.step.model, session.step.layout, spec).measure(session.step.flat, windows)
 
 
 def test_measured_at_the_visits_that_it_does_not_make_dear(tmp_path):
