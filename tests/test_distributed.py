@@ -12,8 +12,10 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from test_resume import interrupted_at
 from test_train import SHAPE, tiny, train
 
@@ -24,7 +26,8 @@ from scaling_lab.core.sources.context_tree import ContextTree
 from scaling_lab.core.spec import Execution, OptimizerSpec, Plan, PlannedRun
 from scaling_lab.core.store import RunStore
 from scaling_lab.train.checkpoint import read_checkpoint
-from scaling_lab.train.distributed import World, first_host, share
+from scaling_lab.train.distributed import TeamLost, World, first_host, share
+from scaling_lab.train.sharded import ShardedStep
 from scaling_lab.train.worker import train_pending
 
 STEPS = 24
@@ -157,6 +160,26 @@ def test_shares_cover_a_batch_and_differ_by_one():
         assert max(lengths) - min(lengths) <= 1
     with pytest.raises(UserError, match="batch of 3 sequences cannot be shared by 4 processes"):
         share(3, World(0, 4, 0))
+
+
+@pytest.mark.parametrize(
+    ("leads", "error", "ends"),
+    [
+        (True, torch.OutOfMemoryError("CUDA out of memory."), UserError),
+        (False, torch.OutOfMemoryError("CUDA out of memory."), TeamLost),
+        (True, RuntimeError("Connection reset by peer"), TeamLost),
+    ],
+)
+def test_a_spread_step_that_fails_ends_the_group(leads, error, ends):
+    """An order of the leader's that fails for others ends them by `TeamLost`; memory that is short is short the next time
+    too, so the command says what to do and asks for no requeue."""
+    step = object.__new__(ShardedStep)
+    step._team, step.micro = SimpleNamespace(leads=leads), 4
+    with pytest.raises(ends) as stop, step._in_step():
+        raise error
+    assert stop.value.__cause__ is error
+    if ends is UserError:
+        assert "micro-batches of 4 sequences a process" in str(stop.value)
 
 
 def test_who_is_who(monkeypatch):

@@ -24,6 +24,7 @@ from scaling_lab.core.spec import Execution, RunSpec
 from scaling_lab.plan.memory import divisors
 from scaling_lab.train.distributed import TeamLost, reaching_the_others
 from scaling_lab.train.gradient import WithLoss, autocast
+from scaling_lab.train.memory import is_out_of_memory
 from scaling_lab.train.optim import FlatLayout, GroupVectors, adamw_update, clip_scale
 from scaling_lab.train.parametrization import parameter_groups
 
@@ -159,8 +160,16 @@ class ShardedStep:
 
     @contextmanager
     def _in_step(self) -> Iterator[None]:
-        """A process that fails in the midst of a step leaves the others waiting in a collective: the group has to end."""
+        """A process that fails in the midst of a step leaves the others waiting in a collective: the group has to end.
+
+        Where memory ran out it would run out again: that is no stop after which a scheduler should begin anew.
+        """
         try:
             yield
         except Exception as error:
+            if self._team.leads and is_out_of_memory(error):
+                raise UserError(
+                    f"parallel=fsdp: memory ran out with micro-batches of {self.micro} sequences a process. Choices: more "
+                    "processes, or a memory_gb= below this device's, for smaller micro-batches."
+                ) from error
             raise TeamLost(f"{type(error).__name__} in a step: {str(error).strip()[:300]}") from error
