@@ -42,7 +42,7 @@ def run(arguments: Arguments) -> int:
     planned = {p.run_id: p for p in (planned_run(c.tree) for c in command.combinations)}
     from scaling_lab.train.distributed import joined
 
-    with joined(str(command.tree["parallel"]), str(command.tree["device"])) as team:
+    with joined(str(command.tree["parallel"]), str(command.tree.get("device", "auto"))) as team:
         if team is not None and not team.leads:
             return team.follow()
         return train_planned(command, planned, Console.for_flags(arguments.flags), multirun=multirun)
