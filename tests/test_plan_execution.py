@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
-from test_train import tiny
+import torch
+from test_train import SHAPE, tiny
 
 from scaling_lab.core.shapes.gpt import GPTShape
-from scaling_lab.plan.execution import executions, stack_key, threads_for
-from scaling_lab.plan.memory import estimate_bytes, halved, loss_chunks, micro_batch
+from scaling_lab.core.sources.context_tree import ContextTree
+from scaling_lab.core.spec import PlannedRun
+from scaling_lab.plan.cost import device_bytes, job_needs
+from scaling_lab.plan.execution import executions, machine_gb, stack_key, threads_for
+from scaling_lab.plan.memory import corpus_bytes, estimate_bytes, halved, loss_chunks, micro_batch
 from scaling_lab.plan.settings import ExecutionSettings
+from scaling_lab.train.feed import open_feed
 
 BASE = tiny(100)
 
@@ -96,6 +102,78 @@ def test_micro_batches_fit_the_memory():
     assert executions([large], ExecutionSettings(device="cuda"))[0].micro_batch_sequences is None
 
 
+def test_on_a_cpu_runs_side_by_side_share_the_machines_memory(monkeypatch):
+    """The kernel kills who takes too much, and there is no error to go on from: the plan has to see to it."""
+    wide = replace(
+        BASE, shape=replace(SHAPE, width=512, depth=2), batch_tokens=64 * 256, train_tokens=64 * 2560
+    )
+    needed = estimate_bytes(wide, "cpu", 256, 1e7) / 1e9
+    assert 3 < needed < 12
+
+    def micro(machine_gb, spec=wide, **settings):
+        monkeypatch.setattr("scaling_lab.plan.execution.machine_gb", lambda: machine_gb)
+        (execution,) = executions([spec], ExecutionSettings(**settings))
+        return execution.micro_batch_sequences
+
+    assert micro(64, cores=2) is None
+    parts = micro(8, cores=2)
+    assert parts < 256
+    assert estimate_bytes(wide, "cpu", parts, corpus_bytes(wide)) <= 0.85 * 4e9
+    assert micro(8, cores=4) < parts
+    assert micro(8, cores=2, threads=2) > parts  # one run at a time
+    assert micro(None, cores=2) is None
+    assert micro(64, cores=2, memory_gb=3.0) < 256  # what the user says goes
+    # A small run is left as it is, however many are side by side.
+    assert micro(8, BASE, cores=64) is None
+
+
+def test_memory_of_this_machine_or_of_its_container(tmp_path, monkeypatch):
+    monkeypatch.setattr("scaling_lab.plan.execution.CONTAINER_LIMITS", (str(tmp_path / "none"),))
+    whole = machine_gb()
+    assert whole is not None
+    assert whole == int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 1e9)
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr("scaling_lab.plan.execution.CONTAINER_LIMITS", (str(limit),))
+    for text, found in (("max\n", whole), ("1500000000\n", 1), (f"{2**62}\n", whole)):
+        limit.write_text(text)
+        assert machine_gb() == found
+
+
+WORDS = ContextTree()
+
+
+@pytest.mark.parametrize(
+    ("spec", "members"),
+    [
+        (BASE, 1),
+        (replace(BASE, unique_tokens=64_000), 1),
+        (replace(BASE, data=WORDS), 1),
+        (replace(BASE, data=WORDS, noise=0.1, batch_tokens=4096, train_tokens=409_600), 1),
+        (replace(BASE, data=WORDS), 3),
+    ],
+    ids=["whole", "part", "generated", "noisy", "stack"],
+)
+def test_tokens_on_the_device_are_those_of_the_feed(spec, members):
+    """A language without end is not 2^60 tokens of memory."""
+    feed = open_feed([replace(spec, seed_data=k) for k in range(members)], torch.device("cpu"))
+    held = feed.tokens.numel() * feed.tokens.element_size()
+    assert held <= corpus_bytes(spec, members) <= held * 1.001 + 1024
+
+
+def test_a_generated_corpus_costs_neither_micro_batches_nor_a_clusters_memory(monkeypatch):
+    monkeypatch.setattr("scaling_lab.plan.execution.machine_gb", lambda: 16)
+    spec = replace(BASE, data=WORDS)
+    for settings in (ExecutionSettings(device="cuda", memory_gb=24.0), ExecutionSettings(cores=2)):
+        (execution,) = executions([spec], settings)
+        assert execution.micro_batch_sequences is None
+        run = PlannedRun(spec, execution)
+        assert device_bytes(run) < 2e9
+        assert job_needs([run], 1).host_bytes < 8e9
+    # Stacks too are as large as for text.
+    rates = [replace(s, data=WORDS) for s in sweep_of_rates(4)]
+    assert {size for _, size in stacks(rates, device="cuda", memory_gb=24.0)} == {4}
+
+
 def test_halving():
     assert [halved(12, m) for m in (None, 6, 4, 3, 2, 1)] == [6, 3, 2, 1, 1, None]
     assert halved(7, None) == 1
@@ -111,8 +189,11 @@ PEAK = """
 import json, resource, sys
 sys.path.insert(0, "tests")
 from dataclasses import replace
-from test_train import tiny
+from test_train import SHAPE, tiny
 from scaling_lab.core.shapes.gpt import GPTShape
+from scaling_lab.core.sources.context_tree import ContextTree
+from scaling_lab.core.spec import PlannedRun
+from scaling_lab.plan.cost import device_bytes, job_needs
 from scaling_lab.core.spec import EvalSpec, Execution
 from scaling_lab.plan.memory import estimate_bytes
 from scaling_lab.train.loop import open_session, train_block

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import MAX_CURVE_POINTS
-from scaling_lab.core.spec import PlannedRun, TokenSource
-from scaling_lab.plan.memory import estimate_bytes
+from scaling_lab.core.spec import PlannedRun
+from scaling_lab.plan.memory import corpus_bytes, estimate_bytes
 
 # FLOP/s of one CPU core in the training of tiny models, eager and compiled, at 7k and at 200k parameters, and the cost
 # of compiling one shape (2026, one core of a server processor; results/LOG.md).
@@ -105,23 +104,20 @@ def _worker_bytes(run: PlannedRun) -> float:
     """Host memory of one worker: models live there on a CPU only; the corpus passes through it on any device."""
     compiler = COMPILER_BYTES if run.execution.compile else 0.0
     on_cpu = run.execution.device == "cpu"
-    return compiler + (device_bytes(run) if on_cpu else GPU_HOST_BYTES + _corpus_bytes(run.spec.data))
+    return compiler + (device_bytes(run) if on_cpu else GPU_HOST_BYTES + _corpus_copies_bytes(run))
 
 
 def device_bytes(run: PlannedRun) -> float:
     """Peak memory of a run (with its stack) on its device."""
     spec, execution = run.spec, run.execution
     sequences = execution.micro_batch_sequences or spec.batch_sequences
-    corpus = _corpus_bytes(spec.data)
+    corpus = _corpus_copies_bytes(run)
     return estimate_bytes(spec, execution.device, sequences, corpus, execution.stack_size)
 
 
-@cache
-def _corpus_bytes(source: TokenSource) -> float:
-    """Two copies of the training tokens, at the bytes that a token of this vocabulary takes; 0 where the data are not
-    on this machine."""
-    width = 1 if source.vocab_size <= 256 else 4
+def _corpus_copies_bytes(run: PlannedRun) -> float:
+    """Two copies of the training tokens that a run holds; 0 where the data are not on this machine."""
     try:
-        return 2.0 * width * source.n_tokens("train")
+        return 2.0 * corpus_bytes(run.spec, run.execution.stack_size)
     except (UserError, OSError):
         return 0.0

@@ -9,13 +9,14 @@ import sys
 import sysconfig
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.spec import Execution, RunSpec
-from scaling_lab.plan.memory import estimate_bytes, micro_batch
+from scaling_lab.plan.memory import corpus_bytes, estimate_bytes, micro_batch
 from scaling_lab.plan.settings import ExecutionSettings
 
 # On a CPU, compiling a tiny model's whole step costs 10-25 s of one core and makes it about 2.5 times faster than the
@@ -32,8 +33,12 @@ MAX_STACK = {"cuda": 64, "cpu": 8, "mps": 1}
 MIN_CPU_STACK = 2
 # Members of one stack may end so much earlier than the longest: a slot at rest still computes.
 MAX_HORIZON_RATIO = 1.25
+# A run below this much memory is not divided for the sake of a CPU's neighbours: what it takes is mostly the process itself.
+SMALL_RUN_GB = 2.0
 # Share of the device's memory that is planned with.
 USABLE_MEMORY = 0.85
+# Of control groups, version 2 and 1.
+CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def executions(specs: list[RunSpec], settings: ExecutionSettings) -> list[Execution]:
@@ -45,6 +50,8 @@ def executions(specs: list[RunSpec], settings: ExecutionSettings) -> list[Execut
     for spec in specs:
         group_flops[spec.shape, spec.batch_tokens] += spec.own_train_flops()
     threads = settings.threads or threads_for(specs, settings)
+    if settings.memory_gb is None and settings.device == "cpu":
+        settings = replace(settings, memory_gb=share_of_memory_gb(settings, threads))
 
     def compiled(spec: RunSpec) -> bool:
         if settings.compile != "auto":
@@ -120,7 +127,8 @@ def split_stack(
         while (
             limit
             and most > 1
-            and estimate_bytes(spec, settings.device, spec.batch_sequences, corpus_bytes(spec), most) > limit
+            and estimate_bytes(spec, settings.device, spec.batch_sequences, corpus_bytes(spec, most), most)
+            > limit
         ):
             most -= 1
         # Parts of equal size, so that none is a straggler.
@@ -140,22 +148,36 @@ def fitted(
         replace(
             execution,
             micro_batch_sequences=micro_batch(
-                spec, settings.device, limit, corpus_bytes(spec), execution.stack_size
+                spec, settings.device, limit, corpus_bytes(spec, execution.stack_size), execution.stack_size
             ),
         )
         for spec, execution in zip(specs, planned, strict=True)
     ]
 
 
+def share_of_memory_gb(settings: ExecutionSettings, threads: int) -> float | None:
+    """What each of the runs side by side on a CPU may take, of all that its machine has; None where nobody knows."""
+    total = machine_gb()
+    if total is None:
+        return None
+    side_by_side = max(1, (settings.cores or usable_cores()) // threads)
+    return max(SMALL_RUN_GB, total / side_by_side)
+
+
+def machine_gb() -> int | None:
+    """Memory of this machine in whole GB, so that machines of one kind plan alike, or less where a container has less."""
+    limits = []
+    with suppress(AttributeError, ValueError, OSError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in CONTAINER_LIMITS:
+        with suppress(OSError, ValueError):  # "max": no limit
+            limits.append(int(Path(path).read_text()))
+    return int(min(limits) // 1e9) if limits else None
+
+
 def usable_bytes(settings: ExecutionSettings) -> float | None:
     """What one run may take; None where the device's memory is not known."""
     return None if settings.memory_gb is None else USABLE_MEMORY * settings.memory_gb * 1e9
-
-
-def corpus_bytes(spec: RunSpec) -> float:
-    """The training split as it lies on the device: bytes, or 32-bit numbers where a byte does not hold a token."""
-    tokens: int = spec.data.n_tokens("train")
-    return float(tokens * (1 if spec.data.vocab_size <= 256 else 4))
 
 
 def usable_cores() -> int:

@@ -26,9 +26,31 @@ FLOATS_PER_LOGIT = 4
 PROCESS_BYTES = {"cpu": 400e6, "cuda": 1.5e9, "mps": 1e9}
 
 
+# A corpus of up to this many tokens lies on the device whole.
+RESIDENT_TOKENS = 200_000_000
+# Of a larger or a generated one two chunks do: tokens of a chunk, as far as one step's batch allows ...
+CHUNK_TOKENS = 1 << 22
+# ... and steps that a loop does at once at most, which is the longest chunk.
+BLOCK_STEPS = 64
+
+
 def loss_chunks(tokens: int, vocab_size: int) -> int:
     """Parts in which a micro-batch's logits are computed: 1 where they are small. A pure function of its arguments."""
     return min(tokens, math.ceil(tokens * vocab_size / LOGITS_AT_ONCE))
+
+
+def corpus_bytes(spec: RunSpec, members: int = 1) -> float:
+    """Bytes of training tokens on the device of a run (or of a stack of `members`): the corpus whole, or two chunks of it
+    for each member (`train/feed.py`). Raises what the source raises where its data are not on this machine."""
+    source, generated = spec.data, hasattr(spec.data, "documents")
+    # uint8, int32 or int64: the smallest that torch indexes with, of what the files hold.
+    width = 1 if source.vocab_size <= 256 and not generated else 4 if source.vocab_size <= 65_536 else 8
+    used = source.n_tokens("train") if spec.unique_tokens is None else spec.unique_tokens + 1
+    if not generated and used <= RESIDENT_TOKENS:
+        return float(width * used)
+    steps = max(1, min(BLOCK_STEPS, CHUNK_TOKENS // (spec.batch_tokens * members)))
+    windows = 2 * members * steps * spec.batch_sequences
+    return float(width * windows * (spec.shape.context + 1))
 
 
 def state_bytes(shape: Any, members: int = 1) -> float:

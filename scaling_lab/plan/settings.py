@@ -73,7 +73,8 @@ class ExecutionSettings:
     stack: str = "auto"
     """auto: runs of one shape, batch and horizon (seeds, learning rates) are trained as one program where it pays."""
     memory_gb: float | None = None
-    """Memory that one run may take on its device, GB; None: not known, and batches are not divided."""
+    """Memory that one run may take on its device, GB; None: of a CPU its machine's, shared by the runs side by side; of
+    another device not known, and batches are not divided."""
     cores: int | None = None
     """Cores of the machine that trains; None: of this one."""
 

@@ -20,16 +20,11 @@ from torch import Tensor
 from scaling_lab.core.counter_random import draw_u64, stream_key
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import RunSpec
+from scaling_lab.plan.memory import BLOCK_STEPS, CHUNK_TOKENS, RESIDENT_TOKENS
 from scaling_lab.train.data import DeviceDocuments, device_documents
 from scaling_lab.train.data import counter_random as on_device
 from scaling_lab.train.order import WindowOrder, n_windows
 
-# Steps that a loop does at once at most.
-BLOCK_STEPS = 64
-# A corpus of up to this many tokens lies on the device whole.
-RESIDENT_TOKENS = 200_000_000
-# Tokens of a chunk, as far as one step's batch allows; blocks of steps are at most a chunk long.
-CHUNK_TOKENS = 1 << 22
 # Devices that make generated corpora themselves: a CPU is better used by the thread that reads ahead.
 GENERATING_DEVICES = ("cuda",)
 Windows = NDArray[np.integer]
