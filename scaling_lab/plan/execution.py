@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,18 @@ def executions(specs: list[RunSpec], settings: ExecutionSettings) -> list[Execut
     if settings.memory_gb is None and settings.device == "cpu":
         settings = replace(settings, memory_gb=share_of_memory_gb(settings, threads))
 
+    @cache  # asked for thousands of runs
+    def can_compile() -> bool:
+        # On CUDA Triton builds its launcher with a C compiler.
+        return has_compiler("cc", "gcc", "clang") if settings.device == "cuda" else can_compile_on_cpu()
+
     def compiled(spec: RunSpec) -> bool:
         if settings.compile != "auto":
             return settings.compile == "true"
         if settings.device == "cuda":
-            # Triton builds its launcher with a C compiler.
-            return has_compiler("cc", "gcc", "clang")
+            return can_compile()
         repaid = group_flops[spec.shape, spec.batch_tokens] >= COMPILE_REPAID_FLOPS
-        return settings.device == "cpu" and repaid and can_compile_on_cpu()
+        return settings.device == "cpu" and repaid and can_compile()
 
     alone = [Execution(settings.device, compiled(s), threads, settings.deterministic) for s in specs]
     return fitted(specs, stacked(specs, alone, settings), settings)
@@ -144,13 +149,18 @@ def fitted(
     limit = usable_bytes(settings)
     if limit is None:
         return list(planned)
+    known: dict[Any, int | None] = {}  # of thousands of runs few differ in what decides
+
+    def size(spec: RunSpec, members: int) -> int | None:
+        key = (spec.shape, spec.data, spec.batch_tokens, spec.dtype, spec.unique_tokens, members)
+        if key not in known:
+            known[key] = micro_batch(spec, settings.device, limit, corpus_bytes(spec, members), members)
+        return known[key]
+
     return [
-        replace(
-            execution,
-            micro_batch_sequences=micro_batch(
-                spec, settings.device, limit, corpus_bytes(spec, execution.stack_size), execution.stack_size
-            ),
-        )
+        replace(execution, micro_batch_sequences=found)
+        if (found := size(spec, execution.stack_size))
+        else execution
         for spec, execution in zip(specs, planned, strict=True)
     ]
 
