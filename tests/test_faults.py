@@ -141,6 +141,7 @@ def test_the_command_on_a_full_disk_ends_with_one_line(tmp_path, undisturbed):
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1
         assert "the disk is full" in errors[0]
+        assert f"results_dir={disk}" in errors[0]
         assert not store.run_ids_with_record()
         filler.unlink()
         subprocess.run(argv, check=True, capture_output=True, timeout=120)
@@ -157,6 +158,9 @@ def test_a_read_only_folder_is_read_and_not_written(store, undisturbed, capsys):
         assert "scaling-lab sweep sweep=sweep" in error
         with pytest.raises(DiskError, match="read-only"):
             train_pending(store, PLAN)
+        assert main(["report", "sweep=sweep"]) == 74
+        assert capsys.readouterr().err.splitlines()[-1].endswith("take out=DIR, a folder elsewhere.")
+        assert main(["report", "sweep=sweep", f"out={store.folder.parent / 'elsewhere'}"]) == 0
     train_pending(store, PLAN)
     assert_all_as(store, undisturbed)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import socket
 import time
 from pathlib import Path
@@ -35,9 +36,12 @@ def disk_error(error: OSError, folder: Path) -> DiskError | None:
     if why is None:
         return None
     where = f" ({error.filename})" if error.filename else ""
+    results = folder.parent
+    elsewhere = results.absolute() != Path("results").absolute()
+    option = f" results_dir={shlex.quote(str(results))}" if elsewhere else ""
     return DiskError(
         f"{folder} cannot be written: {why}{where}. No run is lost: each goes on from its last checkpoint. Make room or "
-        f"make it writable, then: scaling-lab sweep sweep={folder.name}"
+        f"make it writable, then: scaling-lab sweep sweep={folder.name}{option}"
     )
 
 

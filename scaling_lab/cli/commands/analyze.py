@@ -5,9 +5,11 @@ A table never needs torch: nothing here imports it.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +20,8 @@ from scaling_lab.cli.compose import read_command
 from scaling_lab.cli.console import Console
 from scaling_lab.cli.forms import Form, build
 from scaling_lab.cli.wandb_study import mirror_study
-from scaling_lab.core.errors import UserError
+from scaling_lab.core.errors import DiskError, UserError
+from scaling_lab.core.files import DISK_REFUSES
 from scaling_lab.core.record import RunRecord
 from scaling_lab.core.store import RunStore
 
@@ -207,10 +210,11 @@ def publish(
         print(json.dumps(analysis.to_json_dict(command=text, source=where.source), indent=1, allow_nan=False))
         if where.out is None:
             return 0
+    else:
+        print_analysis(console, analysis)
     report = write(analysis, records, folder, text, where.source)
     if "json" in arguments.flags:
         return 0
-    print_analysis(console, analysis)
     console.print(f"report: {report}", style="bold", highlight=False)
     where.show_elsewhere(console, report.parent)
     source = " ".join(
@@ -229,7 +233,23 @@ def write(
     """The report and analysis.json in `folder`; returns the report's path."""
     from scaling_lab.report.report import ReportOptions, write_report
 
-    return write_report(analysis, records, folder, ReportOptions(command=command, source=source))
+    with writing_into(folder):
+        return write_report(analysis, records, folder, ReportOptions(command=command, source=source))
+
+
+@contextlib.contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Within it a disk that refuses is an error that says where else a report may go."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_REFUSES and not isinstance(error, PermissionError):
+            raise
+        why = DISK_REFUSES.get(error.errno or 0, "permission denied")
+        raise DiskError(
+            f"{folder} cannot be written: {why}. The report is missing, nothing else; analyze and report take out=DIR, a "
+            "folder elsewhere."
+        ) from error
 
 
 def command_text(arguments: Arguments) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from scaling_lab.cli.arguments import Arguments
-from scaling_lab.cli.commands.analyze import checked_out, command_text, sweeps_of
+from scaling_lab.cli.commands.analyze import checked_out, command_text, sweeps_of, writing_into
 from scaling_lab.cli.compose import read_command
 from scaling_lab.cli.console import Console
 from scaling_lab.cli.forms import Form, build, options_of
@@ -88,4 +88,6 @@ def write_sweep_report(
         problem = str(error)
         console.warn(f"no analysis yet: {problem}")
     options = ReportOptions(command=command, plan=plan, problem=problem)
-    return analysis, write_report(analysis, records, out or store.report_folder, options)
+    folder = out or store.report_folder
+    with writing_into(folder):
+        return analysis, write_report(analysis, records, folder, options)
