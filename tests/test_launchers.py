@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_spec import spec
 
-from scaling_lab.cli import slurm, sweeping
+from scaling_lab.cli import cluster, slurm, sweeping
 from scaling_lab.cli.cluster import Wishes, make_arrays
 from scaling_lab.cli.console import Console
 from scaling_lab.cli.main import main
 from scaling_lab.core.record import RunStatus
-from scaling_lab.core.spec import Execution
+from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.store import RunStore
 from scaling_lab.plan.cost import JobNeeds, job_needs
 
@@ -97,7 +98,12 @@ def test_slurm_without_slurm_is_one_line(tmp_path, monkeypatch, capsys):
     pytest.importorskip("submitit", reason="pip install 'scaling-lab[slurm]'")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert main(["sweep", *TINY, "hydra/launcher=submitit_slurm"]) == 2
+    # The README's options that hold lists and mappings pass Hydra's grammar and checks.
+    options = [
+        'hydra.launcher.setup=["module load cuda"]',
+        "hydra.launcher.additional_parameters={mail-type: FAIL}",
+    ]
+    assert main(["sweep", *TINY, "hydra/launcher=submitit_slurm", *options]) == 2
     assert "needs Slurm's sbatch and squeue" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
@@ -189,6 +195,49 @@ def test_runs_of_one_stack_stay_in_one_job():
     pending = {r.run_id for r in runs} - {"r2"}
     assert _chunks(runs, pending, 1) == [["r0", "r4"], ["r1"], ["r3", "r5", "r6"]]
     assert _chunks(runs, pending, 3) == [["r0", "r4", "r1"], ["r3", "r5", "r6"]]
+
+
+def test_why_no_job_runs_is_said_once(tmp_path, monkeypatch, capsys):
+    """A job that asks for more than any node has waits for ever: Slurm takes it, and says so in its queue alone."""
+
+    class Queue:
+        title = "Slurm"
+
+        def __init__(self) -> None:
+            self.answers = [
+                "",
+                "1 pending (PartitionConfig)",
+                "1 pending (PartitionConfig)",
+                "1 pending (Priority)",
+            ]
+
+        def array_size(self):
+            return 10
+
+        def limit(self, time_min, mem_gb):
+            return time_min, mem_gb, None
+
+        def submit(self, array, jobs, folder):
+            self.name = folder.name
+            return "Slurm job 1"
+
+        def active(self, names):
+            words = self.answers.pop(0) if self.answers else ""
+            return ({(self.name, 0)} if words else set()), words
+
+        def fate(self, folder, task):
+            return "Slurm job 1 is CANCELLED"
+
+    for name in ("LOOK_S", "QUEUE_FIRST_S"):
+        monkeypatch.setattr(cluster, name, 0.01)
+    planned = PlannedRun(spec(), Execution())
+    plan = Plan("s", (planned,), spec().convention, "abc")
+    cluster.launch_jobs(Queue(), RunStore(tmp_path / "s"), plan, [[planned.run_id]], Console(), Wishes())
+    waiting = [line for line in capsys.readouterr().out.splitlines() if line.startswith("waiting ")]
+    assert waiting == [
+        "waiting in Slurm's queue: 1 pending (PartitionConfig)",
+        "waiting in Slurm's queue: 1 pending (Priority)",
+    ]
 
 
 def test_a_job_that_left_the_queue_unbegun_is_not_called_pending(tmp_path, monkeypatch):

@@ -267,6 +267,7 @@ class Head:
         )
 
     _mine = 0
+    _said = ""
 
     def wait(self) -> None:
         """Until every run is over, or none of them is in a job or computed by anybody."""
@@ -285,6 +286,7 @@ class Head:
                         next_question = now + (QUEUE_FIRST_S if quick else QUEUE_EVERY_S)
                         if active is not None:
                             empty = 0 if active or self.progress.running() else empty + 1
+                            self._say_waiting(bool(active))
                         if empty > EMPTY_ANSWERS:
                             break
                     time.sleep(LOOK_S)
@@ -294,6 +296,17 @@ class Head:
                     f"`scancel --name={','.join(b.name for b in self.books[-3:])}` cancels them"
                 ) from None
         self._say_lost()
+
+    def _say_waiting(self, active: bool) -> None:
+        """Why no job runs, in the queue's own words, as often as they change: some reasons never go away by themselves."""
+        if (
+            active
+            and not self.progress.running()
+            and "running" not in self.words
+            and self.words != self._said
+        ):
+            self._said = self.words
+            self.console.say(f"waiting in {self.backend.title}'s queue: {self.words}")
 
     def _say_lost(self) -> None:
         """Why runs are not over though no job is left."""
