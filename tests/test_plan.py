@@ -22,7 +22,7 @@ from scaling_lab.plan.design import describe, make_plan, plan_single, sweep_hori
 from scaling_lab.plan.designs.base import RunRequest
 from scaling_lab.plan.designs.isoflop import IsoFlopDesign
 from scaling_lab.plan.designs.learning_rate import LearningRateDesign
-from scaling_lab.plan.execution import COMPILE_REPAID_FLOPS
+from scaling_lab.plan.execution import COMPILE_REPAID_FLOPS, LIBRARY_PARAMS, program_key
 from scaling_lab.plan.recipes.base import SweepHorizons, round_batch
 from scaling_lab.plan.recipes.default import DefaultRecipe
 from scaling_lab.plan.settings import ExecutionSettings, ModelSettings, SweepSettings, heads_for
@@ -288,10 +288,9 @@ def test_compile_rule_depends_on_the_plan_alone(monkeypatch):
     plan = make_plan(settings())
     flops: dict[object, float] = {}
     for run in plan.runs:
-        key = (run.spec.shape, run.spec.batch_tokens)
-        flops[key] = flops.get(key, 0) + run.spec.train_flops()
+        flops[run.spec.shape] = flops.get(run.spec.shape, 0) + run.spec.train_flops()
     for run in plan.runs:
-        assert run.execution.compile == (flops[run.spec.shape, run.spec.batch_tokens] >= COMPILE_REPAID_FLOPS)
+        assert run.execution.compile == (flops[run.spec.shape] >= COMPILE_REPAID_FLOPS)
     assert {r.execution.compile for r in plan.runs} == {True, False}
     monkeypatch.setattr("scaling_lab.plan.execution.can_compile_on_cpu", lambda: False)
     assert not any(r.execution.compile for r in make_plan(settings()).runs)
@@ -300,6 +299,15 @@ def test_compile_rule_depends_on_the_plan_alone(monkeypatch):
     assert not any(
         r.execution.compile for r in make_plan(settings(execution=ExecutionSettings(device="mps"))).runs
     )
+
+
+def test_runs_of_a_small_shape_share_a_program_whatever_their_batch():
+    runs = [run.spec for run in make_plan(settings()).runs]
+    assert len({spec.batch_tokens for spec in runs}) > 1
+    assert {program_key(spec) for spec in runs} == {(spec.shape,) for spec in runs}
+    large = replace(runs[0], shape=replace(runs[0].shape, width=512, depth=8, heads=8))
+    assert large.count().params.total > LIBRARY_PARAMS
+    assert program_key(large) != program_key(replace(large, batch_tokens=2 * large.batch_tokens))
 
 
 def test_budgets_in_another_convention():

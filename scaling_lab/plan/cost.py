@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import MAX_CURVE_POINTS
 from scaling_lab.core.spec import PlannedRun
+from scaling_lab.plan.execution import program_key
 from scaling_lab.plan.memory import corpus_bytes, estimate_bytes
 
 # FLOP/s of one CPU core in the training of tiny models, eager and compiled, at 7k and at 200k parameters, and the cost
@@ -55,8 +56,8 @@ def estimate_plan_seconds(runs: Iterable[PlannedRun], workers: int) -> float | N
     known = [s for s in seconds if s is not None]
     if len(known) < len(seconds):
         return None
-    compiled_shapes = {(r.spec.shape, r.spec.batch_tokens) for r in runs if r.execution.compile}
-    busy = sum(known) + CPU_COMPILE_S * len(compiled_shapes)
+    programs = {program_key(r.spec) for r in runs if r.execution.compile}
+    busy = sum(known) + CPU_COMPILE_S * len(programs)
     return WORKER_START_S + max([busy / max(1, workers), *known])
 
 
@@ -85,7 +86,7 @@ def job_needs(runs: Sequence[PlannedRun], workers: int = 1) -> JobNeeds:
     filled = [s if s is not None else _assumed_seconds(run) for run, s in zip(runs, seconds)]
     compiling = sum(
         CPU_COMPILE_S if run.execution.device == "cpu" else UNKNOWN_COMPILE_S
-        for run in {(r.spec.shape, r.spec.batch_tokens): r for r in runs if r.execution.compile}.values()
+        for run in {program_key(r.spec): r for r in runs if r.execution.compile}.values()
     )
     largest = sorted((_worker_bytes(run) for run in runs), reverse=True)[: max(1, workers)]
     return JobNeeds(

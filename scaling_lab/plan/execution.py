@@ -21,8 +21,10 @@ from scaling_lab.plan.memory import corpus_bytes, estimate_bytes, micro_batch
 from scaling_lab.plan.settings import ExecutionSettings
 
 # On a CPU, compiling a tiny model's whole step costs 10-25 s of one core and makes it about 2.5 times faster than the
-# eager 10-15 GFLOP/s (measured, results/LOG.md): it is repaid above about this many FLOPs of one shape and batch.
-COMPILE_REPAID_FLOPS = 3e11
+# eager 10-15 GFLOP/s (measured, results/LOG.md): it is repaid above about this many FLOPs of one program.
+COMPILE_REPAID_FLOPS = 2e11
+# Up to here a compiled step serves every batch of its shape (train/step_library.py, which keeps constants of this length).
+LIBRARY_PARAMS = 2e6
 # From here on a step's matrices are large enough to keep several threads busy, and one process a core would hold as many
 # copies of parameters and activations: runs take all cores, one after the other. Below, one-thread workers win clearly
 # (results/LOG.md: 2.5 times at 33k parameters).
@@ -45,11 +47,11 @@ CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.l
 def executions(specs: list[RunSpec], settings: ExecutionSettings) -> list[Execution]:
     """How each run is computed.
 
-    On a CPU a shape and batch is compiled where all its runs together repay it and a C++ compiler is there.
+    On a CPU a program is compiled where all its runs together repay it and a C++ compiler is there.
     """
-    group_flops: dict[tuple[Any, int], float] = defaultdict(float)
+    group_flops: dict[Any, float] = defaultdict(float)
     for spec in specs:
-        group_flops[spec.shape, spec.batch_tokens] += spec.own_train_flops()
+        group_flops[program_key(spec)] += spec.own_train_flops()
     threads = settings.threads or threads_for(specs, settings)
     if settings.memory_gb is None and settings.device == "cpu":
         settings = replace(settings, memory_gb=share_of_memory_gb(settings, threads))
@@ -64,11 +66,17 @@ def executions(specs: list[RunSpec], settings: ExecutionSettings) -> list[Execut
             return settings.compile == "true"
         if settings.device == "cuda":
             return can_compile()
-        repaid = group_flops[spec.shape, spec.batch_tokens] >= COMPILE_REPAID_FLOPS
+        repaid = group_flops[program_key(spec)] >= COMPILE_REPAID_FLOPS
         return settings.device == "cpu" and repaid and can_compile()
 
     alone = [Execution(settings.device, compiled(s), threads, settings.deterministic) for s in specs]
     return fitted(specs, stacked(specs, alone, settings), settings)
+
+
+def program_key(spec: RunSpec) -> Any:
+    """Runs with the same key share one compiled program on a CPU: those of a shape, or of a shape and batch."""
+    small = spec.count().params.total <= LIBRARY_PARAMS
+    return (spec.shape,) if small else (spec.shape, spec.batch_tokens)
 
 
 def threads_for(specs: Sequence[RunSpec], settings: ExecutionSettings) -> int:

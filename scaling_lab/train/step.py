@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from scaling_lab.core.spec import Execution, RunSpec
 from scaling_lab.train.cuda_graph import BlockGraph
 from scaling_lab.train.gradient import make_gradient, token_loss
+from scaling_lab.train.step_library import fits, step_from_library
 from scaling_lab.train.optim import FlatLayout, GroupVectors, adamw_update, clip_scale, group_vectors
 
 __all__ = ["LOSS", "MEAN_PART_SQUARE", "SQUARE", "Slot", "TrainStep", "token_loss"]
@@ -99,6 +100,8 @@ class TrainStep:
 
         wrap = _compiled if execution.compile else _as_is
         self._whole, self._accumulate, self._update = wrap(whole), wrap(accumulate), wrap(update)
+        if execution.compile and not stacked and parts == 1 and fits(spec, self.flat.numel(), self.batch, self.flat.device):
+            self._whole = step_from_library(whole, self.model, spec, groups, self.batch, self.tokens)
         self._total = torch.zeros_like(self.flat) if parts > 1 else None
 
     def _groups(self, specs: tuple[RunSpec, ...]) -> GroupVectors:
