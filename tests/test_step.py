@@ -206,7 +206,9 @@ def test_a_process_compiles_every_run_however_many_came_before(monkeypatch):
         compiled.append(graph)
         return graph.forward
 
-    monkeypatch.setattr("scaling_lab.train.step.fits", lambda *_: False)  # small steps otherwise go another way
+    monkeypatch.setattr(
+        "scaling_lab.train.step.fits", lambda *_: False
+    )  # small steps otherwise go another way
     monkeypatch.setattr(
         "scaling_lab.train.step._compiled", lambda f: torch.compile(f, dynamic=False, backend=backend)
     )

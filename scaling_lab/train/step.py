@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from scaling_lab.core.spec import Execution, RunSpec
 from scaling_lab.train.cuda_graph import BlockGraph
 from scaling_lab.train.gradient import make_gradient, token_loss
-from scaling_lab.train.step_library import fits, step_from_library
 from scaling_lab.train.optim import FlatLayout, GroupVectors, adamw_update, clip_scale, group_vectors
+from scaling_lab.train.step_library import fits, step_from_library
 
 __all__ = ["LOSS", "MEAN_PART_SQUARE", "SQUARE", "Slot", "TrainStep", "token_loss"]
 
@@ -59,11 +59,11 @@ class TrainStep:
         self.micro = execution.micro_batch_sequences or self.batch
         if self.batch % self.micro:
             raise ValueError(f"micro-batches of {self.micro} sequences do not divide a batch of {self.batch}")
-        self._build(specs, execution)
+        self._build(specs, execution, sequences)
         self._graph: BlockGraph | None = None
         self._use_graph = tokens.device.type == "cuda"
 
-    def _build(self, specs: tuple[RunSpec, ...], execution: Execution) -> None:
+    def _build(self, specs: tuple[RunSpec, ...], execution: Execution, sequences: int | None) -> None:
         """Make the two programs: the whole step, and its parts where it takes several micro-batches."""
         spec, parts, stacked = specs[0], self.batch // self.micro, self.stacked
         gradient_of = make_gradient(self.model, self.layout, spec, self.micro)
@@ -99,9 +99,13 @@ class TrainStep:
             return torch.stack((loss, square, square), -1)
 
         wrap = _compiled if execution.compile else _as_is
-        self._whole, self._accumulate, self._update = wrap(whole), wrap(accumulate), wrap(update)
-        if execution.compile and not stacked and parts == 1 and fits(spec, self.flat.numel(), self.batch, self.flat.device):
+        self._accumulate, self._update = wrap(accumulate), wrap(update)
+        # A process of a team takes the gradient alone.
+        alone = sequences is None and parts == 1
+        if execution.compile and alone and fits(spec, self.batch, self.flat, stacked):
             self._whole = step_from_library(whole, self.model, spec, groups, self.batch, self.tokens)
+        else:
+            self._whole = wrap(whole)
         self._total = torch.zeros_like(self.flat) if parts > 1 else None
 
     def _groups(self, specs: tuple[RunSpec, ...]) -> GroupVectors:

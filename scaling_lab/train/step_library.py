@@ -43,10 +43,10 @@ MAX_SEQUENCES = 1 << 20
 _loaded: dict[str, Step] = {}
 
 
-def fits(spec: RunSpec, n_params: int, batch: int, device: torch.device) -> bool:
-    """Whether a step is one that a library is made of: on a CPU, its logits at once, its constants small."""
+def fits(spec: RunSpec, batch: int, flat: Tensor, stacked: bool) -> bool:
+    """Whether a step is one that a library is made of: of one run, on a CPU, its logits at once, its constants small."""
     whole_logits = loss_chunks(batch * spec.shape.context, spec.shape.vocab_size) == 1
-    return device.type == "cpu" and n_params <= LIBRARY_PARAMS and whole_logits
+    return not stacked and flat.device.type == "cpu" and flat.numel() <= LIBRARY_PARAMS and whole_logits
 
 
 def step_from_library(
@@ -60,15 +60,22 @@ def step_from_library(
     key = library_key(model, spec, constants, batch, corpus)
     if key not in _loaded:
         try:
-            _loaded[key] = load_or_compile(step, spec, sum(p.numel() for p in model.parameters()), batch, corpus, key)
+            _loaded[key] = load_or_compile(
+                step, spec, sum(p.numel() for p in model.parameters()), batch, corpus, key
+            )
         # Whatever a tracer, a compiler or a linker says: the other way says it again if it is the user's to mend.
         except Exception as error:
             logging.getLogger(__name__).warning(
                 "this step goes through torch.compile, which compiles it for each batch size anew: %s",
                 str(error).strip().partition("\n")[0],
             )
-            _loaded[key] = torch.compile(step, dynamic=False)
+            _loaded[key] = torch_compiled(step)
     return _loaded[key]
+
+
+def torch_compiled(step: Step) -> Step:
+    compiled: Step = torch.compile(step, dynamic=False)
+    return compiled
 
 
 def load_or_compile(step: Step, spec: RunSpec, n_params: int, batch: int, corpus: Tensor, key: str) -> Step:
@@ -103,9 +110,7 @@ def loaded(path: Path) -> Step:
     return step
 
 
-def compile_into(
-    path: Path, step: Step, spec: RunSpec, n_params: int, batch: int, corpus: Tensor
-) -> None:
+def compile_into(path: Path, step: Step, spec: RunSpec, n_params: int, batch: int, corpus: Tensor) -> None:
     """Trace the step on an example and compile it into `path`."""
     import torch._inductor
     from torch.export import Dim, export
@@ -154,7 +159,7 @@ def library_key(
     """Of all that the library depends on: a change of any makes another."""
     optimizer = spec.optimizer
     parts = [
-        sources(type(model)), machine(), str(torch.get_num_threads()), str(torch.are_deterministic_algorithms_enabled()),
+        sources(inspect.getfile(type(model))), machine(), str(torch.get_num_threads()), str(torch.are_deterministic_algorithms_enabled()),
         repr(spec.shape), repr(spec.parametrization), spec.dtype, str(corpus.dtype), str(batch > 1),
         repr((optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.clip_norm)),
     ]  # fmt: skip
@@ -165,13 +170,13 @@ def library_key(
 
 
 @cache
-def sources(model: type) -> str:
+def sources(model_file: str) -> str:
     """The text of everything in this package that a step is traced from, and of the model's own file."""
     digest = hashlib.sha256()
     root = Path(scaling_lab.__file__).parent
     for path in sorted([*root.glob("train/**/*.py"), *root.glob("core/**/*.py")]):
         digest.update(path.read_bytes())
-    digest.update(Path(inspect.getfile(model)).read_bytes())
+    digest.update(Path(model_file).read_bytes())
     return digest.hexdigest()
 
 
@@ -180,7 +185,9 @@ def machine() -> str:
     """torch, its Python, and the processor with its instruction sets: libraries are made for exactly this one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+        processor = "\n".join(
+            sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+        )
     except OSError:
         processor = platform.processor()
     return "\n".join((torch.__version__, platform.python_version(), platform.machine(), processor))
