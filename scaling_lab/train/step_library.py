@@ -129,7 +129,19 @@ def compile_into(path: Path, step: Step, spec: RunSpec, n_params: int, batch: in
         # `export` alone does not look through `torch.func.grad`; of what make_fx leaves, plain operators, it does.
         traced = make_fx(step, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*example)
         program = export(Whole(traced), example, dynamic_shapes=sizes, strict=False)
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(path), inductor_configs=quick_build()
+        )
+
+
+def quick_build() -> dict[str, Any]:
+    """What a build can leave out: the C++ that calls the kernels takes no time at a run, however it is compiled."""
+    from torch._inductor import config
+
+    wanted = {"compile_wrapper_opt_level": "O0", "enable_line_tables": False}
+    return {
+        f"aot_inductor.{name}": value for name, value in wanted.items() if hasattr(config.aot_inductor, name)
+    }
 
 
 class Whole(torch.nn.Module):
