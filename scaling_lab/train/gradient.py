@@ -122,7 +122,10 @@ class WithLoss(nn.Module):
         hidden: Tensor = self.model.hidden(inputs)  # type: ignore[operator]
         size = math.ceil(targets.numel() / chunks)
         parts = zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size), strict=True)
-        sums = [checkpoint(self._sum, rows, goals, use_reentrant=False) for rows, goals in parts]
+        sums = [
+            checkpoint(self._sum, rows, goals, use_reentrant=False, preserve_rng_state=False)
+            for rows, goals in parts
+        ]
         return torch.stack(sums).sum() / targets.numel()
 
     def _sum(self, rows: Tensor, goals: Tensor) -> Tensor:
