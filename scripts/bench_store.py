@@ -110,11 +110,11 @@ def run(folder: Path, n_runs: int, only: list[str]) -> str:
                 f"{MEASUREMENTS[name]}: exponent of N {whole['exponents']} (the law's: {BETA / (ALPHA + BETA):.4f})"
             )
     ours = [w for n, (_, w) in results.items() if not n.startswith("baseline")]
-    slowest, heaviest = max(w["cpu_s"] for w in ours), max(w["peak_gib"] for w in ours)
+    slowest, heaviest = max(w["wall_s"] for w in ours), max(w["peak_gib"] for w in ours)
     met = "met" if slowest < TARGET_S and heaviest < TARGET_GIB else "MISSED"
     say()
     say(
-        f"target ({TARGET_S:g} s, {TARGET_GIB:g} GiB): {met} by all of ours (at most {slowest:.1f} s, {heaviest:.2f} GiB)"
+        f"target ({TARGET_S:g} s, {TARGET_GIB:g} GiB): {met} by all of ours (at most {slowest:.1f} s of wall time, {heaviest:.2f} GiB)"
     )
     if "baseline store" in results and "store" in results:
         ratio = results["baseline store"][1]["read_s"] / results["store"][1]["read_s"]
@@ -279,7 +279,7 @@ def points_of(spec: Any, curve: dict[str, np.ndarray]) -> Iterator[Any]:
         tokens = step * spec.batch_tokens
         yield EvalPoint(
             step, tokens, per_token * tokens, spec.learning_rate(step - 1), train,
-            val if visited else None, 0.002 if visited else None, step * 0.0123,
+            val if visited else None, 0.002 if visited else None, wall_time_s=step * 0.0123,
         )  # fmt: skip
 
 

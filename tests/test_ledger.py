@@ -105,7 +105,8 @@ def test_damaged_curves_mean_the_same_to_both_readers(store: RunStore, kind: str
     assert damaged != text
     path.write_bytes(damaged.encode("utf-8", errors="surrogateescape"))
     # One file in a batch of good ones, so that only its own run is read again.
-    same(store)
+    for record in same(store):
+        assert {values.dtype.kind for values in curve_columns(record.curve).values()} <= {"i", "f"}
 
 
 def test_missing_curves_and_bad_records_are_problems_of_one_run(store: RunStore) -> None:

@@ -161,7 +161,7 @@ class RunStore:
         points = []
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
             try:
-                points.append(EvalPoint(**json.loads(line)))
+                points.append(point_of(json.loads(line)))
             except (ValueError, TypeError):
                 break
         return points
@@ -275,6 +275,16 @@ def _lost_curve(path: Path, record: dict[str, Any]) -> str | None:
         return None
     what = f"is cut short ({there:,} of {written:,} bytes)" if there else "is gone"
     return f"it was completed, but its curve.jsonl {what}: {TRY_AGAIN}"
+
+
+def point_of(cells: Any) -> EvalPoint:
+    """One line of curve.jsonl, parsed. Raises ValueError or TypeError where a value is not a number, or `evals` not numbers by name."""
+    point = EvalPoint(**cells)
+    evals = {} if point.evals is None else dict(point.evals)
+    values = [*(value for name, value in cells.items() if name != "evals"), *evals.values()]
+    if any(isinstance(v, bool) or not isinstance(v, (int, float, type(None))) for v in values):
+        raise ValueError(f"not a number in {cells}")
+    return point
 
 
 def curve_line(point: EvalPoint) -> str:

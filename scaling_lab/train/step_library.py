@@ -54,23 +54,28 @@ def step_from_library(
 ) -> Step:
     """`step`, compiled: loaded where a library of it lies on disk, else compiled and kept there.
 
-    `constants` are the numbers that are compiled into it. A step that cannot be traced or compiled this way goes through
-    `torch.compile`.
+    `constants` are the numbers that are compiled into it. Where the tracer fixes the batch (a model with biases, torch 2.13),
+    the library is of this batch; a step that has none at all goes through `torch.compile`.
     """
     key = library_key(model, spec, constants, batch, corpus)
-    if key not in _loaded:
+    n_params = sum(p.numel() for p in model.parameters())
+    names = {key: None, f"{key}-{batch}": batch}
+    for name in names:
+        if name not in _loaded and (found := on_disk(name)) is not None:
+            _loaded[name] = found
+        if name in _loaded:
+            return _loaded[name]
+    for name, fixed in names.items():
         try:
-            _loaded[key] = load_or_compile(
-                step, spec, sum(p.numel() for p in model.parameters()), batch, corpus, key
-            )
-        # Whatever a tracer, a compiler or a linker says: the other way says it again if it is the user's to mend.
+            _loaded[name] = compiled_to_disk(name, step, spec, n_params, corpus, batch, fixed)
+            return _loaded[name]
+        # Whatever a tracer, a compiler or a linker says: torch.compile says it again if it is the user's to mend.
         except Exception as error:
-            logging.getLogger(__name__).warning(
-                "this step goes through torch.compile, which compiles it for each batch size anew: %s",
-                str(error).strip().partition("\n")[0],
-            )
-            _loaded[key] = torch_compiled(step)
-    return _loaded[key]
+            reason = str(error).strip().partition("\n")[0]
+    logging.getLogger(__name__).warning(
+        "this step goes through torch.compile, which compiles it at each start: %s", reason
+    )
+    return _loaded.setdefault(f"{key}-{batch}", torch_compiled(step))
 
 
 def torch_compiled(step: Step) -> Step:
@@ -78,19 +83,27 @@ def torch_compiled(step: Step) -> Step:
     return compiled
 
 
-def load_or_compile(step: Step, spec: RunSpec, n_params: int, batch: int, corpus: Tensor, key: str) -> Step:
-    path = library_folder() / f"{key}.pt2"
-    if path.exists():
-        try:
-            return loaded(path)
-        # Torn or of another machine: made anew in its place.
-        except RuntimeError:
-            path.unlink(missing_ok=True)
+def on_disk(name: str) -> Step | None:
+    path = library_folder() / f"{name}.pt2"
+    if not path.exists():
+        return None
+    try:
+        return loaded(path)
+    # Torn: it is made anew in its place.
+    except RuntimeError:
+        path.unlink(missing_ok=True)
+        return None
+
+
+def compiled_to_disk(
+    name: str, step: Step, spec: RunSpec, n_params: int, corpus: Tensor, batch: int, fixed: int | None
+) -> Step:
+    path = library_folder() / f"{name}.pt2"
     path.parent.mkdir(parents=True, exist_ok=True)
     # Beside its place, for the rename; of a name of its own, for two processes that compile the same.
-    fresh = path.with_name(f"{key}-{os.getpid()}.pt2")
+    fresh = path.with_name(f"{name}-{os.getpid()}.pt2")
     try:
-        compile_into(fresh, step, spec, n_params, batch, corpus)
+        compile_into(fresh, step, spec, n_params, corpus, fixed or (1 if batch == 1 else None))
         fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)
@@ -110,19 +123,21 @@ def loaded(path: Path) -> Step:
     return step
 
 
-def compile_into(path: Path, step: Step, spec: RunSpec, n_params: int, batch: int, corpus: Tensor) -> None:
-    """Trace the step on an example and compile it into `path`."""
+def compile_into(
+    path: Path, step: Step, spec: RunSpec, n_params: int, corpus: Tensor, fixed: int | None
+) -> None:
+    """Trace the step on an example and compile it into `path`, for batches of `fixed` sequences or, with None, of any above one
+    (a batch of one is a size of its own for the compiler)."""
     import torch._inductor
     from torch.export import Dim, export
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    # A batch of one is a size of its own for the compiler.
-    sequences = EXAMPLE_SEQUENCES if batch > 1 else 1
+    sequences = fixed or EXAMPLE_SEQUENCES
     example = (
         torch.zeros(sequences, dtype=torch.int64), torch.ones(3), *(torch.zeros(n_params) for _ in range(3)),
         torch.zeros(EXAMPLE_CORPUS_TOKENS, dtype=corpus.dtype),
     )  # fmt: skip
-    free_batch = {0: Dim("sequences", min=2, max=MAX_SEQUENCES)} if batch > 1 else None
+    free_batch = None if fixed else {0: Dim("sequences", min=2, max=MAX_SEQUENCES)}
     sizes = (free_batch, None, None, None, None, {0: Dim("corpus", min=spec.shape.context + 2)})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
