@@ -130,6 +130,18 @@ def kill_job(store: RunStore, run_id: str) -> None:
     os.kill(claim.pid, signal.SIGKILL)
 
 
+@contextlib.contextmanager
+def paused(store: RunStore, run_id: str) -> Iterator[None]:
+    """A run under way makes no step meanwhile: it is not over before what is done to its job reaches it."""
+    claim = last_claim(store.run_folder(run_id))
+    assert claim is not None
+    os.kill(claim.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(claim.pid, signal.SIGCONT)
+
+
 def generations(store: RunStore) -> dict[str, int]:
     """How often each run was claimed."""
     return {p.name: c.generation for p in store.folder.glob("runs/*") if (c := last_claim(p)) is not None}
@@ -184,7 +196,8 @@ def test_killed_cancelled_and_timed_out_jobs_end_right_after_a_rerun(cluster, lo
     killed = wait_for(lambda: training(store, late))
     kill_job(store, killed)
     cancelled = wait_for(lambda: training(store, late, killed))
-    slurm("scancel", job_of(store, cancelled))
+    with paused(store, cancelled):
+        slurm("scancel", job_of(store, cancelled))
     wait_for(lambda: late_job not in slurm("squeue", "-h", "-r", "-o", "%F_%K").split(), 200)
     with contextlib.suppress(ProcessLookupError):
         os.kill(claim.pid, signal.SIGKILL)  # as a cluster with cgroups does by itself
@@ -208,11 +221,15 @@ def test_a_job_goes_back_into_the_queue_before_its_time_limit_and_when_preempted
     head = start(tmp_path, *TINY, SLURM)
     told = wait_for(lambda: training(store))
     # What Slurm sends before the limit (--signal).
-    slurm("scancel", "--signal=USR2", job_of(store, told))
+    with paused(store, told):
+        slurm("scancel", "--signal=USR2", job_of(store, told))
     preempted = wait_for(lambda: training(store, told))
-    urgent = slurm(
-        "sbatch", "--parsable", "-p", "urgent", "--exclusive", "--mem=100M", "-o", "/dev/null", "--wrap=true"
-    )
+    with paused(store, preempted):
+        job = job_of(store, preempted)
+        urgent = slurm(
+            "sbatch", "--parsable", "-p", "urgent", "--exclusive", "--mem=100M", "-o", "/dev/null", "--wrap=true"
+        )
+        wait_for(lambda: "JobState=RUNNING" not in slurm("scontrol", "show", "job", job), 30)
     end(head, 0)
     check_same_as(local, store)
     assert "COMPLETED" in slurm("scontrol", "show", "job", urgent.strip())
