@@ -226,9 +226,8 @@ def test_a_job_goes_back_into_the_queue_before_its_time_limit_and_when_preempted
     preempted = wait_for(lambda: training(store, told))
     with paused(store, preempted):
         job = job_of(store, preempted)
-        urgent = slurm(
-            "sbatch", "--parsable", "-p", "urgent", "--exclusive", "--mem=100M", "-o", "/dev/null", "--wrap=true"
-        )
+        line = "sbatch --parsable -p urgent --exclusive --mem=100M -o /dev/null --wrap=true"
+        urgent = slurm(*line.split())
         wait_for(lambda: "JobState=RUNNING" not in slurm("scontrol", "show", "job", job), 30)
     end(head, 0)
     check_same_as(local, store)
