@@ -19,6 +19,7 @@ import torch
 from test_resume import interrupted_at
 from test_train import SHAPE, tiny, train
 
+from scaling_lab.core.claims import last_claim
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord
 from scaling_lab.core.shapes.gpt2 import GPT2Shape
@@ -27,6 +28,7 @@ from scaling_lab.core.spec import Execution, OptimizerSpec, Plan, PlannedRun
 from scaling_lab.core.store import RunStore
 from scaling_lab.train.checkpoint import read_checkpoint
 from scaling_lab.train.distributed import TeamLost, World, first_host, share
+from scaling_lab.train.memory import noted_parts
 from scaling_lab.train.sharded import ShardedStep
 from scaling_lab.train.worker import train_pending
 
@@ -162,24 +164,50 @@ def test_shares_cover_a_batch_and_differ_by_one():
         share(3, World(0, 4, 0))
 
 
+SHORT = torch.OutOfMemoryError("CUDA out of memory.")
+
+
 @pytest.mark.parametrize(
-    ("leads", "error", "ends"),
+    ("leads", "micro", "error", "ends"),
     [
-        (True, torch.OutOfMemoryError("CUDA out of memory."), UserError),
-        (False, torch.OutOfMemoryError("CUDA out of memory."), TeamLost),
-        (True, RuntimeError("Connection reset by peer"), TeamLost),
+        (True, 4, SHORT, TeamLost),
+        (False, 4, SHORT, TeamLost),
+        (True, 1, SHORT, UserError),
+        (False, 1, SHORT, TeamLost),
+        (True, 4, RuntimeError("Connection reset by peer"), TeamLost),
     ],
 )
-def test_a_spread_step_that_fails_ends_the_group(leads, error, ends):
-    """An order of the leader's that fails for others ends them by `TeamLost`; memory that is short is short the next time
-    too, so the command says what to do and asks for no requeue."""
+def test_a_spread_step_that_fails_ends_the_group(tmp_path, leads, micro, error, ends):
+    """An order of the leader's that fails for others ends them by `TeamLost`, and a requeue goes on: in smaller parts where
+    memory was short. Where single sequences were too much, the command says what to do and asks for no requeue."""
     step = object.__new__(ShardedStep)
-    step._team, step.micro = SimpleNamespace(leads=leads), 4
+    step._team = SimpleNamespace(leads=leads, run_folder=tmp_path)
+    step.micro, step._mine = micro, slice(4, 8)
     with pytest.raises(ends) as stop, step._in_step():
         raise error
     assert stop.value.__cause__ is error
+    assert noted_parts(tmp_path) == (2 if error is SHORT and micro == 4 else None)
     if ends is UserError:
-        assert "micro-batches of 4 sequences a process" in str(stop.value)
+        assert "micro-batches of 1 sequences a process" in str(stop.value)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_group_that_runs_out_of_memory_goes_on_in_smaller_parts(tmp_path, alone):
+    """torchrun starts the group again by itself; the second process, which has no say in a run, is the one that is short."""
+    spec, store = SPECS["even"], RunStore(tmp_path)
+    store.write_plan(Plan("t", (PlannedRun(spec, Execution()),), spec.convention, spec.data.fingerprint()))
+    script = str(Path(__file__).with_name("team_short_of_memory.py"))
+    process = torchrun(
+        "--max_restarts=2", script, str(store.folder), "--parallel=fsdp", port=26_500 + os.getpid() % 1000
+    )
+    out, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, out
+    assert "process 1: parallel=fsdp: memory ran out with micro-batches of 2 sequences a process; started again" in out
+    done = store.read_record(spec.run_id())
+    assert done.execution.micro_batch_sequences == 1
+    assert same(done, alone["even"])
+    assert last_claim(store.run_folder(spec.run_id())).generation == 2
 
 
 def test_who_is_who(monkeypatch):

@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,6 +119,8 @@ class Team:
     def __init__(self, world: World, parallel: str) -> None:
         self.world, self.parallel = world, parallel
         self.program: Program | None = None
+        self.run_folder: Path | None = None
+        """Of the run that is opened next, or of the first of a stack; on all processes once it is open."""
         # Orders and small answers go between processors, whatever the devices are.
         self._control: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -145,8 +148,8 @@ class Team:
                 if order == "end":
                     return int(arguments[0])
                 self._obey(order, arguments)
-            except TeamLost:
-                log.warning("process %d: the first process is gone.", self.world.rank)
+            except TeamLost as stop:
+                log.warning("process %d: %s.", self.world.rank, stop)
                 return EXIT_REQUEUE
 
     def _obey(self, order: str, arguments: Sequence[Any]) -> None:
@@ -195,8 +198,8 @@ class Team:
     ) -> Program:
         """Build the program in every process; see `session.open_program`."""
         kind = self._kind(specs[0], execution, stacked)
-        self.tell("open", specs, execution, fingerprint, stacked, kind)
-        return self._open(specs, execution, fingerprint, stacked, kind)
+        self.tell("open", specs, execution, fingerprint, stacked, kind, self.run_folder)
+        return self._open(specs, execution, fingerprint, stacked, kind, self.run_folder)
 
     def _open(
         self,
@@ -205,12 +208,13 @@ class Team:
         fingerprint: str | None,
         stacked: bool,
         kind: str,
+        run_folder: Path | None,
     ) -> Program:
         from scaling_lab.train.session import build_program
         from scaling_lab.train.sharded import ShardedStep
 
         step_class: Any = ShardedStep if kind == "fsdp" else ParallelStep
-        self.program = None
+        self.program, self.run_folder = None, run_folder
         with self.settled():
             self.program = build_program(
                 specs, execution, fingerprint, stacked=stacked,

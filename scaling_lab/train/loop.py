@@ -18,9 +18,10 @@ from scaling_lab.core.record import RunRecord
 from scaling_lab.core.spec import PlannedRun
 from scaling_lab.core.store import RunStore
 from scaling_lab.plan.memory import halved
+from scaling_lab.train.distributed import current_team
 from scaling_lab.train.feed import BLOCK_STEPS
 from scaling_lab.train.member import Member, Progress, keep
-from scaling_lab.train.memory import is_out_of_memory, release_memory
+from scaling_lab.train.memory import is_out_of_memory, noted_parts, release_memory
 from scaling_lab.train.pulse import Timer
 from scaling_lab.train.session import Program, check_data, open_program, open_session, train_block
 from scaling_lab.train.stopping import Requests, listen
@@ -140,13 +141,16 @@ def train_members(
 def prepare(
     group: Sequence[PlannedRun], members: Sequence[Member], expected_fingerprint: str | None
 ) -> Program:
-    """Look for checkpoints, then build the program; the smallest micro-batch that a checkpoint knows is taken."""
+    """Look for checkpoints, then build the program; the smallest micro-batch that a checkpoint or a note knows is taken."""
     fingerprint = check_data(group[0].spec, expected_fingerprint)
+    if team := current_team():
+        team.run_folder = members[0].folder
     sizes = []
     for member in running(members):
         member.look_back(fingerprint)
         written = member.saved.execution if member.saved else member.planned.execution
-        sizes += [size for size in (written.micro_batch_sequences, member.micro) if size is not None]
+        known = (written.micro_batch_sequences, member.micro, noted_parts(member.folder))
+        sizes += [size for size in known if size is not None]
     execution = replace(group[0].execution, micro_batch_sequences=min(sizes, default=None))
     for member in running(members):
         member.compute_in_parts_of(execution.micro_batch_sequences)

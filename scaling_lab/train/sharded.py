@@ -21,10 +21,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Execution, RunSpec
-from scaling_lab.plan.memory import divisors
+from scaling_lab.plan.memory import divisors, halved
 from scaling_lab.train.distributed import TeamLost, reaching_the_others
 from scaling_lab.train.gradient import WithLoss, autocast
-from scaling_lab.train.memory import is_out_of_memory
+from scaling_lab.train.memory import is_out_of_memory, note_smaller_parts
 from scaling_lab.train.optim import FlatLayout, GroupVectors, adamw_update, clip_scale
 from scaling_lab.train.parametrization import parameter_groups
 
@@ -162,14 +162,23 @@ class ShardedStep:
     def _in_step(self) -> Iterator[None]:
         """A process that fails in the midst of a step leaves the others waiting in a collective: the group has to end.
 
-        Where memory ran out it would run out again: that is no stop after which a scheduler should begin anew.
+        Where memory ran out, in whichever process, that one notes smaller micro-batches for the next start (the first may hang
+        in a collective until it is killed); where a single sequence is too much, no other start helps.
         """
         try:
             yield
         except Exception as error:
-            if self._team.leads and is_out_of_memory(error):
-                raise UserError(
-                    f"parallel=fsdp: memory ran out with micro-batches of {self.micro} sequences a process. Choices: more "
-                    "processes, or a memory_gb= below this device's, for smaller micro-batches."
-                ) from error
+            if is_out_of_memory(error):
+                smaller = halved(self._mine.stop - self._mine.start, self.micro)
+                if smaller is not None and self._team.run_folder is not None:
+                    note_smaller_parts(self._team.run_folder, smaller)
+                    raise TeamLost(
+                        f"parallel=fsdp: memory ran out with micro-batches of {self.micro} sequences a process; started "
+                        f"again, the run goes on with {smaller}"
+                    ) from error
+                if self._team.leads:
+                    raise UserError(
+                        f"parallel=fsdp: memory ran out with micro-batches of {self.micro} sequences a process. Choices: "
+                        "more processes, or devices with more memory."
+                    ) from error
             raise TeamLost(f"{type(error).__name__} in a step: {str(error).strip()[:300]}") from error

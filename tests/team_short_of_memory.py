@@ -1,0 +1,28 @@
+"""Owns a worker whose second process has memory for one sequence at a time: started by torchrun in tests/test_distributed.py.
+
+A GPU that runs out says it by the same error, in the midst of a forward pass that the other process waits in.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+
+from scaling_lab.train.gradient import WithLoss
+from scaling_lab.train.worker import main
+
+forward: Any = WithLoss.forward
+
+
+def short_of_memory(self: WithLoss, tokens: Any, *more: Any) -> Any:
+    if more and len(tokens) > 1 and os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return forward(self, tokens, *more)
+
+
+if __name__ == "__main__":
+    WithLoss.forward = short_of_memory  # type: ignore[method-assign]
+    sys.exit(main())
