@@ -203,7 +203,10 @@ def test_a_group_that_runs_out_of_memory_goes_on_in_smaller_parts(tmp_path, alon
     )
     out, _ = process.communicate(timeout=280)
     assert process.returncode == 0, out
-    assert "process 1: parallel=fsdp: memory ran out with micro-batches of 2 sequences a process; started again" in out
+    assert (
+        "process 1: parallel=fsdp: memory ran out with micro-batches of 2 sequences a process; started again"
+        in out
+    )
     done = store.read_record(spec.run_id())
     assert done.execution.micro_batch_sequences == 1
     assert same(done, alone["even"])
