@@ -69,8 +69,9 @@ def law_fit(observations: Observations, residuals_log: np.ndarray) -> FitResult:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1e11, "1e11"), (4e11, "4e11"), (1.6e12, "1.6e12"), (5.764e23, "5.76e23"), (999.9e9, "1e12"), (0, "0")],
-)
+    [(1e11, "1e11"), (4e11, "4e11"), (1.6e12, "1.6e12"), (5.764e23, "5.76e23"), (999.9e9, "1e12"), (0, "0"),
+     (float("inf"), "∞")],
+)  # fmt: skip
 def test_flops_are_written_as_powers(value: float, text: str) -> None:
     assert style.format_flops(value) == text
 
@@ -78,7 +79,7 @@ def test_flops_are_written_as_powers(value: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [(640, "640"), (17_000, "17k"), (16_660, "16.7k"), (1.2e6, "1.2M"), (70e9, "70B"), (1.4e12, "1.4T"),
-     (999_950, "1M"), (999_400, "999k"), (9_999, "10k"), (2.5e16, "2.5e16")],
+     (999_950, "1M"), (999_400, "999k"), (9_999, "10k"), (2.5e16, "2.5e16"), (float("inf"), "∞"), (float("-inf"), "−∞")],
 )  # fmt: skip
 def test_counts_are_written_with_a_suffix(value: float, text: str) -> None:
     assert style.format_count(value) == text

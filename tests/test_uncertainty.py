@@ -15,6 +15,7 @@ from scaling_lab.analyse.approaches import IsoFlop, Parametric
 from scaling_lab.analyse.estimate import Array, Band, Estimate, FitStatus, Frontier, PowerLaw
 from scaling_lab.analyse.frontiers import fit_loss_curves
 from scaling_lab.analyse.observations import Observations
+from scaling_lab.analyse.predict import predict
 from scaling_lab.analyse.profiles import profile
 from scaling_lab.analyse.uncertainty import UNITS, BootstrapSettings, Draws, NoInterval, bootstrap
 from scaling_lab.core.errors import UserError
@@ -280,3 +281,48 @@ def test_estimates_whose_coefficients_underflow_are_compared_without_warnings() 
     by_quantity = {p.quantity: p for p in found.pairs}
     assert by_quantity["log_params_opt"].agree is None
     assert by_quantity["params_exponent"].agree is False
+
+
+@pytest.mark.parametrize("infinite", [3, 5, 6, 50])
+def test_an_interval_beside_samples_that_overflowed_has_no_nan(infinite: int) -> None:
+    # The 95% quantile of 100 samples of which 5 are infinite lies between a finite and an infinite one.
+    values = np.concatenate([np.linspace(1.0, 2.0, 100 - infinite), np.full(infinite, np.inf)])
+    found = Band("isoflop", 0.9, "run", "bootstrap", 100, 0, 0, {"x": values}).interval("x")
+    assert found is not None
+    assert 1.0 <= found.lo < 1.1
+    assert found.hi == np.inf or 1.9 < found.hi <= 2.0
+    assert (found.hi == np.inf) == (infinite > 5)
+    low = Band("isoflop", 0.9, "run", "bootstrap", 100, 0, 0, {"x": -values}).interval("x")
+    assert low is not None
+    assert not np.isnan([low.lo, low.hi]).any()
+
+
+def test_tokens_per_parameter_of_lines_that_overflow_is_known_from_their_logarithms() -> None:
+    # N and D of two near budgets grow as C^900: neither is a number at ten times their compute, D / N is.
+    c = np.array([1e18, 1.1e18])
+    log_c = np.log(1e18)
+    n, d = PowerLaw.of_log(30.0, 18.0 - 30.0 * log_c), PowerLaw.of_log(30.0, 21.0 - 30.0 * log_c)
+    frontier = Frontier(n, d, (1e18, 1.1e18), c, c, c, c)
+    assert n.coefficient == 0.0
+    assert float(n(1e18)) == pytest.approx(np.exp(18.0))
+    slope = np.linspace(20.0, 900.0, 100)
+    samples = {
+        "params_exponent": slope,
+        "params_log_coefficient": 18.0 - slope * log_c,
+        "tokens_exponent": slope,
+        "tokens_log_coefficient": 21.0 - slope * log_c,
+        "loss_floor_nats": np.ones(100),
+        "loss_log_coefficient": np.zeros(100),
+        "loss_exponent": np.full(100, 0.1),
+    }
+    band = Band("isoflop", 0.9, "run", "bootstrap", 100, 0, 0, samples)
+    found = predict(Estimate("isoflop", FitStatus.CONVERGED, "m", frontier), band, 1e19)
+    assert found is not None
+    assert found.tokens_per_param.estimate == pytest.approx(np.exp(3.0))
+    ratio, size = found.tokens_per_param.interval, found.params_opt.interval
+    assert ratio is not None
+    assert size is not None
+    assert ratio.lo == pytest.approx(np.exp(3.0))
+    assert ratio.hi == pytest.approx(np.exp(3.0))
+    assert size.hi == np.inf
+    assert np.isfinite(size.lo)

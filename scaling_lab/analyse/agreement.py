@@ -104,8 +104,12 @@ def _value(estimate: Estimate, quantity: str, compute_flops: float) -> float:
     if quantity == "tokens_exponent":
         return frontier.tokens.exponent
     # A coefficient that underflowed to 0 leaves no N to compare.
-    k = frontier.params.coefficient
-    return float(np.log(k) + frontier.params.exponent * np.log(compute_flops)) if k > 0 else float("nan")
+    log_k = frontier.params.log_k
+    return (
+        log_k + frontier.params.exponent * float(np.log(compute_flops))
+        if np.isfinite(log_k)
+        else float("nan")
+    )
 
 
 def _samples(band: Band, quantity: str, compute_flops: float) -> Array | None:

@@ -60,9 +60,25 @@ class PowerLaw:
 
     exponent: float
     coefficient: float
+    log_coefficient: float | None = None
+    """ln of the coefficient, where that itself may have left float64 (a steep line through two near budgets)."""
+
+    @classmethod
+    def of_log(cls, exponent: float, log_coefficient: float) -> PowerLaw:
+        with np.errstate(over="ignore"):
+            return cls(exponent, float(np.exp(log_coefficient)), log_coefficient)
+
+    @property
+    def log_k(self) -> float:
+        """ln of the coefficient; -inf for a coefficient of 0."""
+        if self.log_coefficient is not None:
+            return self.log_coefficient
+        with np.errstate(divide="ignore"):
+            return float(np.log(self.coefficient))
 
     def __call__(self, x: Any) -> Any:
-        return self.coefficient * np.asarray(x, dtype=np.float64) ** self.exponent
+        with np.errstate(over="ignore"):
+            return np.exp(self.log_k + self.exponent * np.log(np.asarray(x, dtype=np.float64)))
 
 
 @dataclass(frozen=True)
@@ -189,9 +205,11 @@ class Band:
             from scaling_lab.analyse.bounded import bounded_tails
 
             tails = bounded_tails(at_zero, self.level)
-        # Infinite samples (a coefficient that overflowed) count as such: an end may be infinite, or NaN beside one.
-        with np.errstate(invalid="ignore"):
-            lo, hi = np.nanquantile(values, tails)
+        known = values[~np.isnan(values)]
+        # Infinite samples (a coefficient that overflowed) count as such: an end may be infinite. It is then a sample itself,
+        # since nothing lies between a finite and an infinite one (interpolation would give NaN).
+        method = "linear" if np.isfinite(known).all() else "inverted_cdf"
+        lo, hi = np.quantile(known, tails, method=method)
         return Interval(float(lo), float(hi))
 
     def standard_error(self, quantity: str) -> float | None:

@@ -139,8 +139,8 @@ def frontier_from(points: FrontierPoints, compute_range_flops: tuple[float, floa
     keep = keep[np.argsort(one.log_c[0][keep], kind="stable")]
     has_loss = bool(np.isfinite(q["loss_log_coefficient"]))
     return Frontier(
-        params=PowerLaw(q["params_exponent"], _exp(q["params_log_coefficient"])),
-        tokens=PowerLaw(q["tokens_exponent"], _exp(q["tokens_log_coefficient"])),
+        params=PowerLaw.of_log(q["params_exponent"], q["params_log_coefficient"]),
+        tokens=PowerLaw.of_log(q["tokens_exponent"], q["tokens_log_coefficient"]),
         compute_range_flops=compute_range_flops,
         compute_flops=np.exp(one.log_c[0][keep]),
         params_opt=np.exp(one.log_n[0][keep]),
@@ -153,12 +153,17 @@ def frontier_from(points: FrontierPoints, compute_range_flops: tuple[float, floa
 
 
 def at_compute(samples: Mapping[str, Array], compute_flops: float) -> dict[str, Array]:
-    """(samples,) each: params_opt, tokens_opt and loss_opt (never below 0) at a budget, from the samples' frontiers."""
+    """(samples,) each: params_opt, tokens_opt, tokens_per_param and loss_opt (never below 0) at a budget, from the samples'
+    frontiers."""
     log_c = np.log(compute_flops)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
+        log_n = samples["params_log_coefficient"] + samples["params_exponent"] * log_c
+        log_d = samples["tokens_log_coefficient"] + samples["tokens_exponent"] * log_c
         return {
-            "params_opt": np.exp(samples["params_log_coefficient"] + samples["params_exponent"] * log_c),
-            "tokens_opt": np.exp(samples["tokens_log_coefficient"] + samples["tokens_exponent"] * log_c),
+            "params_opt": np.exp(log_n),
+            "tokens_opt": np.exp(log_d),
+            # In logarithms: of two numbers that overflowed there is no quotient.
+            "tokens_per_param": np.exp(log_d - log_n),
             "loss_opt": np.maximum(
                 samples["loss_floor_nats"]
                 + np.exp(samples["loss_log_coefficient"] - samples["loss_exponent"] * log_c),

@@ -69,9 +69,7 @@ def predict(estimate: Estimate, band: Band | None, compute_flops: float) -> Pred
     lo, hi = frontier.compute_range_flops
     samples: dict[str, Array] = {}
     if band is not None and band.samples:
-        with np.errstate(invalid="ignore", over="ignore"):
-            samples = at_compute(band.samples, compute_flops)
-            samples["tokens_per_param"] = samples["tokens_opt"] / samples["params_opt"]
+        samples = at_compute(band.samples, compute_flops)
 
     def quantity(name: str, value: float) -> Quantity:
         return Quantity(value, replace(band, samples=samples).interval(name) if band is not None else None)

@@ -101,7 +101,8 @@ def fitting_table(
 def human_count(value: float) -> str:
     """12_345 as 12.3K: parameters and tokens."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= size:
+        # Beyond the last unit a power reads better, and infinitely many have none.
+        if size <= abs(value) < 1e16:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
 

@@ -134,6 +134,8 @@ def format_count(value: float) -> str:
     """Parameters and tokens: 640, 17k, 1.2M, 70B, 1.4T; three significant figures."""
     if value == 0:
         return "0"
+    if not math.isfinite(value):
+        return significant(value, 3)
     for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         # 999,950 rounds to 1.00M, not to 1000k.
         if abs(value) >= size * 0.9995:
@@ -145,6 +147,8 @@ def format_count(value: float) -> str:
 
 def significant(value: float, digits: int) -> str:
     """So many significant figures, without an exponent between a ten-thousandth and a million: 250, not 2.5e+02."""
+    if not math.isfinite(value):
+        return {math.inf: "∞", -math.inf: "−∞"}.get(value, "not known")
     text = f"{value:.{digits}g}"
     if "e" not in text:
         return text
@@ -156,6 +160,8 @@ def significant(value: float, digits: int) -> str:
 def _scientific(value: float, digits: int) -> str:
     if value == 0:
         return "0"
+    if not math.isfinite(value):
+        return significant(value, digits)
     mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
     mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
     return f"{mantissa}e{int(exponent)}"

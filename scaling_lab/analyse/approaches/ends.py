@@ -204,8 +204,8 @@ def ends_frontier(points: EndsPoints) -> Frontier:
         else np.full(c.size, np.nan)
     )
     return Frontier(
-        PowerLaw(a, float(np.exp(log_k))),
-        PowerLaw(b, float(np.exp(log_k_d))),
+        PowerLaw.of_log(a, log_k),
+        PowerLaw.of_log(b, log_k_d),
         (float(np.exp(c.min())), float(np.exp(c.max()))),
         np.exp(c),
         np.exp(points.log_n[0][order]),
@@ -260,7 +260,7 @@ def simulated_quantities(final: Observations, design: EndsDesign, draws: Draws) 
     truth, true_loss = fitted.frontier, fitted.frontier.loss
     out = {}
     for name, law in (("params", truth.params), ("tokens", truth.tokens)):
-        for part, true in (("exponent", law.exponent), ("log_coefficient", np.log(law.coefficient))):
+        for part, true in (("exponent", law.exponent), ("log_coefficient", law.log_k)):
             key = f"{name}_{part}"
             out[key] = estimate[key] + true - simulated[key]
     loss = here.floor_loss + true_loss(np.exp(here.floor_log_c)) - there.floor_loss

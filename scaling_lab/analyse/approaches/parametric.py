@@ -215,8 +215,8 @@ class Parametric:
         samples = {k: np.array(v) for k, v in q.items()}
         points = [at_compute(samples, x) for x in grid]
         return Frontier(
-            params=PowerLaw(q["params_exponent"], float(np.exp(q["params_log_coefficient"]))),
-            tokens=PowerLaw(q["tokens_exponent"], float(np.exp(q["tokens_log_coefficient"]))),
+            params=PowerLaw.of_log(q["params_exponent"], q["params_log_coefficient"]),
+            tokens=PowerLaw.of_log(q["tokens_exponent"], q["tokens_log_coefficient"]),
             compute_range_flops=compute,
             compute_flops=grid,
             params_opt=np.array([float(p["params_opt"]) for p in points]),
