@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -208,7 +208,7 @@ class Band:
         known = values[~np.isnan(values)]
         # Infinite samples (a coefficient that overflowed) count as such: an end may be infinite. It is then a sample itself,
         # since nothing lies between a finite and an infinite one (interpolation would give NaN).
-        method = "linear" if np.isfinite(known).all() else "inverted_cdf"
+        method: Literal["linear", "inverted_cdf"] = "linear" if np.isfinite(known).all() else "inverted_cdf"
         lo, hi = np.quantile(known, tails, method=method)
         return Interval(float(lo), float(hi))
 
