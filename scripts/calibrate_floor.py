@@ -43,7 +43,7 @@ def study_z(noise_nats: float, study: int, resamples: int) -> float | None:
     approach = Parametric()
     estimate = approach.estimate(points)
     band = bootstrap(approach, points, estimate, BootstrapSettings(resamples), study)
-    known = known_floor(points, estimate, band)
+    known = known_floor(points, approach, estimate, band)
     return None if known is None else known.z
 
 

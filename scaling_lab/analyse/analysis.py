@@ -173,7 +173,7 @@ def analyse(
         _law_comparison(points, s),
         _profile(points, estimates[2], s, weights),
         _tuning(tuned, points, s, approaches, estimates),
-        known_floor=known_floor(points, estimates[2], bands[2]),
+        known_floor=known_floor(points, Parametric(s.approach.parametric), estimates[2], bands[2], weights),
     )
 
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from scaling_lab.analyse.approaches.parametric import Parametric
 from scaling_lab.analyse.estimate import Array, Band, Estimate
+from scaling_lab.analyse.known_floor_error import floor_errors
 from scaling_lab.analyse.observations import Observations
 
 FLOOR = "floor_nats"
@@ -34,16 +36,20 @@ class KnownFloor:
     """E of the parametric fit; None where it has none."""
     interval: tuple[float, float] | None
     standard_error_nats: float | None
+    """How far a fitted E strays from the true one, on the side where this one lies."""
     compute_flops: Array
     """(points,) ascending: the frontier of the runs' ends, each point the lowest loss up to there."""
     reducible_nats: Array
     """(points,) loss less the floor."""
     line: ReducibleLine | None
     """The straight part; None with too few points."""
+    error_simulated: bool = False
+    """The standard error is that of fits to sweeps simulated at the true E (`known_floor_error`), for which z is calibrated;
+    otherwise the spread of the resamples."""
 
     @property
     def z(self) -> float | None:
-        """(fitted - true) / standard error."""
+        """How many standard errors the fitted E lies from the true one: (fitted - true) / standard error."""
         if self.fitted_nats is None or not self.standard_error_nats:
             return None
         return (self.fitted_nats - self.floor_nats) / self.standard_error_nats
@@ -69,14 +75,29 @@ class ReducibleLine:
         return np.asarray(np.exp(self.intercept - self.exponent * np.log(compute_flops)))
 
 
-def known_floor(observations: Observations, parametric: Estimate, band: Band) -> KnownFloor | None:
-    """None where the floor is not known, or the observations have different ones (different validation sets)."""
+def known_floor(
+    observations: Observations,
+    approach: Parametric,
+    parametric: Estimate,
+    band: Band,
+    weights: Array | None = None,
+) -> KnownFloor | None:
+    """None where the floor is not known, or the observations have different ones (different validation sets).
+
+    Args:
+        approach: what made `parametric` from the observations and `weights`, and `band` from their resamples.
+    """
     column = observations.extra.get(FLOOR)
     if column is None or not np.isfinite(column).all() or np.ptp(column) > 1e-9:
         return None
     floor = float(column[0])
     fit = parametric.fits[0] if parametric.fits else None
     interval = band.interval("E")
+    # Where the resamples tell nothing of E (none were asked for, it is not identified), neither would a simulation.
+    error, simulated = band.standard_error("E"), None
+    if fit is not None and error is not None:
+        errors = floor_errors(observations, approach, fit, floor, band.requested, band.seed, weights)
+        simulated = None if errors is None else errors.standard_error(fit.parameters["E"] - floor)
     compute, loss = loss_frontier(observations)
     above = loss > floor
     compute, reducible = compute[above], loss[above] - floor
@@ -84,10 +105,11 @@ def known_floor(observations: Observations, parametric: Estimate, band: Band) ->
         floor_nats=floor,
         fitted_nats=None if fit is None else fit.parameters.get("E"),
         interval=None if interval is None else (interval.lo, interval.hi),
-        standard_error_nats=band.standard_error("E"),
+        standard_error_nats=error if simulated is None else simulated,
         compute_flops=compute,
         reducible_nats=reducible,
         line=straight_line(compute, reducible),
+        error_simulated=simulated is not None,
     )
 
 
