@@ -67,6 +67,7 @@ def _known_floor(known: KnownFloor | None) -> dict[str, Any] | None:
         "fitted_nats": number(known.fitted_nats),
         "interval": None if known.interval is None else [number(end) for end in known.interval],
         "standard_error_nats": number(known.standard_error_nats),
+        "standard_error_simulated": known.error_simulated,
         "z": number(known.z),
         "reducible": [
             {"compute_flops": c, "loss_nats": r}

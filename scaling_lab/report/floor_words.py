@@ -8,6 +8,8 @@ from scaling_lab.analyse.known_floor import KnownFloor
 def floor_words(known: KnownFloor) -> str:
     """The true floor beside the fitted one, and how straight the reducible loss is."""
     said = [floor_line(known)]
+    if known.z is not None:
+        said.append(_error_sentence(known))
     line = known.line
     if line is None:
         said.append("Too few evaluations lie above the floor for a line.")
@@ -26,8 +28,20 @@ def floor_words(known: KnownFloor) -> str:
     return " ".join(said)
 
 
+def _error_sentence(known: KnownFloor) -> str:
+    """What the standard error of z is."""
+    assert known.z is not None
+    side = "below" if known.z < 0 else "above"
+    if known.error_simulated:
+        return (
+            f"One standard error, {known.standard_error_nats:.4f} nats, is how far E strays {side} the truth in sweeps "
+            "simulated with this very floor and the noise seen here."
+        )
+    return f"One standard error, {known.standard_error_nats:.4f} nats, is the spread of E over the resamples."
+
+
 def floor_line(known: KnownFloor) -> str:
-    """One sentence: true E, fitted E with its interval, z."""
+    """One sentence: true E, fitted E with its interval, and z, how many standard errors lie between them."""
     true = f"The corpus's true irreducible loss is {known.floor_nats:.4f} nats"
     if known.fitted_nats is None:
         return f"{true}; no law with an E was fitted."
