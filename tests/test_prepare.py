@@ -106,7 +106,7 @@ def test_the_hubs_loader_gives_the_same_tokens_as_the_file(tmp_path):
     ours = prepare(LocalText(path), tmp_path / "a", PrepareSettings())
     theirs = prepare(hub, tmp_path / "b", PrepareSettings())
     assert ours["content_sha256"] == theirs["content_sha256"]
-    with pytest.raises(UserError, match="text_column='body' is no column"):
+    with pytest.raises(UserError, match="text_column='body' is no text in .*row 0. It has: n, text"):
         list(HubText(str(tmp_path / "hub"), None, "body").documents())
 
 
@@ -206,7 +206,7 @@ def test_interrupted_between_batches_is_the_same_bytes(tmp_path, monkeypatch):
     while True:
         calls = 0
 
-        def stop_at_second(counts):
+        def stop_at_second(stage):
             nonlocal calls
             calls += 1
             if calls == 2:
@@ -231,7 +231,7 @@ def test_killed_while_a_file_was_put_in_place_or_while_tidying(tmp_path):
     prepare(source, tmp_path / "calm", PrepareSettings())
     out = tmp_path / "killed"
 
-    def stop(counts):
+    def stop(stage):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

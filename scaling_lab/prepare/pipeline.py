@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,9 +19,11 @@ from typing import Any, Protocol
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.files import remove_leftovers
 from scaling_lab.core.sources.prepared import META
+from scaling_lab.prepare.reading import Meter
 from scaling_lab.prepare.tokenizing import (
     BPE,
     BYTES,
+    SMALLEST_BPE,
     ByteTokens,
     TokenizerTokens,
     Tokens,
@@ -49,7 +52,28 @@ class Documents(Protocol):
 
     @property
     def name(self) -> str: ...
-    def documents(self, skip: int = 0) -> Iterator[str]: ...
+    def identity(self) -> dict[str, Any]: ...
+    def documents(self, skip: int = 0, meter: Meter | None = None) -> Iterator[str | None]: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How far a preparation is, for whoever shows it."""
+
+    doing: str
+    """One of the words below."""
+    tokens: int = 0
+    """Written so far, of both splits, an earlier attempt's too."""
+    share: float | None = None
+    """Of what is being done, in [0, 1]: of the source's bytes, or of `max_tokens`; None where nobody knows."""
+
+
+OPENING, TRAINING, TOKENISING, SUMMING = (
+    "reading",
+    "training the tokenizer",
+    "tokenising",
+    "writing checksums",
+)
 
 
 @dataclass(frozen=True)
@@ -78,13 +102,17 @@ class PrepareSettings:
             raise UserError(f"max_tokens={self.max_tokens} must be at least 1.")
         if not self.tokenizer_mb > 0:
             raise UserError(f"tokenizer_mb={self.tokenizer_mb!r} must be positive.")
+        if self.tokenizer == BPE and self.vocab_size < SMALLEST_BPE:
+            raise UserError(
+                f"vocab_size={self.vocab_size} must be at least {SMALLEST_BPE}: 256 bytes and the separator."
+            )
 
 
 def prepare(
     documents: Documents,
     out: Path,
     settings: PrepareSettings,
-    progress: Callable[[Counts], None] = lambda counts: None,
+    progress: Callable[[Stage], None] = lambda stage: None,
 ) -> dict[str, Any]:
     """Write the token files of `documents` to `out` and return the sidecar; what an earlier attempt wrote is kept.
 
@@ -94,18 +122,20 @@ def prepare(
     described = {"source": documents.name, **asdict(settings)}
     if (done := _ended_while_tidying(out)) is not None:
         return done
-    counts = _go_on(out, described)
-    tokens = open_tokenizer(documents, out, settings)
+    identity = documents.identity()
+    counts = _go_on(out, described, identity)
+    progress(Stage(OPENING, counts.tokens))
+    tokens = open_tokenizer(documents, out, settings, progress)
     dtype = "uint16" if tokens.vocab_size <= 1 << 16 else "uint32"
     writers = {
         name: ShardWriter(out, name, dtype, settings.shard_tokens, counts.split(name).tokens)
         for name in SPLITS
     }
     seen = _seen_before(out, counts.validation.documents)
-    last = time.monotonic()
+    last, meter = time.monotonic(), Meter()
     with open(out / HASHES, "ab") as hashes:
-        for looked_at, encoded in _encoded(documents.documents(skip=counts.documents_read), tokens, settings):
-            sides = _sort_out(looked_at, encoded, counts, seen, hashes)
+        for batch in _encoded(documents.documents(counts.documents_read, meter), meter, tokens, settings):
+            sides = _sort_out(batch, counts, seen, hashes, settings.max_tokens)
             for name, side in sides.items():
                 flat = tokens.flat(side, dtype)
                 writers[name].append(flat)
@@ -115,9 +145,9 @@ def prepare(
                 hashes.flush()
                 for writer in writers.values():
                     writer.flush()
-                save_progress(out, counts, described)
-                progress(counts)
+                save_progress(out, counts, described, identity)
                 last = time.monotonic()
+            progress(Stage(TOKENISING, counts.tokens, _share(batch.share, counts, settings)))
             if enough:
                 break
     for name in SPLITS:
@@ -126,6 +156,7 @@ def prepare(
                 f"{counts.documents_read:,} documents of {documents.name} leave the {name} split empty. Choices: more "
                 "text, or another validation_fraction."
             )
+    progress(Stage(SUMMING, counts.tokens))
     shards = {name: writer.close() for name, writer in writers.items()}
     described_tokenizer = {
         "name": tokens.name, "sha256": tokens.hash(), "separator": tokens.separator, "vocab_size": tokens.vocab_size,
@@ -148,8 +179,15 @@ def _ended_while_tidying(out: Path) -> dict[str, Any] | None:
     return meta
 
 
-def _go_on(out: Path, described: dict[str, Any]) -> Counts:
-    """What an interrupted preparation of the same settings has done; a new folder begins from nothing."""
+def _share(of_source: float | None, counts: Counts, settings: PrepareSettings) -> float | None:
+    """How much is done of what ends the preparation: the source, or enough tokens."""
+    of_tokens = None if settings.max_tokens is None else min(1.0, counts.train.tokens / settings.max_tokens)
+    known = [share for share in (of_source, of_tokens) if share is not None]
+    return max(known) if known else None
+
+
+def _go_on(out: Path, described: dict[str, Any], identity: dict[str, Any]) -> Counts:
+    """What an interrupted preparation of the same text and settings has done; a new folder begins from nothing."""
     if (out / META).exists():
         raise UserError(
             f"out={str(out)!r} holds a finished preparation already. Give another folder, or remove it."
@@ -157,26 +195,32 @@ def _go_on(out: Path, described: dict[str, Any]) -> Counts:
     if out.is_dir():
         remove_leftovers(out)
     begun = load_progress(out)
-    if begun is not None:
+    # An attempt that came to nothing (a wrong option, text that could not be read) binds nobody.
+    if begun is not None and begun[0].documents_read:
         counts, before = begun
-        different = [k for k in described if before.get(k) != described[k]]
+        now = described | identity
+        different = [k for k in now if before.get(k) != now[k]]
+        if different == ["files"]:
+            raise UserError(
+                f"out={str(out)!r} was begun when the files of {described['source']} were others, or older. Give another "
+                "folder, or remove it."
+            )
         if different:
             k = different[0]
             raise UserError(
-                f"out={str(out)!r} was begun with {k}={before.get(k)!r}, now it is {described[k]!r}. Give another folder, or "
+                f"out={str(out)!r} was begun with {k}={before.get(k)!r}, now it is {now[k]!r}. Give another folder, or "
                 "remove it."
             )
         return counts
-    if out.is_dir() and any(
-        p.name not in (HASHES, "tokenizer.json") and not _is_ours(p) for p in out.iterdir()
-    ):
+    known = (HASHES, "tokenizer.json", *((PROGRESS,) if begun else ()))
+    if out.is_dir() and any(p.name not in known and not _is_ours(p) for p in out.iterdir()):
         raise UserError(f"out={str(out)!r} is not empty and no preparation: give a new folder.")
     out.mkdir(parents=True, exist_ok=True)
     # Before the first progress nothing counts.
     (out / HASHES).unlink(missing_ok=True)
     (out / "tokenizer.json").unlink(missing_ok=True)
     counts = Counts()
-    save_progress(out, counts, described)
+    save_progress(out, counts, described, identity)
     return counts
 
 
@@ -184,14 +228,23 @@ def _is_ours(path: Path) -> bool:
     return path.suffix in (".bin", ".tmp") and path.name.startswith(SPLITS)
 
 
-def open_tokenizer(documents: Documents, out: Path, settings: PrepareSettings) -> Tokens:
+def open_tokenizer(
+    documents: Documents, out: Path, settings: PrepareSettings, progress: Callable[[Stage], None]
+) -> Tokens:
     """The tokenizer of the settings; one that is trained or fetched is kept as tokenizer.json."""
     if settings.tokenizer == BYTES:
         return ByteTokens()
     file = out / "tokenizer.json"
     if not file.exists():
         if settings.tokenizer == BPE:
-            train_bpe(documents.documents(), settings.vocab_size, settings.tokenizer_mb, file)
+            texts = (text for text in documents.documents() if text is not None)
+            train_bpe(
+                texts,
+                settings.vocab_size,
+                settings.tokenizer_mb,
+                file,
+                lambda share: progress(Stage(TRAINING, 0, share)),
+            )
         else:
             published_tokenizer(settings.tokenizer, file)
     return TokenizerTokens(file, settings.tokenizer)
@@ -207,9 +260,9 @@ class _LookedAt:
     side: str
 
 
-def _look_at(text: str, fraction: float) -> _LookedAt | None:
-    """None for a blank document."""
-    text = text.strip("\n")
+def _look_at(text: str | None, fraction: float) -> _LookedAt | None:
+    """None for a document without text, and a blank one."""
+    text = (text or "").strip("\n")
     if not text.strip():
         return None
     data = text.encode("utf-8", "replace")
@@ -218,33 +271,49 @@ def _look_at(text: str, fraction: float) -> _LookedAt | None:
     return _LookedAt(text, len(data), digest, side)
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Some documents, one after the other."""
+
+    without_text: int
+    """Rows that say that they have none."""
+    looked_at: list[_LookedAt | None]
+    encoded: Sequence[Any]
+    """Of those that are not blank, their tokens."""
+    share: float | None
+    """Of the source, up to the batch's end."""
+
+
 def _encoded(
-    documents: Iterator[str], tokens: Tokens, settings: PrepareSettings
-) -> Iterator[tuple[list[_LookedAt | None], Sequence[Any]]]:
-    """Batches of documents and, of those that are not blank, their tokens.
+    documents: Iterator[str | None], meter: Meter, tokens: Tokens, settings: PrepareSettings
+) -> Iterator[_Batch]:
+    """Batches of documents and their tokens.
 
     A batch is tokenised while the one before it is written and the one after it is read, so that the cores of a
     tokenizer need not wait for Python. Nothing here knows of another batch: what counts is decided by who takes them.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as pool:
-        ahead: tuple[list[_LookedAt | None], Future[Sequence[Any]]] | None = None
+        ahead: tuple[int, list[_LookedAt | None], Future[Sequence[Any]], float | None] | None = None
         for texts in _batches(documents):
             looked_at = [_look_at(text, settings.validation_fraction) for text in texts]
             future = pool.submit(tokens.encode, [each.text for each in looked_at if each])
             if ahead is not None:
-                yield ahead[0], ahead[1].result()
-            ahead = looked_at, future
+                yield _Batch(ahead[0], ahead[1], ahead[2].result(), ahead[3])
+            ahead = texts.count(None), looked_at, future, meter.share
         if ahead is not None:
-            yield ahead[0], ahead[1].result()
+            yield _Batch(ahead[0], ahead[1], ahead[2].result(), ahead[3])
 
 
 def _sort_out(
-    looked_at: list[_LookedAt | None], encoded: Sequence[Any], counts: Counts, seen: set[bytes], hashes: Any
+    batch: _Batch, counts: Counts, seen: set[bytes], hashes: Any, max_tokens: int | None
 ) -> dict[str, list[Any]]:
-    """Each document's tokens on the side that its content decides, but for copies within validation."""
+    """Each document's tokens on the side that its content decides, but for copies within validation and for training
+    documents after there are enough tokens."""
     sides: dict[str, list[Any]] = {name: [] for name in SPLITS}
-    tokens = iter(encoded)
-    for document in looked_at:
+    counts.without_text += batch.without_text
+    room = math.inf if max_tokens is None else max_tokens - counts.train.tokens
+    tokens = iter(batch.encoded)
+    for document in batch.looked_at:
         counts.documents_read += 1
         if document is None:
             continue
@@ -255,6 +324,10 @@ def _sort_out(
                 continue
             seen.add(document.digest)
             hashes.write(document.digest)
+        elif room <= 0:
+            continue
+        else:
+            room -= len(its_tokens) + 1
         sides[document.side].append(its_tokens)
         counts.split(document.side).documents += 1
         counts.split(document.side).bytes += document.n_bytes
@@ -269,14 +342,14 @@ def _seen_before(out: Path, documents: int) -> set[bytes]:
     return {data[i : i + 16] for i in range(0, len(data), 16)}
 
 
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+def _batches(documents: Iterator[str | None]) -> Iterator[list[str | None]]:
     """Documents a few at a time; where a batch ends depends on nothing but the documents since the first of it."""
     while True:
-        batch: list[str] = []
+        batch: list[str | None] = []
         size = 0
         for text in documents:
             batch.append(text)
-            size += len(text)
+            size += len(text or "")
             if len(batch) >= BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
                 break
         if not batch:

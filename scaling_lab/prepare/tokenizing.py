@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from scaling_lab.core.errors import UserError
 
 BYTES, BPE = "bytes", "bpe"
 SEPARATOR_NAME = "<|endoftext|>"
+# 256 bytes and the separator.
+SMALLEST_BPE = 257
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,19 @@ class TokenizerTokens:
 Tokens = ByteTokens | TokenizerTokens
 
 
-def train_bpe(documents: Iterable[str], vocab_size: int, train_mb: float, file: Path) -> None:
-    """Train a byte-level BPE on the first `train_mb` MB of the documents and write its tokenizer.json."""
+def train_bpe(
+    documents: Iterable[str],
+    vocab_size: int,
+    train_mb: float,
+    file: Path,
+    progress: Callable[[float | None], None] = lambda share: None,
+) -> None:
+    """Train a byte-level BPE on the first `train_mb` MB of the documents and write its tokenizer.json.
+
+    `progress` is told the share of that text that was read, and None when it is over and merges are being found.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < 257:
-        raise UserError(f"vocab_size={vocab_size} must be at least 257: 256 bytes and the separator.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -108,21 +117,25 @@ def train_bpe(documents: Iterable[str], vocab_size: int, train_mb: float, file: 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(up_to(documents, train_mb * 1e6), trainer)
+    tokenizer.train_from_iterator(up_to(documents, train_mb * 1e6, progress), trainer)
     temporary = file.with_suffix(".tmp")
     tokenizer.save(str(temporary))
     temporary.replace(file)
 
 
-def up_to(documents: Iterable[str], limit_bytes: float) -> Iterator[str]:
+def up_to(
+    documents: Iterable[str], limit_bytes: float, progress: Callable[[float | None], None] = lambda share: None
+) -> Iterator[str]:
     """Documents until so many bytes are reached."""
     total = 0
     for document in documents:
         text = document.encode("utf-8", "replace")
+        progress(min(1.0, total / limit_bytes))
         yield text.decode()
         total += len(text)
         if total >= limit_bytes:
-            return
+            break
+    progress(None)
 
 
 def published_tokenizer(name: str, file: Path) -> None:

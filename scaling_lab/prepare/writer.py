@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scaling_lab.core.errors import UserError
 from scaling_lab.core.files import write_atomic
 from scaling_lab.core.serial import dumps
 from scaling_lab.core.sources.prepared import META, META_VERSION, content_sha256, shard_sha256
 
 PROGRESS = "progress.json"
+# Of what `documents_read` counts: it changes where the same text would be other documents.
+PROGRESS_VERSION = 2
 SPLITS = ("train", "validation")
 
 
@@ -39,8 +42,15 @@ class Counts:
     documents_read: int = 0
     duplicates: int = 0
     """Validation documents that came again: left out."""
+    without_text: int = 0
+    """Rows whose text is null: left out."""
     train: SplitCount = field(default_factory=SplitCount)
     validation: SplitCount = field(default_factory=SplitCount)
+
+    @property
+    def tokens(self) -> int:
+        """Of both splits."""
+        return self.train.tokens + self.validation.tokens
 
     def split(self, name: str) -> SplitCount:
         return self.train if name == "train" else self.validation
@@ -98,19 +108,32 @@ class ShardWriter:
         return found
 
 
-def save_progress(folder: Path, counts: Counts, settings: dict[str, Any]) -> None:
-    write_atomic(folder / PROGRESS, dumps({"settings": settings, "counts": asdict(counts)}))
+def save_progress(
+    folder: Path, counts: Counts, settings: dict[str, Any], identity: dict[str, Any]
+) -> None:
+    """`settings` go into the sidecar in the end, what identifies the text does not: a copy of it is as good."""
+    data = {"version": PROGRESS_VERSION, "settings": settings, "identity": identity, "counts": asdict(counts)}
+    write_atomic(folder / PROGRESS, dumps(data))
 
 
 def load_progress(folder: Path) -> tuple[Counts, dict[str, Any]] | None:
-    """What an interrupted preparation had done, and its settings; None where there is none."""
+    """What an interrupted preparation had done, and its settings and text; None where there is none.
+
+    Raises `UserError` where another version of this package cut the same text into other documents.
+    """
     try:
         data = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-        raw = dict(data["counts"])
+        version, raw = data.get("version"), dict(data["counts"])
         train, validation = SplitCount(**raw.pop("train")), SplitCount(**raw.pop("validation"))
-        return Counts(**raw, train=train, validation=validation), dict(data["settings"])
-    except (OSError, ValueError, KeyError, TypeError):
+        counts, begun_with = Counts(**raw, train=train, validation=validation), dict(data["settings"])
+        begun_with |= data.get("identity", {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    if version != PROGRESS_VERSION:
+        raise UserError(
+            f"out={str(folder)!r} was begun by another version of scaling_lab. Give another folder, or remove it."
+        )
+    return counts, begun_with
 
 
 def write_meta(
@@ -133,6 +156,7 @@ def write_meta(
         "shard_tokens": shard_tokens,
         "documents_read": counts.documents_read,
         "duplicates": counts.duplicates,
+        "without_text": counts.without_text,
         "splits": {name: {**asdict(counts.split(name)), "shards": shards[name]} for name in SPLITS},
         "content_sha256": content_sha256([s["sha256"] for name in SPLITS for s in shards[name]]),
     }
