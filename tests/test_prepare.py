@@ -208,7 +208,7 @@ def test_interrupted_between_batches_is_the_same_bytes(tmp_path, monkeypatch):
 
         def stop_at_second(stage):
             nonlocal calls
-            calls += 1
+            calls += stage.doing == pipeline.TOKENISING
             if calls == 2:
                 raise Stop
 

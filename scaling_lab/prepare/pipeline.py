@@ -68,12 +68,8 @@ class Stage:
     """Of what is being done, in [0, 1]: of the source's bytes, or of `max_tokens`; None where nobody knows."""
 
 
-OPENING, TRAINING, TOKENISING, SUMMING = (
-    "reading",
-    "training the tokenizer",
-    "tokenising",
-    "writing checksums",
-)
+READING_FOR_BPE, TRAINING_BPE = "reading for the BPE", "training the BPE"
+OPENING, TOKENISING, SUMMING = "reading", "tokenising", "writing checksums"
 
 
 @dataclass(frozen=True)
@@ -243,7 +239,7 @@ def open_tokenizer(
                 settings.vocab_size,
                 settings.tokenizer_mb,
                 file,
-                lambda share: progress(Stage(TRAINING, 0, share)),
+                lambda share: progress(Stage(TRAINING_BPE if share is None else READING_FOR_BPE, 0, share)),
             )
         else:
             published_tokenizer(settings.tokenizer, file)

@@ -18,6 +18,8 @@ BYTES, BPE = "bytes", "bpe"
 SEPARATOR_NAME = "<|endoftext|>"
 # 256 bytes and the separator.
 SMALLEST_BPE = 257
+# While text for a BPE is read.
+TELL_EVERY_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -124,15 +126,19 @@ def train_bpe(
 
 
 def up_to(
-    documents: Iterable[str], limit_bytes: float, progress: Callable[[float | None], None] = lambda share: None
+    documents: Iterable[str],
+    limit_bytes: float,
+    progress: Callable[[float | None], None] = lambda share: None,
 ) -> Iterator[str]:
     """Documents until so many bytes are reached."""
-    total = 0
+    total, told = 0, 0
     for document in documents:
         text = document.encode("utf-8", "replace")
-        progress(min(1.0, total / limit_bytes))
         yield text.decode()
         total += len(text)
+        if total - told >= TELL_EVERY_BYTES:
+            told = total
+            progress(min(1.0, total / limit_bytes))
         if total >= limit_bytes:
             break
     progress(None)

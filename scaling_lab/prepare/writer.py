@@ -108,9 +108,7 @@ class ShardWriter:
         return found
 
 
-def save_progress(
-    folder: Path, counts: Counts, settings: dict[str, Any], identity: dict[str, Any]
-) -> None:
+def save_progress(folder: Path, counts: Counts, settings: dict[str, Any], identity: dict[str, Any]) -> None:
     """`settings` go into the sidecar in the end, what identifies the text does not: a copy of it is as good."""
     data = {"version": PROGRESS_VERSION, "settings": settings, "identity": identity, "counts": asdict(counts)}
     write_atomic(folder / PROGRESS, dumps(data))

@@ -1,24 +1,22 @@
-"""Owns `scaling-lab prepare-data`: text in, token files out, with a progress line."""
+"""Owns `scaling-lab prepare-data`: text in, token files out; and whether such files are still what was written."""
 
 from __future__ import annotations
 
 import json
 import shlex
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling_lab.cli.arguments import Arguments
 from scaling_lab.cli.compose import read_command
-from scaling_lab.cli.console import Console, human_count, human_time
+from scaling_lab.cli.console import Console, human_count
 from scaling_lab.cli.forms import Form, build, options_of
+from scaling_lab.cli.prepare_display import PrepareDisplay
 from scaling_lab.core.errors import UserError
 
 if TYPE_CHECKING:
     from scaling_lab.prepare.documents import HubText, LocalText
-    from scaling_lab.prepare.writer import Counts
 
 
 @dataclass(frozen=True)
@@ -56,11 +54,22 @@ def run(arguments: Arguments) -> int:
     name = Path(documents.name.replace("/", "-")).stem
     out = Path(chosen.out or f"prepared/{name}").expanduser()
     console = Console.for_flags(arguments.flags)
-    line = ProgressLine(console, documents.size_bytes(), settings.max_tokens)
-    meta = prepare(documents, out, settings, line.show)
-    line.close()
+    _refuse_out_within_text(chosen, out)
+    with PrepareDisplay.open(console, name) as display:
+        meta = prepare(documents, out, settings, display.show)
     tell(console, out, meta)
     return 0
+
+
+def _refuse_out_within_text(chosen: From, out: Path) -> None:
+    """What is written would be read as text."""
+    if chosen.path is None:
+        return
+    folder = Path(chosen.path).expanduser().resolve()
+    if folder.is_dir() and out.resolve().is_relative_to(folder):
+        raise UserError(
+            f"out={str(out)!r} lies in path={chosen.path!r}: its own files would be read as text. Give out=FOLDER elsewhere."
+        )
 
 
 def open_documents(chosen: From) -> LocalText | HubText:
@@ -78,42 +87,6 @@ def open_documents(chosen: From) -> LocalText | HubText:
     return LocalText(Path(chosen.path).expanduser(), chosen.text_column or "text", chosen.errors)
 
 
-class ProgressLine:
-    """One line on stderr: how much of the text is done, how fast, and how long it will take."""
-
-    def __init__(self, console: Console, size_bytes: int | None, max_tokens: int | None) -> None:
-        self._console, self._size_bytes, self._max_tokens = console, size_bytes, max_tokens
-        self._began: tuple[float, int] | None = None
-        self._live = sys.stderr.isatty() and not console.quiet
-
-    def show(self, counts: Counts) -> None:
-        tokens = counts.train.tokens + counts.validation.tokens
-        now = time.monotonic()
-        if self._began is None:
-            self._began = (now, tokens)
-        speed = (tokens - self._began[1]) / max(1e-9, now - self._began[0])
-        share = self._share(counts)
-        left = "" if share is None or not speed else f", ETA {human_time(tokens / speed * (1 / share - 1))}"
-        of = "" if share is None else f" ({share:.0%})"
-        text = f"{human_count(tokens)} tokens{of}, {human_count(speed)} tokens/s{left}"
-        if self._live:
-            sys.stderr.write(f"\r\x1b[K  {text}")
-            sys.stderr.flush()
-        elif not self._console.quiet:
-            self._console.note(text)
-
-    def _share(self, counts: Counts) -> float | None:
-        if self._max_tokens:
-            return min(1.0, max(1e-9, counts.train.tokens / self._max_tokens))
-        if self._size_bytes:
-            return min(1.0, max(1e-9, (counts.train.bytes + counts.validation.bytes) / self._size_bytes))
-        return None
-
-    def close(self) -> None:
-        if self._live:
-            sys.stderr.write("\r\x1b[K")
-
-
 def tell(console: Console, out: Path, meta: dict[str, Any]) -> None:
     """What was written, and what to do with it."""
     if console.json:
@@ -129,6 +102,8 @@ def tell(console: Console, out: Path, meta: dict[str, Any]) -> None:
         console.print(
             f"{meta['duplicates']:,} validation documents came again and were left out", markup=False
         )
+    if meta["without_text"]:
+        console.print(f"{meta['without_text']:,} rows have no text (null) and were left out", markup=False)
     console.print(
         f"{out}: vocabulary of {meta['vocab_size']:,}, {meta['dtype']}, {meta['tokenizer']['name']}",
         markup=False,
