@@ -4,8 +4,11 @@ models of a few thousand parameters are computed on one thread, which is faster,
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ.setdefault("SCALING_LAB_STRICT", "1")
+# What was checked is remembered, but not among what the user's own commands remember.
+os.environ.setdefault("SCALING_LAB_CACHE_DIR", os.path.join(tempfile.gettempdir(), "scaling_lab-tests"))
 # The width of the terminal that tests were started from is not theirs (pytest-xdist sets it in its workers).
 os.environ.pop("COLUMNS", None)
 # Read by torch and NumPy when they are imported, after this file.

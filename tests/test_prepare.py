@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import signal
 import subprocess
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from scaling_lab.core.errors import UserError
-from scaling_lab.core.sources.prepared import Prepared, content_check
+from scaling_lab.core.sources.prepared import Prepared, verify
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.prepare.documents import HubText, LocalText
 from scaling_lab.prepare.pipeline import PrepareSettings, prepare
@@ -59,7 +58,7 @@ def test_bytes_come_back_and_every_document_is_on_one_side(tmp_path):
     assert 40 < len(validation) < 130
     assert meta["duplicates"] + len(train) + len(validation) == len(texts)
     assert source.vocab_size == 257
-    assert content_check(str(tmp_path / "out")) == []
+    assert verify(str(tmp_path / "out")) == meta
     bytes_in, tokens = sum(map(len, validation)), sum(map(len, validation)) + len(validation)
     assert source.bytes_per_token == pytest.approx(bytes_in / tokens)
 
@@ -342,46 +341,6 @@ def test_one_giant_line_is_cut_and_kept_whole(tmp_path):
     assert len(parts) >= 4
     assert sum(map(len, parts)) == len(line)
     assert all(part.decode() in line for part in parts)
-
-
-def damage(folder: Path, what: str) -> None:
-    meta = json.loads((folder / "meta.json").read_text())
-    shard = folder / "train-00000.bin"
-    if what == "truncated":
-        os.truncate(shard, 100)
-    elif what == "missing":
-        shard.unlink()
-    elif what == "dtype":
-        meta["dtype"] = "float32"
-    elif what == "vocabulary":
-        meta["vocab_size"] = 1 << 20
-    elif what == "range":
-        meta["vocab_size"] = 60
-    elif what == "version":
-        meta["format_version"] = 99
-    elif what == "torn":
-        (folder / "meta.json").write_text("{")
-        return
-    (folder / "meta.json").write_text(json.dumps(meta))
-
-
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ("truncated", "has 100 bytes instead of"),
-        ("missing", "train-00000.bin is missing"),
-        ("dtype", "dtype 'float32'.*uint16, uint32"),
-        ("vocabulary", "1048576 does not fit dtype uint16"),
-        ("range", "token .* at index .* outside the vocabulary of 60"),
-        ("version", "format version 99"),
-        ("torn", "meta.json cannot be read"),
-    ],
-)
-def test_damaged_folders_are_one_clear_line(tmp_path, what, message):
-    prepare(LocalText(jsonl(tmp_path / "a.jsonl", TEXTS)), tmp_path / "out", PrepareSettings())
-    damage(tmp_path / "out", what)
-    with pytest.raises(UserError, match=message):
-        Prepared(str(tmp_path / "out")).tokens("train")
 
 
 def test_the_command_ends_with_what_to_do_next(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ class From:
     """Column of JSON lines and Parquet that holds the text; default: text"""
     errors: str = "strict"
     """What to do with text that is not UTF-8: strict (refuse) or replace"""
+    verify: str | None = None
+    """Nothing else: read the token files of this folder as a whole and say whether they are what was written"""
 
 
 def form(arguments: Arguments) -> Form:
@@ -47,13 +50,15 @@ def run(arguments: Arguments) -> int:
     command = read_command(arguments, None, lambda tree: form(arguments))
     names = set(options_of(From))
     chosen: From = build(From, {k: v for k, v in command.tree.items() if k in names})
+    console = Console.for_flags(arguments.flags)
+    if chosen.verify is not None:
+        return verify_folder(console, chosen.verify, command.tree)
     settings: PrepareSettings = build(
         PrepareSettings, {k: v for k, v in command.tree.items() if k not in names}
     )
     documents = open_documents(chosen)
     name = Path(documents.name.replace("/", "-")).stem
     out = Path(chosen.out or f"prepared/{name}").expanduser()
-    console = Console.for_flags(arguments.flags)
     _refuse_out_within_text(chosen, out)
     with PrepareDisplay.open(console, name) as display:
         meta = prepare(documents, out, settings, display.show)
@@ -70,6 +75,31 @@ def _refuse_out_within_text(chosen: From, out: Path) -> None:
         raise UserError(
             f"out={str(out)!r} lies in path={chosen.path!r}: its own files would be read as text. Give out=FOLDER elsewhere."
         )
+
+
+def verify_folder(console: Console, folder: str, given: Mapping[str, Any]) -> int:
+    """Say that a prepared folder is what was written. Raises `UserError` in one line where it is not."""
+    from scaling_lab.core.sources.prepared import verify
+
+    if others := sorted(key for key in given if key != "verify"):
+        raise UserError(f"verify={folder!r} goes alone: leave {', '.join(others)} out.")
+    meta = verify(folder)
+    if console.json:
+        print(json.dumps(meta, indent=1, allow_nan=False))
+        return 0
+    files = sum(len(split["shards"]) for split in meta["splits"].values())
+    tokens = sum(split["tokens"] for split in meta["splits"].values())
+    console.print(
+        f"{folder}: {files} files, {human_count(tokens)} tokens, each checksum as written, each token below "
+        f"{meta['vocab_size']:,}",
+        markup=False,
+    )
+    console.next_step(next_command(Path(folder)))
+    return 0
+
+
+def next_command(out: Path) -> str:
+    return f"scaling-lab plan sweep={out.resolve().name} data=prepared data.path={shlex.quote(str(out))}"
 
 
 def open_documents(chosen: From) -> LocalText | HubText:
@@ -108,5 +138,4 @@ def tell(console: Console, out: Path, meta: dict[str, Any]) -> None:
         f"{out}: vocabulary of {meta['vocab_size']:,}, {meta['dtype']}, {meta['tokenizer']['name']}",
         markup=False,
     )
-    where = shlex.quote(str(out))
-    console.next_step(f"scaling-lab plan sweep={Path(out).name} data=prepared data.path={where}")
+    console.next_step(next_command(out))

@@ -19,10 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling_lab.core.errors import UserError
+from scaling_lab.core.shard_check import Shard, find_fault
 
 META = "meta.json"
 META_VERSION = 1
 DTYPES = ("uint16", "uint32")
+SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,14 @@ class Prepared:
         return _splits(self)[0 if split == "train" else 1]
 
     def n_tokens(self, split: str) -> int:
-        return int(_meta(self)["splits"][split]["tokens"])
+        return self.tokens(split).size
 
     def fingerprint(self) -> str:
-        """sha256 over the shards' checksums: equal fingerprints mean the same tokens in the same order."""
+        """sha256 over the shards' checksums: equal fingerprints mean the same tokens in the same order.
+
+        Raises `UserError` where the shards are not what their checksums say.
+        """
+        _splits(self)
         return str(_meta(self)["content_sha256"])
 
 
@@ -118,30 +124,52 @@ def _meta(source: Prepared) -> dict[str, Any]:
             raise UserError(
                 f"data.path={source.path!r}: a vocabulary of {meta['vocab_size']} does not fit dtype {meta['dtype']}."
             )
-        _ = (
-            meta["content_sha256"],
-            meta["tokenizer"]["name"],
-            meta["tokenizer"]["sha256"],
-            meta["shard_tokens"],
-            meta["splits"]["train"],
-            meta["splits"]["validation"],
-        )
-    except (ValueError, KeyError, TypeError) as error:
+        _ = meta["tokenizer"]["name"], meta["tokenizer"]["sha256"]
+        if wrong := _contradiction(meta):
+            raise UserError(f"data.path={source.path!r}: {META} contradicts itself, {wrong}.")
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"data.path={source.path!r}: {META} cannot be read ({type(error).__name__}: {error})."
         ) from None
     return dict(meta)
 
 
+def _contradiction(meta: dict[str, Any]) -> str | None:
+    """What of a sidecar cannot be true at once; None where nothing."""
+    full = meta["shard_tokens"]
+    for split in SPLITS:
+        shards = meta["splits"][split]["shards"]
+        if len({s["file"] for s in shards}) < len(shards):
+            return f"a file is twice in the {split} split"
+        if any(s["tokens"] != full for s in shards[:-1]) or any(not 0 <= s["tokens"] <= full for s in shards):
+            return f"a shard of the {split} split has not shard_tokens={full} tokens"
+        if sum(s["tokens"] for s in shards) != meta["splits"][split]["tokens"]:
+            return f"the {split} split has not {meta['splits'][split]['tokens']} tokens"
+    if (
+        content_sha256([s["sha256"] for split in SPLITS for s in meta["splits"][split]["shards"]])
+        != (meta["content_sha256"])
+    ):
+        return "content_sha256 is not that of the shards' checksums"
+    return None
+
+
 @cache
 def _splits(source: Prepared) -> tuple[ShardedTokens, ShardedTokens]:
     meta = _meta(source)
-    return _open(source, meta, "train"), _open(source, meta, "validation")
+    shards = {split: _open(source, meta, split) for split in SPLITS}
+    _check(source, meta, shards, again=False)
+    train, validation = (
+        ShardedTokens([shard.tokens for shard in shards[split]], int(meta["shard_tokens"]))
+        for split in SPLITS
+    )
+    return train, validation
 
 
-def _open(source: Prepared, meta: dict[str, Any], split: str) -> ShardedTokens:
+def _open(source: Prepared, meta: dict[str, Any], split: str) -> list[Shard]:
     folder, dtype = Path(source.path).expanduser(), np.dtype(meta["dtype"]).newbyteorder("<")
-    shards: list[NDArray[np.integer]] = []
+    shards: list[Shard] = []
     for shard in meta["splits"][split]["shards"]:
         path = folder / shard["file"]
         wanted = shard["tokens"] * dtype.itemsize
@@ -150,25 +178,39 @@ def _open(source: Prepared, meta: dict[str, Any], split: str) -> ShardedTokens:
             state = "is missing" if found is None else f"has {found} bytes instead of {wanted}"
             raise UserError(f"data.path={source.path!r}: {shard['file']} {state}; prepare it again.")
         if shard["tokens"]:
-            shards.append(np.memmap(path, dtype=dtype, mode="r"))
+            shards.append(Shard(path, np.memmap(path, dtype=dtype, mode="r"), str(shard["sha256"])))
     if not shards:
         raise UserError(f"data.path={source.path!r}: the {split} split is empty.")
-    _check_range(source, shards, split, int(meta["vocab_size"]), int(meta["shard_tokens"]))
-    return ShardedTokens(shards, int(meta["shard_tokens"]))
+    return shards
 
 
-def _check_range(
-    source: Prepared, shards: list[NDArray[np.integer]], split: str, vocab_size: int, shard_tokens: int
-) -> None:
-    """The last shard's end is looked at: a whole check is `content_check`'s, which reads every byte."""
-    tail = np.asarray(shards[-1][-(1 << 20) :])
-    if tail.max() >= vocab_size:
-        first = int(np.flatnonzero(tail >= vocab_size)[0])
-        at = (len(shards) - 1) * shard_tokens + shards[-1].size - tail.size + first
+def _check(source: Prepared, meta: dict[str, Any], shards: dict[str, list[Shard]], *, again: bool) -> None:
+    """Raises `UserError` where a token is no row of the embedding, or a file not what was written."""
+    everything = [(split, k, shard) for split in SPLITS for k, shard in enumerate(shards[split])]
+    fault = find_fault([shard for _, _, shard in everything], int(meta["vocab_size"]), again=again)
+    if fault is None:
+        return
+    split, k, shard = everything[fault.shard]
+    if fault.index is None:
         raise UserError(
-            f"data.path={source.path!r}: token {int(tail[first])} at index {at} of the {split} split, outside the "
-            f"vocabulary of {vocab_size}."
+            f"data.path={source.path!r}: {shard.path.name} is not what was written (its checksum differs); prepare it again."
         )
+    at = k * int(meta["shard_tokens"]) + fault.index
+    raise UserError(
+        f"data.path={source.path!r}: token {fault.token} at index {at} of the {split} split ({shard.path.name}), outside the "
+        f"vocabulary of {meta['vocab_size']}."
+    )
+
+
+def verify(path: str) -> dict[str, Any]:
+    """Read a prepared folder as a whole, whatever was found before; its sidecar.
+
+    Raises `UserError` naming the first file that is not what was written, or the first token outside the vocabulary.
+    """
+    source = Prepared(path)
+    meta = _meta(source)
+    _check(source, meta, {split: _open(source, meta, split) for split in SPLITS}, again=True)
+    return meta
 
 
 def shard_sha256(path: Path) -> str:
@@ -180,14 +222,3 @@ def shard_sha256(path: Path) -> str:
 def content_sha256(shard_sums: list[str]) -> str:
     """One checksum over those of all shards, train first."""
     return hashlib.sha256("".join(shard_sums).encode()).hexdigest()
-
-
-def content_check(path: str) -> list[str]:
-    """What is wrong with a prepared folder, each shard read as a whole; empty where nothing is."""
-    source = Prepared(path)
-    meta, bad = _meta(source), []
-    for split in ("train", "validation"):
-        for shard in meta["splits"][split]["shards"]:
-            if shard_sha256(Path(path).expanduser() / shard["file"]) != shard["sha256"]:
-                bad.append(f"{shard['file']} is not what was written (its checksum differs)")
-    return bad
