@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from synthetic import synthetic_records
@@ -146,3 +148,20 @@ def test_too_few_points_are_not_identified_and_say_so() -> None:
     band = bootstrap(Parametric(), obs, estimate, BootstrapSettings(resamples=50), 0)
     assert band.interval("params_exponent") is None
     assert (band.message or "").startswith("No interval")
+
+
+def test_points_at_one_compute_do_not_show_how_the_optimum_grows() -> None:
+    # A single valley fixes a law's five numbers by its shape alone, and any exponent with them.
+    law = Truth(0.34, 0.28)
+    rng = np.random.default_rng(0)
+    for budgets, identified in (([1e18], False), ([1e18, 1.15e18], False), ([1e18, 2e18], True)):
+        clean = law.isoflop(np.array(budgets), np.geomspace(0.1, 10, 9))
+        noisy = replace(
+            clean, loss_nats=clean.loss_nats * np.exp(0.001 * rng.standard_normal(clean.n_points))
+        )
+        found = Parametric().estimate(noisy)
+        assert (found.frontier is not None) is identified
+        if not identified:
+            assert found.status is FitStatus.NOT_IDENTIFIED
+            assert "at one compute" in found.message
+            assert found.fits

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from scaling_lab.analyse.agreement import Agreement, agreement
-from scaling_lab.analyse.approaches import Parametric
+from scaling_lab.analyse.approaches import IsoFlop, Parametric
 from scaling_lab.analyse.caveats import caveats
 from scaling_lab.analyse.compare_laws import LawComparison, compare_laws
 from scaling_lab.analyse.estimate import Array, Band, Estimate, FitStatus
+from scaling_lab.analyse.grid_bias import bias_sentence, grid_bias
 from scaling_lab.analyse.known_floor import KnownFloor, known_floor
 from scaling_lab.analyse.laws import get_law, law_names
 from scaling_lab.analyse.observations import AS_GIVEN, Observations, from_table
@@ -154,6 +155,7 @@ def analyse(
     budgets = (*s.predict_flops, _NEXT_DECADE * float(points.compute_flops.max()))
     predictions = [predict(e, b, c) for c in sorted(set(budgets)) for e, b in zip(estimates, bands)]
     farthest = max(budgets) / float(points.compute_flops.max())
+    estimates = _with_bias(s, estimates, points, mean_compute)
     estimates = tuple(
         replace(e, diagnostics=(*e.diagnostics, *caveats(e, b, a.default_unit(points), farthest)))
         for a, e, b in zip(approaches, estimates, bands)
@@ -182,6 +184,19 @@ def anything_estimated(analysis: Analysis) -> bool:
     return any(
         e.status not in (FitStatus.NOT_APPLICABLE, FitStatus.NOT_IDENTIFIED) for e in analysis.estimates
     )
+
+
+def _with_bias(
+    settings: AnalysisSettings, estimates: tuple[Estimate, ...], points: Observations, compute_flops: float
+) -> tuple[Estimate, ...]:
+    """The estimates, IsoFLOP's with the bias of its grid among its diagnostics."""
+    envelope, found, fitted = estimates
+    isoflop, parametric = IsoFlop(settings.approach.isoflop), Parametric(settings.approach.parametric)
+    bias = grid_bias(isoflop, found, parametric, fitted, points, compute_flops)
+    if bias is None:
+        return estimates
+    sentence = bias_sentence(bias, found, settings.approach.isoflop.minimum)
+    return envelope, replace(found, diagnostics=(*found.diagnostics, sentence)), fitted
 
 
 def _law_comparison(points: Observations, settings: AnalysisSettings) -> LawComparison | None:

@@ -30,6 +30,8 @@ _BUDGETS = 12
 _SIZES = 160
 _BEYOND_LOG_N = 5.0
 _LARGEST_RESAMPLE = 4e8
+# A range of ln C that one budget may have, its runs off by 10% either way: within it an exponent rests on the law's form alone.
+_ONE_COMPUTE = 2 * np.log(1.1)
 # Fewer points than this a parameter make a small grid: the runs drawn anew leave whole flanks of it out.
 _POINTS_PER_PARAMETER = 10
 
@@ -98,6 +100,15 @@ class Parametric:
         if not _has_frontier(law):
             status = FitStatus.NOT_APPLICABLE if status is FitStatus.CONVERGED else status
             message = f"{law.title or law.name} has no compute-optimal frontier: it does not depend on both N and D. {message}"
+        elif (
+            status is not FitStatus.NOT_IDENTIFIED
+            and np.ptp(np.log(observations.compute_flops)) < _ONE_COMPUTE
+        ):
+            status = FitStatus.NOT_IDENTIFIED
+            message = (
+                "All points are at one compute: they show which size is best there, not how the best size grows with compute."
+                f" Runs at another budget would. (The fit itself: {message})"
+            )
         elif status is not FitStatus.NOT_IDENTIFIED:
             frontier = self._frontier(observations, law, result, notes)
             if frontier is None:
