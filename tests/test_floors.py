@@ -21,6 +21,7 @@ from scaling_lab.core.sources.context_tree import ContextTree, language_tables
 from scaling_lab.core.sources.mixture import Mixture
 from scaling_lab.core.sources.prepared import Prepared
 from scaling_lab.core.sources.pysource import PySource
+from scaling_lab.core.sources.tokens import TokenFile
 from scaling_lab.core.sources.zipf_facts import ZipfFacts
 from scaling_lab.core.spec import RunSpec
 from scaling_lab.core.store import RunStore
@@ -206,6 +207,16 @@ def test_bits_per_byte_by_hand(tmp_path):
     nats_per_byte = record.final_val_loss_nats * tokens.size / len(decoded.encode())
     assert record.metrics["bits_per_byte"] == pytest.approx(nats_per_byte / math.log(2), rel=1e-9)
     assert len(decoded.encode()) > 1.3 * tokens.size
+    # The same tokens as an array of the user's: known where the user says how many bytes they are.
+    np.asarray(source.tokens("train")).tofile(tmp_path / "train.bin")
+    tokens.tofile(tmp_path / "validation.bin")
+    mine = TokenFile(
+        str(tmp_path / "train.bin"), source.vocab_size, validation_path=str(tmp_path / "validation.bin")
+    )
+    known = replace(mine, bytes_per_token=len(decoded.encode()) / tokens.size)
+    said = train(RunStore(tmp_path / "runs"), replace(spec, data=known))
+    assert said.metrics["bits_per_byte"] == pytest.approx(record.metrics["bits_per_byte"], rel=1e-12)
+    assert "bits_per_byte" not in train(RunStore(tmp_path / "runs"), replace(spec, data=mine)).metrics
     # One byte is one token of Python source.
     text = train(RunStore(tmp_path / "runs"), tiny(3))
     assert text.spec.data == PySource()

@@ -81,6 +81,8 @@ def test_token_file_split_and_fingerprint(tmp_path):
         ),
         (lambda p: None, {"dtype": "float32"}, "data.dtype='float32'"),
         (lambda p: None, {"validation_fraction": 1.0}, "data.validation_fraction"),
+        (lambda p: None, {"bytes_per_token": 0.0}, "data.bytes_per_token=0.0 must be positive, or null"),
+        (lambda p: None, {"bytes_per_token": float("inf")}, "data.bytes_per_token=inf must be positive"),
     ],
 )
 def test_bad_token_files_are_one_line(tmp_path, make, options, named):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -34,6 +35,8 @@ class TokenFile:
     """Of a .bin file; a .npy file states its own."""
     column: str = ""
     """Of a .parquet file: the column that holds the tokens; empty: its only one of integers."""
+    bytes_per_token: float | None = None
+    """Bytes of the validation split's text over its tokens, for bits per byte; null: no text, or not known."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -44,6 +47,8 @@ class TokenFile:
             raise unknown("data.dtype", self.dtype, DTYPES)
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"data.validation_fraction={self.validation_fraction!r} must be in (0, 1).")
+        if self.bytes_per_token is not None and not 0 < self.bytes_per_token < math.inf:
+            raise UserError(f"data.bytes_per_token={self.bytes_per_token!r} must be positive, or null.")
         if self.vocab_size < 2:
             raise UserError(f"data.vocab_size={self.vocab_size!r} must be at least 2.")
 
@@ -68,10 +73,6 @@ class TokenFile:
                 "(only a file of uint8 has one by itself, 256)."
             )
         return {**options, "vocab_size": 256}
-
-    @property
-    def bytes_per_token(self) -> float | None:
-        return None
 
     def tokens(self, split: str) -> NDArray[np.integer]:
         """The split's token ids, 1-d, memory-mapped."""
