@@ -135,6 +135,31 @@ def test_a_file_that_ends_within_a_character_is_one_clear_line(tmp_path):
         list(LocalText(tmp_path / "a.txt").documents())
 
 
+def test_compressed_text_is_not_called_wrongly_encoded(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(b"\x1f\x8b\x08")
+    with pytest.raises(UserError, match="is compressed: unpack it first"):
+        LocalText(tmp_path / "a.txt.gz")
+
+
+def test_a_published_vocabulary_with_holes(tmp_path):
+    """The model has a row for the largest id, and the separator is no token of the text's."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"document": 0, "7": 40, "[unk]": 2}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[unk]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "holes.json"))
+    source = LocalText(jsonl(tmp_path / "a.jsonl", TEXTS))
+    settings = PrepareSettings(tokenizer=str(tmp_path / "holes.json"), validation_fraction=0.2)
+    meta = prepare(source, tmp_path / "out", settings)
+    assert meta["tokenizer"]["separator"] == 41
+    assert Prepared(str(tmp_path / "out")).vocab_size == 42
+    assert (
+        len(documents_of(Prepared(str(tmp_path / "out")), "train", 41))
+        == meta["splits"]["train"]["documents"]
+    )
+
+
 class Stop(Exception):
     pass
 

@@ -167,4 +167,4 @@ def test_the_command_verifies(folder):
     bad = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert bad.returncode == 2
     assert bad.stderr.count("\n") == 1
-    assert "train-00003.bin is not what was written" in bad.stderr
+    assert bad.stderr.startswith(f"error: verify='{folder}': train-00003.bin is not what was written")

@@ -39,6 +39,7 @@ ENDINGS = {
     ".json": "json",
     ".parquet": "parquet",
 }
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz")
 TEXT, JSON_LINES, PARQUET = "text", "json", "parquet"
 ENCODING_ERRORS = ("strict", "replace")
 
@@ -56,6 +57,10 @@ class LocalText:
             raise unknown("errors", self.errors, ENCODING_ERRORS)
         if not self.path.exists():
             raise UserError(f"path={str(self.path)!r}: there is no such file or folder.")
+        if self.path.is_file() and self.path.suffix.lower() in COMPRESSED:
+            raise UserError(
+                f"path={str(self.path)!r} is compressed: unpack it first. Choices: {', '.join(ENDINGS)}."
+            )
         if not self.files():
             raise UserError(f"path={str(self.path)!r} holds no file that ends in {', '.join(ENDINGS)}.")
 

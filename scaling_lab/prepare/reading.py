@@ -74,7 +74,8 @@ def json_rows(path: Path, errors: str, meter: Meter) -> Iterator[tuple[str, Any]
                 row = json.loads(line.decode("utf-8", errors))
             except (ValueError, RecursionError) as error:
                 raise UserError(
-                    f"path={str(path)!r}, line {number} is not a JSON object of its own: {' '.join(str(error).split())}."
+                    f"path={str(path)!r}, line {number} is not a JSON object of its own: {' '.join(str(error).split())}. "
+                    "JSON lines have one object on each line."
                 ) from None
             yield f"line {number}", row
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -71,13 +73,12 @@ class TokenizerTokens:
         self.name, self._hash = name, hashlib.sha256(file.read_bytes()).hexdigest()
         special = [SEPARATOR_NAME, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>"]
         found = [i for token in special if (i := self._tokenizer.token_to_id(token)) is not None]
-        self._extra = 0 if found else 1
-        self.separator = found[0] if found else self._tokenizer.get_vocab_size()
-
-    @property
-    def vocab_size(self) -> int:
+        # Not their number: a published vocabulary may have holes.
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        largest = max(ids, default=-1)
+        self.separator = found[0] if found else largest + 1
+        self.vocab_size = max(largest, self.separator) + 1
         """With the separator, where the tokenizer has none of its own."""
-        return int(self._tokenizer.get_vocab_size()) + self._extra
 
     def hash(self) -> str:
         return self._hash
@@ -153,10 +154,12 @@ def published_tokenizer(name: str, file: Path) -> None:
     try:
         from tokenizers import Tokenizer
 
+        # Its retries are many lines about what the one error says.
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
         Tokenizer.from_pretrained(name).save(str(file))
     except Exception as error:  # the hub's client has many kinds
         what = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"tokenizer={name!r} is no file and could not be read from the hub ({what[:160]}). "
+            f"tokenizer={name!r} is no file and could not be read from the hub ({shorten(what, 160, placeholder=' ...')}). "
             "Choices: bytes, bpe, a tokenizer.json, or a name on the hub."
         ) from None

@@ -83,7 +83,11 @@ def verify_folder(console: Console, folder: str, given: Mapping[str, Any]) -> in
 
     if others := sorted(key for key in given if key != "verify"):
         raise UserError(f"verify={folder!r} goes alone: leave {', '.join(others)} out.")
-    meta = verify(folder)
+    try:
+        meta = verify(folder)
+    except UserError as error:
+        # A source calls its folder data.path.
+        raise UserError(str(error).replace("data.path=", "verify=", 1)) from None
     if console.json:
         print(json.dumps(meta, indent=1, allow_nan=False))
         return 0
