@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from truth import Truth
 
-from scaling_lab.analyse.agreement import agreement
+from scaling_lab.analyse.agreement import agreement, explained
 from scaling_lab.analyse.approaches import IsoFlop, Parametric
 from scaling_lab.analyse.estimate import Array, Band, Estimate, FitStatus, Frontier, PowerLaw
 from scaling_lab.analyse.frontiers import fit_loss_curves
 from scaling_lab.analyse.observations import Observations
 from scaling_lab.analyse.predict import predict
 from scaling_lab.analyse.profiles import profile
+from scaling_lab.analyse.sensitivity import SensitivityRow
 from scaling_lab.analyse.uncertainty import UNITS, BootstrapSettings, Draws, NoInterval, bootstrap
 from scaling_lab.core.errors import UserError
 
@@ -326,3 +327,35 @@ def test_tokens_per_parameter_of_lines_that_overflow_is_known_from_their_logarit
     assert ratio.hi == pytest.approx(np.exp(3.0))
     assert size.hi == np.inf
     assert np.isfinite(size.lo)
+
+
+@pytest.mark.parametrize(("other", "says"), [(0.51, "minimum=akima"), (0.8, "No single other choice")])
+def test_a_disagreement_names_the_choice_that_explains_it(other: float, says: str) -> None:
+    c = np.array([1e18, 1e20])
+    rng = np.random.default_rng(0)
+
+    def of(name: str, a: float) -> tuple[Estimate, Band]:
+        frontier = Frontier(PowerLaw(a, 1.0), PowerLaw(1 - a, 1.0), (1e18, 1e20), c, c, c, c)
+        wobble = 0.01 * rng.standard_normal(200)
+        samples = {
+            "params_exponent": a + wobble,
+            "tokens_exponent": 1 - a - wobble,
+            "params_log_coefficient": wobble,
+        }
+        band = Band(name, 0.9, "run", "bootstrap", 200, 0, 0, samples)
+        return Estimate(name, FitStatus.CONVERGED, "m", frontier), band
+
+    estimates, bands = zip(of("isoflop", 0.7), of("parametric", 0.5))
+    found = agreement(estimates, bands, 1e19)
+    assert found.agree is False
+    rows = [
+        SensitivityRow("influence", "without run r0", "isoflop", "converged", 0.5, 0.5, -0.2),
+        SensitivityRow("method", "approach.isoflop.minimum=cubic", "isoflop", "converged", 0.66, 0.34, -0.04),
+        SensitivityRow(
+            "method", "approach.isoflop.minimum=akima", "isoflop", "converged", other, 1 - other, 0.0
+        ),
+    ]
+    message = explained(found, rows, estimates).message
+    assert message.startswith(found.message)
+    assert says in message
+    assert explained(found, [], estimates) == found

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
 
 from scaling_lab.analyse.estimate import Array, Band, Estimate, Interval
+from scaling_lab.analyse.sensitivity import SensitivityRow
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,33 @@ def _summary(
         + " ".join(r for r in reasons if r)
     ).strip()
     return Agreement(False, tuple(pairs), text)
+
+
+def explained(found: Agreement, rows: Sequence[SensitivityRow], estimates: Sequence[Estimate]) -> Agreement:
+    """A disagreement with the other choice that would explain it: the one of `rows` under which the two approaches that are
+    furthest apart come within their interval, or that none does. Anything else is returned as it is."""
+    apart = [p for p in found.pairs if p.agree is False and p.quantity != "log_params_opt"]
+    if not apart or not rows:
+        return found
+    worst = max(apart, key=_excess)
+    assert worst.interval is not None
+    base = {e.approach: _value(e, worst.quantity, 1.0) for e in estimates if e.frontier is not None}
+    other: dict[str, dict[str, float]] = {}
+    for row in rows:
+        value = getattr(row, worst.quantity)
+        if row.kind != "influence" and row.approach in worst.approaches and value is not None:
+            other.setdefault(row.choice, {})[row.approach] = value
+    one, two = worst.approaches
+    differences = {c: v.get(one, base[one]) - v.get(two, base[two]) for c, v in other.items()}
+    what = "N" if worst.quantity == "params_exponent" else "D"
+    closest = min(differences, key=lambda c: abs(differences[c]), default=None)
+    if closest is not None and abs(differences[closest]) <= worst.interval.width / 2:
+        text = f"With {closest} their exponents of {what} are {differences[closest]:+.3f} apart: that choice explains it."
+    else:
+        text = (
+            f"No single other choice that was tried (sensitivity) brings their exponents of {what} together."
+        )
+    return replace(found, message=f"{found.message} {text}")
 
 
 def _excess(pair: PairAgreement) -> float:

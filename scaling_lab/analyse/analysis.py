@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from scaling_lab.analyse.agreement import Agreement, agreement
+from scaling_lab.analyse.agreement import Agreement, agreement, explained
 from scaling_lab.analyse.approaches import IsoFlop, Parametric
 from scaling_lab.analyse.caveats import caveats
 from scaling_lab.analyse.compare_laws import LawComparison, compare_laws
@@ -160,6 +160,7 @@ def analyse(
         replace(e, diagnostics=(*e.diagnostics, *caveats(e, b, a.default_unit(points), farthest)))
         for a, e, b in zip(approaches, estimates, bands)
     )
+    others = sensitivity(approaches, estimates, points, weights) if s.sensitivity else ()
     return Analysis(
         observations,
         s,
@@ -167,8 +168,8 @@ def analyse(
         bands,
         mean_compute,
         tuple(predict(e, b, mean_compute) for e, b in zip(estimates, bands)),
-        agreement(estimates, bands, mean_compute),
-        sensitivity(approaches, estimates, points, weights) if s.sensitivity else (),
+        explained(agreement(estimates, bands, mean_compute), others, estimates),
+        others,
         backtest(approaches, points, s.bootstrap, s.seed, weights) if s.backtest else (),
         tuple(p for p in predictions if p is not None),
         skill_optima(observations, s, mean_compute),
