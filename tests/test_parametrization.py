@@ -348,6 +348,17 @@ def test_a_list_multiplies_a_plan(tmp_path, monkeypatch, capsys):
     assert kinds.count("completep") == kinds.count("standard")
 
 
+def test_a_list_of_corpora_is_refused_before_training(tmp_path, monkeypatch, capsys):
+    """Workers check one corpus a sweep, so that such a plan could not be trained."""
+    monkeypatch.chdir(tmp_path)
+    few = [word for word in TINY_PLAN if not word.startswith("data")]
+    assert main(["plan", *few, "data=zipf_facts", "data.facts=9", "data.slope=0.3,0.7"]) == 2
+    message = capsys.readouterr().err
+    assert "a sweep has one" in message
+    assert "data.slope: 0.3, 0.7" in message
+    assert not (tmp_path / "results/s/plan.json").exists()
+
+
 def test_an_experiments_lists_multiply_its_plan(tmp_path, monkeypatch):
     """experiment=lr_transfer plans every size under each parametrisation; a choice of the user's goes before its list."""
     monkeypatch.chdir(tmp_path)

@@ -18,6 +18,7 @@ from scaling_lab.core.spec import Plan, PlannedRun
 from scaling_lab.core.store import RunStore
 from scaling_lab.plan.design import make_plan
 from scaling_lab.plan.execution import executions
+from scaling_lab.plan.settings import SweepSettings
 
 # Options that say where, with what and for whom a sweep runs, not which runs it has.
 NOT_OF_THE_PLAN = frozenset({"sweep", "results_dir", "config_dir", "workers", "tracker", "run_ids", "retry"})
@@ -38,6 +39,12 @@ def make_merged_plan(trees: Sequence[Mapping[str, Any]], device: str | None = No
     plans = [make_plan(s) for s in settings]
     if len(plans) == 1:
         return plans[0]
+    if len({plan.data_fingerprint for plan in plans}) > 1:
+        # A worker checks its corpus against the plan's one fingerprint, and losses on different corpora make no law.
+        raise UserError(
+            f"sweep={names[0]}: its combinations train on different corpora, and a sweep has one. Plan a sweep for "
+            f"each, with a name of its own ({_differing_data(settings)})."
+        )
     runs = {run.run_id: run for plan in plans for run in plan.runs}
     if all(s.execution == settings[0].execution for s in settings):
         # Together, not each on its own: runs of several combinations may make a stack, or repay a compilation.
@@ -51,6 +58,13 @@ def make_merged_plan(trees: Sequence[Mapping[str, Any]], device: str | None = No
         notes=_once(line for plan in plans for line in plan.notes),
         settings={"combinations": [plan.settings for plan in plans]},
     )
+
+
+def _differing_data(settings: Sequence[SweepSettings]) -> str:
+    """The data options in which combinations differ, with their values."""
+    data = [to_dict(s.data) for s in settings]
+    values = {key: _once(json.dumps(each.get(key)) for each in data) for key in data[0]}
+    return "; ".join(f"data.{key}: {', '.join(found)}" for key, found in values.items() if len(found) > 1)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Owns how much of a world of facts a corpus shows: how often facts are stated, and what share of statements is then known.
 
 With Zipf frequencies of slope 0 every decade of frequency has the same mass of statements, so each tenfold of text adds the
-same share: the stylised table below, and the exact expectation for the facts of `zipf_facts`.
+same share: the stylised table below, and the exact expectation for the facts of `zipf_facts`, with its exponent in the text.
 """
 
 from __future__ import annotations
@@ -59,10 +59,32 @@ class DecadeWorld:
         return counts
 
 
-def expected_share_known(source: ZipfFacts, statements: int) -> float:
+def expected_share_known(source: ZipfFacts, statements: float) -> float:
     """Expected share of further statements whose fact is among `statements` seen: sum_k p_k (1 - (1 - p_k)^D), exactly."""
     p = source.probability(np.arange(1, source.facts + 1))
     return float(-(p * np.expm1(statements * np.log1p(-p))).sum())
+
+
+def expected_share_unknown(source: ZipfFacts, statements: float) -> float:
+    """1 - `expected_share_known`, without cancellation: sum_k p_k (1 - p_k)^D."""
+    p = source.probability(np.arange(1, source.facts + 1))
+    return float((p * np.exp(statements * np.log1p(-p))).sum())
+
+
+def unknown_exponent(source: ZipfFacts, statements: float) -> float:
+    """Local exponent of the unknown share in the corpus, -d ln(share unknown) / d ln D, at D = `statements`.
+
+    Between the most and the least frequent fact it is near `asymptotic_exponent`; where facts run out it is above.
+    """
+    p = source.probability(np.arange(1, source.facts + 1))
+    log_missed = np.log1p(-p)
+    unknown = p * np.exp(statements * log_missed)
+    return float(-statements * (unknown * log_missed).sum() / unknown.sum())
+
+
+def asymptotic_exponent(slope: float) -> float:
+    """s / (1 + s): the exponent in D for facts without end (Michaud et al. 2023, arXiv 2303.13506, section 2)."""
+    return slope / (1.0 + slope)
 
 
 def exposure_lines(world: DecadeWorld, corpora: Sequence[int], source: ZipfFacts) -> list[str]:

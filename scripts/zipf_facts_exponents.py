@@ -1,0 +1,155 @@
+#!/usr/bin/env python3
+"""Owns the check, by training, of the exponents in D that `data=zipf_facts` predicts (Michaud et al. 2023, arXiv 2303.13506).
+
+    python scripts/zipf_facts_exponents.py               trains what is missing (minutes on two cores), then writes
+    python scripts/zipf_facts_exponents.py --read DIR    from the sweeps that are there; trains nothing
+
+Trains experiment=zipf_facts_exponents at each slope of `SLOPES` and writes results/published/zipf_facts_exponents.txt and
+.png: what models do not know against D (1 - exact_match, and the loss of values), its exponent, and the predicted one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from scaling_lab.analyse.fact_exponents import Comparison, comparisons
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.record import RunRecord
+from scaling_lab.core.store import RunStore
+from scaling_lab.report.style import FIGURE_WIDTH, INK, figure_style, format_count, log_axis, significant
+from scaling_lab.report.svg import to_png
+
+ROOT = Path(__file__).resolve().parent.parent
+SLOPES = (0.3, 0.7)
+EXPERIMENT = "zipf_facts_exponents"
+COLOURS = ("#0072b2", "#d55e00", "#008f6b")
+TITLES = {
+    "1 - exact_match": "values not known, share",
+    "value_loss_nats": "loss of values, nats per token",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--read", type=Path, help="a results folder with the sweeps; trains nothing")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where to train")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "published")
+    parser.add_argument("--workers", type=int, help="processes that train (default: the sweep's own)")
+    options = parser.parse_args()
+    folder = options.read or options.results
+    if options.read is None:
+        for slope in SLOPES:
+            train(folder, slope, options.workers)
+    try:
+        records = [record for slope in SLOPES for record in finished(folder, slope)]
+        found = comparisons(records)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    text = table(found, records)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"{EXPERIMENT}.txt").write_text(text, encoding="utf-8")
+    with figure_style():
+        (options.out / f"{EXPERIMENT}.png").write_bytes(to_png(figure(found)))
+    print(text, end="")
+    return 0
+
+
+def sweep_name(slope: float) -> str:
+    """One corpus, one sweep."""
+    return f"{EXPERIMENT}-s{slope:g}"
+
+
+def train(folder: Path, slope: float, workers: int | None) -> None:
+    command = [sys.executable, "-m", "scaling_lab.cli.main", "sweep", f"experiment={EXPERIMENT}"]
+    command += [f"sweep={sweep_name(slope)}", f"data.slope={slope:g}", f"results_dir={folder}"]
+    command += [] if workers is None else [f"workers={workers}"]
+    subprocess.run(command, check=True)
+
+
+def finished(folder: Path, slope: float) -> list[RunRecord]:
+    """Records of one sweep. Raises `UserError` where it is missing or has runs that are not over."""
+    store = RunStore.for_sweep(folder, sweep_name(slope))
+    if not store.plan_path.exists():
+        raise UserError(f"{store.plan_path} does not exist: run the script without --read first.")
+    records = store.load_records(curve=False)[0]
+    missing = {run.run_id for run in store.read_plan().runs} - {record.run_id for record in records}
+    if missing:
+        raise UserError(
+            f"sweep={sweep_name(slope)} has {len(missing)} runs that are not over: run without --read first."
+        )
+    return records
+
+
+def table(found: Sequence[Comparison], records: Sequence[RunRecord]) -> str:
+    """What was measured and what was predicted, in words and numbers."""
+    shape, data = records[0].spec.shape, records[0].spec.data
+    devices = ", ".join(sorted({record.environment.device_name for record in records}))
+    lines = [
+        f"Exponents in D of data=zipf_facts by training (scripts/{Path(__file__).name})",
+        f"{datetime.date.today()}, revision {revision()}; {devices}",
+        f"{data.facts:,} facts, {data.symbols} letters; {shape.kind} of width {shape.width}, depth {shape.depth}, "
+        f"N = {records[0].spec.n_params():,.0f} (six_n_with_head); {len(records)} runs",
+        "exponent: -d ln(score) / d ln(D) by least squares over the runs, with its standard error; predicted: the same of the share",
+        "that was not among D / tau statements, tau fitted; local: predicted at the smallest and the largest D; s/(1+s): facts without end",
+        "",
+        f"{'slope s':<8}{'score':<17}{'measured':<16}{'predicted':>10}{'local':>17}{'s/(1+s)':>9}{'tau':>8}{'rms ln':>8}",
+    ]
+    for each in found:
+        local = "{:.3f} to {:.3f}".format(*each.local_exponents)
+        measured = f"{each.exponent.value:.3f} +- {each.exponent.standard_error:.3f}"
+        lines.append(
+            f"{each.source.slope:<8g}{each.score:<17}{measured:<16}{each.predicted_exponent:>10.3f}{local:>17}"
+            f"{each.asymptote:>9.3f}{each.scale:>8.2f}{each.rms_log:>8.3f}"
+        )
+    for each in found:
+        lines += [
+            "",
+            f"s = {each.source.slope:g}, {each.score}: D, measured, predicted, measured exponent from the D before",
+        ]
+        between = -np.diff(np.log(each.measured)) / np.diff(np.log(each.train_tokens))
+        for i, (d, y, p) in enumerate(zip(each.train_tokens, each.measured, each.predicted, strict=True)):
+            step = f"{between[i - 1]:>10.3f}" if i else ""
+            lines.append(f"{d:>12,.0f}{y:>12.5f}{p:>12.5f}{step}")
+    return "\n".join(lines) + "\n"
+
+
+def figure(found: Sequence[Comparison]) -> Figure:
+    """Each score against D: dots are runs, lines the prediction with its fitted scale, dashes s / (1 + s)."""
+    drawn = Figure(figsize=(FIGURE_WIDTH, 3.2))
+    for ax, score in zip(drawn.subplots(1, len(TITLES)), TITLES, strict=True):
+        for colour, each in zip(COLOURS, [c for c in found if c.score == score], strict=False):
+            d = each.train_tokens
+            label = f"s = {each.source.slope:g}: {each.exponent.value:.2f}, predicted {each.predicted_exponent:.2f}"
+            ax.plot(d, each.measured, "o", color=colour, label=label)
+            ax.plot(d, each.predicted, "-", color=colour)
+            ax.plot(d, each.predicted[0] * (d / d[0]) ** -each.asymptote, "--", color=colour, linewidth=0.9)
+        ax.set(title=TITLES[score], xlabel="D, training tokens")
+        values = np.concatenate([np.r_[c.measured, c.predicted] for c in found if c.score == score])
+        tokens = np.concatenate([c.train_tokens for c in found])
+        log_axis(ax, "x", tokens.min(), tokens.max(), format_count, most=5)
+        log_axis(ax, "y", values.min(), values.max(), lambda y: significant(y, 2))
+        ax.legend(fontsize=7.5, labelcolor=INK, frameon=False)
+    drawn.tight_layout()
+    return drawn
+
+
+def revision() -> str:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Tests of predicted exponents in D of facts: by hand, in the limit, recovered from their own curves, and by training."""
+
+from __future__ import annotations
+
+import math
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scaling_lab.analyse.fact_exponents import compare, exponent_of, fitted_scale
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.sources.zipf_facts import ZipfFacts
+from scaling_lab.core.zipf_exposure import (
+    asymptotic_exponent,
+    expected_share_known,
+    expected_share_unknown,
+    unknown_exponent,
+)
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "zipf_facts_exponents.py"
+FACTS = ZipfFacts(facts=2000, slope=0.5, symbols=50)
+HORIZONS = (1e4, 2e4, 4e4, 8e4, 1.6e5)
+
+
+def test_the_local_exponent_by_hand() -> None:
+    """Two facts of 2/3 and 1/3. Unknown after D: 2/3 (1/3)^D + 1/3 (2/3)^D, at D = 1 4/9, both terms 2/9."""
+    source = ZipfFacts(facts=2, symbols=2, slope=0.0)
+    assert expected_share_unknown(source, 1) == pytest.approx(4 / 9)
+    assert unknown_exponent(source, 1) == pytest.approx((math.log(3) + math.log(1.5)) / 2)
+    # At D = 2: 2/3 * 1/9 + 1/3 * 4/9 = 2/27 + 4/27.
+    wanted = 2 * (2 * math.log(3) + 4 * math.log(1.5)) / 6
+    assert unknown_exponent(source, 2) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("statements", [0.5, 300, 1e5])
+def test_the_local_exponent_is_the_slope_of_the_exact_share(statements: float) -> None:
+    unknown = [1 - expected_share_known(FACTS, statements * step) for step in (0.999, 1.001)]
+    wanted = -math.log(unknown[1] / unknown[0]) / math.log(1.001 / 0.999)
+    assert unknown_exponent(FACTS, statements) == pytest.approx(wanted, rel=1e-4)
+    assert expected_share_unknown(FACTS, statements) == pytest.approx(
+        1 - expected_share_known(FACTS, statements), rel=1e-9
+    )
+
+
+@pytest.mark.parametrize(("slope", "facts"), [(0.7, 262_144), (1.0, 262_144), (1.5, 10_000)])
+def test_many_facts_have_the_exponent_of_facts_without_end(slope: float, facts: int) -> None:
+    """Away from both ends. Probabilities are integers over 2^32, none below 1: steep laws with many facts end in a flat tail."""
+    source = ZipfFacts(facts=facts, slope=slope, symbols=512)
+    assert asymptotic_exponent(slope) == pytest.approx(slope / (1 + slope))
+    assert unknown_exponent(source, 3e4) == pytest.approx(asymptotic_exponent(slope), abs=0.01)
+    # With few facts left the curve falls faster than any power.
+    assert unknown_exponent(ZipfFacts(facts=100, slope=slope), 1e6) > 3
+
+
+def curve(scale: float, unit: float = 1.0) -> list[float]:
+    return [unit * expected_share_unknown(FACTS, d / FACTS.statement_tokens / scale) for d in HORIZONS]
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 7.0, 60.0])
+def test_a_curve_of_its_own_gives_back_its_scale(scale: float) -> None:
+    statements = np.array(HORIZONS) / FACTS.statement_tokens
+    assert fitted_scale(FACTS, statements, curve(scale)) == pytest.approx(scale, rel=1e-3)
+    found = compare(FACTS, HORIZONS[::-1], "1 - exact_match", curve(scale)[::-1])
+    assert list(found.train_tokens) == list(HORIZONS)
+    assert found.scale == pytest.approx(scale, rel=1e-3)
+    assert found.exponent.value == pytest.approx(found.predicted_exponent, abs=1e-4)
+    assert found.rms_log < 1e-3
+    low, high = found.local_exponents
+    assert low < found.predicted_exponent < high
+    # Who does not know a value's token pays ln(symbols) for it.
+    values = compare(FACTS, HORIZONS, "value_loss_nats", curve(scale, math.log(50)))
+    assert values.scale == pytest.approx(scale, rel=1e-3)
+
+
+def test_a_steeper_curve_is_not_explained_by_the_scale() -> None:
+    steep = compare(FACTS, HORIZONS, "1 - exact_match", [(d / 1e4) ** -0.9 for d in HORIZONS])
+    assert steep.exponent.value == pytest.approx(0.9)
+    assert steep.exponent.standard_error == pytest.approx(0, abs=1e-9)
+    assert steep.predicted_exponent < 0.7
+    assert steep.rms_log > 0.2
+
+
+def test_the_standard_error_by_hand() -> None:
+    # ln y over ln x = 0, 1, 2: 0, -1, -1. The line through them falls by 1/2; residuals 1/6, -1/3, 1/6.
+    found = exponent_of(np.exp([0, 1, 2]), np.exp([0, -1, -1]))
+    assert found.value == pytest.approx(0.5)
+    assert found.standard_error == pytest.approx(math.sqrt((1 / 36 + 1 / 9 + 1 / 36) / 1 / 2))
+
+
+def test_what_has_no_exponent_is_refused() -> None:
+    with pytest.raises(UserError, match="2 horizons, an exponent needs at least 3"):
+        compare(FACTS, [1e4, 2e4, 2e4], "1 - exact_match", [0.5, 0.4, 0.4])
+    with pytest.raises(UserError, match=r"1 - exact_match is 0 at D=2e\+04 tokens: raise eval.tokens"):
+        compare(FACTS, [1e4, 2e4, 4e4], "1 - exact_match", [0.5, 0.0, 0.1])
+    with pytest.raises(UserError, match="no scale from 0.01 to 1e\\+06"):
+        compare(FACTS, [1e4, 2e4, 4e4], "1 - exact_match", [1.0, 1.0, 1.0])
+
+
+def test_the_script_refuses_a_folder_without_sweeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [str(SCRIPT), "--read", str(tmp_path), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert stopped.value.code == 2
+    assert "does not exist: run the script without --read first" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
