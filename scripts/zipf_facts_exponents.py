@@ -78,12 +78,13 @@ def train(folder: Path, slope: float, workers: int | None) -> None:
 
 
 def finished(folder: Path, slope: float) -> list[RunRecord]:
-    """Records of one sweep. Raises `UserError` where it is missing or has runs that are not over."""
+    """Records of one sweep's plan. Raises `UserError` where it is missing or has runs that are not over."""
     store = RunStore.for_sweep(folder, sweep_name(slope))
     if not store.plan_path.exists():
         raise UserError(f"{store.plan_path} does not exist: run the script without --read first.")
-    records = store.load_records(curve=False)[0]
-    missing = {run.run_id for run in store.read_plan().runs} - {record.run_id for record in records}
+    planned = {run.run_id for run in store.read_plan().runs}
+    records = [record for record in store.load_records(curve=False)[0] if record.run_id in planned]
+    missing = planned - {record.run_id for record in records}
     if missing:
         raise UserError(
             f"sweep={sweep_name(slope)} has {len(missing)} runs that are not over: run without --read first."
