@@ -116,12 +116,12 @@ def table(found: Sequence[Comparison], records: Sequence[RunRecord]) -> str:
     for each in found:
         lines += [
             "",
-            f"s = {each.source.slope:g}, {each.score}: D, measured, predicted, measured exponent from the D before",
+            f"s = {each.source.slope:g}, {each.score}: D, measured, predicted, tau of this D alone, exponent from the D before",
         ]
         between = -np.diff(np.log(each.measured)) / np.diff(np.log(each.train_tokens))
         for i, (d, y, p) in enumerate(zip(each.train_tokens, each.measured, each.predicted, strict=True)):
             step = f"{between[i - 1]:>10.3f}" if i else ""
-            lines.append(f"{d:>12,.0f}{y:>12.5f}{p:>12.5f}{step}")
+            lines.append(f"{d:>12,.0f}{y:>12.5f}{p:>12.5f}{each.scale_of_each[i]:>10.1f}{step}")
     return "\n".join(lines) + "\n"
 
 

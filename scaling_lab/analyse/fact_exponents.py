@@ -53,6 +53,8 @@ class Comparison:
     """The same with the fitted scale, (n,)."""
     scale: float
     """tau."""
+    scale_of_each: NDArray[np.float64]
+    """The tau that each run alone would have, (n,): a constant where the prediction holds."""
     exponent: Exponent
     predicted_exponent: float
     """Of `predicted`, by the same least squares over the same D."""
@@ -129,6 +131,9 @@ def compare(
         measured=y,
         predicted=predicted,
         scale=tau,
+        scale_of_each=np.array(
+            [fitted_scale(source, [each], [share]) for each, share in zip(statements, y / unit, strict=True)]
+        ),
         exponent=exponent_of(d, y),
         predicted_exponent=exponent_of(d, predicted).value,
         local_exponents=(
