@@ -121,7 +121,9 @@ def table(found: Sequence[Comparison], records: Sequence[RunRecord]) -> str:
         between = -np.diff(np.log(each.measured)) / np.diff(np.log(each.train_tokens))
         for i, (d, y, p) in enumerate(zip(each.train_tokens, each.measured, each.predicted, strict=True)):
             step = f"{between[i - 1]:>10.3f}" if i else ""
-            lines.append(f"{d:>12,.0f}{y:>12.5f}{p:>12.5f}{each.scale_of_each[i]:>10.1f}{step}")
+            alone = each.scale_of_each[i]
+            tau = f"{'none':>10}" if alone is None else f"{alone:>10.1f}"
+            lines.append(f"{d:>12,.0f}{y:>12.5f}{p:>12.5f}{tau}{step}")
     return "\n".join(lines) + "\n"
 
 

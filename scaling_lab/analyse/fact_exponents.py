@@ -53,8 +53,8 @@ class Comparison:
     """The same with the fitted scale, (n,)."""
     scale: float
     """tau."""
-    scale_of_each: NDArray[np.float64]
-    """The tau that each run alone would have, (n,): a constant where the prediction holds."""
+    scale_of_each: tuple[float | None, ...]
+    """The tau that each run alone would have: a constant where the prediction holds; None for a run that no tau explains."""
     exponent: Exponent
     predicted_exponent: float
     """Of `predicted`, by the same least squares over the same D."""
@@ -104,6 +104,13 @@ def fitted_scale(source: ZipfFacts, statements: ArrayLike, unknown: ArrayLike) -
     return math.exp(float(found.x))
 
 
+def _scale_of_one(source: ZipfFacts, statements: float, unknown: float) -> float | None:
+    try:
+        return fitted_scale(source, [statements], [unknown])
+    except UserError:
+        return None
+
+
 def compare(
     source: ZipfFacts, train_tokens: Sequence[float], score: str, measured: Sequence[float]
 ) -> Comparison:
@@ -131,8 +138,8 @@ def compare(
         measured=y,
         predicted=predicted,
         scale=tau,
-        scale_of_each=np.array(
-            [fitted_scale(source, [each], [share]) for each, share in zip(statements, y / unit, strict=True)]
+        scale_of_each=tuple(
+            _scale_of_one(source, each, share) for each, share in zip(statements, y / unit, strict=True)
         ),
         exponent=exponent_of(d, y),
         predicted_exponent=exponent_of(d, predicted).value,
