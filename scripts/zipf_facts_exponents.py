@@ -143,7 +143,6 @@ def figure(found: Sequence[Comparison]) -> Figure:
         log_axis(ax, "x", tokens.min(), tokens.max(), format_count, most=5)
         log_axis(ax, "y", values.min(), values.max(), lambda y: significant(y, 2))
         ax.legend(fontsize=7.5, labelcolor=INK, frameon=False)
-    drawn.tight_layout()
     return drawn
 
 
