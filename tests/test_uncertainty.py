@@ -356,6 +356,6 @@ def test_a_disagreement_names_the_choice_that_explains_it(other: float, says: st
         ),
     ]
     message = explained(found, rows, estimates).message
-    assert message.startswith(found.message)
+    assert message.startswith(f"{found.message.rstrip('.')}. ")
     assert says in message
     assert explained(found, [], estimates) == found

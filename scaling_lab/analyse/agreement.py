@@ -108,7 +108,7 @@ def explained(found: Agreement, rows: Sequence[SensitivityRow], estimates: Seque
         text = (
             f"No single other choice that was tried (sensitivity) brings their exponents of {what} together."
         )
-    return replace(found, message=f"{found.message} {text}")
+    return replace(found, message=f"{found.message.rstrip('.')}. {text}")
 
 
 def _excess(pair: PairAgreement) -> float:
