@@ -96,9 +96,10 @@ def table(found: Sequence[Comparison], records: Sequence[RunRecord]) -> str:
     """What was measured and what was predicted, in words and numbers."""
     shape, data = records[0].spec.shape, records[0].spec.data
     devices = ", ".join(sorted({record.environment.device_name for record in records}))
+    trained_at = ", ".join(sorted({r.environment.git_revision or "an unknown revision" for r in records}))
     lines = [
         f"Exponents in D of data=zipf_facts by training (scripts/{Path(__file__).name})",
-        f"{datetime.date.today()}, revision {revision()}; {devices}",
+        f"{datetime.date.today()}, table made at revision {revision()}; runs trained at {trained_at}; {devices}",
         f"{data.facts:,} facts, {data.symbols} letters; {shape.kind} of width {shape.width}, depth {shape.depth}, "
         f"N = {records[0].spec.n_params():,.0f} (six_n_with_head); {len(records)} runs",
         "exponent: -d ln(score) / d ln(D) by least squares over the runs, with its standard error; predicted: the same of the share",

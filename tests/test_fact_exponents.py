@@ -1,4 +1,4 @@
-"""Tests of predicted exponents in D of facts: by hand, in the limit and recovered from their own curves."""
+"""Tests of predicted exponents in D of facts: by hand, in the limit, recovered from their own curves, and by training."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_train import tiny, train
 
-from scaling_lab.analyse.fact_exponents import compare, exponent_of, fitted_scale
+from scaling_lab.analyse.fact_exponents import compare, comparisons, exponent_of, fitted_scale
 from scaling_lab.core.errors import UserError
+from scaling_lab.core.evaluation import EvalSpec
+from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.zipf_facts import ZipfFacts
+from scaling_lab.core.spec import OptimizerSpec
+from scaling_lab.core.store import RunStore
 from scaling_lab.core.zipf_exposure import (
     asymptotic_exponent,
     expected_share_known,
@@ -113,3 +118,26 @@ def test_the_script_refuses_a_folder_without_sweeps(
     assert stopped.value.code == 2
     assert "does not exist: run the script without --read first" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_measured_exponents_order_as_predicted(tmp_path: Path) -> None:
+    """A small model at three horizons, two slopes: the steeper law is learned with the larger exponent, by both scores."""
+    context, batch = 24, 240
+    records = []
+    for slope in (0.2, 1.0):
+        source = ZipfFacts(facts=4096, slope=slope, symbols=64)
+        shape = GPTShape(width=32, depth=2, heads=2, context=context, vocab_size=source.vocab_size)
+        for steps in (250, 500, 1000):
+            spec = tiny(
+                steps, data=source, shape=shape, batch_tokens=batch, train_tokens=batch * steps,
+                optimizer=OptimizerSpec(peak_lr=0.01, weight_decay=0.0),
+                eval=EvalSpec(tokens=120_000, points=1, max_cost_fraction=9.0),
+            )  # fmt: skip
+            records.append(train(RunStore(tmp_path), spec))
+    found = {(each.score, each.source.slope): each for each in comparisons(records)}
+    assert len(found) == 4
+    for score in ("1 - exact_match", "value_loss_nats"):
+        flat, steep = found[score, 0.2], found[score, 1.0]
+        assert flat.predicted_exponent + 0.1 < steep.predicted_exponent
+        assert 0 < flat.exponent.value < steep.exponent.value - 0.1, (flat.exponent, steep.exponent)
