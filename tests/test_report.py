@@ -213,7 +213,7 @@ def test_table_of_runs_is_the_records(made: tuple[Path, Analysis, Page], records
         assert row[6] == f"{r.spec.train_tokens / r.spec.n_params():.3g}"
         assert row[8] == f"{r.spec.optimizer.peak_lr:.3g}"
         assert row[9] == f"{r.final_val_loss_nats:.4f} ± {r.final_val_loss_sem_nats:.4f}"
-        assert row[11] == f"{r.wall_time_s:.3g} s"
+        assert row[12] == f"{r.wall_time_s:.3g} s"
 
 
 def test_a_changed_record_changes_the_page(
@@ -226,13 +226,14 @@ def test_a_changed_record_changes_the_page(
     curve = (*last.curve[:-1], replace(last.curve[-1], val_loss_nats=last.final_val_loss_nats - 0.05))
     environment = replace(last.environment, device_name="another machine")
     other = replace(last, final_val_loss_nats=last.final_val_loss_nats - 0.05, curve=curve, environment=environment,
-                    wall_time_s=12345.0)  # fmt: skip
+                    wall_time_s=12345.0, metrics={"bits_per_byte": 1.23456})  # fmt: skip
     after, page = make([*records[:-1], other], tmp_path)
     shown = f"{other.final_val_loss_nats:.4f} ± "
     assert shown in page.text
     assert shown not in before_page.text
     assert "another machine" in page.text
     assert "1.23e+04 s" in page.text
+    assert next(row for row in page.table("Every run") if row[0] == last.run_id)[10] == "1.2346"
     old, new = before.estimate("isoflop").frontier, after.estimate("isoflop").frontier
     assert old is not None
     assert new is not None
@@ -275,8 +276,8 @@ def test_half_done_sweep_says_how_much_is_done(records: list[RunRecord], tmp_pat
     assert f"20 of {len(records)} runs are done" in page.text
     assert "1 run(s) diverged or failed" in page.text
     rows = {r[0]: r for r in page.table("Every run")[1:]}
-    assert rows[records[-1].run_id][10] == "not done yet"
-    assert rows[records[5].run_id][10].startswith("diverged: the training loss was not finite at step")
+    assert rows[records[-1].run_id][11] == "not done yet"
+    assert rows[records[5].run_id][11].startswith("diverged: the training loss was not finite at step")
     assert [r[0] for r in page.table("Left out")[1:]] == [records[5].run_id]
 
 

@@ -74,6 +74,7 @@ def test_online_everything_arrives(tmp_path, server):  # noqa: F811
     assert config["spec"] == spec.to_dict()
     assert run.summary["final_val_loss_nats"] == record.final_val_loss_nats
     assert run.summary["final_val_loss_sem_nats"] == record.final_val_loss_sem_nats
+    assert run.summary["bits_per_byte"] == record.metrics["bits_per_byte"]
     assert run.summary["status"] == "completed"
     # define_metric("*", step_metric="train_flops") as W&B keeps it: "5" is a position, from 1, in the list.
     metrics = run.config["_wandb"]["value"]["m"]

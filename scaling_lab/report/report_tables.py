@@ -265,6 +265,7 @@ def runs(analysis: Analysis | None, records: Sequence[RunRecord], plan: Plan | N
             epochs.of(r),
             f"{r.spec.optimizer.peak_lr:.3g}",
             loss,
+            _maybe(r.metrics.get("bits_per_byte"), "{:.4f}".format),
             status,
             f"{r.wall_time_s:.3g} s",
         )
@@ -278,14 +279,17 @@ def runs(analysis: Analysis | None, records: Sequence[RunRecord], plan: Plan | N
                 Row(
                     (p.run_id, format_flops(s.budget_flops), str(s.shape.width), str(s.shape.depth), format_count(n),
                      format_count(s.train_tokens), f"{s.train_tokens / n:.3g}", NOTHING,
-                     f"{s.optimizer.peak_lr:.3g}", NOTHING, "not done yet", NOTHING),
+                     f"{s.optimizer.peak_lr:.3g}", NOTHING, NOTHING, "not done yet", NOTHING),
                     "pending",
                 )
             )  # fmt: skip
     columns = ("run", "budget, FLOPs", "width", "depth", "N", "D", "D / N", "epochs", "peak LR",
-               "final loss ± SEM, nats", "status", "time")  # fmt: skip
-    note = "SEM: standard error of the loss over the validation set, not over seeds. " + epochs.note
-    return _limited(TextTable(columns, tuple(rows), frozenset(range(1, 10)) | {11}, note.strip()))
+               "final loss ± SEM, nats", "bits per byte", "status", "time")  # fmt: skip
+    note = (
+        "SEM: standard error of the loss over the validation set, not over seeds. Bits per byte compare tokenizers. "
+        + epochs.note
+    )
+    return _limited(TextTable(columns, tuple(rows), frozenset(range(1, 11)) | {12}, note.strip()))
 
 
 def _runs_of_table(analysis: Analysis) -> TextTable:

@@ -237,7 +237,7 @@ def point_metrics(point: EvalPoint) -> dict[str, float]:
 
 
 def record_summary(record: RunRecord) -> dict[str, Any]:
-    """What the table of runs shows of a run that is over."""
+    """What the table of runs shows of a run that is over: its loss, bits per byte, other distributions, ..."""
     return {
         "status": record.status.value,
         "reason": record.reason,
@@ -245,6 +245,7 @@ def record_summary(record: RunRecord) -> dict[str, Any]:
         "final_val_loss_sem_nats": record.final_val_loss_sem_nats,
         "wall_time_s": record.wall_time_s,
         "curve_points": record.curve_points,
+        **record.metrics,
     }
 
 
