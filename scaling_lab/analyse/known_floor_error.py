@@ -10,7 +10,7 @@ Two things make z = (fitted - true) / standard error have mean square 1 over swe
 
 - Both errors of E, the observed and the simulated, are divided by the noise scale of their own sweep, sqrt(SSE / (n - p)) of
   the least-squares fit with E free. As Student's ratio it does not depend on the unknown noise, only on where the points are.
-- E strays further below the truth than above, or less far: the standard error is the root mean square of the simulated
+- E does not stray equally far below the truth and above it: the standard error is the root mean square of the simulated
   errors on the fitted E's own side.
 """
 
