@@ -181,7 +181,7 @@ def test_former_owner_writes_into_nothing(store):
     new = store.start_curve(spec().run_id(), [point])
     old.write(curve_line(EvalPoint(99, 1, 1.0, 0.1, 9.0)))
     old.close()
-    new.write(curve_line(EvalPoint(2, 1024, 2.0, 0.1, 4.0, 4.5, 0.1, 3.0)))
+    new.write(curve_line(EvalPoint(2, 1024, 2.0, 0.1, 4.0, 4.5, 0.1, wall_time_s=3.0)))
     new.close()
     assert [p.step for p in store.read_curve(spec().run_id())] == [1, 2]
     assert store.read_curve(spec().run_id())[0] == point
