@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+from importlib import resources
 
+import jsonschema
 import numpy as np
 import pytest
 from truth import Truth
@@ -66,6 +69,37 @@ def test_the_sentence_stands_among_the_diagnostics_and_corrects() -> None:
     corrected = re.search(r"N as C\^(\d\.\d+)", plain)
     assert corrected is not None
     assert float(corrected[1]) == pytest.approx(LAW.a, abs=0.01)
+
+
+def test_analysis_json_has_the_bias_and_the_answer_without_it() -> None:
+    settings = AnalysisSettings(bootstrap=BootstrapSettings(resamples=0), sensitivity=False, backtest=False)
+    analysis = analyse(drifting(), settings)
+    data = json.loads(json.dumps(analysis.to_json_dict(), allow_nan=False))
+    schema = json.loads(
+        resources.files("scaling_lab.analyse").joinpath("analysis.schema.json").read_text("utf-8")
+    )
+    jsonschema.validate(data, schema)
+    envelope, isoflop, parametric = data["estimates"]
+    assert envelope["grid_bias"] is None
+    assert parametric["grid_bias"] is None
+    bias, corrected = isoflop["grid_bias"], isoflop["grid_bias"]["corrected"]
+    for name in ("params_exponent", "tokens_exponent"):
+        assert corrected[name] == pytest.approx(isoflop[name] - bias[name], abs=1e-12)
+    at = bias["compute_flops"]
+    assert at == isoflop["at_mean_compute"]["compute_flops"]
+    found = isoflop["at_mean_compute"]["params_opt"]["estimate"]
+    assert corrected["params_opt"] == pytest.approx(found * np.exp(-bias["log_params_opt"]))
+    assert corrected["params_exponent"] == pytest.approx(LAW.a, abs=2e-4)
+    assert corrected["tokens_exponent"] == pytest.approx(1 - LAW.a, abs=2e-4)
+    assert corrected["params_opt"] == pytest.approx(float(LAW.params_opt(at)), rel=2e-3)
+
+
+def test_a_bias_that_cannot_be_told_is_null() -> None:
+    settings = AnalysisSettings(bootstrap=BootstrapSettings(resamples=0), sensitivity=False, backtest=False)
+    obs = drifting()
+    one = obs.points(obs.budget_flops == BUDGETS[0])
+    data = analyse(one, settings).to_json_dict()
+    assert [e["grid_bias"] for e in data["estimates"]] == [None, None, None]
 
 
 def test_without_a_frontier_or_a_fit_there_is_no_bias() -> None:

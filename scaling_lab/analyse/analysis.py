@@ -22,7 +22,7 @@ from scaling_lab.analyse.approaches import IsoFlop, Parametric
 from scaling_lab.analyse.caveats import caveats
 from scaling_lab.analyse.compare_laws import LawComparison, compare_laws
 from scaling_lab.analyse.estimate import Array, Band, Estimate, FitStatus
-from scaling_lab.analyse.grid_bias import bias_sentence, grid_bias
+from scaling_lab.analyse.grid_bias import GridBias, bias_sentence, grid_bias
 from scaling_lab.analyse.known_floor import KnownFloor, known_floor
 from scaling_lab.analyse.laws import get_law, law_names
 from scaling_lab.analyse.observations import AS_GIVEN, Observations, from_table
@@ -72,6 +72,8 @@ class Analysis:
     """What the runs owe to their learning rates; None where no runs tell."""
     known_floor: KnownFloor | None = None
     """The true irreducible loss beside the fitted one (None where the corpus's entropy is not known)."""
+    grid_bias: GridBias | None = None
+    """The bias that IsoFLOP's sizes and budgets give it, under the fitted law; None where that cannot be told."""
 
     @cached_property
     def points(self) -> Observations:
@@ -155,7 +157,7 @@ def analyse(
     budgets = (*s.predict_flops, _NEXT_DECADE * float(points.compute_flops.max()))
     predictions = [predict(e, b, c) for c in sorted(set(budgets)) for e, b in zip(estimates, bands)]
     farthest = max(budgets) / float(points.compute_flops.max())
-    estimates = _with_bias(s, estimates, points, mean_compute)
+    estimates, bias = _with_bias(s, estimates, points, mean_compute)
     estimates = tuple(
         replace(e, diagnostics=(*e.diagnostics, *caveats(e, b, a.default_unit(points), farthest)))
         for a, e, b in zip(approaches, estimates, bands)
@@ -177,6 +179,7 @@ def analyse(
         _profile(points, estimates[2], s, weights),
         _tuning(tuned, points, s, approaches, estimates),
         known_floor=known_floor(points, Parametric(s.approach.parametric), estimates[2], bands[2], weights),
+        grid_bias=bias,
     )
 
 
@@ -189,15 +192,15 @@ def anything_estimated(analysis: Analysis) -> bool:
 
 def _with_bias(
     settings: AnalysisSettings, estimates: tuple[Estimate, ...], points: Observations, compute_flops: float
-) -> tuple[Estimate, ...]:
-    """The estimates, IsoFLOP's with the bias of its grid among its diagnostics."""
+) -> tuple[tuple[Estimate, ...], GridBias | None]:
+    """The estimates, IsoFLOP's with the bias of its grid among its diagnostics, and that bias."""
     envelope, found, fitted = estimates
     isoflop, parametric = IsoFlop(settings.approach.isoflop), Parametric(settings.approach.parametric)
     bias = grid_bias(isoflop, found, parametric, fitted, points, compute_flops)
     if bias is None:
-        return estimates
+        return estimates, None
     sentence = bias_sentence(bias, found, settings.approach.isoflop.minimum)
-    return envelope, replace(found, diagnostics=(*found.diagnostics, sentence)), fitted
+    return (envelope, replace(found, diagnostics=(*found.diagnostics, sentence)), fitted), bias
 
 
 def _law_comparison(points: Observations, settings: AnalysisSettings) -> LawComparison | None:

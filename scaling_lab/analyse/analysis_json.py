@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from scaling_lab.analyse.agreement import Agreement
 from scaling_lab.analyse.compare_laws import HeldOutError, LawComparison
 from scaling_lab.analyse.estimate import Band, BudgetOptimum, Estimate, Interval
+from scaling_lab.analyse.grid_bias import GridBias
 from scaling_lab.analyse.known_floor import KnownFloor
 from scaling_lab.analyse.observations import Observations
 from scaling_lab.analyse.predict import Backtest, Prediction, Quantity
@@ -44,6 +45,7 @@ def to_json_dict(
             {
                 **_estimate(e, b, p, analysis.mean_compute_flops),
                 "profile": _profile(analysis.profile) if e.approach == "parametric" else None,
+                "grid_bias": _grid_bias(analysis.grid_bias, e) if e.approach == "isoflop" else None,
             }
             for e, b, p in zip(analysis.estimates, analysis.bands, analysis.at_mean_compute)
         ],
@@ -206,6 +208,19 @@ def _profile(p: Profile | None) -> dict[str, Any] | None:
         "message": p.message,
         "intervals": {name: [number(ends.lo), number(ends.hi)] for name, ends in p.intervals.items()},
         "messages": {name: ends.message for name, ends in p.intervals.items() if ends.message},
+    }
+
+
+def _grid_bias(bias: GridBias | None, isoflop: Estimate) -> dict[str, Any] | None:
+    if bias is None:
+        return None
+    return {
+        "law": bias.law,
+        "compute_flops": bias.compute_flops,
+        "params_exponent": number(bias.params_exponent),
+        "tokens_exponent": number(bias.tokens_exponent),
+        "log_params_opt": number(bias.log_params_opt),
+        "corrected": {name: number(value) for name, value in vars(bias.corrected(isoflop)).items()},
     }
 
 

@@ -32,6 +32,30 @@ class GridBias:
     """ln of N_opt found over the law's own, at `compute_flops`."""
     compute_flops: float
 
+    def corrected(self, found: Estimate) -> Corrected:
+        """`found`, the estimate that this is the bias of, without it. It must have a frontier."""
+        assert found.frontier is not None
+        params, tokens = found.frontier.params, found.frontier.tokens
+        return Corrected(
+            params.exponent - self.params_exponent,
+            tokens.exponent - self.tokens_exponent,
+            float(params(self.compute_flops)) * float(np.exp(-self.log_params_opt)),
+        )
+
+    @property
+    def large(self) -> bool:
+        """Whether it is worth correcting."""
+        return abs(self.params_exponent) >= _BIASED_EXPONENT or abs(self.log_params_opt) >= _BIASED_SIZE
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """What IsoFLOP says without the bias of its grid: exponents, and N_opt (parameters) at the bias's `compute_flops`."""
+
+    params_exponent: float
+    tokens_exponent: float
+    params_opt: float
+
 
 def grid_bias(
     isoflop: IsoFlop,
@@ -75,15 +99,12 @@ def grid_bias(
 
 def bias_sentence(bias: GridBias, found: Estimate, minimum: str) -> str:
     """The bias and the estimate without it, for the estimate's diagnostics."""
-    assert found.frontier is not None
-    params, tokens = found.frontier.params, found.frontier.tokens
-    a, b = params.exponent - bias.params_exponent, tokens.exponent - bias.tokens_exponent
-    n = float(params(bias.compute_flops)) * np.exp(-bias.log_params_opt)
-    large = abs(bias.params_exponent) >= _BIASED_EXPONENT or abs(bias.log_params_opt) >= _BIASED_SIZE
-    verdict = "so its answer may be biased by that" if large else "which is little"
-    better = ", as minimum=shared largely does by itself" if large and minimum != "shared" else ""
+    better = bias.corrected(found)
+    verdict = "so its answer may be biased by that" if bias.large else "which is little"
+    also = ", as minimum=shared largely does by itself" if bias.large and minimum != "shared" else ""
     return (
         f"On noise-free losses of the fitted {bias.law} law, at these sizes and budgets, minimum={minimum} finds an exponent of N"
         f" {bias.params_exponent:+.4f} and an N_opt {np.expm1(bias.log_params_opt):+.1%} (at {bias.compute_flops:.2g} FLOPs) from the"
-        f" law's own, {verdict}. Corrected for it{better}: N as C^{a:.4f}, D as C^{b:.4f}, N_opt = {n:.3g}."
+        f" law's own, {verdict}. Corrected for it{also}: N as C^{better.params_exponent:.4f}, D as C^{better.tokens_exponent:.4f},"
+        f" N_opt = {better.params_opt:.3g}."
     )
