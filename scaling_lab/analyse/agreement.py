@@ -9,7 +9,11 @@ from itertools import combinations
 import numpy as np
 
 from scaling_lab.analyse.estimate import Array, Band, Estimate, Interval
+from scaling_lab.analyse.grid_bias import GridBias
 from scaling_lab.analyse.sensitivity import SensitivityRow
+
+_NO_CHOICE = "No single other choice that was tried"
+_EXPLAINS = "that choice explains it"
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,7 @@ def _summary(
     worst = max(apart, key=_excess)
     names = {"log_params_opt": "N_opt at the mean compute", "params_exponent": "the exponent of N"}
     what = names.get(worst.quantity, "the exponent of D")
-    size = (
-        f"a factor {np.exp(abs(worst.difference)):.2f}"
-        if worst.quantity == "log_params_opt"
-        else f"{worst.difference:+.3f}"
-    )
+    size = _size(worst.quantity, worst.difference)
     reasons = [_explanation(e) for e, _ in usable if e.approach in worst.approaches]
     text = (
         f"{worst.approaches[0]} and {worst.approaches[1]} disagree on {what} ({size}; beyond their intervals). "
@@ -84,14 +84,61 @@ def _summary(
     return Agreement(False, tuple(pairs), text)
 
 
-def explained(found: Agreement, rows: Sequence[SensitivityRow], estimates: Sequence[Estimate]) -> Agreement:
-    """A disagreement with the other choice that would explain it: the one of `rows` under which the two approaches that are
-    furthest apart come within their interval, or that none does. Anything else is returned as it is."""
-    apart = [p for p in found.pairs if p.agree is False and p.quantity != "log_params_opt"]
-    if not apart or not rows:
+def explained(
+    found: Agreement,
+    rows: Sequence[SensitivityRow],
+    estimates: Sequence[Estimate],
+    bias: GridBias | None = None,
+) -> Agreement:
+    """A disagreement with what would explain it, said of the two approaches that are furthest apart: the bias of IsoFLOP's
+    grid, the other choice of `rows` under which they come within their interval, or neither. Anything else is returned as it is.
+
+    Args:
+        bias: IsoFLOP's, under the fitted law, at the compute where `found` compares N_opt; None where it is not known.
+    """
+    worst = max((p for p in found.pairs if p.agree is False), key=_excess, default=None)
+    if worst is None:
         return found
-    worst = max(apart, key=_excess)
-    assert worst.interval is not None
+    apart = [p for p in found.pairs if p.agree is False and p.approaches == worst.approaches]
+    by_bias, is_explained = _bias_verdict(worst, apart, bias)
+    of_choices = max((p for p in apart if p.quantity != "log_params_opt"), key=_excess, default=None)
+    by_choice = "" if of_choices is None else _choice_verdict(of_choices, rows, estimates)
+    if is_explained:
+        by_choice = (
+            "" if by_choice.startswith(_NO_CHOICE) else by_choice.replace(_EXPLAINS, f"{_EXPLAINS} too")
+        )
+    reasons = " ".join(filter(None, (by_bias, by_choice)))
+    return replace(found, message=f"{found.message.rstrip('.')}. {reasons}") if reasons else found
+
+
+def _bias_verdict(
+    worst: PairAgreement, apart: Sequence[PairAgreement], bias: GridBias | None
+) -> tuple[str, bool]:
+    """What correcting IsoFLOP's bias does to a pair of approaches ('' where that says nothing), and whether it explains all
+    in which they are `apart`."""
+    if bias is None or not bias.large or "isoflop" not in worst.approaches:
+        return "", False
+    sign = 1.0 if worst.approaches[0] == "isoflop" else -1.0
+    left = {p.quantity: p.difference - sign * float(getattr(bias, p.quantity)) for p in apart}
+    if not np.isfinite(left[worst.quantity]):
+        return "", False
+    size = _size(worst.quantity, left[worst.quantity])
+    if all(abs(left[p.quantity]) <= _half_width(p) for p in apart):
+        return (
+            "The bias of IsoFLOP's sizes and budgets explains it: on noise-free losses of the fitted law it is off likewise;"
+            f" corrected for that (grid_bias), {size} remains."
+        ), True
+    return (
+        f"The bias of IsoFLOP's sizes and budgets does not explain it alone: corrected for it (grid_bias), {size} remains."
+    ), False
+
+
+def _choice_verdict(
+    worst: PairAgreement, rows: Sequence[SensitivityRow], estimates: Sequence[Estimate]
+) -> str:
+    """The other choice that brings a pair's exponents together, or that none does; '' where none was tried."""
+    if not rows:
+        return ""
     base = {e.approach: _value(e, worst.quantity, 1.0) for e in estimates if e.frontier is not None}
     other: dict[str, dict[str, float]] = {}
     for row in rows:
@@ -102,19 +149,26 @@ def explained(found: Agreement, rows: Sequence[SensitivityRow], estimates: Seque
     differences = {c: v.get(one, base[one]) - v.get(two, base[two]) for c, v in other.items()}
     what = "N" if worst.quantity == "params_exponent" else "D"
     closest = min(differences, key=lambda c: abs(differences[c]), default=None)
-    if closest is not None and abs(differences[closest]) <= worst.interval.width / 2:
-        text = f"With {closest} their exponents of {what} are {differences[closest]:+.3f} apart: that choice explains it."
-    else:
-        text = (
-            f"No single other choice that was tried (sensitivity) brings their exponents of {what} together."
-        )
-    return replace(found, message=f"{found.message.rstrip('.')}. {text}")
+    if closest is not None and abs(differences[closest]) <= _half_width(worst):
+        return f"With {closest} their exponents of {what} are {differences[closest]:+.3f} apart: {_EXPLAINS}."
+    return f"{_NO_CHOICE} (sensitivity) brings their exponents of {what} together."
+
+
+def _size(quantity: str, difference: float) -> str:
+    """A difference in words."""
+    if quantity == "log_params_opt":
+        return f"a factor {np.exp(abs(difference)):.2f}"
+    return f"{difference:+.3f}"
+
+
+def _half_width(pair: PairAgreement) -> float:
+    assert pair.interval is not None
+    return pair.interval.width / 2
 
 
 def _excess(pair: PairAgreement) -> float:
     """How many half-widths of its interval the difference is away from 0."""
-    assert pair.interval is not None
-    return abs(pair.difference) / max(pair.interval.width / 2, 1e-12)
+    return abs(pair.difference) / max(_half_width(pair), 1e-12)
 
 
 def _explanation(estimate: Estimate) -> str:

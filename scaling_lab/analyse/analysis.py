@@ -157,6 +157,7 @@ def analyse(
     budgets = (*s.predict_flops, _NEXT_DECADE * float(points.compute_flops.max()))
     predictions = [predict(e, b, c) for c in sorted(set(budgets)) for e, b in zip(estimates, bands)]
     farthest = max(budgets) / float(points.compute_flops.max())
+    compared = agreement(estimates, bands, mean_compute)
     estimates, bias = _with_bias(s, estimates, points, mean_compute)
     estimates = tuple(
         replace(e, diagnostics=(*e.diagnostics, *caveats(e, b, a.default_unit(points), farthest)))
@@ -170,7 +171,7 @@ def analyse(
         bands,
         mean_compute,
         tuple(predict(e, b, mean_compute) for e, b in zip(estimates, bands)),
-        explained(agreement(estimates, bands, mean_compute), others, estimates),
+        explained(compared, others, estimates, bias),
         others,
         backtest(approaches, points, s.bootstrap, s.seed, weights) if s.backtest else (),
         tuple(p for p in predictions if p is not None),
