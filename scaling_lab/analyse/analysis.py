@@ -96,13 +96,15 @@ class Analysis:
 
 
 def read_observations(path: str | Path, settings: AnalysisSettings | None = None) -> Observations:
-    """Observations from a CSV, Parquet, JSON or JSON-lines table, as the settings say (metric, where, columns, ...).
+    """Observations from a CSV, Parquet, JSON or JSON-lines table, as the settings say (metric, where, columns, units, ...).
 
     Raises:
         UserError: no such file, a missing column, too few usable rows.
     """
     s = settings or AnalysisSettings()
-    table = read_table(path, columns=s.columns, where=s.where, metric=s.metric, metrics=s.metrics)
+    table = read_table(
+        path, columns=s.columns, where=s.where, metric=s.metric, metrics=s.metrics, units=s.units
+    )
     return from_table(table, convention=s.convention or AS_GIVEN, strict=s.strict)
 
 

@@ -125,6 +125,7 @@ def _observations(obs: Observations, n_points: int) -> dict[str, Any]:
         "dropped": [
             {"run_id": d.run_id, "row": d.row, "reason": d.reason} for d in obs.dropped[:MAX_DROPPED_LISTED]
         ],
+        "units": {name: {"unit": u.name, "factor": u.factor} for name, u in obs.units.items()},
         "warnings": list(obs.warnings),
     }
 

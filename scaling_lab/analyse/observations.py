@@ -26,6 +26,7 @@ from scaling_lab.analyse.table_rows import (
     runs_of,
 )
 from scaling_lab.analyse.tables import Table, missing_column
+from scaling_lab.analyse.units import Unit
 from scaling_lab.core.counts import FLOPS_PER_PARAM_TOKEN, Convention
 from scaling_lab.core.errors import UserError, unknown
 
@@ -105,6 +106,8 @@ class Observations:
     column_curves: Mapping[str, Curves] = field(default_factory=dict)
     """By column of `extra`: the curves of a further loss, where they are not the points themselves. Of all runs under the
     source's own convention: a selection of runs has none."""
+    units: Mapping[str, Unit] = field(default_factory=dict)
+    """By column of the table: the unit it was read in, where one was given. The arrays here are converted already."""
 
     @classmethod
     def from_arrays(
@@ -338,6 +341,7 @@ def from_table(table: Table, *, convention: str = AS_GIVEN, strict: bool = False
         dropped,
         tuple(warnings),
         extra_columns(table, good),
+        units=table.units,
     )
 
 

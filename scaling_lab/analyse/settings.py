@@ -17,6 +17,7 @@ from scaling_lab.analyse.approaches import (
 from scaling_lab.analyse.laws import law_names
 from scaling_lab.analyse.observations import CONVENTIONS
 from scaling_lab.analyse.uncertainty import BootstrapSettings
+from scaling_lab.analyse.units import read_units
 from scaling_lab.core.errors import UserError, unknown
 
 POINTS = ("final", "all")
@@ -54,6 +55,9 @@ class AnalysisSettings:
     """COLUMN, COLUMN.min or COLUMN.max -> value."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Our name -> the table's."""
+    units: Mapping[str, Any] = field(default_factory=dict)
+    """Column -> its unit in the table: a number, K, M, B or T (FLOPs: PF-days too); nats or bits per token for losses. `where`
+    compares the numbers as they stand in the table."""
     convention: str | None = None
     """What N and C count; None is as_given for a table, and the plan's for a sweep."""
     weights: str | None = None
@@ -80,9 +84,15 @@ class AnalysisSettings:
             raise unknown("weights", self.weights, WEIGHTS)
         if self.convention is not None and self.convention not in CONVENTIONS:
             raise unknown("convention", self.convention, CONVENTIONS)
+        read_units(self.units, self.loss_columns)
         for law in self.compare_laws:
             if law != ALL_LAWS and law not in law_names():
                 raise unknown("compare_laws", law, (ALL_LAWS, *law_names()))
         for flops in self.predict_flops:
             if not flops > 0:
                 raise UserError(f"compute_flops={flops} must be positive.")
+
+    @property
+    def loss_columns(self) -> tuple[str, ...]:
+        """The columns of `metric` and `metrics`."""
+        return (*(() if self.metric is None else (self.metric,)), *self.metrics)

@@ -196,7 +196,7 @@ def oddities(table: Table, rows: Rows, run: NDArray[np.int64]) -> list[str]:
         if not 1 / _UNIT_FACTOR <= ratio <= _UNIT_FACTOR:
             found.append(
                 f"flops is about {ratio:.2g} times 6 params tokens: are the three in units of one parameter, one token"
-                " and one FLOP?"
+                " and one FLOP (else units.params=, units.tokens=, units.flops=)?"
             )
     return found
 

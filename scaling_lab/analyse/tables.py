@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling_lab.analyse.table_files import read_frame
+from scaling_lab.analyse.units import Unit, read_units, units_of_columns, units_sentence
 from scaling_lab.core.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ class Table:
     row: NDArray[np.int64]
     """(rows,) row number of each kept row in the file; the first row of data is 1."""
     notes: tuple[str, ...] = ()
+    units: Mapping[str, Unit] = field(default_factory=dict)
+    """By column, what `numbers` multiplies by; `cell` and `where` see the table's own numbers."""
 
     def has(self, name: str) -> bool:
         return name in self.frame.columns
@@ -75,7 +78,15 @@ class Table:
         return [str(c) for c in self.frame.columns]
 
     def numbers(self, name: str) -> NDArray[np.float64]:
-        """(rows,) a column as float64; cells that are not numbers are NaN."""
+        """(rows,) a column as float64, in one parameter, token, FLOP or nat; cells that are not numbers are NaN."""
+        values = self._as_written(name)
+        if name not in self.units:
+            return values
+        with np.errstate(over="ignore"):
+            return values * self.units[name].factor
+
+    def _as_written(self, name: str) -> NDArray[np.float64]:
+        """(rows,) a column as float64 in its own unit."""
         import pandas as pd
 
         column = self.frame[name]
@@ -113,6 +124,7 @@ def read_table(
     where: Mapping[str, Any] | None = None,
     metric: str | None = None,
     metrics: Sequence[str] = (),
+    units: Mapping[str, Any] | None = None,
 ) -> Table:
     """Read a table, rename its columns to ours and keep the rows that match.
 
@@ -122,9 +134,10 @@ def read_table(
         where: `COLUMN`, `COLUMN.min` or `COLUMN.max` -> value, by the table's own names (or ours after renaming).
         metric: the column to analyse in place of `loss`.
         metrics: further loss columns, made numbers; without a column `loss` the first one stands for it.
+        units: column (ours, or a metric) -> its unit (`units.read_units`).
 
     Raises:
-        UserError: no such file, not a table, an unknown column; the message names the file and the nearest column.
+        UserError: no such file, not a table, an unknown column or unit; the message names the file and the nearest column.
     """
     path = Path(path)
     frame, notes = read_frame(path)
@@ -145,10 +158,13 @@ def read_table(
         raise UserError(f"{path.name}: no row matches {wanted} ({len(frame)} rows read).")
     if not keep.all():  # (a copy of everything)
         frame, row = frame.loc[keep].reset_index(drop=True), row[keep]
-    table = Table(path.name, frame, row, tuple(notes))
+    found = _units(frame, units or {}, metric, metrics, path.name)
+    if found:
+        notes.append(units_sentence(found))
+    table = Table(path.name, frame, row, tuple(notes), found)
     if not metrics:
         return table
-    numbers = {name: table.numbers(name) for name in metrics}
+    numbers = {name: table._as_written(name) for name in metrics}
     if "loss" not in frame:
         numbers["loss"] = numbers[metrics[0]]
         notes.append(f"loss is not in the table: {metrics[0]} stands for it.")
@@ -174,6 +190,20 @@ def missing_column(name: str, table: Table, *, why: str = "") -> UserError:
     return UserError(
         f"{table.source} has no column {name!r}{why}; its columns are {_listed(table.names)}.{hint}"
     )
+
+
+def _units(
+    frame: pd.DataFrame, units: Mapping[str, Any], metric: str | None, metrics: Sequence[str], source: str
+) -> dict[str, Unit]:
+    """The unit of every column that has one; `UserError` for a unit of a column that the table lacks."""
+    given = read_units(units, (*metrics, *([] if metric is None else [metric])))
+    names = list(frame.columns)
+    for name, value in units.items():
+        if name not in names and not (name == "loss" and metrics):
+            raise UserError(
+                f"units.{name}={value}: {source} has no column {name!r}; its columns are {_listed(names)}."
+            )
+    return units_of_columns(given, names, metric, metrics)
 
 
 def _metric_column(metric: str, source: str, names: list[str], option: str = "metric") -> str:

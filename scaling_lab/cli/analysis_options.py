@@ -19,6 +19,7 @@ FREE = {
     "approach.parametric.law_options.": "an option of the law's own",
     "where.": "keep rows with this value; where.COLUMN.min= and where.COLUMN.max= keep a range",
     "columns.": "the table's name of a column of ours: params, tokens, flops, loss, run_id, ...",
+    "units.": "a column's unit: a number or K, M, B, T for params, tokens, flops (PF-days too); nats or bits for losses",
 }
 
 

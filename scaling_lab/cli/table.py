@@ -70,7 +70,8 @@ _ALL = (
         STUDY,
         frozenset({"json"}),
         "runs=FILE is CSV, Parquet, JSON records or JSON lines with columns run_id, params, tokens, flops, loss. "
-        "where.COLUMN=VALUE, where.COLUMN.min= and where.COLUMN.max= keep rows; columns.NAME=COLUMN renames. "
+        "where.COLUMN=VALUE, where.COLUMN.min= and where.COLUMN.max= keep rows; columns.NAME=COLUMN renames; "
+        "units.params=M units.tokens=B units.loss=bits say what a table counts in. "
         "Names and paths with spaces, '=', '/' or parentheses need no quotes beyond the shell's.",
     ),
     Command(

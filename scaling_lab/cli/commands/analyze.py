@@ -34,7 +34,7 @@ GENERATOR = b'<meta name="generator" content="scaling-lab">'
 NOT_OURS = object()
 # Options that decide which observations there are and how they are counted: a next command needs them too.
 CARRIED = ("convention", "points", "metric", "weights")
-CARRIED_UNDER = ("columns.", "where.", "approach.")
+CARRIED_UNDER = ("columns.", "units.", "where.", "approach.")
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,8 @@ def analyse_source(
         path = Path(where.runs).expanduser()
         console.note(f"reading {path}")
         return analyse(read_observations(path, settings), settings), []
-    for key, given in {"where.": settings.where, "columns.": settings.columns}.items():
+    for_tables = {"where.": settings.where, "columns.": settings.columns, "units.": settings.units}
+    for key, given in for_tables.items():
         if given:
             raise UserError(
                 f"{key}: this option is for tables (runs=FILE); of a sweep's records metric= and metrics= choose the loss."

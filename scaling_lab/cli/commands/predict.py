@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 
+from scaling_lab.analyse.units import units_sentence
 from scaling_lab.cli.analysis_options import analysis_form, analysis_settings, settle_where
 from scaling_lab.cli.arguments import Arguments
 from scaling_lab.cli.commands.analyze import Where, analyse_source, command_text
@@ -73,6 +74,8 @@ def run(arguments: Arguments) -> int:
         raise UserError(
             "no approach has a frontier to predict from: the data cannot carry one (see the warnings)."
         )
+    if analysis.observations.units:
+        console.print(f"  note: {units_sentence(analysis.observations.units)}", markup=False)
     console.print(predictions_table(wanted, analysis.bands[0].level))
     far = max(p.extrapolation_factor for p in wanted)
     if far > 100:
