@@ -268,19 +268,19 @@ def test_a_matrix_without_a_role_is_an_error():
 
 
 def test_the_recipes_lr_holds_at_the_base_shape():
-    """The default recipe's 1/width and muP's are one rule, applied once."""
+    """The recipe's width rule or muP's, never both."""
     wide, recipe, alone = GPTShape(width=256, depth=8, heads=16), DefaultRecipe(), SweepHorizons(1e6, 1e6)
     standard = decide(recipe, STANDARD, wide, 1e6, alone)
     assert standard == recipe.decide(wide, 1e6, alone)
-    assert standard.optimizer.peak_lr == pytest.approx(0.007 / 4)
+    assert standard.optimizer.peak_lr == pytest.approx(0.0075 / 4**0.67)
     mup = decide(recipe, MuP(), wide, 1e6, alone)
-    assert mup.optimizer.peak_lr == pytest.approx(0.007)
+    assert mup.optimizer.peak_lr == pytest.approx(0.0075)
     assert mup.batch_tokens == standard.batch_tokens
-    # What the hidden matrices get in the end is the same, the embeddings four times as much.
-    assert mup.optimizer.peak_lr * MuP().factors(Role.HIDDEN, wide).lr == pytest.approx(
-        standard.optimizer.peak_lr
+    # A quarter of it for the hidden matrices, at four times the base width.
+    assert MuP().factors(Role.HIDDEN, wide).lr == 1 / 4
+    assert decide(recipe, MuP(base_width=128), wide, 1e6, alone).optimizer.peak_lr == pytest.approx(
+        0.0075 / 2**0.67
     )
-    assert decide(recipe, MuP(base_width=128), wide, 1e6, alone).optimizer.peak_lr == pytest.approx(0.0035)
 
 
 def spec(**changes) -> RunSpec:

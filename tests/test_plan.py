@@ -132,7 +132,7 @@ def test_learning_rate_design_multiplies_what_the_recipe_says():
     assert len(specs) == 2 * 3 * 2 * 2
     assert {s.role for s in specs} == {"lr_sweep"}
     assert {s.seed_init for s in specs} == {0, 1}
-    for width, lr in ((16, 0.028), (64, 0.007)):
+    for width, lr in ((16, 0.0189854), (64, 0.0075)):
         at = [s for s in specs if s.shape.width == width]
         assert sorted({s.optimizer.peak_lr for s in at}) == pytest.approx([lr / 2, lr, lr * 2])
         small, large = sorted({s.batch_tokens for s in at})

@@ -105,7 +105,7 @@ def test_the_plan_holds_an_isoflop_grid_and_its_trunks():
         )  # fmt: skip
         assert run.spec.schedule.decay_fraction == pytest.approx(0.2, abs=2 / run.spec.steps)
         # Half of the cosine's peak.
-        assert trunk.optimizer.peak_lr == pytest.approx(0.007 * 64 / trunk.shape.width / 2)
+        assert trunk.optimizer.peak_lr == pytest.approx(0.0075 * (64 / trunk.shape.width) ** 0.67 / 2)
 
 
 def test_a_size_with_one_budget_is_one_run_without_a_trunk():
