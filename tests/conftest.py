@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import tempfile
 
+from hypothesis import settings
+
 os.environ.setdefault("SCALING_LAB_STRICT", "1")
 # What was checked is remembered, but not among what the user's own commands remember.
 os.environ.setdefault("SCALING_LAB_CACHE_DIR", os.path.join(tempfile.gettempdir(), "scaling_lab-tests"))
@@ -13,3 +15,7 @@ os.environ.setdefault("SCALING_LAB_CACHE_DIR", os.path.join(tempfile.gettempdir(
 os.environ.pop("COLUMNS", None)
 # Read by torch and NumPy when they are imported, after this file.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A machine that is busy is no failure: what takes too long ends by pytest's own timeout.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")

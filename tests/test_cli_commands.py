@@ -400,7 +400,7 @@ WORDS = st.one_of(
 
 
 # Not quickstart and sweep: they would train. Their arguments are read by the code that reads plan's.
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     command=st.sampled_from(
         ["plan", "train", "analyze", "predict", "status", "report", "nonsense", "--help"]

@@ -129,7 +129,7 @@ def test_no_general_purpose_optimiser_goes_lower(
 
 
 # -- independence of units, of sums or means, of the path -----------------------------------------------------------------
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     n_unit=st.floats(1e-9, 1e9),
     d_unit=st.floats(1e-12, 1e6),
