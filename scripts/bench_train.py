@@ -363,7 +363,7 @@ def ours_seconds(plan: Plan, folder: Path, cache: Path) -> float:
     began = time.perf_counter()
     begun = [
         subprocess.Popen(
-            [sys.executable, "-m", "scaling_lab.train.worker", str(folder)],
+            [sys.executable, "-P", "-m", "scaling_lab.train.worker", str(folder)],
             env=environment(execution.threads, cache),
             stderr=subprocess.DEVNULL,
         )

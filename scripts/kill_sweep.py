@@ -209,7 +209,7 @@ class Sweep:
             with open(self.log, "ab") as log:
                 self.commands.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "scaling_lab.cli.main", "sweep", f"sweep={self.folder.name}",
+                        [sys.executable, "-P", "-m", "scaling_lab.cli.main", "sweep", f"sweep={self.folder.name}",
                          f"results_dir={self.results}", *STUDY.split(), "workers=1", "hydra.launcher.max_attempts=1000"],
                         env=environment, stdout=log, stderr=log, start_new_session=True,
                     )
@@ -303,7 +303,7 @@ def draw(rng: random.Random, weights: Mapping[T, int]) -> T:
 def analysis_of(results: Path, sweep: str) -> dict[str, object]:
     """What `scaling-lab analyze` prints about a sweep, without what it says about itself."""
     done = subprocess.run(
-        [sys.executable, "-m", "scaling_lab.cli.main", "analyze", f"sweep={sweep}", f"results_dir={results}", *ANALYSIS],
+        [sys.executable, "-P", "-m", "scaling_lab.cli.main", "analyze", f"sweep={sweep}", f"results_dir={results}", *ANALYSIS],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
@@ -314,7 +314,7 @@ def analysis_of(results: Path, sweep: str) -> dict[str, object]:
 def undisturbed(results: Path) -> dict[str, RunRecord]:
     """The same sweep, left alone."""
     argv = ["sweep", "sweep=whole", f"results_dir={results}", *STUDY.split(), "workers=2", "--quiet"]
-    subprocess.run([sys.executable, "-m", "scaling_lab.cli.main", *argv], check=True)
+    subprocess.run([sys.executable, "-P", "-m", "scaling_lab.cli.main", *argv], check=True)
     records, problems = RunStore(results / "whole").load_records()
     assert not problems
     return {record.run_id: record for record in records}

@@ -62,7 +62,7 @@ def main() -> int:
     folder = options.read or options.results
     if options.read is None:
         for sweep, design in SWEEPS.items():
-            command = [sys.executable, "-m", "scaling_lab.cli.main", "sweep", f"sweep={sweep}"]
+            command = [sys.executable, "-P", "-m", "scaling_lab.cli.main", "sweep", f"sweep={sweep}"]
             command += [f"results_dir={folder}", "design=learning_rate", *design]
             subprocess.run(command, check=True)
     runs, device = read(folder)

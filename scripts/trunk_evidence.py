@@ -45,7 +45,7 @@ def main() -> int:
     folder = options.read or options.results
     if options.read is None:
         for sweep, design in SWEEPS.items():
-            command = [sys.executable, "-m", "scaling_lab.cli.main", "sweep", f"sweep={sweep}"]
+            command = [sys.executable, "-P", "-m", "scaling_lab.cli.main", "sweep", f"sweep={sweep}"]
             subprocess.run([*command, f"results_dir={folder}", *design], check=True)
     stores = [RunStore(folder / sweep) for sweep in SWEEPS]
     text = report(*(store.load_records()[0] for store in stores))

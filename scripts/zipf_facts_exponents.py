@@ -71,7 +71,7 @@ def sweep_name(slope: float) -> str:
 
 
 def train(folder: Path, slope: float, workers: int | None) -> None:
-    command = [sys.executable, "-m", "scaling_lab.cli.main", "sweep", f"experiment={EXPERIMENT}"]
+    command = [sys.executable, "-P", "-m", "scaling_lab.cli.main", "sweep", f"experiment={EXPERIMENT}"]
     command += [f"sweep={sweep_name(slope)}", f"data.slope={slope:g}", f"results_dir={folder}"]
     command += [] if workers is None else [f"workers={workers}"]
     subprocess.run(command, check=True)

@@ -189,3 +189,12 @@ def test_impossible_options_are_refused(tmp_path):
     _, err = sweep.communicate(timeout=60)
     assert sweep.returncode == 2
     assert err.startswith("error: hydra.launcher.max_attempts=0")
+
+
+def test_a_clone_in_the_working_folder_hides_nothing_from_the_workers(tmp_path):
+    """Python would take a folder of this name for the package, as it looks into the working folder first."""
+    (tmp_path / "scaling_lab/scaling_lab").mkdir(parents=True)
+    command = [str(Path(sys.executable).parent / "scaling-lab"), "sweep", *TINY, "design.budgets_flops=[1e8]"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 of 4 runs completed" in done.stdout

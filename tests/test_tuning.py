@@ -275,6 +275,18 @@ def test_a_best_setting_at_the_edge_gives_no_debt_there():
     assert np.isnan(samples).all()
 
 
+def test_a_size_tuned_at_another_batch_alone_says_so():
+    """Its reference is interpolated from other sizes, and none of its runs has that batch."""
+    n, c = grid()
+    tuned = lr_sweep()
+    other = np.where(tuned.n_params < n.min() + 1, 2048.0, 512.0)
+    sweep = trained(n, c, used_lr(n)).at(n > n.min() + 1)
+    tuning, _ = measure(sweep, replace(tuned, batch_tokens=other))
+    assert (tuning.cells[0].status, tuning.cells[0].debt_nats) == ("too_few", None)
+    assert "0 settings are near enough" in tuning.cells[0].message
+    assert np.isfinite(tuning.debt_nats).all()
+
+
 def test_nothing_to_measure_with_is_one_line():
     n, c = grid()
     with pytest.raises(UserError, match="learning-rate sweep has no completed run"):

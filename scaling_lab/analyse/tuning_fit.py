@@ -83,7 +83,7 @@ def features(x: Array) -> Array:
 def why_no_bowl(x: Array) -> str | None:
     """Why the settings `x` (runs, dims) determine no quadratic; None where they do."""
     matrix = features(x)
-    distinct = int(settings_of(x).max()) + 1
+    distinct = len(np.unique(settings_of(x)))
     if distinct < matrix.shape[1]:
         return f"{distinct} settings are near enough, {matrix.shape[1]} are needed"
     if np.linalg.matrix_rank(matrix) < matrix.shape[1]:

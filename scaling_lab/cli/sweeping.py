@@ -54,6 +54,16 @@ def open_session(new: Session) -> Iterator[Session]:
         _session.pop()
 
 
+WHILE_LAUNCHING = {
+    # Without it Hydra prints its own error block and exits 1; with it the exception comes to us.
+    "HYDRA_FULL_ERROR": "1",
+    # For the workers, and through sbatch for a cluster's jobs: Python would look for modules in the working folder first, and
+    # a clone in it, a folder named scaling_lab, hides the package of an editable installation.
+    "PYTHONSAFEPATH": "1",
+}
+"""Environment variables that are set while runs are launched; what the launchers start inherits them."""
+
+
 def run_multirun(
     command: Command, config_name: str, job: Callable[[Any], Any], *, extra: Sequence[str] = ()
 ) -> None:
@@ -66,9 +76,9 @@ def run_multirun(
     decorated = hydra.main(version_base="1.3", config_path=str(builtin_folder()), config_name=config_name)(
         job
     )
-    old_argv, old_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    # Without it Hydra prints its own error block and exits 1; with it the exception comes to us.
-    sys.argv, os.environ["HYDRA_FULL_ERROR"] = argv, "1"
+    old_argv, old_environment = sys.argv, {name: os.environ.get(name) for name in WHILE_LAUNCHING}
+    sys.argv = argv
+    os.environ.update(WHILE_LAUNCHING)
     own = None if command.config_dir is None else Path(command.config_dir).expanduser()
     try:
         with own_configs(own):
@@ -87,10 +97,11 @@ def run_multirun(
         raise UserError(f"Hydra refuses: {first_line(error)}") from error
     finally:
         sys.argv = old_argv
-        if old_error is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = old_error
+        for name, value in old_environment.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _extras() -> list[str]:
