@@ -9,12 +9,12 @@ import pytest
 from synthetic import synthetic_records
 
 from scaling_lab.analyse.approaches import Envelope, EnvelopeSettings
-from scaling_lab.analyse.approaches.ends import design_of, ends_points
+from scaling_lab.analyse.approaches.ends import design_of, ends_points, simulated_quantities
 from scaling_lab.analyse.calibration import LAWS, Cell, simulate
 from scaling_lab.analyse.estimate import FitStatus
 from scaling_lab.analyse.observations import Observations
 from scaling_lab.analyse.record_observations import observations_from_records
-from scaling_lab.analyse.uncertainty import BootstrapSettings, bootstrap
+from scaling_lab.analyse.uncertainty import BootstrapSettings, NoInterval, bootstrap
 from scaling_lab.core.errors import UserError
 
 
@@ -98,6 +98,21 @@ def test_ends_are_taken_only_where_sizes_have_horizons() -> None:
         EnvelopeSettings(method="ends", edge="keep")
 
 
+def test_two_crossings_are_no_power_law() -> None:
+    """Any line goes through two: of sizes that a larger one never beats, only the first two pairs cross."""
+    obs = horizons(noise=0.004)
+    rank = np.unique(np.round(np.log(obs.n_params), 9), return_inverse=True)[1]
+    few = replace(obs, loss_nats=obs.loss_nats * 2.0 ** np.maximum(rank - 4, 0))
+    points = ends_points(design_of(few.final(), 1500), np.log(few.final().loss_nats)[None])
+    assert points.weight.sum() == 2
+    assert Envelope().method(obs) == "ends"
+    assert Envelope().method(few) == "interpolate"
+    assert Envelope().default_unit(few) == "run"
+    asked = Envelope(EnvelopeSettings(method="ends")).estimate(few)
+    assert (asked.status, asked.frontier) == (FitStatus.NOT_APPLICABLE, None)
+    assert "2 of 12 pairs of sizes cross; three at least must" in asked.message
+
+
 def test_the_interval_takes_the_estimators_own_error_out() -> None:
     obs = horizons("kaplan", 0.004, study=5)
     approach = Envelope()
@@ -128,4 +143,7 @@ def test_without_residuals_there_is_a_sentence_and_no_interval() -> None:
     band = bootstrap(approach, three, approach.estimate(three), BootstrapSettings(resamples=40), seed=0)
     assert not band.samples
     assert band.message is not None
-    assert "9 runs leave too few residuals" in band.message
+    assert "2 of 2 pairs of sizes cross" in band.message
+    # Before it would draw anything.
+    with pytest.raises(NoInterval, match="9 runs leave too few residuals"):
+        simulated_quantities(three, design_of(three, 1500), None)  # type: ignore[arg-type]

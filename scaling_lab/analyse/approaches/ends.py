@@ -32,6 +32,8 @@ _SAME_HORIZON = 0.02
 # A size is used with so many horizons, and `method=auto` asks for so many sizes.
 _HORIZONS = 3
 _SIZES = 5
+# Any line goes through two crossings, however close: they say nothing of an exponent, nor of its error.
+LEAST_CROSSINGS = 3
 # Sizes are paired up to this ratio, if their horizons overlap by a factor of two in C.
 _LARGEST_RATIO = 3.0
 _OVERLAP_LOG_C = float(np.log(2.0))

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from scaling_lab.analyse.approaches.annealing import schedule_notes, training_notes
 from scaling_lab.analyse.approaches.ends import (
+    LEAST_CROSSINGS,
     EndsDesign,
     design_of,
     ends_frontier,
@@ -129,8 +130,10 @@ class Envelope:
         design = design_of(observations.final(), s.grid_points)
         if s.method == "ends":
             return design
-        has_curves = _has_curve(observations.curves, observations.n_runs).any()
-        return design if has_curves and serves(design) else None
+        if not (_has_curve(observations.curves, observations.n_runs).any() and serves(design)):
+            return None
+        crossing = ends_points(design, np.log(observations.final().loss_nats)[None]).weight[0].sum()
+        return design if crossing >= LEAST_CROSSINGS else None
 
     def estimate(self, observations: Observations, weights: Array | None = None) -> Estimate:
         """Curves -> envelope -> frontier. Always uses every row of every run; `weights` has no meaning here."""
@@ -177,8 +180,11 @@ class Envelope:
             notes.append(
                 f"{missing} of {len(design.pairs)} pairs of sizes do not cross within their horizons: left out."
             )
-        if points.weight[0].sum() < 2:
-            message = f"{int(points.weight[0].sum())} of {len(design.pairs)} pairs of sizes cross; two at least must."
+        if points.weight[0].sum() < LEAST_CROSSINGS:
+            message = (
+                f"{int(points.weight[0].sum())} of {len(design.pairs)} pairs of sizes cross; three at least must, for any"
+                " line goes through two. Choices: method=interpolate, or more horizons of each size."
+            )
             return Estimate(
                 self.name, FitStatus.NOT_APPLICABLE, message, diagnostics=tuple(notes), details=details
             )
