@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from test_spec import spec
 
 from scaling_lab.cli import workers
@@ -191,10 +192,12 @@ def test_impossible_options_are_refused(tmp_path):
     assert err.startswith("error: hydra.launcher.max_attempts=0")
 
 
-def test_a_clone_in_the_working_folder_hides_nothing_from_the_workers(tmp_path):
+@pytest.mark.parametrize("launcher", ["local", "submitit_local"])
+def test_a_clone_in_the_working_folder_hides_nothing_from_the_workers(tmp_path, launcher):
     """Python would take a folder of this name for the package, as it looks into the working folder first."""
     (tmp_path / "scaling_lab/scaling_lab").mkdir(parents=True)
     command = [str(Path(sys.executable).parent / "scaling-lab"), "sweep", *TINY, "design.budgets_flops=[1e8]"]
+    command.append(f"hydra/launcher={launcher}")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 of 4 runs completed" in done.stdout

@@ -54,14 +54,19 @@ def open_session(new: Session) -> Iterator[Session]:
         _session.pop()
 
 
-WHILE_LAUNCHING = {
-    # Without it Hydra prints its own error block and exits 1; with it the exception comes to us.
-    "HYDRA_FULL_ERROR": "1",
-    # For the workers, and through sbatch for a cluster's jobs: Python would look for modules in the working folder first, and
-    # a clone in it, a folder named scaling_lab, hides the package of an editable installation.
-    "PYTHONSAFEPATH": "1",
-}
-"""Environment variables that are set while runs are launched; what the launchers start inherits them."""
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Environment variables for what is started within it; afterwards as before."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def run_multirun(
@@ -76,12 +81,11 @@ def run_multirun(
     decorated = hydra.main(version_base="1.3", config_path=str(builtin_folder()), config_name=config_name)(
         job
     )
-    old_argv, old_environment = sys.argv, {name: os.environ.get(name) for name in WHILE_LAUNCHING}
-    sys.argv = argv
-    os.environ.update(WHILE_LAUNCHING)
+    old_argv, sys.argv = sys.argv, argv
     own = None if command.config_dir is None else Path(command.config_dir).expanduser()
     try:
-        with own_configs(own):
+        # Without it Hydra prints its own error block and exits 1; with it the exception comes to us.
+        with environment(HYDRA_FULL_ERROR="1"), own_configs(own):
             decorated()
     except UserError:
         raise
@@ -97,11 +101,6 @@ def run_multirun(
         raise UserError(f"Hydra refuses: {first_line(error)}") from error
     finally:
         sys.argv = old_argv
-        for name, value in old_environment.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _extras() -> list[str]:

@@ -215,7 +215,9 @@ class Crew:
     def _start(self, slot: int) -> Worker:
         log = self.store.folder / "logs" / f"{self.log_prefix}worker-{slot}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "scaling_lab.train.worker", str(self.store.folder)]
+        # -P: Python would look into the working folder first, and a clone there, a folder named scaling_lab, hides the package
+        # of an editable installation.
+        command = [sys.executable, "-P", "-m", "scaling_lab.train.worker", str(self.store.folder)]
         command += ["--stop-with", str(os.getpid())]
         ids = ",".join(self.progress.open_ids())
         if len(ids) < MAX_ARGUMENT_BYTES:

@@ -44,6 +44,13 @@ class _SubmititLauncher(Launcher):
         self.config, self.context = config, (hydra_context, task_function)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from scaling_lab.cli.sweeping import environment
+
+        # What a worker's -P does (cli/workers.py): submitit starts its own Python, and sbatch hands the environment on.
+        with environment(PYTHONSAFEPATH="1"):
+            return self._launch(job_overrides, initial_job_idx)
+
+    def _launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from hydra_plugins.scaling_lab.local_launcher import _returned, _run_ids
 
         from scaling_lab.cli.cluster import Wishes, launch_jobs
