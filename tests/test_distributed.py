@@ -194,19 +194,21 @@ def test_a_spread_step_that_fails_ends_the_group(tmp_path, leads, micro, error, 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_group_that_runs_out_of_memory_goes_on_in_smaller_parts(tmp_path, alone):
-    """torchrun starts the group again by itself; the second process, which has no say in a run, is the one that is short."""
+    """At its next start; the second process, which has no say in a run, is the one that is short."""
     spec, store = SPECS["even"], RunStore(tmp_path)
     store.write_plan(Plan("t", (PlannedRun(spec, Execution()),), spec.convention, spec.data.fingerprint()))
     script = str(Path(__file__).with_name("team_short_of_memory.py"))
-    process = torchrun(
-        "--max_restarts=2", script, str(store.folder), "--parallel=fsdp", port=26_500 + os.getpid() % 1000
-    )
-    out, _ = process.communicate(timeout=280)
-    assert process.returncode == 0, out
+    said = []
+    for port in (26_500, 25_500):
+        process = torchrun(script, str(store.folder), "--parallel=fsdp", port=port + os.getpid() % 1000)
+        out, _ = process.communicate(timeout=140)
+        said.append((process.returncode, out))
+    assert said[0][0] != 0
     assert (
         "process 1: parallel=fsdp: memory ran out with micro-batches of 2 sequences a process; started again"
-        in out
+        in said[0][1]
     )
+    assert said[1][0] == 0, said[1][1]
     done = store.read_record(spec.run_id())
     assert done.execution.micro_batch_sequences == 1
     assert same(done, alone["even"])
