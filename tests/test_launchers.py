@@ -53,8 +53,9 @@ def test_joblib(tmp_path):
 @pytest.mark.slow
 def test_ray_on_loopback(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="pip install 'scaling-lab[ray]'")
+    # A cluster of its own: Ray would join one that is noted in its temporary folder, also where that one was killed.
     sweep(tmp_path, "hydra/launcher=ray", "+hydra.launcher.ray.init._node_ip_address=127.0.0.1",
-          "hydra.sweeper.runs_per_job=2")  # fmt: skip
+          "hydra.launcher.ray.init.address=local", "hydra.sweeper.runs_per_job=2")  # fmt: skip
     check_complete(tmp_path)
 
 
