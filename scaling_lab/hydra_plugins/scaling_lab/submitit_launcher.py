@@ -4,6 +4,7 @@ hydra-submitit-launcher's own launchers wait for return values, which a killed j
 still serve an ordinary multirun (train -m).
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -80,8 +81,9 @@ class _SubmititLauncher(Launcher):
         )
         return [_returned(overrides) for overrides in job_overrides]
 
+    @abstractmethod
     def _backend(self, execution: Any, workers: int) -> Any:
-        raise NotImplementedError
+        """What submits jobs of `workers` workers each (`cli.submitit_backends`)."""
 
     def _multirun(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """An ordinary Hydra multirun, by hydra-submitit-launcher; its options are a part of ours."""
