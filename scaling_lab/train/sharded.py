@@ -9,7 +9,7 @@ the first process's processor, so that checkpoints are the same.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -171,7 +171,9 @@ class ShardedStep:
             if is_out_of_memory(error):
                 smaller = halved(self._mine.stop - self._mine.start, self.micro)
                 if smaller is not None and self._team.run_folder is not None:
-                    note_smaller_parts(self._team.run_folder, smaller)
+                    # A disk that refuses it must not keep this process from ending: the others wait for it.
+                    with suppress(OSError):
+                        note_smaller_parts(self._team.run_folder, smaller)
                     raise TeamLost(
                         f"parallel=fsdp: memory ran out with micro-batches of {self.micro} sequences a process; started "
                         f"again, the run goes on with {smaller}"
