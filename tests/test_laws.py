@@ -104,10 +104,19 @@ def test_natural_and_internal_parameters_are_inverse(law: LossLaw) -> None:
     )
 
 
-def test_closed_form_frontier_is_the_minimum_at_fixed_compute(law: LossLaw) -> None:
+CLOSED_FORMS = ("chinchilla", "gadre", "kaplan_nd", "muennighoff")
+
+
+def test_which_frontiers_have_a_closed_form() -> None:
+    laws = [get_law(name, **options) for name, options in VARIANTS]
+    assert tuple(law.label for law in laws if law.frontier(law.example) is not None) == CLOSED_FORMS
+
+
+@pytest.mark.parametrize("name", CLOSED_FORMS)
+def test_closed_form_frontier_is_the_minimum_at_fixed_compute(name: str) -> None:
+    law = get_law(name)
     frontier = law.frontier(law.example)
-    if frontier is None:
-        pytest.skip("no closed form")
+    assert frontier is not None
     assert frontier.params_exponent + frontier.tokens_exponent == pytest.approx(1.0)
     for compute in (1e18, 1e21, 1e24):
         best = frontier.params_coefficient * compute**frontier.params_exponent
