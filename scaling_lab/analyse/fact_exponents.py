@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar
+from scipy.stats import linregress
 
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord, RunStatus
@@ -73,11 +74,8 @@ class Comparison:
 
 def exponent_of(x: ArrayLike, y: ArrayLike) -> Exponent:
     """Of y ~ x^-exponent; at least three points, all positive."""
-    u, v = np.log(np.asarray(x, dtype=np.float64)), np.log(np.asarray(y, dtype=np.float64))
-    du = u - u.mean()
-    slope = float(du @ v / (du @ du))
-    residuals = v - v.mean() - slope * du
-    return Exponent(-slope, float(np.sqrt(residuals @ residuals / (len(u) - 2) / (du @ du))))
+    line = linregress(np.log(x), np.log(y))
+    return Exponent(-float(line.slope), float(line.stderr))
 
 
 def fitted_scale(source: ZipfFacts, statements: ArrayLike, unknown: ArrayLike) -> float:

@@ -178,15 +178,26 @@ def compose_groups(config_name: str, groups: Mapping[Slot, str], folders: Sequen
 @contextmanager
 def own_configs(folder: Path | None) -> Iterator[None]:
     """Within it Hydra searches the user's folder first (see hydra_plugins/scaling_lab/config_dir.py)."""
-    before = os.environ.pop(CONFIG_DIR_VARIABLE, None)
-    if folder is not None:
-        os.environ[CONFIG_DIR_VARIABLE] = str(folder.absolute())
+    with environment(**{CONFIG_DIR_VARIABLE: None if folder is None else str(folder.absolute())}):
+        yield
+
+
+@contextmanager
+def environment(**variables: str | None) -> Iterator[None]:
+    """Environment variables (None: not set) for what is started within it; afterwards as before."""
+    before = {name: os.environ.get(name) for name in variables}
+    _set(variables)
     try:
         yield
     finally:
-        os.environ.pop(CONFIG_DIR_VARIABLE, None)
-        if before is not None:
-            os.environ[CONFIG_DIR_VARIABLE] = before
+        _set(before)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 def first_line(error: BaseException) -> str:

@@ -3,7 +3,6 @@ runs, and the outcome, which is read from the records and never from what a job 
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scaling_lab.cli.compose import Command, first_line, hydra_overrides, own_configs
+from scaling_lab.cli.compose import Command, environment, first_line, hydra_overrides, own_configs
 from scaling_lab.cli.configs import builtin_folder
 from scaling_lab.cli.console import Console
 from scaling_lab.cli.study import tracker_options
@@ -52,21 +51,6 @@ def open_session(new: Session) -> Iterator[Session]:
         yield new
     finally:
         _session.pop()
-
-
-@contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """Environment variables for what is started within it; afterwards as before."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def run_multirun(

@@ -45,7 +45,7 @@ class _SubmititLauncher(Launcher):
         self.config, self.context = config, (hydra_context, task_function)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from scaling_lab.cli.sweeping import environment
+        from scaling_lab.cli.compose import environment
 
         # What a worker's -P does (cli/workers.py): submitit starts its own Python, and sbatch hands the environment on.
         with environment(PYTHONSAFEPATH="1"):
