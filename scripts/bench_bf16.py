@@ -37,15 +37,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor, nn
 
-import scaling_lab.train.step as step_module
+import scaling_lab.training.engine.step as step_module
 from scaling_lab.core.schedules import Cosine
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.spec import EvalSpec, Execution, OptimizerSpec, RunSpec
-from scaling_lab.train.devices import device_name, resolve_device
-from scaling_lab.train.gradient import GradientOf, token_loss
-from scaling_lab.train.optim import FlatLayout
-from scaling_lab.train.session import Session, open_session, train_block
+from scaling_lab.training.engine.devices import device_name, resolve_device
+from scaling_lab.training.engine.gradient import GradientOf, token_loss
+from scaling_lab.training.engine.optimizer import FlatLayout
+from scaling_lab.training.run.session import Session, open_session, train_block
 
 WAYS = ("float32", "autocast", "weights")
 # (width, depth, heads, context, sequences a step)

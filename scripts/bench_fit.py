@@ -37,8 +37,8 @@ import numpy as np
 import scipy
 from scipy.optimize import minimize
 
-from scaling_lab.analyse.fitting import fit, fit_many, make_objective, weights_from_indices
-from scaling_lab.analyse.laws.chinchilla import Chinchilla
+from scaling_lab.analysis.fitting.fit import fit, fit_many, make_objective, weights_from_indices
+from scaling_lab.analysis.laws.chinchilla import Chinchilla
 
 RESAMPLES = 4000
 DELTA = 1e-3
@@ -50,7 +50,7 @@ TARGET_OBJECTIVE = 0.001018275
 
 def chinchilla_rows() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """N, D, loss of the 240 rows that Besiroglu et al. 2024 kept."""
-    table = importlib.resources.files("scaling_lab.analyse.published") / "chinchilla_epoch245.csv"
+    table = importlib.resources.files("scaling_lab.analysis.published") / "chinchilla_epoch245.csv"
     with table.open() as handle:
         rows = [r for r in csv.DictReader(handle) if r["dropped_by_besiroglu"] == "0"]
     return tuple(np.array([float(r[c]) for r in rows]) for c in ("params", "tokens", "loss"))  # type: ignore[return-value]
@@ -217,8 +217,8 @@ def heading(quick: bool) -> list[str]:
         "--porcelain",
         "--",
         "scripts/bench_fit.py",
-        "scaling_lab/analyse/laws",
-        "scaling_lab/analyse/fitting*",
+        "scaling_lab/analysis/laws",
+        "scaling_lab/analysis/fitting",
     ):
         revision += "-dirty"
     return [

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import scaling_lab.train.feed as feed_module
+import scaling_lab.training.data.feed as feed_module
 from scaling_lab.core.schedules import Cosine
 from scaling_lab.core.sources.context_tree import ContextTree
 from scaling_lab.core.sources.mixture import Mixture
@@ -41,15 +41,15 @@ from scaling_lab.core.sources.prepared import Prepared
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.sources.zipf_facts import ZipfFacts
 from scaling_lab.core.spec import Execution, RunSpec
-from scaling_lab.plan.design import make_plan
-from scaling_lab.plan.designs.isoflop import IsoFlopDesign
-from scaling_lab.plan.recipes.default import DefaultRecipe
-from scaling_lab.plan.settings import ModelSettings, SweepSettings
-from scaling_lab.prepare.documents import LocalText
-from scaling_lab.prepare.pipeline import PrepareSettings, _batches, prepare
-from scaling_lab.prepare.tokenizing import TokenizerTokens, train_bpe
-from scaling_lab.train.feed import open_feed
-from scaling_lab.train.session import open_session, train_block
+from scaling_lab.corpora.documents import LocalText
+from scaling_lab.corpora.pipeline import PrepareSettings, _batches, prepare
+from scaling_lab.corpora.tokenizing import TokenizerTokens, train_bpe
+from scaling_lab.planning.designs.isoflop import IsoFlopDesign
+from scaling_lab.planning.plan import make_plan
+from scaling_lab.planning.recipes.default import DefaultRecipe
+from scaling_lab.planning.settings import ModelSettings, SweepSettings
+from scaling_lab.training.data.feed import open_feed
+from scaling_lab.training.run.session import open_session, train_block
 
 LOADER_TARGET = 10.0
 BYTES_TARGET = 1e6

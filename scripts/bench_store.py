@@ -135,8 +135,8 @@ def child(*arguments: str) -> dict[str, float]:
 
 def measured(name: str, folder: str, n_runs: str) -> dict[str, Any]:
     """Seconds and memory of reading one ledger and analysing it without bootstrap."""
-    from scaling_lab.analyse.analysis import AnalysisSettings, analyse
-    from scaling_lab.analyse.uncertainty import BootstrapSettings
+    from scaling_lab.analysis.analysis import AnalysisSettings, analyse
+    from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 
     start_cpu, start_wall = time.process_time(), time.perf_counter()
     path, out = Path(folder), {}
@@ -171,9 +171,9 @@ def reader(name: str, folder: Path, settings: Any) -> Callable[[], Any]:
     """Ledger on disk -> Observations, as `scaling-lab analyze` does it."""
     from dataclasses import replace
 
-    from scaling_lab.analyse.analysis import observations_of_sweep, read_observations
-    from scaling_lab.analyse.ledger import load_ledger
-    from scaling_lab.core.store import RunStore
+    from scaling_lab.analysis.analysis import observations_of_sweep, read_observations
+    from scaling_lab.analysis.data.ledger import load_ledger
+    from scaling_lab.core.storage.store import RunStore
 
     if not name.startswith("store"):
         return lambda: read_observations(folder / f"table.{name}", settings)
@@ -217,7 +217,7 @@ def peak_gib() -> float:
 
 def write(folder: Path, first: int, last: int) -> None:
     """Runs first to last of the store, and a table of runs 0 to last in each format."""
-    from scaling_lab.core.store import RunStore
+    from scaling_lab.core.storage.store import RunStore
 
     os.fsync = lambda _: None  # a benchmark's files need not survive a power cut
     store = RunStore(folder / "store")
@@ -349,7 +349,7 @@ def heading(n_runs: int) -> list[str]:
         [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
     changed = subprocess.run(
-        [*git, "status", "--porcelain", "scaling_lab/analyse", "scripts/bench_store.py"],
+        [*git, "status", "--porcelain", "scaling_lab/analysis", "scripts/bench_store.py"],
         capture_output=True,
         text=True,
     )

@@ -135,8 +135,8 @@ def child(folder: Path, *argv: str) -> dict[str, float]:
 def measure(dry: bool, argv: list[str]) -> int:
     """Run one command of ours here and print what it took."""
     began = time.monotonic()
-    from scaling_lab.cli import workers
     from scaling_lab.cli.main import main as scaling_lab
+    from scaling_lab.launching import workers
 
     launched: list[float] = []
     if dry:
@@ -170,7 +170,7 @@ def measure(dry: bool, argv: list[str]) -> int:
 def finish_all_but(pending: int) -> None:
     """Write the records of the plan's first runs as training leaves them, all but the last `pending`."""
     from scaling_lab.core.record import Environment, EvalPoint, RunRecord, RunStatus
-    from scaling_lab.core.store import RunStore
+    from scaling_lab.core.storage.store import RunStore
 
     os.fsync = lambda file: None  # type: ignore[assignment]
     store = RunStore("results/big")

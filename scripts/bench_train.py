@@ -41,12 +41,12 @@ from scaling_lab.core.schedules import Cosine
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.spec import EvalSpec, Execution, OptimizerSpec, Plan, PlannedRun, RunSpec
-from scaling_lab.core.store import RunStore
-from scaling_lab.plan.design import make_plan
-from scaling_lab.plan.designs.isoflop import IsoFlopDesign
-from scaling_lab.plan.execution import usable_cores
-from scaling_lab.plan.recipes.default import DefaultRecipe
-from scaling_lab.plan.settings import ExecutionSettings, ModelSettings, SweepSettings
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.planning.designs.isoflop import IsoFlopDesign
+from scaling_lab.planning.execution import usable_cores
+from scaling_lab.planning.plan import make_plan
+from scaling_lab.planning.recipes.default import DefaultRecipe
+from scaling_lab.planning.settings import ExecutionSettings, ModelSettings, SweepSettings
 
 # (width, depth, heads, context, vocabulary, sequences a step, micro-batch, dtype)
 CPU_SHAPES = [
@@ -177,7 +177,7 @@ def wait(device: str) -> None:
 
 def child_ours(task: dict[str, Any]) -> dict[str, Any]:
     """Our step, block by block as the loop does it."""
-    from scaling_lab.train.session import open_session, train_block
+    from scaling_lab.training.run.session import open_session, train_block
 
     spec = RunSpec.from_dict(task["spec"])
     session = open_session(spec, Execution(**task["execution"]))
@@ -212,8 +212,8 @@ class PlainLoop:
         import numpy as np
         import torch
 
-        from scaling_lab.train.data import read_tokens
-        from scaling_lab.train.models import build_model
+        from scaling_lab.training.data import read_tokens
+        from scaling_lab.training.models import build_model
 
         self.spec, self.device = spec, device
         self.data = read_tokens(spec.data, "train")
@@ -259,7 +259,7 @@ def child_sweep(task: dict[str, Any]) -> dict[str, Any]:
     """Runs one after the other in one process: seconds of each, the steps beyond the sample extrapolated."""
     import torch
 
-    from scaling_lab.train.evaluate import ValidationSet, evaluation_steps
+    from scaling_lab.training.measure.evaluation import ValidationSet, evaluation_steps
 
     device, seconds = task["device"], []
     for spec in map(RunSpec.from_dict, task["specs"]):
@@ -363,7 +363,7 @@ def ours_seconds(plan: Plan, folder: Path, cache: Path) -> float:
     began = time.perf_counter()
     begun = [
         subprocess.Popen(
-            [sys.executable, "-P", "-m", "scaling_lab.train.worker", str(folder)],
+            [sys.executable, "-P", "-m", "scaling_lab.launching.worker", str(folder)],
             env=environment(execution.threads, cache),
             stderr=subprocess.DEVNULL,
         )

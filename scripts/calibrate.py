@@ -7,7 +7,7 @@
     scripts/calibrate.py --state build/calibration    # keeps the studies; stopped and run again, it resumes
     scripts/calibrate.py --out results/calibration.txt
 
-Cells, laws and the rule of passing are in scaling_lab/analyse/calibration.py. Median widths are printed too: wide
+Cells, laws and the rule of passing are in scaling_lab/analysis/inference/calibration.py. Median widths are printed too: wide
 intervals cover easily. The exit status is 1 if a cell fails that its approach claims to serve.
 """
 
@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from scaling_lab.analyse.calibration import (
+from scaling_lab.analysis.inference.calibration import (
     CELLS,
     LEVEL,
     PASS_RANGE,

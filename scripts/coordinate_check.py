@@ -24,9 +24,10 @@ from matplotlib.ticker import FixedFormatter, FixedLocator
 from scaling_lab.core.parametrization import STANDARD, CompleteP, MuP
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.spec import shape_class
-from scaling_lab.report.style import figure_style, log_axis, significant
-from scaling_lab.report.svg import on_white, to_png, to_svg
-from scaling_lab.train.coordinates import (
+from scaling_lab.reporting.style import figure_style, log_axis, significant
+from scaling_lab.reporting.svg import on_white, to_png, to_svg
+from scaling_lab.training.data import read_tokens
+from scaling_lab.training.measure.coordinates import (
     BRANCHES,
     LOGITS,
     QUANTITIES,
@@ -37,7 +38,6 @@ from scaling_lab.train.coordinates import (
     growth,
     measure,
 )
-from scaling_lab.train.data import read_tokens
 
 HEAD_DIM = 16
 # The stream and what the branches add to it lie on each other: the lower line is the broader one.

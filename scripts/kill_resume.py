@@ -49,9 +49,10 @@ from scaling_lab.core.schedules import Cosine
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.spec import EvalSpec, Execution, OptimizerSpec, Plan, PlannedRun, RunSpec
-from scaling_lab.core.store import RunStore
-from scaling_lab.train import checkpoint, step
-from scaling_lab.train.worker import train_pending
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.launching.worker import train_pending
+from scaling_lab.training.engine import step
+from scaling_lab.training.run import checkpoint
 
 STEP, CHECKPOINT, RECORD, RESUME = "training step", "checkpoint write", "record write", "resume: the curve"
 STAGES = (STEP, CHECKPOINT, RECORD, RESUME)

@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from scaling_lab.core.record import RunRecord, RunStatus
-from scaling_lab.core.store import RunStore
+from scaling_lab.core.storage.store import RunStore
 
 T = TypeVar("T")
 TRAINING, CHECKPOINTING, RECORDING = PHASES = ("training", "checkpointing", "recording")
@@ -68,14 +68,14 @@ STUCK_S = 600.0
 SITECUSTOMIZE = '''
 """Owns announcing what a worker does; see scripts/kill_sweep.py."""
 import os, random, sys, time
-if "scaling_lab.train.worker" in sys.orig_argv:
+if "scaling_lab.launching.worker" in sys.orig_argv:
     out = os.open(os.environ["KILL_SWEEP_PHASES"], os.O_WRONLY | os.O_APPEND)
     def say(sign, phase, run_id):
         os.write(out, f"{time.time_ns()} {os.getpid()} {sign}{phase} {run_id}\\n".encode())
     say("+", "starting", "-")
-    from scaling_lab.core.store import RunStore
-    from scaling_lab.train import loop
-    from scaling_lab.train.session import Program
+    from scaling_lab.core.storage.store import RunStore
+    from scaling_lab.training.run import loop
+    from scaling_lab.training.run.session import Program
     writing = []
     def announced(phase, function, run_of, writes=True):
         def wrapped(*args, **options):

@@ -19,16 +19,16 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from scaling_lab.analyse.tuning import Trained, Tuning, measure
-from scaling_lab.analyse.tuning_records import trained
+from scaling_lab.analysis.studies.tuning import Trained, Tuning, measure
+from scaling_lab.analysis.studies.tuning_records import trained
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.record import RunRecord
-from scaling_lab.core.store import RunStore
-from scaling_lab.plan.recipes.base import SweepHorizons
-from scaling_lab.plan.recipes.default import DefaultRecipe
-from scaling_lab.report.figures_tuning import learning_rate_bowls
-from scaling_lab.report.style import FIGURE_WIDTH, figure_style
-from scaling_lab.report.svg import to_png
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.planning.recipes.base import SweepHorizons
+from scaling_lab.planning.recipes.default import DefaultRecipe
+from scaling_lab.reporting.figures_tuning import learning_rate_bowls
+from scaling_lab.reporting.style import FIGURE_WIDTH, figure_style
+from scaling_lab.reporting.svg import to_png
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"

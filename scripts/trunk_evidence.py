@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from scaling_lab.analyse.analysis import AnalysisSettings, analyse, observations_of_sweep
+from scaling_lab.analysis.analysis import AnalysisSettings, analyse, observations_of_sweep
 from scaling_lab.core.record import RunRecord, RunStatus
-from scaling_lab.core.store import RunStore
+from scaling_lab.core.storage.store import RunStore
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "results" / "published" / "trunk_cooldown.txt"

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from scaling_lab.analyse.fact_exponents import Comparison, comparisons
+from scaling_lab.analysis.studies.fact_exponents import Comparison, comparisons
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord
-from scaling_lab.core.store import RunStore
-from scaling_lab.report.style import FIGURE_WIDTH, INK, figure_style, format_count, log_axis, significant
-from scaling_lab.report.svg import to_png
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.reporting.style import FIGURE_WIDTH, INK, figure_style, format_count, log_axis, significant
+from scaling_lab.reporting.svg import to_png
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOPES = (0.3, 0.7)

@@ -8,8 +8,8 @@ statements is about facts that were seen; below, the exact share for the facts o
 
 from __future__ import annotations
 
+from scaling_lab.core.sources.generation.zipf_exposure import DecadeWorld, exposure_lines
 from scaling_lab.core.sources.zipf_facts import ZipfFacts
-from scaling_lab.core.zipf_exposure import DecadeWorld, exposure_lines
 
 
 def main() -> None:

@@ -13,13 +13,13 @@ from test_distributed import CHUNK_STEPS, LOGITS_AT_ONCE, SPECS, planned_stack
 from test_resume import interrupted_at
 from test_train import tiny, train
 
-import scaling_lab.plan.memory as memory
-import scaling_lab.train.feed as feed
+import scaling_lab.planning.memory as memory
+import scaling_lab.training.data.feed as feed
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Execution
-from scaling_lab.core.store import RunStore
-from scaling_lab.train.distributed import Team, joined
-from scaling_lab.train.worker import train_pending
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.launching.worker import train_pending
+from scaling_lab.training.parallel.distributed import Team, joined
 
 
 def lead(team: Team, folder: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from scaling_lab.train.gradient import WithLoss
-from scaling_lab.train.worker import main
+from scaling_lab.launching.worker import main
+from scaling_lab.training.engine.gradient import WithLoss
 
 forward: Any = WithLoss.forward
 

@@ -15,11 +15,11 @@ import pytest
 from synthetic import QUICKSTART_LAW, synthetic_records
 from truth import PUBLISHED, Truth
 
-from scaling_lab.analyse.analysis import AnalysisSettings, analyse, observations_of_sweep, read_observations
-from scaling_lab.analyse.approaches import IsoFlopSettings, ParametricSettings
-from scaling_lab.analyse.observations import Observations
-from scaling_lab.analyse.settings import ApproachSettings
-from scaling_lab.analyse.uncertainty import BootstrapSettings
+from scaling_lab.analysis.analysis import AnalysisSettings, analyse, observations_of_sweep, read_observations
+from scaling_lab.analysis.approaches import IsoFlopSettings, ParametricSettings
+from scaling_lab.analysis.data.observations import Observations
+from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
+from scaling_lab.analysis.settings import ApproachSettings
 from scaling_lab.core.errors import UserError
 
 FAST = AnalysisSettings(bootstrap=BootstrapSettings(resamples=60))
@@ -27,7 +27,7 @@ FAST = AnalysisSettings(bootstrap=BootstrapSettings(resamples=60))
 
 @pytest.fixture(scope="module")
 def schema() -> dict:
-    return json.loads(resources.files("scaling_lab.analyse").joinpath("analysis.schema.json").read_text())
+    return json.loads(resources.files("scaling_lab.analysis").joinpath("analysis.schema.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_options_reach_the_approaches() -> None:
 
 def test_importing_the_analysis_loads_no_heavy_package() -> None:
     code = (
-        "import sys, scaling_lab.analyse.analysis; "
+        "import sys, scaling_lab.analysis.analysis; "
         "print([m for m in ('torch', 'hydra', 'wandb', 'datasets', 'matplotlib', 'pandas') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -21,15 +21,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scaling_lab.analyse import table_files
-from scaling_lab.analyse.analysis import Analysis, AnalysisSettings, analyse, read_observations
-from scaling_lab.analyse.observations import Observations, from_table
-from scaling_lab.analyse.tables import read_table, table_from_mapping
-from scaling_lab.analyse.uncertainty import BootstrapSettings
+from scaling_lab.analysis.analysis import Analysis, AnalysisSettings, analyse, read_observations
+from scaling_lab.analysis.data import table_files
+from scaling_lab.analysis.data.observations import Observations, from_table
+from scaling_lab.analysis.data.tables import read_table, table_from_mapping
+from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 from scaling_lab.core.errors import UserError
 
 SCHEMA = json.loads(
-    resources.files("scaling_lab.analyse").joinpath("analysis.schema.json").read_text(encoding="utf-8")
+    resources.files("scaling_lab.analysis").joinpath("analysis.schema.json").read_text(encoding="utf-8")
 )
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 PLAIN = AnalysisSettings(bootstrap=BootstrapSettings(resamples=0), profile=False)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from scaling_lab.analyse.bounded import bounded_tails, means_held
-from scaling_lab.analyse.estimate import Band
+from scaling_lab.analysis.estimate import Band
+from scaling_lab.analysis.inference.bounded import bounded_tails, means_held
 
 
 # Feldman & Cousins 1998 (arXiv physics/9711021), table X, 90% C.L.

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from synthetic import plan_of, synthetic_records
 
-from scaling_lab.analyse.analysis import analyse, observations_of_sweep
-from scaling_lab.analyse.settings import AnalysisSettings
-from scaling_lab.analyse.uncertainty import BootstrapSettings
-from scaling_lab.report.report import ReportOptions, write_report
+from scaling_lab.analysis.analysis import analyse, observations_of_sweep
+from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
+from scaling_lab.analysis.settings import AnalysisSettings
+from scaling_lab.reporting.page import ReportOptions, write_report
 
 BROWSER = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
 pytestmark = [

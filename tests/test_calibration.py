@@ -16,9 +16,10 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import binom
 from synthetic import synthetic_records
 
-from scaling_lab.analyse.analysis import AnalysisSettings, analyse, observations_of_sweep
-from scaling_lab.analyse.approaches import IsoFlop
-from scaling_lab.analyse.calibration import (
+from scaling_lab.analysis.analysis import AnalysisSettings, analyse, observations_of_sweep
+from scaling_lab.analysis.approaches import IsoFlop
+from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
+from scaling_lab.analysis.inference.calibration import (
     CELLS,
     LAWS,
     LEVEL,
@@ -30,7 +31,6 @@ from scaling_lab.analyse.calibration import (
     simulate,
     wilson,
 )
-from scaling_lab.analyse.uncertainty import BootstrapSettings
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "calibrate.py"
 
@@ -273,7 +273,7 @@ def test_intervals_half_as_wide_would_be_noticed() -> None:
     cell = next(c for c in CELLS if c.name == "quickstart quickstart 0.005 isoflop")
     approach, hits = IsoFlop(), 0
     for i in range(50):
-        from scaling_lab.analyse.uncertainty import bootstrap
+        from scaling_lab.analysis.inference.bootstrap import bootstrap
 
         points = simulate(cell, i).final()
         band = bootstrap(approach, points, approach.estimate(points), BootstrapSettings(200, level=0.6), i)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaling_lab.cli.arguments import nearest, parse
-from scaling_lab.cli.compose import hydra_text
-from scaling_lab.cli.values import read_value, split_list
+from scaling_lab.cli.options.arguments import nearest, parse
+from scaling_lab.cli.options.compose import hydra_text
+from scaling_lab.cli.options.values import read_value, split_list
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError
 

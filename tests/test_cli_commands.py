@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from scaling_lab.cli.main import main
 from scaling_lab.cli.table import COMMANDS
-from scaling_lab.core.store import RunStore
+from scaling_lab.core.storage.store import RunStore
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +108,7 @@ def test_help_follows_the_choice_of_a_group(capsys):
 def test_every_option_of_help_has_a_meaning(capsys):
     for command in COMMANDS.values():
         form = command.load().form(
-            __import__("scaling_lab.cli.arguments", fromlist=["parse"]).parse([command.name])
+            __import__("scaling_lab.cli.options.arguments", fromlist=["parse"]).parse([command.name])
         )
         nameless = [
             key

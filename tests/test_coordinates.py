@@ -13,9 +13,17 @@ from scaling_lab.core.parametrization import STANDARD, CompleteP, MuP
 from scaling_lab.core.registry import members
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.pysource import PySource
-from scaling_lab.train.coordinates import LOGITS, STREAM, Coordinates, activations, along, growth, measure
-from scaling_lab.train.data import read_tokens
-from scaling_lab.train.models import build_model
+from scaling_lab.training.data import read_tokens
+from scaling_lab.training.measure.coordinates import (
+    LOGITS,
+    STREAM,
+    Coordinates,
+    activations,
+    along,
+    growth,
+    measure,
+)
+from scaling_lab.training.models import build_model
 
 SMALL = {"width": 32, "depth": 2, "heads": 2, "context": 32}
 # Every family there is; a new one is picked up.

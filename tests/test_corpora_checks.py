@@ -16,10 +16,10 @@ from scaling_lab.core.sources.mixture import Mixture
 from scaling_lab.core.sources.prepared import Prepared
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.sources.tokens import TokenFile
-from scaling_lab.plan.design import make_plan
-from scaling_lab.plan.settings import ModelSettings
-from scaling_lab.prepare.documents import LocalText
-from scaling_lab.prepare.pipeline import PrepareSettings, prepare
+from scaling_lab.corpora.documents import LocalText
+from scaling_lab.corpora.pipeline import PrepareSettings, prepare
+from scaling_lab.planning.plan import make_plan
+from scaling_lab.planning.settings import ModelSettings
 
 
 @pytest.fixture(scope="module")

@@ -22,13 +22,13 @@ from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.shapes.gpt2 import GPT2Shape
 from scaling_lab.core.sources.tokens import TokenFile
 from scaling_lab.core.spec import EvalSpec, Execution, OptimizerSpec, Plan, PlannedRun, RunSpec
-from scaling_lab.core.store import RunStore
-from scaling_lab.train.loop import open_session, train_block, train_run
-from scaling_lab.train.models import build_model
-from scaling_lab.train.order import WindowOrder
-from scaling_lab.train.session import device_tokens
-from scaling_lab.train.step import TrainStep, token_loss
-from scaling_lab.train.worker import train_pending
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.launching.worker import train_pending
+from scaling_lab.training.data.order import WindowOrder
+from scaling_lab.training.engine.step import TrainStep, token_loss
+from scaling_lab.training.models import build_model
+from scaling_lab.training.run.loop import open_session, train_block, train_run
+from scaling_lab.training.run.session import device_tokens
 
 CONTEXT, VOCAB = 16, 40
 TRAIN_WINDOWS, VALIDATION_WINDOWS = 40, 20

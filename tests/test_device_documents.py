@@ -9,16 +9,16 @@ from test_feed import BATCH, CHUNK_STEPS, CONTEXT, CPU, GENERATED, all_windows, 
 from test_resume import losses
 from test_train import train
 
-import scaling_lab.train.feed as feed_module
-from scaling_lab.core import counter_random as host
+import scaling_lab.training.data.feed as feed_module
 from scaling_lab.core.sources.context_tree import ContextTree, language_tables
+from scaling_lab.core.sources.generation import counter_random as host
 from scaling_lab.core.sources.mixture import Mixture
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.sources.zipf_facts import ZipfFacts, fact_tables
-from scaling_lab.core.store import RunStore
-from scaling_lab.train.data import counter_random as on_device
-from scaling_lab.train.data import device_documents
-from scaling_lab.train.feed import open_feed
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.training.data import device_documents
+from scaling_lab.training.data.feed import open_feed
+from scaling_lab.training.data.generated import counter_random as on_device
 
 SOURCES = [
     ContextTree(),

@@ -19,18 +19,18 @@ import torch
 from test_resume import interrupted_at
 from test_train import SHAPE, tiny, train
 
-from scaling_lab.core.claims import last_claim
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord
 from scaling_lab.core.shapes.gpt2 import GPT2Shape
 from scaling_lab.core.sources.context_tree import ContextTree
 from scaling_lab.core.spec import Execution, OptimizerSpec, Plan, PlannedRun
-from scaling_lab.core.store import RunStore
-from scaling_lab.train.checkpoint import read_checkpoint
-from scaling_lab.train.distributed import TeamLost, World, first_host, share
-from scaling_lab.train.memory import noted_parts
-from scaling_lab.train.sharded import ShardedStep
-from scaling_lab.train.worker import train_pending
+from scaling_lab.core.storage.claims import last_claim
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.launching.worker import train_pending
+from scaling_lab.training.engine.memory import noted_parts
+from scaling_lab.training.parallel.distributed import TeamLost, World, first_host, share
+from scaling_lab.training.parallel.sharded import ShardedStep
+from scaling_lab.training.run.checkpoint import read_checkpoint
 
 STEPS = 24
 SPECS = {
@@ -256,7 +256,9 @@ def test_a_group_that_is_stopped_or_loses_a_process_goes_on_another_time(tmp_pat
     """SIGTERM to torchrun, as a scheduler sends it; SIGKILL to the second process, as a lost node looks."""
     spec, store = tiny(200_000), RunStore(tmp_path)
     store.write_plan(Plan("t", (PlannedRun(spec, Execution()),), spec.convention, spec.data.fingerprint()))
-    process = torchrun("-m", "scaling_lab.train.worker", str(store.folder), port=28_500 + os.getpid() % 1000)
+    process = torchrun(
+        "-m", "scaling_lab.launching.worker", str(store.folder), port=28_500 + os.getpid() % 1000
+    )
     deadline = time.monotonic() + 120
     while len(store.read_curve(spec.run_id())) < 50 and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -299,4 +301,4 @@ def test_sweep_under_torchrun_says_what_to_do(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["sweep", "sweep=p", f"results_dir={tmp_path}"]) == 2
-    assert "torchrun --nproc_per_node=N -m scaling_lab.train.worker" in capsys.readouterr().err
+    assert "torchrun --nproc_per_node=N -m scaling_lab.launching.worker" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import random
 import pytest
 from test_train import tiny
 
-from scaling_lab.train.divergence import Divergence
+from scaling_lab.training.measure.divergence import Divergence
 
 UNIFORM = math.log(256)
 

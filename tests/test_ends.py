@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from synthetic import synthetic_records
 
-from scaling_lab.analyse.approaches import Envelope, EnvelopeSettings
-from scaling_lab.analyse.approaches.ends import design_of, ends_points, simulated_quantities
-from scaling_lab.analyse.calibration import LAWS, Cell, simulate
-from scaling_lab.analyse.estimate import FitStatus
-from scaling_lab.analyse.observations import Observations
-from scaling_lab.analyse.record_observations import observations_from_records
-from scaling_lab.analyse.uncertainty import BootstrapSettings, NoInterval, bootstrap
+from scaling_lab.analysis.approaches import Envelope, EnvelopeSettings
+from scaling_lab.analysis.approaches.envelope.ends import design_of, ends_points, simulated_quantities
+from scaling_lab.analysis.data.observations import Observations
+from scaling_lab.analysis.data.record_observations import observations_from_records
+from scaling_lab.analysis.estimate import FitStatus
+from scaling_lab.analysis.inference.bootstrap import BootstrapSettings, NoInterval, bootstrap
+from scaling_lab.analysis.inference.calibration import LAWS, Cell, simulate
 from scaling_lab.core.errors import UserError
 
 

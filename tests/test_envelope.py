@@ -7,12 +7,12 @@ import pytest
 from synthetic import synthetic_records
 from truth import PUBLISHED, Truth
 
-from scaling_lab.analyse.approaches import Envelope, EnvelopeSettings
-from scaling_lab.analyse.approaches.envelope import crossings, hull_vertices, interpolate, staircase
-from scaling_lab.analyse.estimate import FitStatus
-from scaling_lab.analyse.observations import Observations
-from scaling_lab.analyse.record_observations import observations_from_records
-from scaling_lab.analyse.uncertainty import BootstrapSettings, bootstrap
+from scaling_lab.analysis.approaches import Envelope, EnvelopeSettings
+from scaling_lab.analysis.approaches.envelope.envelope import crossings, hull_vertices, interpolate, staircase
+from scaling_lab.analysis.data.observations import Observations
+from scaling_lab.analysis.data.record_observations import observations_from_records
+from scaling_lab.analysis.estimate import FitStatus
+from scaling_lab.analysis.inference.bootstrap import BootstrapSettings, bootstrap
 from scaling_lab.core.errors import UserError
 
 LAWS = [Truth(0.34, 0.28), Truth(0.25, 0.6), Truth(0.5, 0.3), Truth(0.1, 0.1)]
@@ -136,7 +136,7 @@ def test_bootstrap_draws_whole_runs_and_agrees_with_a_direct_refit() -> None:
         assert band.unit == "run"
         np.testing.assert_array_equal(band.samples["params_exponent"], again.samples["params_exponent"])
         # Leaving a run out in a draw is the same as observing without it.
-        from scaling_lab.analyse.sensitivity import _Fixed
+        from scaling_lab.analysis.inference.sensitivity import _Fixed
 
         without = np.ones((1, 17))
         without[0, 6] = 0
@@ -190,8 +190,8 @@ def test_curves_under_a_constant_lr_or_another_horizon_are_flagged() -> None:
 def test_a_tables_schedules_are_read_and_their_absence_is_said(approach: Envelope, tmp_path) -> None:
     import pandas as pd
 
-    from scaling_lab.analyse.observations import from_table
-    from scaling_lab.analyse.tables import read_table
+    from scaling_lab.analysis.data.observations import from_table
+    from scaling_lab.analysis.data.tables import read_table
 
     obs = Truth(0.34, 0.28).curves(1e9 * 2.0 ** np.arange(-3, 4), points=50)
     frame = pd.DataFrame(
@@ -223,8 +223,8 @@ def test_settings_refuse_unknown_choices() -> None:
 
 
 def test_gemstones_envelope_as_the_authors_have_it() -> None:
-    from scaling_lab.analyse.observations import from_table
-    from scaling_lab.analyse.tables import read_table
+    from scaling_lab.analysis.data.observations import from_table
+    from scaling_lab.analysis.data.tables import read_table
 
     expected = {
         (None, "keep"): 0.4579,

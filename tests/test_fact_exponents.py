@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from test_train import tiny, train
 
-from scaling_lab.analyse.fact_exponents import compare, comparisons, exponent_of, fitted_scale
+from scaling_lab.analysis.studies.fact_exponents import compare, comparisons, exponent_of, fitted_scale
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.evaluation import EvalSpec
 from scaling_lab.core.shapes.gpt import GPTShape
-from scaling_lab.core.sources.zipf_facts import ZipfFacts
-from scaling_lab.core.spec import OptimizerSpec
-from scaling_lab.core.store import RunStore
-from scaling_lab.core.zipf_exposure import (
+from scaling_lab.core.sources.generation.zipf_exposure import (
     asymptotic_exponent,
     expected_share_known,
     expected_share_unknown,
     unknown_exponent,
 )
+from scaling_lab.core.sources.zipf_facts import ZipfFacts
+from scaling_lab.core.spec import OptimizerSpec
+from scaling_lab.core.storage.store import RunStore
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "zipf_facts_exponents.py"
 FACTS = ZipfFacts(facts=2000, slope=0.5, symbols=50)

@@ -15,13 +15,13 @@ import pytest
 from test_resume import losses
 from test_train import tiny
 
-from scaling_lab.analyse.ledger import load_ledger
+from scaling_lab.analysis.data.ledger import load_ledger
 from scaling_lab.cli.main import main
 from scaling_lab.core.errors import DiskError, UserError
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
-from scaling_lab.core.store import RunStore
-from scaling_lab.train.worker import train_pending
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.launching.worker import train_pending
 
 SPECS = [tiny(200, seed_init=seed) for seed in (0, 1)]
 PLAN = Plan(

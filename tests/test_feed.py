@@ -12,7 +12,7 @@ import torch
 from test_resume import interrupted_at, losses
 from test_train import tiny, train
 
-import scaling_lab.train.feed as feed_module
+import scaling_lab.training.data.feed as feed_module
 from scaling_lab.cli.main import main
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.context_tree import ContextTree
@@ -21,12 +21,12 @@ from scaling_lab.core.sources.prepared import Prepared
 from scaling_lab.core.sources.tokens import TokenFile
 from scaling_lab.core.sources.zipf_facts import ZipfFacts
 from scaling_lab.core.spec import Execution, Plan, PlannedRun, RunSpec
-from scaling_lab.core.store import RunStore
-from scaling_lab.prepare.documents import LocalText
-from scaling_lab.prepare.pipeline import PrepareSettings, prepare
-from scaling_lab.train.evaluate import Evaluation
-from scaling_lab.train.feed import ChunkFeed, Feed, ResidentFeed, open_feed
-from scaling_lab.train.worker import train_pending
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.corpora.documents import LocalText
+from scaling_lab.corpora.pipeline import PrepareSettings, prepare
+from scaling_lab.launching.worker import train_pending
+from scaling_lab.training.data.feed import ChunkFeed, Feed, ResidentFeed, open_feed
+from scaling_lab.training.measure.evaluation import Evaluation
 
 CPU = torch.device("cpu")
 CONTEXT, BATCH, CHUNK_STEPS = 16, 4, 3

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from synthetic import QUICKSTART_LAW, diverged, synthetic_records
 
-from scaling_lab.analyse.estimate import (
+from scaling_lab.analysis.data.observations import Observations
+from scaling_lab.analysis.estimate import (
     Band,
     BudgetOptimum,
     BudgetStatus,
@@ -23,8 +24,7 @@ from scaling_lab.analyse.estimate import (
     Frontier,
     PowerLaw,
 )
-from scaling_lab.analyse.observations import Observations
-from scaling_lab.report import figures_checks, figures_curves, figures_frontier, style, svg
+from scaling_lab.reporting import figures_checks, figures_curves, figures_frontier, style, svg
 
 A = 0.6
 FRONTIER = Frontier(

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from scaling_lab.analyse.compare_laws import compare_laws
-from scaling_lab.analyse.estimate import FitStatus
-from scaling_lab.analyse.fitting import fit, fit_many, make_objective, weights_from_indices
-from scaling_lab.analyse.fitting_newton import solve_positive
-from scaling_lab.analyse.fitting_profile import profile_interval, profile_intervals
-from scaling_lab.analyse.laws import get_law
+from scaling_lab.analysis.estimate import FitStatus
+from scaling_lab.analysis.fitting.fit import fit, fit_many, make_objective, weights_from_indices
+from scaling_lab.analysis.fitting.newton import solve_positive
+from scaling_lab.analysis.fitting.profile import profile_interval, profile_intervals
+from scaling_lab.analysis.inference.law_comparison import compare_laws
+from scaling_lab.analysis.laws import get_law
 from scaling_lab.core.errors import UserError
 
 LAW = get_law("chinchilla")
@@ -25,7 +25,7 @@ LAW = get_law("chinchilla")
 
 def published(name: str, keep_all: bool = True) -> tuple[dict[str, np.ndarray], np.ndarray, list[str]]:
     """Columns, losses and run ids of a packed table."""
-    path = importlib.resources.files("scaling_lab.analyse.published") / f"{name}.csv"
+    path = importlib.resources.files("scaling_lab.analysis.published") / f"{name}.csv"
     with path.open() as handle:
         rows = [r for r in csv.DictReader(handle) if keep_all or r["dropped_by_besiroglu"] == "0"]
     column = {c: np.array([float(r[c]) for r in rows]) for c in ("params", "tokens", "loss")}
@@ -222,7 +222,7 @@ def test_long_tables_are_searched_on_a_sample_and_fitted_whole() -> None:
 
 
 def test_observations_are_accepted_as_they_are() -> None:
-    from scaling_lab.analyse.observations import Observations
+    from scaling_lab.analysis.data.observations import Observations
 
     law = get_law("gemstones")
     columns = law.example_columns()

@@ -15,20 +15,20 @@ from test_train import tiny, train
 from torch import Tensor, nn
 
 from scaling_lab.core.evaluation import EvalSet, EvalSpec
-from scaling_lab.core.generated import GeneratedSource
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.context_tree import ContextTree, language_tables
+from scaling_lab.core.sources.generation.documents import GeneratedSource
 from scaling_lab.core.sources.mixture import Mixture
 from scaling_lab.core.sources.prepared import Prepared
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.sources.tokens import TokenFile
 from scaling_lab.core.sources.zipf_facts import ZipfFacts
 from scaling_lab.core.spec import RunSpec
-from scaling_lab.core.store import RunStore
-from scaling_lab.prepare.documents import LocalText
-from scaling_lab.prepare.pipeline import PrepareSettings, prepare
-from scaling_lab.train.checkpoint import kept_path
-from scaling_lab.train.evaluate import ValidationSet, evaluation_steps
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.corpora.documents import LocalText
+from scaling_lab.corpora.pipeline import PrepareSettings, prepare
+from scaling_lab.training.measure.evaluation import ValidationSet, evaluation_steps
+from scaling_lab.training.run.checkpoint import kept_path
 
 CPU = torch.device("cpu")
 CONTEXT = 16

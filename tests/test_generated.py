@@ -10,11 +10,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from scaling_lab.core.counter_random import draw_u32, draw_u64, mix, stream_key
 from scaling_lab.core.errors import UserError
-from scaling_lab.core.generated import GeneratedSource, floor_nats
-from scaling_lab.core.integer_zipf import ONE, zipf_sum, zipf_weights
 from scaling_lab.core.sources.context_tree import ContextTree
+from scaling_lab.core.sources.generation.counter_random import draw_u32, draw_u64, mix, stream_key
+from scaling_lab.core.sources.generation.documents import GeneratedSource, floor_nats
+from scaling_lab.core.sources.generation.integer_zipf import ONE, zipf_sum, zipf_weights
 from scaling_lab.core.sources.mixture import Mixture
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.sources.zipf_facts import ZipfFacts

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from truth import Truth
 
-from scaling_lab.analyse.analysis import AnalysisSettings, analyse
-from scaling_lab.analyse.approaches import IsoFlop, IsoFlopSettings, Parametric
-from scaling_lab.analyse.grid_bias import grid_bias
-from scaling_lab.analyse.observations import Observations
-from scaling_lab.analyse.settings import ApproachSettings
-from scaling_lab.analyse.uncertainty import BootstrapSettings
+from scaling_lab.analysis.analysis import AnalysisSettings, analyse
+from scaling_lab.analysis.approaches import IsoFlop, IsoFlopSettings, Parametric
+from scaling_lab.analysis.approaches.isoflop.grid_bias import grid_bias
+from scaling_lab.analysis.data.observations import Observations
+from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
+from scaling_lab.analysis.settings import ApproachSettings
 
 LAW = Truth(0.45, 0.25)
 BUDGETS = np.geomspace(1e18, 2.56e20, 5)
@@ -76,7 +76,7 @@ def test_analysis_json_has_the_bias_and_the_answer_without_it() -> None:
     analysis = analyse(drifting(), settings)
     data = json.loads(json.dumps(analysis.to_json_dict(), allow_nan=False))
     schema = json.loads(
-        resources.files("scaling_lab.analyse").joinpath("analysis.schema.json").read_text("utf-8")
+        resources.files("scaling_lab.analysis").joinpath("analysis.schema.json").read_text("utf-8")
     )
     jsonschema.validate(data, schema)
     envelope, isoflop, parametric = data["estimates"]

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 from wandb_fixtures import fresh_wandb, server, synthetic_sweep  # noqa: F401  fixtures
 
-from scaling_lab.analyse.foreign_runs import (
+from scaling_lab.cli.main import main
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.spec import PlannedRun
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.tracking.sink.trackers import close_mirror, log_point, open_mirror
+from scaling_lab.tracking.sink.wandb_client import Target, wandb_folder
+from scaling_lab.tracking.wandb.mapping import (
     Expression,
     ForeignRun,
     Incomplete,
@@ -18,13 +24,7 @@ from scaling_lab.analyse.foreign_runs import (
     RunMapping,
     rows_of_run,
 )
-from scaling_lab.cli.main import main
-from scaling_lab.cli.wandb_study import upload_run
-from scaling_lab.core.errors import UserError
-from scaling_lab.core.spec import PlannedRun
-from scaling_lab.core.store import RunStore
-from scaling_lab.train.tracking import close_mirror, log_point, open_mirror
-from scaling_lab.train.wandb_client import Target, wandb_folder
+from scaling_lab.tracking.wandb.study import upload_run
 
 pytestmark = pytest.mark.usefixtures("fresh_wandb")
 QUICK = ("bootstrap.resamples=50", "sensitivity=false", "backtest=false", "convention=six_n_with_head")
@@ -248,7 +248,7 @@ def test_a_run_file_cut_anywhere_holds_a_beginning(sweep, tmp_path):
     """Cut at every place: never an error, never a wrong row."""
     import wandb
 
-    from scaling_lab.cli.wandb_files import payloads, read_run_file
+    from scaling_lab.tracking.wandb.run_files import payloads, read_run_file
 
     run = wandb.init(
         mode="offline", dir=str(tmp_path), id="cut", config={"text": "x" * 40_000}

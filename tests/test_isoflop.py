@@ -10,13 +10,13 @@ from scipy.interpolate import Akima1DInterpolator
 from synthetic import synthetic_records
 from truth import PUBLISHED, Truth
 
-from scaling_lab.analyse.approaches import IsoFlop, IsoFlopSettings
-from scaling_lab.analyse.approaches.isoflop import MINIMUM_METHODS
-from scaling_lab.analyse.approaches.shared_shape import ValleyData, fit_shared
-from scaling_lab.analyse.estimate import BudgetStatus, FitStatus
-from scaling_lab.analyse.observations import Observations
-from scaling_lab.analyse.record_observations import observations_from_records
-from scaling_lab.analyse.uncertainty import BootstrapSettings, bootstrap
+from scaling_lab.analysis.approaches import IsoFlop, IsoFlopSettings
+from scaling_lab.analysis.approaches.isoflop.isoflop import MINIMUM_METHODS
+from scaling_lab.analysis.approaches.isoflop.shared_shape import ValleyData, fit_shared
+from scaling_lab.analysis.data.observations import Observations
+from scaling_lab.analysis.data.record_observations import observations_from_records
+from scaling_lab.analysis.estimate import BudgetStatus, FitStatus
+from scaling_lab.analysis.inference.bootstrap import BootstrapSettings, bootstrap
 from scaling_lab.core.errors import UserError
 
 BUDGETS = np.array([1e18, 4e18, 1.6e19, 6.4e19])
@@ -268,7 +268,7 @@ def test_another_convention_than_the_plans_is_corrected_for() -> None:
     records = synthetic_records(noise=0.0)
     obs = observations_from_records(records)
     other = obs.under("six_n_non_embedding")
-    from scaling_lab.analyse.approaches import Parametric
+    from scaling_lab.analysis.approaches import Parametric
 
     isoflop, parametric = IsoFlop().estimate(other), Parametric().estimate(other)
     assert any("another FLOP convention" in d for d in isoflop.diagnostics)
@@ -287,8 +287,8 @@ def test_settings_refuse_bad_values() -> None:
 def test_porian_chain_with_akima() -> None:
     import pandas as pd
 
-    from scaling_lab.analyse.observations import from_table
-    from scaling_lab.analyse.tables import read_table
+    from scaling_lab.analysis.data.observations import from_table
+    from scaling_lab.analysis.data.tables import read_table
 
     expected = pd.read_csv(PUBLISHED / "porian_isoflop_refinedweb_published.csv")
     for row in expected.itertuples():

@@ -12,9 +12,12 @@ import pytest
 from matplotlib.figure import Figure
 from synthetic import QUICKSTART_LAW, synthetic_records
 
-from scaling_lab.analyse.analysis import Analysis, AnalysisSettings, analyse, observations_of_sweep
-from scaling_lab.analyse.approaches import Parametric, ParametricSettings
-from scaling_lab.analyse.known_floor import (
+from scaling_lab.analysis.analysis import Analysis, AnalysisSettings, analyse, observations_of_sweep
+from scaling_lab.analysis.approaches import Parametric, ParametricSettings
+from scaling_lab.analysis.data.observations import Observations
+from scaling_lab.analysis.inference.bootstrap import BootstrapSettings, bootstrap
+from scaling_lab.analysis.settings import ApproachSettings
+from scaling_lab.analysis.studies.known_floor import (
     FLOOR,
     MIN_POINTS,
     STRAIGHT_WITHIN,
@@ -23,13 +26,10 @@ from scaling_lab.analyse.known_floor import (
     loss_frontier,
     straight_line,
 )
-from scaling_lab.analyse.known_floor_error import floor_errors
-from scaling_lab.analyse.observations import Observations
-from scaling_lab.analyse.settings import ApproachSettings
-from scaling_lab.analyse.uncertainty import BootstrapSettings, bootstrap
-from scaling_lab.report.figures_floor import reducible_loss
-from scaling_lab.report.floor_words import floor_line, floor_words
-from scaling_lab.report.gallery import draw_all
+from scaling_lab.analysis.studies.known_floor_error import floor_errors
+from scaling_lab.reporting.figures_floor import reducible_loss
+from scaling_lab.reporting.floor_words import floor_line, floor_words
+from scaling_lab.reporting.gallery import draw_all
 
 QUICK = AnalysisSettings(
     bootstrap=BootstrapSettings(resamples=100), sensitivity=False, backtest=False, profile=False
@@ -239,7 +239,7 @@ def test_a_law_without_a_floor_has_no_z() -> None:
 
 
 def test_it_is_in_analysis_json_and_valid(analysis: Analysis) -> None:
-    schema = json.loads(resources.files("scaling_lab.analyse").joinpath("analysis.schema.json").read_text())
+    schema = json.loads(resources.files("scaling_lab.analysis").joinpath("analysis.schema.json").read_text())
     data = json.loads(json.dumps(analysis.to_json_dict(), allow_nan=False))
     jsonschema.validate(data, schema)
     told, known = data["known_floor"], analysis.known_floor

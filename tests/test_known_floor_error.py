@@ -11,11 +11,11 @@ import pytest
 from scipy.optimize import least_squares
 from scipy.stats import norm
 
-from scaling_lab.analyse.approaches import Parametric, ParametricSettings
-from scaling_lab.analyse.calibration import LAWS, Cell, simulate
-from scaling_lab.analyse.estimate import Array, FitResult
-from scaling_lab.analyse.known_floor_error import FloorErrors, floor_errors
-from scaling_lab.analyse.observations import Observations
+from scaling_lab.analysis.approaches import Parametric, ParametricSettings
+from scaling_lab.analysis.data.observations import Observations
+from scaling_lab.analysis.estimate import Array, FitResult
+from scaling_lab.analysis.inference.calibration import LAWS, Cell, simulate
+from scaling_lab.analysis.studies.known_floor_error import FloorErrors, floor_errors
 
 TRUTH = LAWS["quickstart"]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from test_spec import spec
 
-from scaling_lab.cli import workers
-from scaling_lab.cli.workers import worker_slots
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
-from scaling_lab.core.store import RunStore
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.launching import workers
+from scaling_lab.launching.workers import worker_slots
 
 TINY_LINE = (
     "sweep=s data.max_mb=1 eval.tokens=1024 device=cpu compile=false design.sizes_per_budget=4 design.noise_seeds=1 "
@@ -105,7 +105,7 @@ def test_a_run_whose_worker_always_dies_fails_with_the_reason(tmp_path):
         "                continue\n"
         "            if mine: os.kill(os.getpid(), signal.SIGKILL)\n"
         "        time.sleep(0.01)\n"
-        "if 'scaling_lab.train.worker' in ' '.join(sys.orig_argv): threading.Thread(target=watch, daemon=True).start()\n"
+        "if 'scaling_lab.launching.worker' in ' '.join(sys.orig_argv): threading.Thread(target=watch, daemon=True).start()\n"
     )
     sweep = start(
         tmp_path,
@@ -147,7 +147,7 @@ def test_interrupt_stops_the_workers_and_the_sweep_goes_on(tmp_path):
 def test_a_worker_that_cannot_start_is_an_error_that_quotes_it(tmp_path):
     (tmp_path / "inject").mkdir()
     (tmp_path / "inject/sitecustomize.py").write_text(
-        "import sys\nif 'scaling_lab.train.worker' in ' '.join(sys.orig_argv): sys.exit('libfoo.so is missing')\n"
+        "import sys\nif 'scaling_lab.launching.worker' in ' '.join(sys.orig_argv): sys.exit('libfoo.so is missing')\n"
     )
     sweep = start(tmp_path, *TINY, "design.budgets_flops=[1e8]", PYTHONPATH=str(tmp_path / "inject"))
     _, err = sweep.communicate(timeout=100)

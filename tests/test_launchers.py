@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from test_spec import spec
 
-from scaling_lab.cli import cluster, slurm, sweeping
-from scaling_lab.cli.cluster import Wishes, make_arrays
-from scaling_lab.cli.console import Console
+from scaling_lab.cli.display.console import Console
 from scaling_lab.cli.main import main
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
-from scaling_lab.core.store import RunStore
-from scaling_lab.plan.cost import JobNeeds, job_needs
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.launching import cluster, slurm, sweeping
+from scaling_lab.launching.cluster import Wishes, make_arrays
+from scaling_lab.planning.cost import JobNeeds, job_needs
 
 TINY_LINE = (
     "sweep=s data.max_mb=1 eval.tokens=1024 device=cpu compile=false design.budgets_flops=[1e8] design.sizes_per_budget=4 "
@@ -243,7 +243,7 @@ def test_why_no_job_runs_is_said_once(tmp_path, monkeypatch, capsys):
 
 def test_a_job_that_left_the_queue_unbegun_is_not_called_pending(tmp_path, monkeypatch):
     pytest.importorskip("submitit", reason="pip install 'scaling-lab[slurm]'")
-    from scaling_lab.cli.submitit_backends import SlurmBackend
+    from scaling_lab.launching.submitit_backends import SlurmBackend
 
     monkeypatch.setattr(slurm, "check_commands", lambda: None)
     answers = ["12|0|RUNNING|s-ab|None\n12|1|PENDING|s-ab|Resources\n", "12|0|TIMEOUT|s-ab|TimeLimit\n"]

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scaling_lab.analyse.estimate import FitStatus
-from scaling_lab.analyse.fitting import fit
-from scaling_lab.analyse.laws import LossLaw, get_law, law_names
-from scaling_lab.analyse.laws.base import read_column
+from scaling_lab.analysis.estimate import FitStatus
+from scaling_lab.analysis.fitting.fit import fit
+from scaling_lab.analysis.laws import LossLaw, get_law, law_names
+from scaling_lab.analysis.laws.base import read_column
 from scaling_lab.core.errors import UserError
 
 # Every law with its default options is picked up by itself; options that change the formula are added here.
@@ -259,7 +259,7 @@ def test_columns_are_checked() -> None:
 
 def test_importing_the_laws_is_light() -> None:
     code = (
-        "import sys, scaling_lab.analyse.fitting, scaling_lab.analyse.laws as l; l.law_names();"
+        "import sys, scaling_lab.analysis.fitting.fit, scaling_lab.analysis.laws as l; l.law_names();"
         "print(sorted({'torch', 'hydra', 'wandb', 'datasets', 'pandas', 'matplotlib'} & set(sys.modules)))"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from synthetic import diverged, synthetic_records
 
-from scaling_lab.analyse import ledger
-from scaling_lab.analyse.ledger import CurveColumns, curve_columns, load_ledger
-from scaling_lab.analyse.record_observations import observations_from_records
+from scaling_lab.analysis.data import ledger
+from scaling_lab.analysis.data.ledger import CurveColumns, curve_columns, load_ledger
+from scaling_lab.analysis.data.record_observations import observations_from_records
 from scaling_lab.core.record import EvalPoint, RunRecord
-from scaling_lab.core.store import RunStore
+from scaling_lab.core.storage.store import RunStore
 
 RECORDS = synthetic_records(budgets=(1e11, 4e11), sizes=4, curve_points=40)
 
@@ -195,7 +195,7 @@ def test_columns_of_plain_points_are_the_same_arrays(store: RunStore) -> None:
 
 
 def test_every_line_that_the_store_writes_is_understood() -> None:
-    from scaling_lab.core.store import curve_line
+    from scaling_lab.core.storage.store import curve_line
 
     points = (
         EvalPoint(1, 512, 1e9, 1e-3),

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from synthetic import QUICKSTART_LAW, make_record
 
-from scaling_lab.analyse.lr_transfer import TransferCell, drift, transfer_cells
+from scaling_lab.analysis.studies.lr_transfer import TransferCell, drift, transfer_cells
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.parametrization import STANDARD, CompleteP, MuP
 from scaling_lab.core.record import RunRecord, RunStatus
@@ -17,9 +17,9 @@ from scaling_lab.core.schedules import Cosine
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.spec import OptimizerSpec, RunSpec
-from scaling_lab.report.figures_transfer import lr_transfer, transfer_words
-from scaling_lab.report.gallery import Drawn, draw_all
-from scaling_lab.report.style import figure_style
+from scaling_lab.reporting.figures_transfer import lr_transfer, transfer_words
+from scaling_lab.reporting.gallery import Drawn, draw_all
+from scaling_lab.reporting.style import figure_style
 
 CURVATURE, NOISE = 0.05, 0.004
 RATES = 0.007 * 2.0 ** np.arange(-2, 3)

@@ -13,7 +13,7 @@ from scipy.special import erf, expit
 
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.shapes.gpt2 import GPT2Shape
-from scaling_lab.train.models import build_model
+from scaling_lab.training.models import build_model
 
 Array = np.ndarray
 Parameters = dict[str, Array]

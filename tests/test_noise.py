@@ -10,10 +10,10 @@ import torch
 from test_train import tiny, train
 
 from scaling_lab.core.spec import EvalSpec, Execution
-from scaling_lab.core.store import RunStore
-from scaling_lab.train.gradient import make_gradient
-from scaling_lab.train.loop import open_session
-from scaling_lab.train.noise import PARTS, NoiseProbe, noise, visits_measured
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.training.engine.gradient import make_gradient
+from scaling_lab.training.measure.noise_scale import PARTS, NoiseProbe, noise, visits_measured
+from scaling_lab.training.run.loop import open_session
 
 
 def test_estimator_by_hand():

@@ -15,15 +15,15 @@ import rich.console
 from matplotlib.figure import Figure
 from synthetic import QUICKSTART_LAW, synthetic_records
 
-from scaling_lab.analyse.analysis import AnalysisSettings, analyse, observations_of_sweep, read_observations
-from scaling_lab.analyse.settings import BootstrapSettings
+from scaling_lab.analysis.analysis import AnalysisSettings, analyse, observations_of_sweep, read_observations
+from scaling_lab.analysis.settings import BootstrapSettings
 from scaling_lab.cli.commands import status
-from scaling_lab.cli.console import Console, fitting_table
+from scaling_lab.cli.display.console import Console, fitting_table
+from scaling_lab.cli.display.sweep_status import Row, Standing
 from scaling_lab.cli.main import main
-from scaling_lab.cli.standing import Row, Standing
-from scaling_lab.core.store import RunState
-from scaling_lab.report import figures_frontier, gallery
-from scaling_lab.report.gallery import Drawn, NotDrawn, draw_all
+from scaling_lab.core.storage.store import RunState
+from scaling_lab.reporting import figures_frontier, gallery
+from scaling_lab.reporting.gallery import Drawn, NotDrawn, draw_all
 
 FAST = {"bootstrap": BootstrapSettings(resamples=0), "sensitivity": False, "backtest": False}
 

@@ -8,8 +8,14 @@ import torch
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.shapes.gpt2 import GPT2Shape
 from scaling_lab.core.spec import OptimizerSpec
-from scaling_lab.train.models import build_model
-from scaling_lab.train.optim import FlatLayout, adamw_update, clip_scale, control_rows, group_vectors
+from scaling_lab.training.engine.optimizer import (
+    FlatLayout,
+    adamw_update,
+    clip_scale,
+    control_rows,
+    group_vectors,
+)
+from scaling_lab.training.models import build_model
 
 OPTIMIZER = OptimizerSpec(
     peak_lr=0.01,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaling_lab.train.order import WindowOrder, n_windows
+from scaling_lab.training.data.order import WindowOrder, n_windows
 
 
 @settings(max_examples=60, deadline=None)

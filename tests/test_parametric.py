@@ -9,14 +9,14 @@ import pytest
 from synthetic import synthetic_records
 from truth import PUBLISHED, Truth
 
-from scaling_lab.analyse.approaches import Parametric, ParametricSettings
-from scaling_lab.analyse.approaches.parametric import numerical_frontier
-from scaling_lab.analyse.estimate import FitStatus
-from scaling_lab.analyse.frontiers import quantities
-from scaling_lab.analyse.observations import Observations, from_table
-from scaling_lab.analyse.record_observations import observations_from_records
-from scaling_lab.analyse.tables import read_table
-from scaling_lab.analyse.uncertainty import BootstrapSettings, bootstrap
+from scaling_lab.analysis.approaches import Parametric, ParametricSettings
+from scaling_lab.analysis.approaches.parametric import numerical_frontier
+from scaling_lab.analysis.data.observations import Observations, from_table
+from scaling_lab.analysis.data.record_observations import observations_from_records
+from scaling_lab.analysis.data.tables import read_table
+from scaling_lab.analysis.estimate import FitStatus
+from scaling_lab.analysis.frontiers import quantities
+from scaling_lab.analysis.inference.bootstrap import BootstrapSettings, bootstrap
 from scaling_lab.core.errors import UserError
 
 BUDGETS = np.array([1e18, 4e18, 1.6e19, 6.4e19])
@@ -108,7 +108,7 @@ def test_besiroglu_standard_error() -> None:
 
 
 def test_a_law_without_n_and_d_has_no_frontier_and_a_missing_column_is_named() -> None:
-    from scaling_lab.analyse.laws import get_law, law_names
+    from scaling_lab.analysis.laws import get_law, law_names
 
     obs = Truth(0.34, 0.28).isoflop(BUDGETS, FACTORS)
     asked = 0

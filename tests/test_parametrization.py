@@ -24,17 +24,17 @@ from scaling_lab.core.parametrization import (
 )
 from scaling_lab.core.registry import members
 from scaling_lab.core.schedules import Cosine
-from scaling_lab.core.serial import dumps
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.shapes.gpt2 import GPT2Shape
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.spec import Execution, OptimizerSpec, PlannedRun, RunSpec
-from scaling_lab.core.store import RunStore
-from scaling_lab.plan.recipes.base import SweepHorizons, decide
-from scaling_lab.plan.recipes.default import DefaultRecipe
-from scaling_lab.train.loop import train_run
-from scaling_lab.train.models import build_model
-from scaling_lab.train.optim import FlatLayout, adamw_update, control_rows, group_vectors
+from scaling_lab.core.storage.serialization import dumps
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.planning.recipes.base import SweepHorizons, decide
+from scaling_lab.planning.recipes.default import DefaultRecipe
+from scaling_lab.training.engine.optimizer import FlatLayout, adamw_update, control_rows, group_vectors
+from scaling_lab.training.models import build_model
+from scaling_lab.training.run.loop import train_run
 
 # Every family there is, at its default options; a new one is picked up.
 FAMILIES = [cls() for cls in members("scaling_lab.core.shapes").values()]

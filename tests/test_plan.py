@@ -17,16 +17,16 @@ from scaling_lab.core.schedules import Cosine
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.sources.tokens import TokenFile
-from scaling_lab.plan.cost import estimate_disk_bytes, estimate_plan_seconds, estimate_seconds
-from scaling_lab.plan.design import describe, make_plan, plan_single, sweep_horizons
-from scaling_lab.plan.designs.base import RunRequest
-from scaling_lab.plan.designs.isoflop import IsoFlopDesign
-from scaling_lab.plan.designs.learning_rate import LearningRateDesign
-from scaling_lab.plan.execution import COMPILE_REPAID_FLOPS, LIBRARY_PARAMS, program_key
-from scaling_lab.plan.recipes.base import SweepHorizons, round_batch
-from scaling_lab.plan.recipes.default import DefaultRecipe
-from scaling_lab.plan.settings import ExecutionSettings, ModelSettings, SweepSettings, heads_for
-from scaling_lab.plan.sizes import SizeLadder
+from scaling_lab.planning.cost import estimate_disk_bytes, estimate_plan_seconds, estimate_seconds
+from scaling_lab.planning.designs.base import RunRequest
+from scaling_lab.planning.designs.isoflop import IsoFlopDesign
+from scaling_lab.planning.designs.learning_rate import LearningRateDesign
+from scaling_lab.planning.execution import COMPILE_REPAID_FLOPS, LIBRARY_PARAMS, program_key
+from scaling_lab.planning.plan import describe, make_plan, plan_single, sweep_horizons
+from scaling_lab.planning.recipes.base import SweepHorizons, round_batch
+from scaling_lab.planning.recipes.default import DefaultRecipe
+from scaling_lab.planning.settings import ExecutionSettings, ModelSettings, SweepSettings, heads_for
+from scaling_lab.planning.sizes import SizeLadder
 
 # Recipes that do not look at the sweep do not care.
 ALONE = SweepHorizons(1e6, 1e6)
@@ -284,7 +284,7 @@ def test_batches_by_hand():
 
 
 def test_compile_rule_depends_on_the_plan_alone(monkeypatch):
-    monkeypatch.setattr("scaling_lab.plan.execution.can_compile_on_cpu", lambda: True)
+    monkeypatch.setattr("scaling_lab.planning.execution.can_compile_on_cpu", lambda: True)
     plan = make_plan(settings())
     flops: dict[object, float] = {}
     for run in plan.runs:
@@ -292,7 +292,7 @@ def test_compile_rule_depends_on_the_plan_alone(monkeypatch):
     for run in plan.runs:
         assert run.execution.compile == (flops[run.spec.shape] >= COMPILE_REPAID_FLOPS)
     assert {r.execution.compile for r in plan.runs} == {True, False}
-    monkeypatch.setattr("scaling_lab.plan.execution.can_compile_on_cpu", lambda: False)
+    monkeypatch.setattr("scaling_lab.planning.execution.can_compile_on_cpu", lambda: False)
     assert not any(r.execution.compile for r in make_plan(settings()).runs)
     forced = settings(execution=ExecutionSettings(compile="true"))
     assert all(r.execution.compile for r in make_plan(forced).runs)

@@ -15,11 +15,11 @@ from test_train import SHAPE, tiny
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.context_tree import ContextTree
 from scaling_lab.core.spec import PlannedRun
-from scaling_lab.plan.cost import device_bytes, job_needs
-from scaling_lab.plan.execution import executions, machine_gb, stack_key, threads_for
-from scaling_lab.plan.memory import corpus_bytes, estimate_bytes, halved, loss_chunks, micro_batch
-from scaling_lab.plan.settings import ExecutionSettings
-from scaling_lab.train.feed import open_feed
+from scaling_lab.planning.cost import device_bytes, job_needs
+from scaling_lab.planning.execution import executions, machine_gb, stack_key, threads_for
+from scaling_lab.planning.memory import corpus_bytes, estimate_bytes, halved, loss_chunks, micro_batch
+from scaling_lab.planning.settings import ExecutionSettings
+from scaling_lab.training.data.feed import open_feed
 
 BASE = tiny(100)
 
@@ -111,7 +111,7 @@ def test_on_a_cpu_runs_side_by_side_share_the_machines_memory(monkeypatch):
     assert 3 < needed < 12
 
     def micro(machine_gb, spec=wide, **settings):
-        monkeypatch.setattr("scaling_lab.plan.execution.machine_gb", lambda: machine_gb)
+        monkeypatch.setattr("scaling_lab.planning.execution.machine_gb", lambda: machine_gb)
         (execution,) = executions([spec], ExecutionSettings(**settings))
         return execution.micro_batch_sequences
 
@@ -128,12 +128,12 @@ def test_on_a_cpu_runs_side_by_side_share_the_machines_memory(monkeypatch):
 
 
 def test_memory_of_this_machine_or_of_its_container(tmp_path, monkeypatch):
-    monkeypatch.setattr("scaling_lab.plan.execution.CONTAINER_LIMITS", (str(tmp_path / "none"),))
+    monkeypatch.setattr("scaling_lab.planning.execution.CONTAINER_LIMITS", (str(tmp_path / "none"),))
     whole = machine_gb()
     assert whole is not None
     assert whole == int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 1e9)
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr("scaling_lab.plan.execution.CONTAINER_LIMITS", (str(limit),))
+    monkeypatch.setattr("scaling_lab.planning.execution.CONTAINER_LIMITS", (str(limit),))
     for text, found in (("max\n", whole), ("1500000000\n", 1), (f"{2**62}\n", whole)):
         limit.write_text(text)
         assert machine_gb() == found
@@ -161,7 +161,7 @@ def test_tokens_on_the_device_are_those_of_the_feed(spec, members):
 
 
 def test_a_generated_corpus_costs_neither_micro_batches_nor_a_clusters_memory(monkeypatch):
-    monkeypatch.setattr("scaling_lab.plan.execution.machine_gb", lambda: 16)
+    monkeypatch.setattr("scaling_lab.planning.execution.machine_gb", lambda: 16)
     spec = replace(BASE, data=WORDS)
     for settings in (ExecutionSettings(device="cuda", memory_gb=24.0), ExecutionSettings(cores=2)):
         (execution,) = executions([spec], settings)
@@ -193,10 +193,10 @@ from test_train import SHAPE, tiny
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.context_tree import ContextTree
 from scaling_lab.core.spec import PlannedRun
-from scaling_lab.plan.cost import device_bytes, job_needs
+from scaling_lab.planning.cost import device_bytes, job_needs
 from scaling_lab.core.spec import EvalSpec, Execution
-from scaling_lab.plan.memory import estimate_bytes
-from scaling_lab.train.loop import open_session, train_block
+from scaling_lab.planning.memory import estimate_bytes
+from scaling_lab.training.run.loop import open_session, train_block
 width, depth, vocab, sequences = map(int, sys.argv[1:])
 spec = tiny(2, shape=GPTShape(width=width, depth=depth, heads=4, vocab_size=vocab),
             batch_tokens=64 * sequences, train_tokens=128 * sequences, eval=EvalSpec(tokens=64))

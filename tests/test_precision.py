@@ -12,8 +12,8 @@ from test_train import tiny
 from scaling_lab.cli.main import main
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Execution
-from scaling_lab.train.devices import apply_execution, be_deterministic
-from scaling_lab.train.gradient import autocast
+from scaling_lab.training.engine.devices import apply_execution, be_deterministic
+from scaling_lab.training.engine.gradient import autocast
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ import pytest
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.sources.prepared import Prepared, verify
 from scaling_lab.core.sources.pysource import PySource
-from scaling_lab.prepare.documents import HubText, LocalText
-from scaling_lab.prepare.pipeline import PrepareSettings, prepare
-from scaling_lab.prepare.tokenizing import TokenizerTokens
+from scaling_lab.corpora.documents import HubText, LocalText
+from scaling_lab.corpora.pipeline import PrepareSettings, prepare
+from scaling_lab.corpora.tokenizing import TokenizerTokens
 
 TEXTS = [f"document {i}: " + " ".join(str(i * k % 97) for k in range(i % 50)) for i in range(400)]
 
@@ -190,7 +190,7 @@ def test_100_mb_killed_and_resumed_are_the_same_bytes(tmp_path, options):
 
 def test_interrupted_between_batches_is_the_same_bytes(tmp_path, monkeypatch):
     """Stopped after each of the first batches, with progress saved at every one, and with garbage after it."""
-    from scaling_lab.prepare import pipeline
+    from scaling_lab.corpora import pipeline
 
     monkeypatch.setattr(pipeline, "BATCH_DOCUMENTS", 30)
     monkeypatch.setattr(pipeline, "SAVE_EVERY_S", 0.0)

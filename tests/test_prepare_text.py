@@ -18,9 +18,9 @@ from test_prepare import TEXTS, command, documents_of, folder_bytes, jsonl
 
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.sources.prepared import Prepared
-from scaling_lab.prepare import pipeline, reading
-from scaling_lab.prepare.documents import HubText, LocalText
-from scaling_lab.prepare.pipeline import PrepareSettings, Stage, prepare
+from scaling_lab.corpora import pipeline, reading
+from scaling_lab.corpora.documents import HubText, LocalText
+from scaling_lab.corpora.pipeline import PrepareSettings, Stage, prepare
 
 
 def hub_of(folder: Path, rows: list[dict]) -> HubText:
@@ -239,7 +239,7 @@ def test_the_share_done_is_that_of_the_files_bytes(tmp_path, form):
 
 
 def test_a_bpe_under_way_is_told(tmp_path, monkeypatch):
-    from scaling_lab.prepare import tokenizing
+    from scaling_lab.corpora import tokenizing
 
     monkeypatch.setattr(tokenizing, "TELL_EVERY_BYTES", 5000)
     source, stages = LocalText(jsonl(tmp_path / "a.jsonl", TEXTS)), []
@@ -255,8 +255,8 @@ def shown(stages: list[Stage], terminal: bool, *, quiet: bool = False) -> str:
     """What the display writes on stderr."""
     from rich.console import Console as RichConsole
 
-    from scaling_lab.cli.console import Console
-    from scaling_lab.cli.prepare_display import PrepareDisplay
+    from scaling_lab.cli.display.console import Console
+    from scaling_lab.cli.display.prepare_display import PrepareDisplay
 
     console, file = Console(quiet=quiet), io.StringIO()
     console.err = RichConsole(file=file, force_terminal=terminal, width=150, highlight=False)
@@ -286,7 +286,7 @@ def test_a_terminal_sees_a_bar_with_speed_and_time_left():
 
 
 def test_elsewhere_are_few_plain_lines(monkeypatch):
-    from scaling_lab.cli import prepare_display
+    from scaling_lab.cli.display import prepare_display
 
     assert shown(STAGES, terminal=False) == "books: training the BPE\n"
     assert shown([Stage(pipeline.OPENING, 10**9)], terminal=False) == "books: reading, 1B tokens\n"

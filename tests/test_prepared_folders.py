@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from test_prepare import TEXTS, jsonl
 
-from scaling_lab.core import shard_check
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.sources import prepared
+from scaling_lab.core.sources.files import shard_check
 from scaling_lab.core.sources.prepared import Prepared, verify
-from scaling_lab.prepare.documents import LocalText
-from scaling_lab.prepare.pipeline import PrepareSettings, prepare
+from scaling_lab.corpora.documents import LocalText
+from scaling_lab.corpora.pipeline import PrepareSettings, prepare
 
 
 @pytest.fixture

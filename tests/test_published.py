@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from scaling_lab.analyse.estimate import Interval
-from scaling_lab.analyse.reproduce import (
+from scaling_lab.analysis.estimate import Interval
+from scaling_lab.analysis.reproduce import (
     ReproduceSettings,
     Reproduction,
     Row,

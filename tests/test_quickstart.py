@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scaling_lab.core.store import RunStore
+from scaling_lab.core.storage.store import RunStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scaling_lab.analyse.calibration import Cell, simulate
+from scaling_lab.analysis.inference.calibration import Cell, simulate
 
 README = Path(__file__).parent.parent / "README.md"
 

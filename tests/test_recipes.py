@@ -13,19 +13,19 @@ from scaling_lab.core.registry import members
 from scaling_lab.core.schedules import Constant, Cosine, MultiStep
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.pysource import PySource
-from scaling_lab.plan.design import make_plan, plan_single
-from scaling_lab.plan.designs.isoflop import IsoFlopDesign
-from scaling_lab.plan.designs.learning_rate import LearningRateDesign
-from scaling_lab.plan.recipes.base import SweepHorizons
-from scaling_lab.plan.recipes.chinchilla import ChinchillaRecipe
-from scaling_lab.plan.recipes.deepseek import DeepSeekRecipe
-from scaling_lab.plan.recipes.default import DefaultRecipe
-from scaling_lab.plan.recipes.kaplan import KaplanRecipe
-from scaling_lab.plan.recipes.porian import PorianRecipe
-from scaling_lab.plan.recipes.step_law import StepLawRecipe
-from scaling_lab.plan.settings import ModelSettings, SweepSettings
+from scaling_lab.planning.designs.isoflop import IsoFlopDesign
+from scaling_lab.planning.designs.learning_rate import LearningRateDesign
+from scaling_lab.planning.plan import make_plan, plan_single
+from scaling_lab.planning.recipes.base import SweepHorizons
+from scaling_lab.planning.recipes.chinchilla import ChinchillaRecipe
+from scaling_lab.planning.recipes.deepseek import DeepSeekRecipe
+from scaling_lab.planning.recipes.default import DefaultRecipe
+from scaling_lab.planning.recipes.kaplan import KaplanRecipe
+from scaling_lab.planning.recipes.porian import PorianRecipe
+from scaling_lab.planning.recipes.step_law import StepLawRecipe
+from scaling_lab.planning.settings import ModelSettings, SweepSettings
 
-RECIPES = members("scaling_lab.plan.recipes")
+RECIPES = members("scaling_lab.planning.recipes")
 
 
 @dataclass(frozen=True)

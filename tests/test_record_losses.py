@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from synthetic import QUICKSTART_LAW, Law, make_record, synthetic_records
 
-from scaling_lab.analyse.analysis import AnalysisSettings, analyse, observations_of_sweep
-from scaling_lab.analyse.approaches import EnvelopeSettings, ParametricSettings
-from scaling_lab.analyse.known_floor import FLOOR
-from scaling_lab.analyse.laws import get_law
-from scaling_lab.analyse.record_losses import is_loss, loss_names, with_loss
-from scaling_lab.analyse.record_observations import observations_from_records
-from scaling_lab.analyse.settings import ApproachSettings
-from scaling_lab.analyse.tuning_records import TunedRecords
-from scaling_lab.analyse.uncertainty import BootstrapSettings
+from scaling_lab.analysis.analysis import AnalysisSettings, analyse, observations_of_sweep
+from scaling_lab.analysis.approaches import EnvelopeSettings, ParametricSettings
+from scaling_lab.analysis.data.record_losses import is_loss, loss_names, with_loss
+from scaling_lab.analysis.data.record_observations import observations_from_records
+from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
+from scaling_lab.analysis.laws import get_law
+from scaling_lab.analysis.settings import ApproachSettings
+from scaling_lab.analysis.studies.known_floor import FLOOR
+from scaling_lab.analysis.studies.tuning_records import TunedRecords
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord
-from scaling_lab.core.store import RunStore
+from scaling_lab.core.storage.store import RunStore
 
 # Facts ask for more parameters than the text of the sweep does, code for fewer.
 FACTS = Law(E=1.3, A=160.0, B=965.0, alpha=0.50, beta=0.57)

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from synthetic import QUICKSTART_LAW, diverged, plan_of, synthetic_records
 
-from scaling_lab.analyse.analysis import Analysis, analyse, observations_of_sweep
-from scaling_lab.analyse.estimate import BudgetStatus, FitStatus
-from scaling_lab.analyse.observations import Observations
-from scaling_lab.analyse.settings import AnalysisSettings
-from scaling_lab.analyse.uncertainty import BootstrapSettings
+from scaling_lab.analysis.analysis import Analysis, analyse, observations_of_sweep
+from scaling_lab.analysis.data.observations import Observations
+from scaling_lab.analysis.estimate import BudgetStatus, FitStatus
+from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
+from scaling_lab.analysis.settings import AnalysisSettings
 from scaling_lab.core.record import RunRecord
-from scaling_lab.report import words, write_report
-from scaling_lab.report.report import ReportOptions, banner
+from scaling_lab.reporting import words, write_report
+from scaling_lab.reporting.page import ReportOptions, banner
 
 SETTINGS = AnalysisSettings(bootstrap=BootstrapSettings(resamples=40))
 # For the tests that look at something else.

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scaling_lab.analyse.analysis import Analysis, AnalysisSettings, analyse
-from scaling_lab.analyse.calibration import LAWS
-from scaling_lab.analyse.observations import Observations
-from scaling_lab.analyse.profiles import Profile, ProfileEnds
-from scaling_lab.analyse.uncertainty import BootstrapSettings
-from scaling_lab.report import tables_checks
-from scaling_lab.report.report import write_report
+from scaling_lab.analysis.analysis import Analysis, AnalysisSettings, analyse
+from scaling_lab.analysis.data.observations import Observations
+from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
+from scaling_lab.analysis.inference.calibration import LAWS
+from scaling_lab.analysis.inference.profiles import Profile, ProfileEnds
+from scaling_lab.reporting import tables_checks
+from scaling_lab.reporting.page import write_report
 
 
 @pytest.fixture(scope="module")

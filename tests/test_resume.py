@@ -17,15 +17,15 @@ from test_train import tiny, train
 
 from scaling_lab.core.record import RunRecord
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
-from scaling_lab.core.store import RunStore
-from scaling_lab.train.checkpoint import (
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.training.run.checkpoint import (
     Checkpoint,
     load_latest,
     read_checkpoint,
     save_checkpoint,
     steps_saved,
 )
-from scaling_lab.train.stopping import Interrupted
+from scaling_lab.training.run.stopping import Interrupted
 
 
 def losses(record: RunRecord) -> list[object]:
@@ -34,7 +34,7 @@ def losses(record: RunRecord) -> list[object]:
 
 def interrupted_at(store: RunStore, spec, stop_after: int, execution: Execution | None = None) -> None:
     """Train until a checkpoint at or after `stop_after` steps is written, then stop as SIGTERM would."""
-    import scaling_lab.train.loop as loop
+    import scaling_lab.training.run.loop as loop
 
     real = loop.keep
 
@@ -78,7 +78,9 @@ def test_block_means_survive_a_stop_in_the_middle_of_a_block(tmp_path, monkeypat
     whole = train(RunStore(tmp_path / "whole"), spec)
     assert len(whole.curve) < 100
     store = RunStore(tmp_path / "resumed")
-    monkeypatch.setattr("scaling_lab.train.session.BLOCK_STEPS", 1)  # so that it stops at this very step
+    monkeypatch.setattr(
+        "scaling_lab.training.run.session.BLOCK_STEPS", 1
+    )  # so that it stops at this very step
     interrupted_at(store, spec, 64)
     assert steps_saved(store.run_folder(spec.run_id()) / "checkpoint")[-1] == 64
     assert losses(train(store, spec)) == losses(whole)
@@ -187,8 +189,8 @@ def test_twenty_kills_change_nothing():
 
 def test_a_superseded_owner_that_was_loading_leaves_the_curve_alone(tmp_path, monkeypatch):
     """It was paused while it loaded its data, and lost the run: the new owner's curve must stay."""
-    import scaling_lab.train.loop as loop
-    from scaling_lab.core.claims import ClaimLost
+    import scaling_lab.training.run.loop as loop
+    from scaling_lab.core.storage.claims import ClaimLost
 
     spec, store = tiny(100), RunStore(tmp_path)
     claim = store.claim(spec)
@@ -209,8 +211,8 @@ def test_a_superseded_owner_that_was_loading_leaves_the_curve_alone(tmp_path, mo
 
 
 def test_a_superseded_owners_error_is_not_the_runs(tmp_path, monkeypatch):
-    import scaling_lab.train.loop as loop
-    from scaling_lab.train.worker import train_claimed
+    import scaling_lab.training.run.loop as loop
+    from scaling_lab.launching.worker import train_claimed
 
     spec, store = tiny(100), RunStore(tmp_path)
     claim = store.claim(spec)
@@ -233,7 +235,7 @@ def test_a_worker_stops_in_good_order_when_its_launcher_is_killed(tmp_path):
     launcher = subprocess.Popen(
         [
             sys.executable, "-c",
-            "import os, subprocess, sys; subprocess.run([sys.executable, '-m', 'scaling_lab.train.worker', "
+            "import os, subprocess, sys; subprocess.run([sys.executable, '-m', 'scaling_lab.launching.worker', "
             f"{str(store.folder)!r}, '--stop-with', str(os.getpid())])",
         ]
     )  # fmt: skip

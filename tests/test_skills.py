@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 from synthetic import Law
 
-from scaling_lab.analyse.analysis import Analysis, AnalysisSettings, analyse, read_observations
-from scaling_lab.analyse.observations import Observations
-from scaling_lab.analyse.skills import column_of
-from scaling_lab.analyse.uncertainty import BootstrapSettings
+from scaling_lab.analysis.analysis import Analysis, AnalysisSettings, analyse, read_observations
+from scaling_lab.analysis.data.observations import Observations
+from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
+from scaling_lab.analysis.studies.skills import column_of
 from scaling_lab.core.errors import UserError
 
 # The same sizes and tokens, but what knowledge gains from parameters falls more slowly than what code does.
@@ -117,7 +117,7 @@ def test_a_columns_optimum_is_that_of_the_column_analysed_alone(analysis: Analys
 
 def test_the_skills_are_in_analysis_json(analysis: Analysis) -> None:
     schema = json.loads(
-        resources.files("scaling_lab.analyse").joinpath("analysis.schema.json").read_text("utf-8")
+        resources.files("scaling_lab.analysis").joinpath("analysis.schema.json").read_text("utf-8")
     )
     data = json.loads(json.dumps(analysis.to_json_dict("x"), allow_nan=False))
     jsonschema.validate(data, schema)
@@ -214,7 +214,7 @@ def test_the_law_that_made_the_data_predicts_best() -> None:
 
 def test_the_comparison_is_in_analysis_json_also_of_laws_that_lack_a_column() -> None:
     schema = json.loads(
-        resources.files("scaling_lab.analyse").joinpath("analysis.schema.json").read_text("utf-8")
+        resources.files("scaling_lab.analysis").joinpath("analysis.schema.json").read_text("utf-8")
     )
     data = json.loads(json.dumps(compared(0.002, ("all",)).to_json_dict("x"), allow_nan=False))
     jsonschema.validate(data, schema)

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from scaling_lab.cli.cluster import Book
-from scaling_lab.core.claims import last_claim
 from scaling_lab.core.record import RunStatus
-from scaling_lab.core.store import RunStore
+from scaling_lab.core.storage.claims import last_claim
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.launching.cluster import Book
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(420)]
 

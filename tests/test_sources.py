@@ -8,7 +8,7 @@ import pytest
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.sources.pysource import SEPARATOR, PySource
 from scaling_lab.core.sources.tokens import TokenFile
-from scaling_lab.train.data import read_tokens
+from scaling_lab.training.data import read_tokens
 
 
 def documents(text: bytes) -> list[bytes]:

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.parametrization import MuP
 from scaling_lab.core.schedules import Constant, Cosine
-from scaling_lab.core.serial import canonical_json, dumps, to_dict
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.shapes.gpt2 import GPT2Shape
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.spec import EvalSpec, Execution, OptimizerSpec, Plan, PlannedRun, RunSpec
+from scaling_lab.core.storage.serialization import canonical_json, dumps, to_dict
 
 
 def spec(**changes) -> RunSpec:

@@ -14,10 +14,10 @@ from test_train import tiny, train
 
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
-from scaling_lab.core.store import RunStore
-from scaling_lab.train.checkpoint import steps_saved
-from scaling_lab.train.stopping import Interrupted
-from scaling_lab.train.worker import train_pending
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.launching.worker import train_pending
+from scaling_lab.training.run.checkpoint import steps_saved
+from scaling_lab.training.run.stopping import Interrupted
 
 STACKED = Execution(stack="a", stack_size=4)
 
@@ -77,7 +77,7 @@ def test_a_member_that_diverges_leaves_the_others_bit_as_they_were(tmp_path, who
 @pytest.mark.parametrize("there", [(0, 1, 2, 3), (1, 3), (2,)], ids=["all", "two", "one"])
 def test_stopped_and_taken_up_by_whoever_is_left_bit_for_bit(tmp_path, monkeypatch, whole, there):
     """A stack stopped midway; then some of its members are claimed elsewhere, and the rest goes on as if they were there."""
-    import scaling_lab.train.loop as loop
+    import scaling_lab.training.run.loop as loop
 
     runs, store = members(), RunStore(tmp_path)
     real = loop.keep
@@ -123,7 +123,7 @@ def test_a_record_that_a_kill_prevented_is_written_from_the_last_checkpoint(tmp_
 
 def test_a_member_that_is_taken_over_or_in_error_is_dropped_alone(tmp_path, monkeypatch, whole):
     """Its slot rests; the others end bit for bit as they would have."""
-    from scaling_lab.train.member import Member
+    from scaling_lab.training.run.member import Member
 
     runs, store = members(), RunStore(tmp_path)
     real = Member.take
@@ -159,7 +159,7 @@ def test_out_of_memory_halves_the_micro_batch_and_the_run_goes_on(tmp_path, monk
     """From its last checkpoint, to the losses of the run whose micro-batch was so from there on; and resumes with it."""
     import torch
 
-    from scaling_lab.train.session import Program
+    from scaling_lab.training.run.session import Program
 
     spec, store = tiny(60), RunStore(tmp_path)
     real, refused = Program.run_block, []
@@ -183,7 +183,7 @@ def test_out_of_memory_halves_the_micro_batch_and_the_run_goes_on(tmp_path, monk
 
 
 def test_out_of_memory_with_single_sequences_is_a_failed_record(tmp_path, monkeypatch):
-    from scaling_lab.train.session import Program
+    from scaling_lab.training.run.session import Program
 
     def run_block(self, places, count):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory")
@@ -202,8 +202,8 @@ from dataclasses import replace
 sys.path.insert(0, "tests")
 from test_train import SHAPE, tiny
 from scaling_lab.core.spec import EvalSpec, Execution, PlannedRun
-from scaling_lab.core.store import RunStore
-import scaling_lab.train.loop as loop
+from scaling_lab.core.storage.store import RunStore
+import scaling_lab.training.run.loop as loop
 logging.basicConfig(level=logging.INFO)
 import torch
 real = loop.open_program

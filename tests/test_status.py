@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from synthetic import synthetic_records
 
+from scaling_lab.cli.display.sweep_status import Standing, grouped_reasons, standing
 from scaling_lab.cli.main import main
-from scaling_lab.cli.standing import Standing, grouped_reasons, standing
 from scaling_lab.core.record import RunRecord, RunStatus
 from scaling_lab.core.spec import Plan, PlannedRun
-from scaling_lab.core.store import RunStore
+from scaling_lab.core.storage.store import RunStore
 
 RECORDS = synthetic_records(budgets=(1e11, 4e11), sizes=4, curve_points=4)[:8]
 

@@ -12,7 +12,7 @@ from test_train import SHAPE, tiny
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.shapes.gpt2 import GPT2Shape
 from scaling_lab.core.spec import Execution
-from scaling_lab.train.gradient import (
+from scaling_lab.training.engine.gradient import (
     WithLoss,
     autocast,
     chunked_gradient,
@@ -20,10 +20,10 @@ from scaling_lab.train.gradient import (
     make_gradient,
     whole_gradient,
 )
-from scaling_lab.train.loop import open_session, train_block
-from scaling_lab.train.models import build_model
-from scaling_lab.train.optim import FlatLayout, control_rows
-from scaling_lab.train.step import LOSS, MEAN_PART_SQUARE, SQUARE, Slot, TrainStep
+from scaling_lab.training.engine.optimizer import FlatLayout, control_rows
+from scaling_lab.training.engine.step import LOSS, MEAN_PART_SQUARE, SQUARE, Slot, TrainStep
+from scaling_lab.training.models import build_model
+from scaling_lab.training.run.loop import open_session, train_block
 
 SHAPES = [SHAPE, GPTShape(width=16, depth=1, heads=1, tied_head=True), GPT2Shape(width=16, depth=1, heads=1)]
 
@@ -112,7 +112,7 @@ def test_no_logits_of_a_whole_batch_over_a_large_vocabulary(monkeypatch):
         WithLoss(model, spec)(window[:, :-1], window[:, 1:]).backward()
 
     assert [largest_tensor(work) for work in (alone, spread)] == [everything] * 2
-    monkeypatch.setattr("scaling_lab.plan.memory.LOGITS_AT_ONCE", everything // 8)
+    monkeypatch.setattr("scaling_lab.planning.memory.LOGITS_AT_ONCE", everything // 8)
     assert max(largest_tensor(work) for work in (alone, spread)) <= everything // 8
 
 
@@ -120,7 +120,7 @@ def test_no_logits_of_a_whole_batch_over_a_large_vocabulary(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES, ids=["gpt", "tied", "gpt2"])
 def test_a_model_with_its_loss_has_the_same_gradient(shape, dtype, monkeypatch):
     spec = tiny(1, shape=shape, dtype=dtype)
-    monkeypatch.setattr("scaling_lab.plan.memory.LOGITS_AT_ONCE", 64 * 256)  # 4 chunks of one sequence
+    monkeypatch.setattr("scaling_lab.planning.memory.LOGITS_AT_ONCE", 64 * 256)  # 4 chunks of one sequence
     torch.manual_seed(3)
     model = build_model(shape)
     tokens = torch.randint(0, 256, (4, 65))
@@ -207,10 +207,11 @@ def test_a_process_compiles_every_run_however_many_came_before(monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(
-        "scaling_lab.train.step.fits", lambda *_: False
+        "scaling_lab.training.engine.step.fits", lambda *_: False
     )  # small steps otherwise go another way
     monkeypatch.setattr(
-        "scaling_lab.train.step._compiled", lambda f: torch.compile(f, dynamic=False, backend=backend)
+        "scaling_lab.training.engine.step._compiled",
+        lambda f: torch.compile(f, dynamic=False, backend=backend),
     )
     with torch._dynamo.config.patch(recompile_limit=2):
         for width in (8, 16, 24):

@@ -11,10 +11,10 @@ from test_train import tiny
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.shapes.gpt2 import GPT2Shape
 from scaling_lab.core.spec import Execution, OptimizerSpec
-from scaling_lab.train import step_library
-from scaling_lab.train.models import build_model
-from scaling_lab.train.session import open_session, train_block
-from scaling_lab.train.step_library import library_folder, library_key
+from scaling_lab.training.engine import library as step_library
+from scaling_lab.training.engine.library import library_folder, library_key
+from scaling_lab.training.models import build_model
+from scaling_lab.training.run.session import open_session, train_block
 
 SMALL = GPTShape(width=8, depth=1, heads=1)
 COMPILED = Execution(compile=True)

@@ -13,13 +13,13 @@ import pytest
 from test_resume import losses
 from test_train import tiny, train
 
-import scaling_lab.train.loop as loop
+import scaling_lab.training.run.loop as loop
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
-from scaling_lab.core.store import RunStore
-from scaling_lab.train.checkpoint import steps_saved
-from scaling_lab.train.session import Program
-from scaling_lab.train.stopping import Interrupted, listen, request_checkpoint, request_stop
-from scaling_lab.train.worker import train_pending
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.launching.worker import train_pending
+from scaling_lab.training.run.checkpoint import steps_saved
+from scaling_lab.training.run.session import Program
+from scaling_lab.training.run.stopping import Interrupted, listen, request_checkpoint, request_stop
 
 
 def checkpoints(store: RunStore, spec) -> list[int]:

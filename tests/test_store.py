@@ -13,18 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from test_spec import spec
 
-from scaling_lab.core.claims import ClaimLost, last_claim
 from scaling_lab.core.errors import UserError
-from scaling_lab.core.files import create_exclusive, write_atomic
 from scaling_lab.core.record import EvalPoint
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
-from scaling_lab.core.store import RunStore, curve_line
+from scaling_lab.core.storage.claims import ClaimLost, last_claim
+from scaling_lab.core.storage.files import create_exclusive, write_atomic
+from scaling_lab.core.storage.store import RunStore, curve_line
 
 HOLDER = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from test_spec import spec
-from scaling_lab.core.store import RunStore
+from scaling_lab.core.storage.store import RunStore
 claim = RunStore({folder!r}).claim(spec())
 print("claimed" if claim else "refused", flush=True)
 time.sleep(60)
@@ -78,7 +78,7 @@ def test_the_former_owner_is_fenced(store, monkeypatch):
     """A paused owner that wakes after a takeover sees the newer claim and stops; its record is not written."""
     old = store.claim(spec())
     assert old is not None
-    monkeypatch.setattr("scaling_lab.core.claims.process_start", lambda pid: None)
+    monkeypatch.setattr("scaling_lab.core.storage.claims.process_start", lambda pid: None)
     new = store.claim(spec())
     assert new is not None
     assert new.generation == old.generation + 1
@@ -117,7 +117,7 @@ def test_another_containers_process_of_this_host_name_is_not_judged_by_its_pid(s
 
 def test_without_start_times_the_heartbeat_decides(store, monkeypatch):
     """macOS: a reused pid must not hold a run for ever."""
-    monkeypatch.setattr("scaling_lab.core.claims.process_start", lambda pid: "unknown")
+    monkeypatch.setattr("scaling_lab.core.storage.claims.process_start", lambda pid: "unknown")
     assert store.claim(spec()) is not None
     assert store.claim(spec()) is None
     path = store.run_folder(spec().run_id()) / "claim-1.json"

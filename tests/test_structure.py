@@ -12,23 +12,37 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "scaling_lab"
-# Zone -> zones it may import. `hydra_plugins` is part of cli.
-ALLOWED = {
-    "core": {"core"},
-    "plan": {"core", "plan"},
-    "prepare": {"core", "prepare"},
-    "train": {"core", "plan", "train"},
-    "analyse": {"core", "analyse"},
-    "report": {"core", "analyse", "report"},
-    "cli": {"core", "plan", "prepare", "train", "analyse", "report", "cli"},
-    "hydra_plugins": {"core", "plan", "prepare", "train", "analyse", "report", "cli", "hydra_plugins"},
+# Room -> rooms it may import, itself included; the longest prefix of a module's name decides. `cli` may import all.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "core": ("core",),
+    "planning": ("core", "planning"),
+    "corpora": ("core", "corpora"),
+    "tracking.sink": ("core", "tracking.sink"),
+    "training": ("core", "planning", "training", "tracking.sink"),
+    "analysis": ("core", "analysis"),
+    "reporting": ("core", "analysis", "reporting"),
+    "tracking": ("core", "analysis", "reporting", "tracking"),
+    "launching": ("core", "planning", "training", "tracking", "launching"),
+}
+EVERYTHING = ("cli", "hydra_plugins")
+# What the refactoring has not reached yet; it ends with both of these empty.
+PENDING = {
+    ("launching", "cli.display.console"), ("launching", "cli.display.progress"),
+    ("launching", "cli.options.compose"), ("launching", "cli.options.configs"),
+    ("launching", "cli.options.study"), ("tracking", "cli.display.console"),
+}  # fmt: skip
+PENDING_CYCLES = {
+    ("scaling_lab.analysis.estimate", "scaling_lab.analysis.inference.bounded"),
+    ("scaling_lab.analysis.analysis", "scaling_lab.analysis.analysis_json"),
+    ("scaling_lab.training.parallel.distributed", "scaling_lab.training.parallel.sharded"),
+    ("scaling_lab.training.parallel.distributed", "scaling_lab.training.run.session"),
 }
 # Outside packages with one owner.
 ONLY_IN = {
-    "torch": {"train"},
-    "hydra": {"cli", "hydra_plugins"},
-    "omegaconf": {"cli", "hydra_plugins"},
-    "wandb": {"train"},
+    "torch": {"training", "launching"},
+    "hydra": {"cli", "hydra_plugins", "launching"},
+    "omegaconf": {"cli", "hydra_plugins", "launching"},
+    "wandb": {"tracking"},
 }
 CORE_PACKAGES = {"numpy", "scaling_lab"}
 
@@ -49,44 +63,58 @@ def sources() -> list[Path]:
     return sorted(p for p in PACKAGE.rglob("*.py") if len(p.relative_to(PACKAGE).parts) > 1)
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_zones(path):
-    zone = path.relative_to(PACKAGE).parts[0]
+NAMES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in sources()}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of ours that a file imports, anywhere in it: inside functions and for types too."""
+    found = set()
     for name in imports(path):
-        parts = name.split(".")
-        if parts[0] == "scaling_lab" and len(parts) > 1 and (PACKAGE / parts[1]).is_dir():
-            assert parts[1] in ALLOWED[zone] or (
-                zone == "plan" and path.name == "power.py" and parts[1] == "analyse"
-            ), f"{zone} must not import {name}"
-        owners = ONLY_IN.get(parts[0])
+        while name and name not in NAMES:
+            name = name.rpartition(".")[0]
+        found.add(name)
+    deepest = {n for n in found if not any(other.startswith(n + ".") for other in found)}
+    return deepest - {""}
+
+
+def within(name: str, rooms: tuple[str, ...]) -> bool:
+    return any(name == room or name.startswith(room + ".") for room in rooms)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_rooms(path):
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    zone = name.split(".")[0]
+    room = max((r for r in ALLOWED if within(name, (r,))), key=len, default=None)
+    assert room is not None or zone in EVERYTHING, f"{name} is in no room of ALLOWED"
+    for target in imported_modules(path):
+        target = target.removeprefix("scaling_lab.")
+        if room is not None and (zone, target) not in PENDING:
+            assert within(target, ALLOWED[room]), f"{name} must not import {target}"
+    for target in imports(path):
+        package = target.split(".")[0]
+        owners = ONLY_IN.get(package)
         # cli may ask torch what this machine can do (doctor) and hand over wandb's login state; it trains nothing.
-        assert owners is None or zone in owners or zone == "cli", f"{zone} must not import {parts[0]}"
+        assert owners is None or zone in owners or zone == "cli", f"{name} must not import {package}"
         if zone == "core":
-            if parts[0] == "pyarrow" and path.name == "token_parquet.py":
+            if package == "pyarrow" and path.name == "token_parquet.py":
                 continue  # imported only where a Parquet file is given
-            assert parts[0] in CORE_PACKAGES or parts[0] in sys.stdlib_module_names, (
-                f"core must not import {parts[0]}"
+            assert package in CORE_PACKAGES or package in sys.stdlib_module_names, (
+                f"core must not import {package}"
             )
 
 
-def test_no_cycles_between_modules():
-    """At import time (imports inside functions are free): a depth-first search finds no way back."""
-    graph: dict[str, set[str]] = {}
-    names = {
-        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in sources()
-    }
-    for name, path in names.items():
-        top = ast.parse(path.read_text(encoding="utf-8")).body
-        targets = set()
-        for node in top:
-            if isinstance(node, ast.ImportFrom) and node.module:
-                targets |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
-        graph[name] = {t for t in targets if t in names and t != name and not name.startswith(t + ".")}
+def test_no_import_cycles():
+    """Wherever an import stands: a depth-first search over all of them finds no way back."""
+    graph = {name: imported_modules(path) - {name} for name, path in NAMES.items()}
+    graph = {n: {t for t in targets if not n.startswith(t + ".")} for n, targets in graph.items()}
     state: dict[str, int] = {}
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
         state[name] = 1
         for target in sorted(graph[name]):
+            if (name, target) in PENDING_CYCLES:
+                continue
             assert state.get(target) != 1, f"cycle: {' -> '.join((*trail, name, target))}"
             if target not in state:
                 visit(target, (*trail, name))
@@ -112,12 +140,12 @@ def loaded_after(code: str) -> set[str]:
             {"torch", "hydra", "omegaconf", "wandb", "datasets", "numpy", "pandas", "matplotlib"},
         ),
         (
-            "import scaling_lab.core.spec, scaling_lab.core.store",
+            "import scaling_lab.core.spec, scaling_lab.core.storage.store",
             {"torch", "hydra", "wandb", "datasets", "pandas"},
         ),
-        ("import scaling_lab.plan.design", {"torch", "hydra", "wandb", "datasets"}),
-        ("import scaling_lab.analyse.analysis", {"torch", "hydra", "wandb", "datasets", "matplotlib"}),
-        ("import scaling_lab.train.worker", {"hydra", "wandb", "datasets"}),
+        ("import scaling_lab.planning.plan", {"torch", "hydra", "wandb", "datasets"}),
+        ("import scaling_lab.analysis.analysis", {"torch", "hydra", "wandb", "datasets", "matplotlib"}),
+        ("import scaling_lab.launching.worker", {"hydra", "wandb", "datasets"}),
     ],
 )
 def test_what_importing_loads(code, forbidden):
@@ -138,12 +166,12 @@ def test_configs_equal_the_codes_defaults():
 
     from scaling_lab.core import parametrization
     from scaling_lab.core.registry import members
-    from scaling_lab.core.serial import to_dict
     from scaling_lab.core.spec import schedule_class
+    from scaling_lab.core.storage.serialization import to_dict
 
     groups = {
-        "recipe": members("scaling_lab.plan.recipes"),
-        "design": members("scaling_lab.plan.designs"),
+        "recipe": members("scaling_lab.planning.recipes"),
+        "design": members("scaling_lab.planning.designs"),
         "data": members("scaling_lab.core.sources"),
         "parametrization": parametrization.CLASSES,
         "schedule": {p.stem: schedule_class(p.stem) for p in (ROOT / "conf" / "schedule").glob("*.yaml")},

@@ -10,7 +10,7 @@ import pytest
 
 from scaling_lab.cli.main import main
 from scaling_lab.core.record import RunStatus
-from scaling_lab.core.store import RunStore
+from scaling_lab.core.storage.store import RunStore
 
 # Four sizes of 1,000 to 7,000 parameters, some tens of steps each.
 TINY_LINE = (

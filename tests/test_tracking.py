@@ -22,10 +22,11 @@ from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord, RunStatus
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
-from scaling_lab.core.store import RunStore
-from scaling_lab.train import tracking, wandb_client
-from scaling_lab.train.stopping import Interrupted
-from scaling_lab.train.tracking import (
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.launching.worker import train_claimed, train_pending
+from scaling_lab.tracking.sink import trackers as tracking
+from scaling_lab.tracking.sink import wandb_client
+from scaling_lab.tracking.sink.trackers import (
     NoTracker,
     WandbTracker,
     make_tracker,
@@ -33,7 +34,7 @@ from scaling_lab.train.tracking import (
     wait_for_mirrors,
     wandb_mode,
 )
-from scaling_lab.train.worker import train_claimed, train_pending
+from scaling_lab.training.run.stopping import Interrupted
 
 pytestmark = pytest.mark.usefixtures("fresh_wandb")
 
@@ -83,7 +84,7 @@ def test_online_everything_arrives(tmp_path, server):  # noqa: F811
 
 
 def test_offline_the_file_holds_the_whole_curve(tmp_path):
-    from scaling_lab.cli.wandb_files import read_run_file
+    from scaling_lab.tracking.wandb.run_files import read_run_file
 
     spec = tiny(40, sweep="sweep")
     record = mirrored(tmp_path, spec)  # nobody is logged in
@@ -123,7 +124,7 @@ def test_runs_of_one_stack_are_runs_of_their_own(tmp_path, server):  # noqa: F81
 # -- one training run is one W&B run
 def interrupted_then_done(tmp_path, monkeypatch, stop_after: int) -> RunRecord:
     """A run that is told to stop at a checkpoint, and its second attempt."""
-    import scaling_lab.train.loop as loop
+    import scaling_lab.training.run.loop as loop
 
     store, spec = RunStore(tmp_path / "sweep"), tiny(120, sweep="sweep")
     planned, real, told = PlannedRun(spec, Execution()), loop.keep, []
@@ -157,7 +158,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch, serv
 
 @pytest.mark.slow
 def test_resumed_offline_the_newest_file_is_whole_and_the_only_one(tmp_path, monkeypatch):
-    from scaling_lab.cli.wandb_files import read_run_file
+    from scaling_lab.tracking.wandb.run_files import read_run_file
 
     record = interrupted_then_done(tmp_path, monkeypatch, 30)
     (path,) = offline_files(tmp_path / "sweep" / "wandb")
@@ -169,7 +170,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 from scaling_lab.core.record import EvalPoint
 from scaling_lab.core.spec import Execution, PlannedRun, RunSpec
-from scaling_lab.train import tracking
+from scaling_lab.tracking.sink import trackers as tracking
 spec = RunSpec.from_dict(json.loads(sys.argv[1]))
 tracker = tracking.make_tracker({"kind": "wandb"}, Path(sys.argv[2]))
 tracker.start(PlannedRun(spec, Execution()), "abc")
@@ -299,7 +300,7 @@ def test_a_client_that_hangs_does_not_hold_the_run_up(tmp_path, monkeypatch, cap
 
 
 def test_a_failed_run_is_failed_there_too(tmp_path, monkeypatch, server):  # noqa: F811
-    from scaling_lab.train.evaluate import ValidationSet
+    from scaling_lab.training.measure.evaluation import ValidationSet
 
     def broken(*args, **options):
         raise RuntimeError("no such luck")
@@ -379,8 +380,8 @@ def sweep(finished_sweep, tmp_path, monkeypatch):
 def test_upload_brings_up_every_run_and_the_ledger_once(sweep, server, capsys):  # noqa: F811
     records, _ = sweep.load_records()
     # One is up already, one was cut off after five points: as an outage in the middle of a sweep leaves it.
-    from scaling_lab.cli.wandb_study import upload_run
-    from scaling_lab.train.wandb_client import Target
+    from scaling_lab.tracking.sink.wandb_client import Target
+    from scaling_lab.tracking.wandb.study import upload_run
 
     upload_run(records[0], Target(), sweep)
     partial = dataclasses.replace(records[1], curve=records[1].curve[:5], status=RunStatus.FAILED)
@@ -479,8 +480,8 @@ def test_the_workspace_shows_loss_against_flops_and_groups_by_budget(sweep, serv
 
 def test_the_end_of_a_sweep_asks_what_is_missing(sweep, server, capsys):  # noqa: F811
     """A server that took the runs but not their data (a full quota) is noticed; one that cannot be asked, too."""
-    from scaling_lab.cli.console import Console
-    from scaling_lab.cli.wandb_study import say_what_is_missing, upload_run
+    from scaling_lab.cli.display.console import Console
+    from scaling_lab.tracking.wandb.study import say_what_is_missing, upload_run
 
     records, _ = sweep.load_records()
     for record in records:

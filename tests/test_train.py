@@ -22,13 +22,13 @@ from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.shapes.gpt2 import GPT2Shape
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.spec import EvalSpec, Execution, OptimizerSpec, Plan, PlannedRun, RunSpec
-from scaling_lab.core.store import RunStore
-from scaling_lab.train.evaluate import ValidationSet, evaluation_steps, standard_error
-from scaling_lab.train.loop import blocks, open_session, train_block, train_run
-from scaling_lab.train.member import Progress
-from scaling_lab.train.models import build_model
-from scaling_lab.train.step import token_loss
-from scaling_lab.train.worker import longest_first, train_claimed, train_pending
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.launching.worker import longest_first, train_claimed, train_pending
+from scaling_lab.training.engine.step import token_loss
+from scaling_lab.training.measure.evaluation import ValidationSet, evaluation_steps, standard_error
+from scaling_lab.training.models import build_model
+from scaling_lab.training.run.loop import blocks, open_session, train_block, train_run
+from scaling_lab.training.run.member import Progress
 
 SHAPE = GPTShape(width=16, depth=1, heads=1)
 
@@ -169,7 +169,7 @@ def test_divergence_is_a_record(tmp_path):
 
 
 def test_an_error_of_the_run_is_a_failed_record_and_the_others_go_on(tmp_path, monkeypatch):
-    import scaling_lab.train.session as session
+    import scaling_lab.training.run.session as session
 
     real = session.build_model
 
@@ -204,7 +204,7 @@ def test_a_worker_that_is_told_to_stop_gives_its_run_back(tmp_path):
     """SIGTERM to a real worker: exit 75, no record, and the next worker trains the run."""
     store, spec = RunStore(tmp_path), tiny(200_000)
     store.write_plan(Plan("t", (PlannedRun(spec, Execution()),), spec.convention, spec.data.fingerprint()))
-    worker = subprocess.Popen([sys.executable, "-m", "scaling_lab.train.worker", str(store.folder)])
+    worker = subprocess.Popen([sys.executable, "-m", "scaling_lab.launching.worker", str(store.folder)])
     curve = store.run_folder(spec.run_id()) / "curve.jsonl"
     deadline = time.monotonic() + 60
     while not (curve.exists() and curve.stat().st_size) and time.monotonic() < deadline:
@@ -237,7 +237,7 @@ def test_one_window_of_validation_has_no_standard_error(tmp_path):
 
 def test_worker_rejects_a_folder_without_a_plan(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "scaling_lab.train.worker", str(tmp_path / "none")], capture_output=True, text=True,
+        [sys.executable, "-m", "scaling_lab.launching.worker", str(tmp_path / "none")], capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": os.getcwd()},
     )  # fmt: skip
     assert done.returncode == 2
@@ -297,7 +297,7 @@ def test_long_runs_keep_block_means(tmp_path):
     assert [
         curve_block_steps(s) for s in (1, MAX_CURVE_POINTS, MAX_CURVE_POINTS + 1, 3 * MAX_CURVE_POINTS)
     ] == [1, 1, 2, 3]
-    from scaling_lab.train.curve import CurveWriter
+    from scaling_lab.training.run.curve import CurveWriter
 
     spec = tiny(2 * MAX_CURVE_POINTS)
     with open(tmp_path / "c", "w") as file:

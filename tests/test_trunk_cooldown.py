@@ -14,26 +14,26 @@ import numpy as np
 import pytest
 import torch
 
-from scaling_lab.analyse.analysis import observations_of_sweep
+from scaling_lab.analysis.analysis import observations_of_sweep
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.schedules import Constant, Cosine, WarmupStableDecay
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.spec import EvalSpec, Plan, PlannedRun, RunSpec
-from scaling_lab.core.store import RunStore
-from scaling_lab.plan.cooldown import stretch
-from scaling_lab.plan.design import make_plan
-from scaling_lab.plan.designs.isoflop import IsoFlopDesign
-from scaling_lab.plan.designs.trunk_cooldown import TrunkCooldownDesign
-from scaling_lab.plan.recipes.base import SweepHorizons
-from scaling_lab.plan.recipes.chinchilla import ChinchillaRecipe
-from scaling_lab.plan.recipes.default import DefaultRecipe
-from scaling_lab.plan.recipes.kaplan import KaplanRecipe
-from scaling_lab.plan.recipes.porian import PorianRecipe
-from scaling_lab.plan.settings import ExecutionSettings, ModelSettings, SweepSettings
-from scaling_lab.plan.sizes import SizeLadder
-from scaling_lab.train.checkpoint import kept_path, read_checkpoint, steps_saved
-from scaling_lab.train.worker import failed_record, train_pending
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.launching.worker import failed_record, train_pending
+from scaling_lab.planning.cooldown import stretch
+from scaling_lab.planning.designs.isoflop import IsoFlopDesign
+from scaling_lab.planning.designs.trunk_cooldown import TrunkCooldownDesign
+from scaling_lab.planning.plan import make_plan
+from scaling_lab.planning.recipes.base import SweepHorizons
+from scaling_lab.planning.recipes.chinchilla import ChinchillaRecipe
+from scaling_lab.planning.recipes.default import DefaultRecipe
+from scaling_lab.planning.recipes.kaplan import KaplanRecipe
+from scaling_lab.planning.recipes.porian import PorianRecipe
+from scaling_lab.planning.settings import ExecutionSettings, ModelSettings, SweepSettings
+from scaling_lab.planning.sizes import SizeLadder
+from scaling_lab.training.run.checkpoint import kept_path, read_checkpoint, steps_saved
 
 
 def settings(design: TrunkCooldownDesign | None = None, **changes) -> SweepSettings:
@@ -315,7 +315,7 @@ def test_workers_share_trunks_and_branches(tmp_path, trained):
     plan, alone = trained
     store = RunStore(tmp_path / "t")
     store.write_plan(plan)
-    command = [sys.executable, "-m", "scaling_lab.train.worker", str(store.folder)]
+    command = [sys.executable, "-m", "scaling_lab.launching.worker", str(store.folder)]
     workers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for worker in workers:
         _, said = worker.communicate(timeout=120)

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from synthetic import QUICKSTART_LAW, synthetic_records
 
-from scaling_lab.analyse.observations import Observations
-from scaling_lab.analyse.settings import ApproachSettings
-from scaling_lab.analyse.tuning import Trained, measure, tuned_exponents
-from scaling_lab.analyse.tuning_fit import debt_at, fit_bowl, why_no_bowl, window
-from scaling_lab.analyse.tuning_records import split_by_role
+from scaling_lab.analysis.data.observations import Observations
+from scaling_lab.analysis.settings import ApproachSettings
+from scaling_lab.analysis.studies.tuning import Trained, measure, tuned_exponents
+from scaling_lab.analysis.studies.tuning_fit import debt_at, fit_bowl, why_no_bowl, window
+from scaling_lab.analysis.studies.tuning_records import split_by_role
 from scaling_lab.cli.main import main
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.parametrization import MuP
 from scaling_lab.core.record import RunRecord
-from scaling_lab.core.serial import dumps
-from scaling_lab.core.store import RunStore, curve_line
+from scaling_lab.core.storage.serialization import dumps
+from scaling_lab.core.storage.store import RunStore, curve_line
 
 BUDGETS = (5e10, 2e11, 8e11)
 LR = np.log(2) * np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
@@ -352,7 +352,7 @@ def test_analyze_with_a_learning_rate_sweep_beside(tmp_path, monkeypatch, capsys
     assert "tuning debt" in out
     assert "if every size were tuned" in out
     data = json.loads(Path("results/base/report/analysis.json").read_text())
-    schema = json.loads(resources.files("scaling_lab.analyse").joinpath("analysis.schema.json").read_text())
+    schema = json.loads(resources.files("scaling_lab.analysis").joinpath("analysis.schema.json").read_text())
     jsonschema.validate(data, schema)
     # The same factor everywhere: every run owes 0.06 / 2 ln(1.5)^2, and the exponents stay.
     assert len(data["tuning"]["runs"]) == len(records)

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from truth import Truth
 
-from scaling_lab.analyse.agreement import agreement, explained
-from scaling_lab.analyse.analysis import AnalysisSettings, analyse, read_observations
-from scaling_lab.analyse.approaches import IsoFlop, Parametric
-from scaling_lab.analyse.estimate import Array, Band, Estimate, FitStatus, Frontier, PowerLaw
-from scaling_lab.analyse.frontiers import fit_loss_curves
-from scaling_lab.analyse.grid_bias import GridBias
-from scaling_lab.analyse.observations import Observations
-from scaling_lab.analyse.predict import predict
-from scaling_lab.analyse.profiles import profile
-from scaling_lab.analyse.sensitivity import SensitivityRow
-from scaling_lab.analyse.uncertainty import UNITS, BootstrapSettings, Draws, NoInterval, bootstrap
+from scaling_lab.analysis.analysis import AnalysisSettings, analyse, read_observations
+from scaling_lab.analysis.approaches import IsoFlop, Parametric
+from scaling_lab.analysis.approaches.isoflop.grid_bias import GridBias
+from scaling_lab.analysis.data.observations import Observations
+from scaling_lab.analysis.estimate import Array, Band, Estimate, FitStatus, Frontier, PowerLaw
+from scaling_lab.analysis.frontiers import fit_loss_curves
+from scaling_lab.analysis.inference.agreement import agreement, explained
+from scaling_lab.analysis.inference.bootstrap import UNITS, BootstrapSettings, Draws, NoInterval, bootstrap
+from scaling_lab.analysis.inference.prediction import predict
+from scaling_lab.analysis.inference.profiles import profile
+from scaling_lab.analysis.inference.sensitivity import SensitivityRow
 from scaling_lab.core.errors import UserError
 
 LAW = Truth(0.34, 0.28)
@@ -436,7 +436,7 @@ def test_a_bias_of_the_size_alone_is_compared_by_its_size() -> None:
 
 def test_a_published_disagreement_has_one_explanation() -> None:
     # IsoFLOP's exponent of N is .31 on these points and the law's .76, but on the law's own losses IsoFLOP gives .32.
-    points = resources.files("scaling_lab.analyse.published").joinpath("misfitting_final.csv")
+    points = resources.files("scaling_lab.analysis.published").joinpath("misfitting_final.csv")
     settings = AnalysisSettings(
         points="all", bootstrap=BootstrapSettings(resamples=100), backtest=False, profile=False
     )

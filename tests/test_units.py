@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 from truth import Truth
 
-from scaling_lab.analyse.analysis import AnalysisSettings, analyse, read_observations
-from scaling_lab.analyse.observations import Observations
-from scaling_lab.analyse.uncertainty import BootstrapSettings
-from scaling_lab.analyse.units import read_units
+from scaling_lab.analysis.analysis import AnalysisSettings, analyse, read_observations
+from scaling_lab.analysis.data.observations import Observations
+from scaling_lab.analysis.data.units import read_units
+from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 from scaling_lab.cli.main import main
 from scaling_lab.core.errors import UserError
 
@@ -225,7 +225,7 @@ def test_on_the_command_line(
     given = ["runs=t.csv", "columns.loss=bpt", "metric=eval.code", *units]
     assert main(["analyze", *given, *quick, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    schema = resources.files("scaling_lab.analyse").joinpath("analysis.schema.json").read_text("utf-8")
+    schema = resources.files("scaling_lab.analysis").joinpath("analysis.schema.json").read_text("utf-8")
     jsonschema.validate(data, json.loads(schema))
     assert data["observations"]["units"]["eval.code"] == {"unit": "bits", "factor": LN2}
     assert "units.eval.code=bits" in data["command"]

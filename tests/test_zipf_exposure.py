@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from scaling_lab.core.sources.generation.zipf_exposure import DecadeWorld, expected_share_known
 from scaling_lab.core.sources.zipf_facts import ZipfFacts
-from scaling_lab.core.zipf_exposure import DecadeWorld, expected_share_known
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "zipf_table.py"
 CORPORA = (1_000, 10_000, 100_000)

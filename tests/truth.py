@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-import scaling_lab.analyse.published
-from scaling_lab.analyse.observations import Observations
+import scaling_lab.analysis.published
+from scaling_lab.analysis.data.observations import Observations
 
-PUBLISHED = Path(scaling_lab.analyse.published.__file__).parent
+PUBLISHED = Path(scaling_lab.analysis.published.__file__).parent
 
 Array = NDArray[np.float64]
 

@@ -10,10 +10,11 @@ import pytest
 from synthetic import plan_of, synthetic_records
 from wandb_server import WandbServer
 
-from scaling_lab.core.files import write_atomic
-from scaling_lab.core.serial import dumps
-from scaling_lab.core.store import RunStore
-from scaling_lab.train import tracking, wandb_client
+from scaling_lab.core.storage.files import write_atomic
+from scaling_lab.core.storage.serialization import dumps
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.tracking.sink import trackers as tracking
+from scaling_lab.tracking.sink import wandb_client
 
 
 @pytest.fixture

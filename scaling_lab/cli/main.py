@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from scaling_lab.cli.arguments import Arguments, parse
+from scaling_lab.cli.options.arguments import Arguments, parse
 from scaling_lab.cli.table import COMMANDS
 from scaling_lab.core.errors import DiskError, Preempted, UserError, unknown
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: Arguments) -> int:
-    from scaling_lab.cli import helptext
+    from scaling_lab.cli.options import help as helptext
 
     flags = arguments.flags
     if "version" in flags:

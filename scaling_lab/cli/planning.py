@@ -11,14 +11,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from scaling_lab.cli.study import SweepOnly, sweep_settings
+from scaling_lab.cli.options.study import SweepOnly, sweep_settings
 from scaling_lab.core.errors import UserError
-from scaling_lab.core.serial import to_dict
 from scaling_lab.core.spec import Plan, PlannedRun
-from scaling_lab.core.store import RunStore
-from scaling_lab.plan.design import make_plan
-from scaling_lab.plan.execution import executions
-from scaling_lab.plan.settings import SweepSettings
+from scaling_lab.core.storage.serialization import to_dict
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.planning.execution import executions
+from scaling_lab.planning.plan import make_plan
+from scaling_lab.planning.settings import SweepSettings
 
 # Options that say where, with what and for whom a sweep runs, not which runs it has.
 NOT_OF_THE_PLAN = frozenset({"sweep", "results_dir", "config_dir", "workers", "tracker", "run_ids", "retry"})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scaling_lab.core.errors import UserError
-from scaling_lab.core.source_option import source_of
+from scaling_lab.core.sources.option import source_of
 
 EVAL_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 

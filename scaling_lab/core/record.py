@@ -7,8 +7,8 @@ from enum import StrEnum
 from typing import Any
 
 from scaling_lab.core.counts import FlopCount, ModelCount, ParamCount
-from scaling_lab.core.serial import build, to_dict
 from scaling_lab.core.spec import Execution, RunSpec
+from scaling_lab.core.storage.serialization import build, to_dict
 
 RECORD_SCHEMA_VERSION = 1
 

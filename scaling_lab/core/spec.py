@@ -14,7 +14,7 @@ from scaling_lab.core.errors import UserError, unknown
 from scaling_lab.core.evaluation import EvalSpec
 from scaling_lab.core.parametrization import Standard, parametrization_class
 from scaling_lab.core.registry import member
-from scaling_lab.core.serial import build, canonical_json, to_dict
+from scaling_lab.core.storage.serialization import build, canonical_json, to_dict
 
 # Part of every run id: a change of what a field means, not of which fields there are, raises it.
 SPEC_SCHEMA_VERSION = 1

@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from scaling_lab.cli.analysis_options import analysis_form, analysis_settings, settle_where
-from scaling_lab.cli.arguments import Arguments
-from scaling_lab.cli.compose import read_command
-from scaling_lab.cli.console import Console
-from scaling_lab.cli.forms import Form, build
-from scaling_lab.cli.wandb_study import mirror_study
+from scaling_lab.cli.display.console import Console
+from scaling_lab.cli.options.analysis_options import analysis_form, analysis_settings, settle_where
+from scaling_lab.cli.options.arguments import Arguments
+from scaling_lab.cli.options.compose import read_command
+from scaling_lab.cli.options.forms import Form, build
 from scaling_lab.core.errors import DiskError, UserError
-from scaling_lab.core.files import DISK_REFUSES
 from scaling_lab.core.record import RunRecord
-from scaling_lab.core.store import RunStore
+from scaling_lab.core.storage.files import DISK_REFUSES
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.tracking.wandb.study import mirror_study
 
 if TYPE_CHECKING:
-    from scaling_lab.analyse.analysis import Analysis, AnalysisSettings
+    from scaling_lab.analysis.analysis import Analysis, AnalysisSettings
 
 
 # What a page of ours says of itself in its head.
@@ -157,8 +157,8 @@ def analyse_source(
     where: Any, settings: AnalysisSettings, console: Console
 ) -> tuple[Analysis, list[RunRecord]]:
     """Read the observations and analyse them; the records are empty for a table."""
-    from scaling_lab.analyse.analysis import analyse, observations_of_sweep, read_observations
-    from scaling_lab.analyse.tuning_records import split_by_role
+    from scaling_lab.analysis.analysis import analyse, observations_of_sweep, read_observations
+    from scaling_lab.analysis.studies.tuning_records import split_by_role
 
     if where.runs is not None:
         path = Path(where.runs).expanduser()
@@ -183,7 +183,7 @@ def analyse_source(
 
 def read_records(results_dir: str, sweep: str, option: str, console: Console) -> list[RunRecord]:
     """A sweep's records; the unreadable ones are said. Raises `UserError` where there are none."""
-    from scaling_lab.analyse.ledger import load_ledger
+    from scaling_lab.analysis.data.ledger import load_ledger
 
     store = RunStore.for_sweep(results_dir, sweep)
     records, problems = load_ledger(store)
@@ -204,7 +204,7 @@ def publish(
     console: Console,
 ) -> int:
     """Write the report and print the summary, or print analysis.json alone."""
-    from scaling_lab.cli.summary import print_analysis
+    from scaling_lab.cli.display.summary import print_analysis
 
     text = command_text(arguments)
     if "json" in arguments.flags:
@@ -232,7 +232,7 @@ def write(
     analysis: Analysis, records: list[RunRecord], folder: Path, command: str, source: str | None = None
 ) -> Path:
     """The report and analysis.json in `folder`; returns the report's path."""
-    from scaling_lab.report.report import ReportOptions, write_report
+    from scaling_lab.reporting.page import ReportOptions, write_report
 
     with writing_into(folder):
         return write_report(analysis, records, folder, ReportOptions(command=command, source=source))

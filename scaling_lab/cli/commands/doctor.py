@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from scaling_lab.cli.arguments import Arguments
-from scaling_lab.cli.compose import read_command
-from scaling_lab.cli.console import Console
-from scaling_lab.cli.forms import Form, build, options_of
+from scaling_lab.cli.display.console import Console
+from scaling_lab.cli.options.arguments import Arguments
+from scaling_lab.cli.options.compose import read_command
+from scaling_lab.cli.options.forms import Form, build, options_of
 from scaling_lab.core.errors import UserError
 
 LITTLE_DISK_BYTES = 2e9
@@ -123,7 +123,7 @@ def _cores() -> Finding:
 
 
 def _compiler() -> Finding:
-    from scaling_lab.plan.execution import can_compile_on_cpu
+    from scaling_lab.planning.execution import can_compile_on_cpu
 
     name = next((n for n in ("g++", "clang++", "c++") if shutil.which(n)), None)
     if can_compile_on_cpu():
@@ -142,7 +142,7 @@ def _wandb() -> Finding:
             "not installed",
             "pip install wandb, for tracker=wandb; nothing else needs it.",
         )
-    from scaling_lab.train.tracking import wandb_mode
+    from scaling_lab.tracking.sink.trackers import wandb_mode
 
     mode = wandb_mode("auto")
     if mode == "online":

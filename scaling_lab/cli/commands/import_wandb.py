@@ -8,17 +8,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from scaling_lab.analyse.foreign_runs import NOT_COLUMNS, Incomplete, Missing, RunMapping, rows_of_run
-from scaling_lab.cli.arguments import Arguments
-from scaling_lab.cli.compose import read_command
-from scaling_lab.cli.configs import config_folders, default_groups, group_choices, plain_tree
-from scaling_lab.cli.console import Console
-from scaling_lab.cli.forms import Form, Group, build, options_of
-from scaling_lab.cli.values import unquoted
+from scaling_lab.cli.display.console import Console
+from scaling_lab.cli.options.arguments import Arguments
+from scaling_lab.cli.options.compose import read_command
+from scaling_lab.cli.options.configs import config_folders, default_groups, group_choices, plain_tree
+from scaling_lab.cli.options.forms import Form, Group, build, options_of
+from scaling_lab.cli.options.values import unquoted
 from scaling_lab.core.errors import UserError
+from scaling_lab.tracking.wandb.mapping import NOT_COLUMNS, Incomplete, Missing, RunMapping, rows_of_run
 
 if TYPE_CHECKING:
-    from scaling_lab.analyse.foreign_runs import ForeignRun
+    from scaling_lab.tracking.wandb.mapping import ForeignRun
 
 SUFFIXES = (".csv", ".parquet")
 SHOWN_PROBLEMS = 5
@@ -91,7 +91,7 @@ def form_of_tree(tree: Mapping[str, Any], words: Mapping[str, str] | None = None
 
 
 def run(arguments: Arguments) -> int:
-    from scaling_lab.cli.wandb_runs import RunFilter, runs_of_folder, runs_of_project
+    from scaling_lab.tracking.wandb.runs import RunFilter, runs_of_folder, runs_of_project
 
     command = read_command(arguments, "import-wandb", form_of_tree)
     tree = command.tree
@@ -154,7 +154,7 @@ def progress(runs: Iterator[ForeignRun], count: int, console: Console) -> Iterat
     """The runs, with a line now and then that says how far it is."""
     import time
 
-    from scaling_lab.cli.console import human_time
+    from scaling_lab.cli.display.console import human_time
 
     began = last = time.monotonic()
     for done, item in enumerate(runs):

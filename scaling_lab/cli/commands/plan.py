@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from scaling_lab.cli.arguments import Arguments
-from scaling_lab.cli.compose import Command, read_command
-from scaling_lab.cli.console import Console, fitting_table, human_count, human_time
-from scaling_lab.cli.forms import Form
+from scaling_lab.cli.display.console import Console, fitting_table, human_count, human_time
+from scaling_lab.cli.options.arguments import Arguments
+from scaling_lab.cli.options.compose import Command, read_command
+from scaling_lab.cli.options.forms import Form
+from scaling_lab.cli.options.study import SweepOnly, experiment_name, form_of_tree, study_form
 from scaling_lab.cli.planning import begun, settle_plan
-from scaling_lab.cli.study import SweepOnly, experiment_name, form_of_tree, study_form
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Plan, source_class
-from scaling_lab.core.store import RunStore
+from scaling_lab.core.storage.store import RunStore
 
 # A plan of hundreds of runs is in plan.json; the screen shows so many, and of each kind of remark so many.
 MAX_ROWS, MAX_REMARKS = 80, 20
@@ -83,7 +83,7 @@ def store_of(command: Command) -> RunStore:
 
 def print_plan(console: Console, plan: Plan, workers: int | None = None) -> None:
     """Grid, cost, roundings and notes."""
-    from scaling_lab.plan.cost import estimate_disk_bytes, estimate_plan_seconds
+    from scaling_lab.planning.cost import estimate_disk_bytes, estimate_plan_seconds
 
     console.print(grid_table(plan, console.out.width))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -112,7 +112,7 @@ def print_plan(console: Console, plan: Plan, workers: int | None = None) -> None
 
 def grid_table(plan: Plan, width: int) -> Any:
     """One row a run; on a screen of few columns without the least important ones."""
-    from scaling_lab.plan.design import describe
+    from scaling_lab.planning.plan import describe
 
     names: tuple[str, ...] = ("budget FLOPs", "width", "depth", "N", "tokens D", "D/N", "epochs", "steps", "batch", "peak LR", "seed",
              "compiled")  # fmt: skip

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 
-from scaling_lab.analyse.units import units_sentence
-from scaling_lab.cli.analysis_options import analysis_form, analysis_settings, settle_where
-from scaling_lab.cli.arguments import Arguments
+from scaling_lab.analysis.data.units import units_sentence
 from scaling_lab.cli.commands.analyze import Where, analyse_source, command_text
-from scaling_lab.cli.compose import read_command
-from scaling_lab.cli.console import Console
-from scaling_lab.cli.forms import Form, build
-from scaling_lab.cli.summary import predictions_table
+from scaling_lab.cli.display.console import Console
+from scaling_lab.cli.display.summary import predictions_table
+from scaling_lab.cli.options.analysis_options import analysis_form, analysis_settings, settle_where
+from scaling_lab.cli.options.arguments import Arguments
+from scaling_lab.cli.options.compose import read_command
+from scaling_lab.cli.options.forms import Form, build
 from scaling_lab.core.errors import UserError
 
 

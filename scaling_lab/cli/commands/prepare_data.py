@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scaling_lab.cli.arguments import Arguments
-from scaling_lab.cli.compose import read_command
-from scaling_lab.cli.console import Console, human_count
-from scaling_lab.cli.forms import Form, build, options_of
-from scaling_lab.cli.prepare_display import PrepareDisplay
+from scaling_lab.cli.display.console import Console, human_count
+from scaling_lab.cli.display.prepare_display import PrepareDisplay
+from scaling_lab.cli.options.arguments import Arguments
+from scaling_lab.cli.options.compose import read_command
+from scaling_lab.cli.options.forms import Form, build, options_of
 from scaling_lab.core.errors import UserError
 
 if TYPE_CHECKING:
-    from scaling_lab.prepare.documents import HubText, LocalText
+    from scaling_lab.corpora.documents import HubText, LocalText
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class From:
 
 
 def form(arguments: Arguments) -> Form:
-    from scaling_lab.prepare.pipeline import PrepareSettings
+    from scaling_lab.corpora.pipeline import PrepareSettings
 
     return Form(options_of(From) | options_of(PrepareSettings))
 
 
 def run(arguments: Arguments) -> int:
-    from scaling_lab.prepare.pipeline import PrepareSettings, prepare
+    from scaling_lab.corpora.pipeline import PrepareSettings, prepare
 
     command = read_command(arguments, None, lambda tree: form(arguments))
     names = set(options_of(From))
@@ -108,7 +108,7 @@ def next_command(out: Path) -> str:
 
 def open_documents(chosen: From) -> LocalText | HubText:
     """The documents that `path` or `source` name. Raises `UserError` where it is not exactly one of them."""
-    from scaling_lab.prepare.documents import PRESETS, LocalText, hub_text
+    from scaling_lab.corpora.documents import PRESETS, LocalText, hub_text
 
     if (chosen.path is None) == (chosen.source is None):
         raise UserError(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 
-from scaling_lab.cli.arguments import Arguments
 from scaling_lab.cli.commands.analyze import command_text
 from scaling_lab.cli.commands.plan import read_study, store_of
 from scaling_lab.cli.commands.report import write_sweep_report
 from scaling_lab.cli.commands.sweep import execute
-from scaling_lab.cli.console import Console
-from scaling_lab.cli.forms import Form
-from scaling_lab.cli.study import SweepOnly, study_form
-from scaling_lab.cli.summary import print_analysis
-from scaling_lab.cli.wandb_study import mirror_study, say_what_is_missing
+from scaling_lab.cli.display.console import Console
+from scaling_lab.cli.display.summary import print_analysis
+from scaling_lab.cli.options.arguments import Arguments
+from scaling_lab.cli.options.forms import Form
+from scaling_lab.cli.options.study import SweepOnly, study_form
+from scaling_lab.tracking.wandb.study import mirror_study, say_what_is_missing
 
 EXPERIMENT = "quickstart"
 

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from scaling_lab.cli.arguments import Arguments
 from scaling_lab.cli.commands.analyze import checked_out, command_text, sweeps_of, writing_into
-from scaling_lab.cli.compose import read_command
-from scaling_lab.cli.console import Console
-from scaling_lab.cli.forms import Form, build, options_of
-from scaling_lab.cli.summary import print_analysis
-from scaling_lab.cli.wandb_study import mirror_study
+from scaling_lab.cli.display.console import Console
+from scaling_lab.cli.display.summary import print_analysis
+from scaling_lab.cli.options.arguments import Arguments
+from scaling_lab.cli.options.compose import read_command
+from scaling_lab.cli.options.forms import Form, build, options_of
 from scaling_lab.core.errors import UserError
-from scaling_lab.core.store import RunStore
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.tracking.wandb.study import mirror_study
 
 if TYPE_CHECKING:
-    from scaling_lab.analyse.analysis import Analysis
+    from scaling_lab.analysis.analysis import Analysis
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ def write_sweep_report(
     store: RunStore, command: str, console: Console, out: Path | None = None
 ) -> tuple[Analysis | None, Path]:
     """Analyse what is done of a sweep and write its report; no analysis where there is too little, and the page says so."""
-    from scaling_lab.analyse.analysis import AnalysisSettings, analyse, observations_of_sweep
-    from scaling_lab.analyse.ledger import load_ledger
-    from scaling_lab.analyse.tuning_records import split_by_role
-    from scaling_lab.report.report import ReportOptions, write_report
+    from scaling_lab.analysis.analysis import AnalysisSettings, analyse, observations_of_sweep
+    from scaling_lab.analysis.data.ledger import load_ledger
+    from scaling_lab.analysis.studies.tuning_records import split_by_role
+    from scaling_lab.reporting.page import ReportOptions, write_report
 
     records, problems = load_ledger(store)
     for run_id, reason in problems:

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.table import Table
 
-from scaling_lab.cli.arguments import Arguments
 from scaling_lab.cli.commands.analyze import command_text
-from scaling_lab.cli.compose import read_command
-from scaling_lab.cli.console import Console
-from scaling_lab.cli.forms import Form, build, options_of
+from scaling_lab.cli.display.console import Console
+from scaling_lab.cli.options.arguments import Arguments
+from scaling_lab.cli.options.compose import read_command
+from scaling_lab.cli.options.forms import Form, build, options_of
 
 if TYPE_CHECKING:
-    from scaling_lab.analyse.reproduce import Part, Reproduction, Row
+    from scaling_lab.analysis.reproduce import Part, Reproduction, Row
 
 _COLUMNS = ("quantity", "published", "ours", "difference", "published interval", "agreement", "note")
 
 
 def form(arguments: Arguments) -> Form:
-    from scaling_lab.analyse.reproduce import ALL, ReproduceSettings, publication_names
+    from scaling_lab.analysis.reproduce import ALL, ReproduceSettings, publication_names
 
     options = options_of(ReproduceSettings)
     names = (*publication_names(), ALL)
@@ -32,7 +32,7 @@ def form(arguments: Arguments) -> Form:
 
 
 def run(arguments: Arguments) -> int:
-    from scaling_lab.analyse.reproduce import ReproduceSettings, reproduce
+    from scaling_lab.analysis.reproduce import ReproduceSettings, reproduce
 
     command = read_command(arguments, None, lambda tree: form(arguments))
     settings: ReproduceSettings = build(ReproduceSettings, command.tree)
@@ -119,8 +119,8 @@ def _next(made: Reproduction) -> str:
 
 
 def _document(made: list[Reproduction], command: str) -> dict[str, object]:
-    from scaling_lab.analyse.analysis_json import default_versions
-    from scaling_lab.analyse.reproduce import SCHEMA_VERSION
+    from scaling_lab.analysis.analysis_json import default_versions
+    from scaling_lab.analysis.reproduce import SCHEMA_VERSION
 
     return {
         "schema_version": SCHEMA_VERSION,

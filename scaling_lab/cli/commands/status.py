@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scaling_lab.cli.arguments import Arguments
 from scaling_lab.cli.commands.analyze import sweeps_of
 from scaling_lab.cli.commands.report import existing_sweep
-from scaling_lab.cli.compose import read_command
-from scaling_lab.cli.console import Console, fitting_table, human_count, human_time
-from scaling_lab.cli.forms import Form, build, options_of
-from scaling_lab.cli.standing import Row, Standing, grouped_reasons, standing
+from scaling_lab.cli.display.console import Console, fitting_table, human_count, human_time
+from scaling_lab.cli.display.sweep_status import Row, Standing, grouped_reasons, standing
+from scaling_lab.cli.options.arguments import Arguments
+from scaling_lab.cli.options.compose import read_command
+from scaling_lab.cli.options.forms import Form, build, options_of
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Plan
-from scaling_lab.core.store import LIVE, RunStore
+from scaling_lab.core.storage.store import LIVE, RunStore
 
 WATCH_EVERY_S = 2.0
 # Of a large sweep the screen shows so many runs, those first that somebody may have to look at.

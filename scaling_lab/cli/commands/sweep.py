@@ -5,22 +5,22 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from scaling_lab.cli.arguments import Arguments
 from scaling_lab.cli.commands.analyze import command_text
 from scaling_lab.cli.commands.plan import read_study, store_of
 from scaling_lab.cli.commands.report import write_sweep_report
-from scaling_lab.cli.compose import Command
-from scaling_lab.cli.console import Console
-from scaling_lab.cli.forms import Form
+from scaling_lab.cli.display.console import Console
+from scaling_lab.cli.options.arguments import Arguments
+from scaling_lab.cli.options.compose import Command
+from scaling_lab.cli.options.forms import Form
+from scaling_lab.cli.options.study import SweepOnly, study_form, sweep_settings
 from scaling_lab.cli.planning import defines_plan
-from scaling_lab.cli.study import SweepOnly, study_form, sweep_settings
-from scaling_lab.cli.sweeping import Session, open_session, report_outcome, run_multirun, sweep_job
-from scaling_lab.cli.wandb_study import is_mirrored, mirror_study, say_what_is_missing
 from scaling_lab.core.errors import UserError
-from scaling_lab.core.files import disk_error
 from scaling_lab.core.spec import Plan
-from scaling_lab.core.store import RunStore
-from scaling_lab.plan.designs.learning_rate import ROLE as LR_SWEEP
+from scaling_lab.core.storage.files import disk_error
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.launching.sweeping import Session, open_session, report_outcome, run_multirun, sweep_job
+from scaling_lab.planning.designs.learning_rate import ROLE as LR_SWEEP
+from scaling_lab.tracking.wandb.study import is_mirrored, mirror_study, say_what_is_missing
 
 
 def form(arguments: Arguments) -> Form:
@@ -75,7 +75,7 @@ def execute(command: Command, console: Console) -> tuple[int, Plan]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "sweep starts its own workers. To train each run on all processes of torchrun, plan it and give torchrun "
-            f"the workers: torchrun --nproc_per_node=N -m scaling_lab.train.worker {store.folder}"
+            f"the workers: torchrun --nproc_per_node=N -m scaling_lab.launching.worker {store.folder}"
         )
     if not defines_plan(command.given):
         store.read_plan()  # says at once which sweeps there are, if this is none of them

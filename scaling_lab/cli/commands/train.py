@@ -6,20 +6,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scaling_lab.cli.arguments import Arguments
-from scaling_lab.cli.compose import Command, read_command
-from scaling_lab.cli.console import Console, human_count, human_time
-from scaling_lab.cli.forms import Form
-from scaling_lab.cli.progress import ending_line
-from scaling_lab.cli.study import TrainOnly, form_of_tree, study_form, sweep_settings, tracker_options
-from scaling_lab.cli.sweeping import Session, open_session, plain, run_multirun, session
-from scaling_lab.cli.wandb_study import say_what_is_missing
+from scaling_lab.cli.display.console import Console, human_count, human_time
+from scaling_lab.cli.display.progress import ending_line
+from scaling_lab.cli.options.arguments import Arguments
+from scaling_lab.cli.options.compose import Command, read_command
+from scaling_lab.cli.options.forms import Form
+from scaling_lab.cli.options.study import TrainOnly, form_of_tree, study_form, sweep_settings, tracker_options
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.spec import PlannedRun
-from scaling_lab.core.store import RunStore
-from scaling_lab.plan.design import plan_single, single_notes
-from scaling_lab.plan.settings import SweepSettings
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.launching.sweeping import Session, open_session, plain, run_multirun, session
+from scaling_lab.planning.plan import plan_single, single_notes
+from scaling_lab.planning.settings import SweepSettings
+from scaling_lab.tracking.wandb.study import say_what_is_missing
 
 LINE_EVERY_S = 5.0
 
@@ -40,7 +40,7 @@ def run(arguments: Arguments) -> int:
     )
     # Every run is planned before the first is launched: an impossible one refuses them all.
     planned = {p.run_id: p for p in (planned_run(c.tree) for c in command.combinations)}
-    from scaling_lab.train.distributed import joined
+    from scaling_lab.training.parallel.distributed import joined
 
     with joined(str(command.tree["parallel"]), str(command.tree.get("device", "auto"))) as team:
         if team is not None and not team.leads:
@@ -85,9 +85,9 @@ def asked_for(tree: dict[str, Any]) -> tuple[SweepSettings, float]:
 
 def train_job(config: Any) -> str:
     """One run, in this process: the job of a multirun, under any launcher. Returns the run's id."""
-    from scaling_lab.train.stopping import Interrupted
-    from scaling_lab.train.tracking import mirrors_closed
-    from scaling_lab.train.worker import train_claimed
+    from scaling_lab.launching.worker import train_claimed
+    from scaling_lab.tracking.sink.trackers import mirrors_closed
+    from scaling_lab.training.run.stopping import Interrupted
 
     tree = config if isinstance(config, dict) else plain(config)
     planned = planned_run(tree)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from scaling_lab.cli.arguments import Arguments
 from scaling_lab.cli.commands.report import existing_sweep
-from scaling_lab.cli.compose import read_command
-from scaling_lab.cli.console import Console
-from scaling_lab.cli.forms import Form, build, options_of
+from scaling_lab.cli.display.console import Console
+from scaling_lab.cli.options.arguments import Arguments
+from scaling_lab.cli.options.compose import read_command
+from scaling_lab.cli.options.forms import Form, build, options_of
 from scaling_lab.core.errors import UserError
 
 
@@ -35,8 +35,8 @@ def form(arguments: Arguments) -> Form:
 
 
 def run(arguments: Arguments) -> int:
-    from scaling_lab.cli import wandb_study
-    from scaling_lab.train import wandb_client
+    from scaling_lab.tracking.sink import wandb_client
+    from scaling_lab.tracking.wandb import study as wandb_study
 
     command = read_command(arguments, None, lambda tree: form(arguments))
     options: UploadWandb = build(UploadWandb, command.tree)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from scaling_lab.cli.arguments import Arguments
 from scaling_lab.cli.commands.report import existing_sweep
-from scaling_lab.cli.compose import read_command
-from scaling_lab.cli.console import Console
-from scaling_lab.cli.forms import Form, build, options_of
+from scaling_lab.cli.display.console import Console
+from scaling_lab.cli.options.arguments import Arguments
+from scaling_lab.cli.options.compose import read_command
+from scaling_lab.cli.options.forms import Form, build, options_of
 from scaling_lab.core.errors import UserError
 
 
@@ -33,7 +33,13 @@ def form(arguments: Arguments) -> Form:
 
 
 def run(arguments: Arguments) -> int:
-    from scaling_lab.train.wandb_client import Target, base_url, logged_in, require_wandb, wandb_folder
+    from scaling_lab.tracking.sink.wandb_client import (
+        Target,
+        base_url,
+        logged_in,
+        require_wandb,
+        wandb_folder,
+    )
 
     command = read_command(arguments, None, lambda tree: form(arguments))
     options: WandbWorkspace = build(WandbWorkspace, command.tree)

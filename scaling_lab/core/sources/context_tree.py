@@ -20,10 +20,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from scaling_lab.core.counter_random import draw_u32, draw_u64, stream_key
 from scaling_lab.core.errors import UserError
-from scaling_lab.core.generated import UNLIMITED_TOKENS
-from scaling_lab.core.integer_zipf import ONE, zipf_weights
+from scaling_lab.core.sources.generation.counter_random import draw_u32, draw_u64, stream_key
+from scaling_lab.core.sources.generation.documents import UNLIMITED_TOKENS
+from scaling_lab.core.sources.generation.integer_zipf import ONE, zipf_weights
 
 MAX_STATES = 2_000_000
 

@@ -14,11 +14,15 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from scaling_lab.core.counter_random import draw_u32, stream_key
 from scaling_lab.core.errors import UserError
-from scaling_lab.core.generated import UNLIMITED_TOKENS, knows_its_probabilities, text_documents
-from scaling_lab.core.integer_zipf import ONE
-from scaling_lab.core.source_option import source_of
+from scaling_lab.core.sources.generation.counter_random import draw_u32, stream_key
+from scaling_lab.core.sources.generation.documents import (
+    UNLIMITED_TOKENS,
+    knows_its_probabilities,
+    text_documents,
+)
+from scaling_lab.core.sources.generation.integer_zipf import ONE
+from scaling_lab.core.sources.option import source_of
 
 
 @dataclass(frozen=True)

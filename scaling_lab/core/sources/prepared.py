@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling_lab.core.errors import UserError
-from scaling_lab.core.shard_check import Shard, find_fault
+from scaling_lab.core.sources.files.shard_check import Shard, find_fault
 
 META = "meta.json"
 META_VERSION = 1

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling_lab.core.errors import UserError, unknown
-from scaling_lab.core.token_parquet import read_token_column
+from scaling_lab.core.sources.files.token_parquet import read_token_column
 
 DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
 

@@ -13,7 +13,7 @@ VARIABLE = "SCALING_LAB_CONFIG_DIR"
 
 
 class ConfigDirPlugin(SearchPathPlugin):
-    """Reads the folder from the environment, which `scaling_lab.cli.compose.own_configs` sets around a command."""
+    """Reads the folder from the environment, which `scaling_lab.cli.options.compose.own_configs` sets around a command."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         _forget_registered_launchers()
@@ -29,7 +29,7 @@ def _forget_registered_launchers() -> None:
     and refuses what the schema does not have: hydra-submitit-launcher's knows none of our options."""
     from hydra.core.config_store import ConfigStore
 
-    from scaling_lab.cli.configs import builtin_folder, group_choices
+    from scaling_lab.cli.options.configs import builtin_folder, group_choices
 
     registered = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
     for name in group_choices("hydra/launcher", [builtin_folder()]):

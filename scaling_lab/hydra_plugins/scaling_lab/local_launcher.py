@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 
 class LocalLauncher(Launcher):
-    """Starts `scaling_lab.train.worker` processes over all the jobs' runs; they share them out by their claims."""
+    """Starts `scaling_lab.launching.worker` processes over all the jobs' runs; they share them out by their claims."""
 
     def __init__(self, workers: int | None = None, max_attempts: int = 3) -> None:
         self.workers, self.max_attempts = workers, max_attempts
@@ -23,12 +23,12 @@ class LocalLauncher(Launcher):
         self.config, self.hydra_context = config, hydra_context
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from scaling_lab.cli.study import tracker_options
-        from scaling_lab.cli.sweeping import plain, session
-        from scaling_lab.cli.workers import run_workers
+        from scaling_lab.cli.options.study import tracker_options
         from scaling_lab.core.errors import UserError
-        from scaling_lab.core.files import disk_error
-        from scaling_lab.core.store import RunStore
+        from scaling_lab.core.storage.files import disk_error
+        from scaling_lab.core.storage.store import RunStore
+        from scaling_lab.launching.sweeping import plain, session
+        from scaling_lab.launching.workers import run_workers
 
         assert self.config is not None
         assert self.hydra_context is not None

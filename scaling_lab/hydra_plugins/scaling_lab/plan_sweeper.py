@@ -41,9 +41,9 @@ class PlanSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         from scaling_lab.cli.planning import pending, settle_plan
-        from scaling_lab.cli.sweeping import plain, session
         from scaling_lab.core.errors import UserError
-        from scaling_lab.core.store import RunStore
+        from scaling_lab.core.storage.store import RunStore
+        from scaling_lab.launching.sweeping import plain, session
 
         assert self.config is not None
         assert self.hydra_context is not None
@@ -85,7 +85,7 @@ class PlanSweeper(Sweeper):
 
     def _job(self, store: Any, overrides: Sequence[Any], run_ids: Sequence[str]) -> list[str]:
         """A job's overrides: the run ids, where they are stored, and who is told about them; plan.json has the rest."""
-        from scaling_lab.cli.compose import hydra_text
+        from scaling_lab.cli.options.compose import hydra_text
 
         folder = store.folder.absolute()
         tracker = [o.input_line for o in overrides if o.key_or_group.partition(".")[0] == "tracker"]
@@ -98,9 +98,9 @@ class PlanSweeper(Sweeper):
         ]
 
     def _launch(self, jobs: list[list[str]]) -> Any:
-        from scaling_lab.cli.compose import first_line
-        from scaling_lab.cli.sweeping import session
+        from scaling_lab.cli.options.compose import first_line
         from scaling_lab.core.errors import UserError
+        from scaling_lab.launching.sweeping import session
 
         assert self.launcher is not None
         console = session().console

@@ -45,19 +45,19 @@ class _SubmititLauncher(Launcher):
         self.config, self.context = config, (hydra_context, task_function)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from scaling_lab.cli.compose import environment
+        from scaling_lab.cli.options.compose import environment
 
-        # What a worker's -P does (cli/workers.py): submitit starts its own Python, and sbatch hands the environment on.
+        # What a worker's -P does (launching/workers.py): submitit starts its own Python, and sbatch hands the environment on.
         with environment(PYTHONSAFEPATH="1"):
             return self._launch(job_overrides, initial_job_idx)
 
     def _launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from hydra_plugins.scaling_lab.local_launcher import _returned, _run_ids
 
-        from scaling_lab.cli.cluster import Wishes, launch_jobs
-        from scaling_lab.cli.study import tracker_options
-        from scaling_lab.cli.sweeping import plain, session
-        from scaling_lab.core.store import RunStore
+        from scaling_lab.cli.options.study import tracker_options
+        from scaling_lab.core.storage.store import RunStore
+        from scaling_lab.launching.cluster import Wishes, launch_jobs
+        from scaling_lab.launching.sweeping import plain, session
 
         assert self.config is not None
         assert self.context is not None
@@ -132,7 +132,7 @@ class SubmititSlurm(_SubmititLauncher):
     kind = "slurm"
 
     def _backend(self, execution: Any, workers: int) -> Any:
-        from scaling_lab.cli.submitit_backends import SlurmBackend
+        from scaling_lab.launching.submitit_backends import SlurmBackend
 
         options = {k: v for k, v in self._plain_options().items() if v is not None and v != {}}
         if not {"cpus_per_task", "cpus_per_gpu"} & options.keys():
@@ -150,7 +150,7 @@ class SubmititLocal(_SubmititLauncher):
     def _backend(self, execution: Any, workers: int) -> Any:
         import os
 
-        from scaling_lab.cli.submitit_backends import LocalBackend
+        from scaling_lab.launching.submitit_backends import LocalBackend
 
         cores = os.cpu_count() or 1
         parallel = self.options.get("array_parallelism") or max(1, cores // (workers * execution.threads))

@@ -1,9 +1,0 @@
-"""The three approaches of Hoffmann et al. 2022 (arXiv 2203.15556): envelope, IsoFLOP, parametric. All return `Estimate`."""
-
-from __future__ import annotations
-
-from scaling_lab.analyse.approaches.envelope import Envelope, EnvelopeSettings
-from scaling_lab.analyse.approaches.isoflop import IsoFlop, IsoFlopSettings
-from scaling_lab.analyse.approaches.parametric import Parametric, ParametricSettings
-
-__all__ = ["Envelope", "EnvelopeSettings", "IsoFlop", "IsoFlopSettings", "Parametric", "ParametricSettings"]

@@ -1,0 +1,296 @@
+"""Owns a table of the user's as the analysis sees it: renames, filters, and what a cell means.
+
+The file itself is read by table_files.py. The result is a `Table`: named NumPy columns, unparseable cells already NaN with the text kept for the reason. Nothing
+here knows a scaling law. pandas is imported inside the functions, so that `import scaling_lab.analysis` stays light.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scaling_lab.analysis.data.table_files import read_frame
+from scaling_lab.analysis.data.units import Unit, read_units, units_of_columns, units_sentence
+from scaling_lab.core.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# The names of the columns that `analyze` understands; `columns.NAME=` says what a table calls them.
+COLUMNS = ("run_id", "params", "tokens", "flops", "loss", "budget_flops", "seed", "loss_sem")
+
+# What other people's tables call these columns: only ever suggested, never taken silently.
+_ALIASES: dict[str, tuple[str, ...]] = {
+    "run_id": ("run", "id", "name", "run_name", "model"),
+    "params": (
+        "n",
+        "n_params",
+        "num_params",
+        "parameters",
+        "n_parameters",
+        "model_size",
+        "size",
+        "params_total",
+    ),
+    "tokens": ("d", "n_tokens", "num_tokens", "train_tokens", "tokens_seen", "training_tokens"),
+    "flops": ("c", "compute", "train_flops", "total_flops", "compute_flops", "training_flops", "flop"),
+    "loss": (
+        "l",
+        "val_loss",
+        "loss_nats",
+        "final_loss",
+        "eval_loss",
+        "validation_loss",
+        "val_loss_nats",
+        "train_loss",
+    ),
+}
+
+# What people write into a cell that has no value.
+_NOTHING = ("", "nan", "none", "null", "na", "n/a", "-", "?")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table after renames and filters: the columns as read, and where they came from."""
+
+    source: str
+    """Name of the file, for messages."""
+    frame: pd.DataFrame
+    row: NDArray[np.int64]
+    """(rows,) row number of each kept row in the file; the first row of data is 1."""
+    notes: tuple[str, ...] = ()
+    units: Mapping[str, Unit] = field(default_factory=dict)
+    """By column, what `numbers` multiplies by; `cell` and `where` see the table's own numbers."""
+
+    def has(self, name: str) -> bool:
+        return name in self.frame.columns
+
+    @property
+    def names(self) -> list[str]:
+        return [str(c) for c in self.frame.columns]
+
+    def numbers(self, name: str) -> NDArray[np.float64]:
+        """(rows,) a column as float64, in one parameter, token, FLOP or nat; cells that are not numbers are NaN."""
+        values = self._as_written(name)
+        if name not in self.units:
+            return values
+        with np.errstate(over="ignore"):
+            return values * self.units[name].factor
+
+    def _as_written(self, name: str) -> NDArray[np.float64]:
+        """(rows,) a column as float64 in its own unit."""
+        import pandas as pd
+
+        column = self.frame[name]
+        if pd.api.types.is_datetime64_any_dtype(column) or pd.api.types.is_timedelta64_dtype(column):
+            return np.full(len(column), np.nan)  # pandas would give nanoseconds
+        if pd.api.types.is_numeric_dtype(column):
+            return column.to_numpy(dtype=np.float64, na_value=np.nan)
+        try:
+            values = pd.to_numeric(column, errors="coerce")
+        except TypeError:  # cells that are lists or objects
+            values = pd.to_numeric(column.map(_plain), errors="coerce")
+        return values.to_numpy(dtype=np.float64, na_value=np.nan)
+
+    def empty(self, name: str) -> NDArray[np.bool_]:
+        """(rows,) whether a cell says nothing: no value, blanks, or a word for no value."""
+        column = self.frame[name]
+        empty = column.isna().to_numpy(dtype=bool)
+        if column.dtype.kind not in "biufc":
+            words = column.astype(str).str.strip().str.lower()
+            empty = empty | words.isin(_NOTHING).to_numpy(dtype=bool)
+        return empty
+
+    def cell(self, name: str, position: int) -> str:
+        """A cell's text as the table has it, for a reason; '' where it is empty."""
+        import pandas as pd
+
+        value = self.frame[name].iloc[position]
+        return "" if np.ndim(value) == 0 and pd.isna(value) else str(value)
+
+
+def read_table(
+    path: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, Any] | None = None,
+    metric: str | None = None,
+    metrics: Sequence[str] = (),
+    units: Mapping[str, Any] | None = None,
+) -> Table:
+    """Read a table, rename its columns to ours and keep the rows that match.
+
+    Args:
+        path: CSV, TSV, Parquet, JSON (a list of records, or an object of columns) or JSON lines, optionally compressed.
+        columns: ours -> theirs (`{"loss": "val_loss"}`).
+        where: `COLUMN`, `COLUMN.min` or `COLUMN.max` -> value, by the table's own names (or ours after renaming).
+        metric: the column to analyse in place of `loss`.
+        metrics: further loss columns, made numbers; without a column `loss` the first one stands for it.
+        units: column (ours, or a metric) -> its unit (`units.read_units`).
+
+    Raises:
+        UserError: no such file, not a table, an unknown column or unit; the message names the file and the nearest column.
+    """
+    path = Path(path)
+    frame, notes = read_frame(path)
+    row = np.arange(1, len(frame) + 1, dtype=np.int64)
+    renames = dict(columns or {})
+    if metric is not None:
+        renames["loss"] = _metric_column(metric, path.name, list(frame.columns))
+    frame = _rename(frame, renames, path.name)
+    for name in metrics:
+        _metric_column(name, path.name, list(frame.columns), "metrics")
+    keep = np.ones(len(frame), dtype=bool)
+    for key, value in (where or {}).items():
+        keep &= _matches(frame, renames, key, value, path.name)
+    if not keep.all():
+        notes.append(f"where: {int(keep.sum())} of {keep.size} rows match.")
+    if len(frame) and not keep.any():
+        wanted = " ".join(f"where.{k}={v}" for k, v in (where or {}).items())
+        raise UserError(f"{path.name}: no row matches {wanted} ({len(frame)} rows read).")
+    if not keep.all():  # (a copy of everything)
+        frame, row = frame.loc[keep].reset_index(drop=True), row[keep]
+    found = _units(frame, units or {}, metric, metrics, path.name)
+    if found:
+        notes.append(units_sentence(found))
+    table = Table(path.name, frame, row, tuple(notes), found)
+    if not metrics:
+        return table
+    numbers = {name: table._as_written(name) for name in metrics}
+    if "loss" not in frame:
+        numbers["loss"] = numbers[metrics[0]]
+        notes.append(f"loss is not in the table: {metrics[0]} stands for it.")
+    return replace(table, frame=frame.assign(**numbers), notes=tuple(notes))
+
+
+def table_from_mapping(data: Mapping[str, Any], source: str = "table") -> Table:
+    """A `Table` from arrays by our own column names, for the Python API."""
+    import pandas as pd
+
+    frame = pd.DataFrame({k: np.asarray(v) for k, v in data.items()})
+    return Table(source, frame, np.arange(1, len(frame) + 1, dtype=np.int64))
+
+
+def missing_column(name: str, table: Table, *, why: str = "") -> UserError:
+    """The one-line error for a wanted column that is not there, with a near match."""
+    near = _near(name, [n for n in table.names if n not in COLUMNS])  # params is not what loss is called
+    hint = (
+        f" Did you mean {shlex.quote(f'columns.{name}={near}')}?"
+        if near
+        else f" Say which one it is with columns.{name}=NAME."
+    )
+    return UserError(
+        f"{table.source} has no column {name!r}{why}; its columns are {_listed(table.names)}.{hint}"
+    )
+
+
+def _units(
+    frame: pd.DataFrame, units: Mapping[str, Any], metric: str | None, metrics: Sequence[str], source: str
+) -> dict[str, Unit]:
+    """The unit of every column that has one; `UserError` for a unit of a column that the table lacks."""
+    given = read_units(units, (*metrics, *([] if metric is None else [metric])))
+    names = list(frame.columns)
+    for name, value in units.items():
+        if name not in names and not (name == "loss" and metrics):
+            raise UserError(
+                f"units.{name}={value}: {source} has no column {name!r}; its columns are {_listed(names)}."
+            )
+    return units_of_columns(given, names, metric, metrics)
+
+
+def _metric_column(metric: str, source: str, names: list[str], option: str = "metric") -> str:
+    if metric in names:
+        return metric
+    near = _near(metric, names)
+    hint = f" Did you mean {shlex.quote(f'{option}={near}')}?" if near else ""
+    raise UserError(
+        f"{option}={metric}: {source} has no such column; its columns are {_listed(names)}.{hint}"
+    )
+
+
+def _rename(frame: pd.DataFrame, renames: Mapping[str, str], source: str) -> pd.DataFrame:
+    names = list(frame.columns)
+    for ours, theirs in renames.items():
+        if ours not in COLUMNS:
+            raise unknown("columns.", ours, COLUMNS)
+        if theirs not in names:
+            near = _near(theirs, names)
+            hint = f" Did you mean {shlex.quote(f'columns.{ours}={near}')}?" if near else ""
+            raise UserError(
+                f"columns.{ours}={theirs}: {source} has no such column; its columns are {_listed(names)}.{hint}"
+            )
+    # A column may serve twice (columns.params=params_no_embed beside params), so copy rather than rename.
+    return frame.assign(**{ours: frame[theirs] for ours, theirs in renames.items()})
+
+
+def _matches(
+    frame: pd.DataFrame, renames: Mapping[str, str], key: str, value: Any, source: str
+) -> NDArray[np.bool_]:
+    import pandas as pd
+
+    names = list(frame.columns)
+    column, bound = key, ""
+    if key not in names and key.rpartition(".")[2] in ("min", "max") and key.rpartition(".")[0] in names:
+        column, _, bound = key.rpartition(".")
+    if column not in names:
+        end = next((e for e in (".min", ".max") if column.endswith(e)), "")
+        near = _near(column.removesuffix(".min").removesuffix(".max"), names)
+        hint = f" Did you mean {shlex.quote(f'where.{near}{end}={value}')}?" if near else ""
+        raise UserError(
+            f"where.{key}={value}: {source} has no such column; its columns are {_listed(names)}.{hint}"
+        )
+    cells = frame[column]
+    if bound:
+        numbers = pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        limit = _number(value)
+        if limit is None:
+            raise UserError(f"where.{key}={value}: a bound must be a number.")
+        with np.errstate(invalid="ignore"):
+            return numbers >= limit if bound == "min" else numbers <= limit
+    if pd.api.types.is_bool_dtype(cells):
+        return (cells.astype(str).str.lower() == str(value).lower()).to_numpy(dtype=bool)
+    number = _number(value)
+    if pd.api.types.is_numeric_dtype(cells):
+        if number is None:
+            raise UserError(f"where.{key}={value}: {column} is a column of numbers in {source}.")
+        values = cells.to_numpy(dtype=np.float64, na_value=np.nan)
+        # Written with eight digits in the table and with two in the question: equal to 1e-9 is equal.
+        return np.isclose(values, number, rtol=1e-9, atol=0.0)
+    return (cells.astype(str) == str(value)).to_numpy(dtype=bool)
+
+
+def _plain(value: Any) -> Any:
+    """A cell that can be read as a number, or nothing."""
+    return value if isinstance(value, (str, int, float)) else None
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _near(name: str, names: list[str]) -> str | None:
+    lowered = {n.lower(): n for n in names}
+    for alias in (name.lower(), *_ALIASES.get(name, ())):
+        if alias in lowered:
+            return lowered[alias]
+    close = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.5)
+    if close:
+        return lowered[close[0]]
+    inside = [n for low, n in lowered.items() if len(name) > 2 and name.lower() in low]
+    return inside[0] if inside else None
+
+
+def _listed(names: list[str], limit: int = 20) -> str:
+    shown = ", ".join(names[:limit])
+    return shown + (f", ... ({len(names)} in all)" if len(names) > limit else "")

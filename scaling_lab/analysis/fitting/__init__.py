@@ -1,0 +1,1 @@
+"""Fitting a law: objective, global search, batched minimizer, status, profile intervals."""

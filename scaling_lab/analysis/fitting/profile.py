@@ -1,0 +1,338 @@
+"""Owns profile intervals: how far a parameter, or the frontier's exponent, can be moved before the fit gets too bad.
+
+For a quantity q the profile is f(q) = min of the objective over all parameters with that q; the interval holds the q where
+f rises by less than a threshold (`fitting_scale`). It follows curved and lopsided valleys, which a standard error cannot.
+
+Observations are taken as independent: for several points of one run, use the bootstrap by run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scaling_lab.analysis.estimate import Array
+from scaling_lab.analysis.fitting.fit import (
+    DEFAULT_HUBER_DELTA,
+    make_objective,
+    objective_scale,
+)
+from scaling_lab.analysis.fitting.newton import minimise
+from scaling_lab.analysis.fitting.objective import Objective, ObjectiveName
+from scaling_lab.analysis.fitting.scale import SCALES, ScaleName, threshold_rise
+from scaling_lab.analysis.fitting.search import Starts, resolve_starts, solve_starts
+from scaling_lab.analysis.fitting.status import judge
+from scaling_lab.analysis.laws.base import Design, LossLaw
+from scaling_lab.core.errors import UserError, unknown
+
+FRONTIER_QUANTITIES = ("params_exponent", "tokens_exponent")
+
+# The penalty that holds q near its target is this many times stiffer than the profile itself.
+_STIFFNESS = 100.0
+# A side whose profile has not risen at this many times the expected half-width is called unbounded.
+_FAR = 100.0
+# ... and so is one that moves less than a twentieth of the way asked for this many times in a row.
+_STALLED = 4
+# Steps outward before a side is called unbounded, and steps that refine a crossing.
+_MARCH_STEPS = 60
+_REFINE_STEPS = 6
+
+
+@dataclass(frozen=True)
+class ProfileInterval:
+    """The profile of one quantity. `lo` or `hi` is None where the data do not bound it (`message` says so)."""
+
+    quantity: str
+    level: float
+    estimate: float
+    lo: float | None
+    hi: float | None
+    scale: ScaleName
+    threshold: float
+    """Rise of the objective (in its own units) at the ends."""
+    values: Array
+    """Profiled values of the quantity, ascending."""
+    rises: Array
+    """Objective above its minimum at `values`."""
+    message: str
+
+
+@dataclass(frozen=True)
+class _Quantity:
+    """A scalar function of internal parameters, with gradients by central differences; log-scaled where positive."""
+
+    law: LossLaw
+    design: Design
+    name: str
+    logarithmic: bool
+
+    def __call__(self, theta: Array) -> Array:
+        natural = self.law.to_natural(theta, self.design)
+        if self.name in natural:
+            value = np.asarray(natural[self.name])
+            return np.log(value) if self.logarithmic else value
+        optimum = self.law.frontier(natural)
+        return np.asarray(getattr(optimum, self.name), dtype=np.float64)
+
+    def gradient(self, theta: Array) -> Array:
+        out = np.empty_like(theta)
+        for j in range(theta.shape[1]):
+            h = np.zeros(theta.shape[1])
+            h[j] = 1e-6
+            out[:, j] = (self(theta + h) - self(theta - h)) / 2e-6
+        return out
+
+    def back(self, value: Any) -> Any:
+        return np.exp(value) if self.logarithmic else value
+
+
+@dataclass(frozen=True)
+class _Pull:
+    """Penalty stiffness/2 (q - target)^2. Any minimum under it is a point of the profile, at the q where it lies."""
+
+    quantities: Sequence[_Quantity]
+    kinds: NDArray[np.intp]
+    targets: Array
+    stiffness: Array
+
+    def __call__(self, theta: Array, rows: NDArray[np.intp]) -> tuple[Array, Array, Array]:
+        value, gradient = np.empty(len(theta)), np.empty_like(theta)
+        for k in np.unique(self.kinds[rows]):
+            here = self.kinds[rows] == k
+            quantity = self.quantities[k]
+            value[here] = quantity(theta[here]) - self.targets[rows][here]
+            gradient[here] = quantity.gradient(theta[here])
+        c = self.stiffness[rows]
+        hessian = c[:, None, None] * gradient[:, :, None] * gradient[:, None, :]
+        return 0.5 * c * value**2, (c * value)[:, None] * gradient, hessian
+
+
+def profile_interval(
+    law: LossLaw, data: Any, quantity: str, level: float = 0.9, **options: Any
+) -> ProfileInterval:
+    """The profile interval of one quantity; see `profile_intervals` for the options."""
+    return profile_intervals(law, data, [quantity], level, **options)[0]
+
+
+def profile_intervals(
+    law: LossLaw,
+    data: Any,
+    quantities: Sequence[str] | None = None,
+    level: float = 0.9,
+    *,
+    loss_nats: Any = None,
+    weights: Any = None,
+    huber_delta: float = DEFAULT_HUBER_DELTA,
+    objective: ObjectiveName = "huber_log",
+    scale: ScaleName = "robust",
+    starts: Starts | None = None,
+) -> list[ProfileInterval]:
+    """Profile intervals of several quantities, traced side by side.
+
+    Args:
+        quantities: parameters of the law, `params_exponent` or `tokens_exponent` (where the frontier has a closed form);
+            by default all of them.
+        level: coverage aimed at, in (0, 1).
+        scale: how the noise is scaled (see the module).
+        starts: of the fit itself, as in `fitting.fit` (the fitted parameters save the search).
+
+    Raises:
+        UserError: an unknown quantity, scale or level, and as `fitting.fit`.
+    """
+    if not 0 < level < 1:
+        raise UserError(f"level={level!r} must be in (0, 1).")
+    if scale not in SCALES:
+        raise unknown("scale", scale, SCALES)
+    has_frontier = law.frontier(law.example) is not None
+    known = law.parameters + (FRONTIER_QUANTITIES if has_frontier else ())
+    names = list(known) if quantities is None else list(quantities)
+    for name in names:
+        if name not in known:
+            raise unknown("quantity", name, known)
+    problem, _ = make_objective(law, data, loss_nats, weights, huber_delta, objective)
+    theta = resolve_starts(law, problem.design, starts, problem.log_loss[0])
+    minima = solve_starts(problem, theta, 200)
+    best = int(np.argmin(minima.value))
+    one = np.zeros(1, dtype=np.intp)
+    (status,), (sentence,) = judge(problem, minima, one + best, one, 1, one + 1)
+    functions = [_Quantity(law, problem.design, n, n in law.log_scaled) for n in names]
+    optimum = minima.theta[best : best + 1]
+    estimates = [float(q.back(q(optimum)[0])) for q in functions]
+    if status not in ("converged", "at_bound"):
+        empty = np.empty(0)
+        return [
+            ProfileInterval(n, level, e, None, None, scale, np.nan, empty, empty, sentence)
+            for n, e in zip(names, estimates)
+        ]
+    threshold = threshold_rise(problem, optimum, float(minima.value[best]), level, scale)
+    if not threshold > 0:
+        sentence = "The law fits these observations exactly: there is no noise to scale an interval by."
+        return [
+            ProfileInterval(n, level, e, e, e, scale, 0.0, np.array([e]), np.zeros(1), sentence)
+            for n, e in zip(names, estimates)
+        ]
+    traces = _trace(problem, functions, optimum[0], float(minima.value[best]), threshold)
+    unit = objective_scale(problem)
+    return [
+        _interval(q, level, e, scale, threshold, unit, *trace)
+        for q, e, trace in zip(functions, estimates, traces)
+    ]
+
+
+def _interval(
+    quantity: _Quantity,
+    level: float,
+    estimate: float,
+    scale: ScaleName,
+    threshold: float,
+    unit: float,
+    values: Array,
+    rises: Array,
+) -> ProfileInterval:
+    """Ends where the profile crosses the threshold, by interpolation in the square root of the rise."""
+    middle = int(np.argmin(rises))
+    ends: list[float | None] = []
+    for side in (slice(middle, None, -1), slice(middle, None)):
+        q, root = values[side], np.sqrt(np.maximum(rises[side], 0.0))
+        over = np.flatnonzero(root >= np.sqrt(threshold))
+        if not len(over):
+            ends.append(None)
+            continue
+        i = int(over[0])
+        t = (np.sqrt(threshold) - root[i - 1]) / (root[i] - root[i - 1])
+        ends.append(float(quantity.back(q[i - 1] + t * (q[i] - q[i - 1]))))
+    missing = [side for side, end in zip(("below", "above"), ends) if end is None]
+    message = "Profile interval with a fitted scale."
+    if missing:
+        message = f"These data do not bound {quantity.name} from {' or '.join(missing)}."
+    return ProfileInterval(
+        quantity.name,
+        level,
+        estimate,
+        ends[0],
+        ends[1],
+        scale,
+        threshold * unit,
+        quantity.back(values),
+        rises * unit,
+        message,
+    )
+
+
+def _trace(
+    problem: Objective, functions: Sequence[_Quantity], optimum: Array, lowest: float, threshold: float
+) -> list[tuple[Array, Array]]:
+    """Profiles of all quantities, both ways, in lockstep: (values ascending, rises) for each."""
+    count = len(functions)
+    kinds = np.tile(np.arange(count), 2)
+    signs = np.repeat([-1.0, 1.0], count)
+    center = np.array([q(optimum[None])[0] for q in functions])[kinds]
+    width = np.array([_width(problem, q, optimum, threshold) for q in functions])[kinds]
+    stiffness = _STIFFNESS * 2.0 * threshold / width**2
+    theta = np.tile(optimum, (2 * count, 1))
+    points: list[list[tuple[float, float, Array]]] = [[(c, 0.0, optimum)] for c in center]
+    step = width / 4
+    targets = center.copy()
+    marching = np.ones(2 * count, dtype=bool)
+    stalled = np.zeros(2 * count, dtype=int)
+    for _ in range(_MARCH_STEPS):
+        rows = np.flatnonzero(marching)
+        if not len(rows):
+            break
+        targets[rows] = [points[r][-1][0] + signs[r] * step[r] for r in rows]
+        theta[rows], values, rises = _solve_at(
+            problem, functions, kinds, targets, stiffness, theta, rows, lowest
+        )
+        for r, value, rise in zip(rows, values, rises):
+            grew = rise - points[r][-1][1]
+            moved = signs[r] * (value - points[r][-1][0])
+            stalled[r] = stalled[r] + 1 if moved < 0.05 * step[r] else 0
+            if (
+                not (np.isfinite(rise) and np.isfinite(value) and moved > 1e-9 * width[r])
+                or stalled[r] == _STALLED
+            ):
+                marching[r] = False  # the quantity has met a bound of the law, or a valley too flat to follow
+                continue
+            points[r].append((value, rise, theta[r].copy()))
+            if rise >= 1.05 * threshold or signs[r] * (value - center[r]) > _FAR * width[r]:
+                marching[r] = False
+            elif grew < threshold / 20:
+                step[r] *= 2.0
+                stiffness[r] /= 2.0
+    _refine(problem, functions, kinds, stiffness, points, threshold, lowest)
+    traces = []
+    for k in range(count):
+        merged = {round(p[0] / width[k], 9): p for p in points[k] + points[k + count]}
+        ordered = [merged[key] for key in sorted(merged)]
+        traces.append((np.array([p[0] for p in ordered]), np.array([p[1] for p in ordered])))
+    return traces
+
+
+def _refine(
+    problem: Objective,
+    functions: Sequence[_Quantity],
+    kinds: NDArray[np.intp],
+    stiffness: Array,
+    points: list[list[tuple[float, float, Array]]],
+    threshold: float,
+    lowest: float,
+) -> None:
+    """Adds points about each crossing of the threshold: the profile of a near-L1 objective has kinks."""
+    targets = np.zeros(len(points))
+    theta = np.stack([p[0][2] for p in points])
+    for odd in (False, True) * (_REFINE_STEPS // 2):
+        rows = []
+        for r, trace in enumerate(points):
+            over = [i for i, p in enumerate(trace) if p[1] >= threshold]
+            if not over or abs(trace[over[0]][1] / threshold - 1) < 1e-3:
+                continue
+            before, after = trace[over[0] - 1], trace[over[0]]
+            root = np.sqrt(np.maximum([before[1], threshold, after[1]], 0.0))
+            # Interpolation alone can creep in from one side: every second point halves the bracket.
+            share = 0.5 if odd else np.clip((root[1] - root[0]) / (root[2] - root[0]), 0.05, 0.95)
+            targets[r] = before[0] + share * (after[0] - before[0])
+            theta[r] = before[2] if share < 0.5 else after[2]
+            rows.append(r)
+        if not rows:
+            return
+        index = np.array(rows)
+        found, values, rises = _solve_at(problem, functions, kinds, targets, stiffness, theta, index, lowest)
+        for r, t, value, rise in zip(rows, found, values, rises):
+            if np.isfinite(rise) and np.isfinite(value):
+                points[r].append((value, rise, t.copy()))
+                points[r].sort(key=lambda p, c=points[r][0][0]: abs(p[0] - c))  # type: ignore[misc]
+
+
+def _solve_at(
+    problem: Objective,
+    functions: Sequence[_Quantity],
+    kinds: NDArray[np.intp],
+    targets: Array,
+    stiffness: Array,
+    theta: Array,
+    rows: NDArray[np.intp],
+    lowest: float,
+) -> tuple[Array, Array, Array]:
+    """Profile points near `targets` for the traces `rows`: theta, the quantity there, and the rise of the objective."""
+    pull = _Pull(functions, kinds[rows], targets[rows], stiffness[rows])
+    pulled = replace(problem, penalty=pull)
+    index = np.arange(len(rows))
+    minima = minimise(pulled, theta[rows], index, max_steps=100)
+    penalty = pull(minima.theta, index)[0]
+    values = np.array([functions[kinds[r]](minima.theta[i : i + 1])[0] for i, r in enumerate(rows)])
+    return minima.theta, values, minima.value - penalty - lowest
+
+
+def _width(problem: Objective, quantity: _Quantity, optimum: Array, threshold: float) -> float:
+    """A guess of the half-width of the interval, from the curvature at the optimum; the march corrects it."""
+    at = problem.evaluate(optimum[None], np.zeros(1, dtype=np.intp))
+    curvature = at.majorizer[0]
+    size = np.sqrt(np.maximum(np.diag(curvature), np.finfo(np.float64).tiny))
+    values, vectors = np.linalg.eigh(curvature / np.outer(size, size))
+    direction = vectors.T @ (quantity.gradient(optimum[None])[0] / size)
+    variance = float(np.sum(direction**2 / np.maximum(values, 1e-12)))
+    return float(np.sqrt(2.0 * threshold * max(variance, 1e-20)))

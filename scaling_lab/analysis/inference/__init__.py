@@ -1,0 +1,1 @@
+"""Uncertainty of an analysis: bootstrap, profiles, agreement, sensitivity, predictions, comparison of laws."""

@@ -1,0 +1,1 @@
+"""Questions beyond the three approaches: tuning, known entropy, skills, learning-rate transfer."""

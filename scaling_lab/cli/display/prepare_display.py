@@ -1,0 +1,99 @@
+"""Owns what is shown while text becomes token files: a bar on a terminal, a line now and then elsewhere; on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from scaling_lab.cli.display.console import Console, human_count, human_time
+from scaling_lab.cli.display.progress import LINE_EVERY_S
+from scaling_lab.corpora.pipeline import OPENING, TRAINING_BPE, Stage
+
+
+class Pace:
+    """How fast a stage goes on, and when it will be over, from what was seen since it began."""
+
+    def __init__(self) -> None:
+        self._doing = ""
+        self._began = (0.0, 0, 0.0)
+
+    def words(self, stage: Stage) -> str:
+        """Its tokens, speed and time left as far as they are known."""
+        now = time.monotonic()
+        if stage.doing != self._doing:
+            self._doing, self._began = stage.doing, (now, stage.tokens, stage.share or 0.0)
+        began, tokens, share = self._began
+        elapsed, gained = now - began, stage.tokens - tokens
+        parts = [f"{human_count(stage.tokens)} tokens"] if stage.tokens else []
+        # What an earlier attempt wrote is no speed of this one.
+        if gained > 0 and elapsed > 0:
+            parts.append(f"{human_count(gained / elapsed)} tokens/s")
+        if stage.share is not None and stage.share > share and elapsed > 0:
+            parts.append(f"ETA {human_time(elapsed * (1.0 - stage.share) / (stage.share - share))}")
+        return ", ".join(parts)
+
+
+class PrepareDisplay:
+    """Shows nothing: the display of --quiet."""
+
+    def show(self, stage: Stage) -> None:
+        pass
+
+    @staticmethod
+    @contextmanager
+    def open(console: Console, name: str) -> Iterator[PrepareDisplay]:
+        """The display that suits: a bar where stderr is a terminal, lines elsewhere, nothing under --quiet."""
+        if console.quiet:
+            yield PrepareDisplay()
+        elif not console.err.is_terminal:
+            yield PrepareLines(console, name)
+        else:
+            from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
+
+            columns = (
+                SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(),
+                TaskProgressColumn(text_format_no_percentage=""), TextColumn("{task.fields[words]}", markup=False),
+            )  # fmt: skip
+            # Its own thread moves it, so that a stage without news is seen to be alive.
+            with Progress(*columns, console=console.err, transient=True) as bar:
+                yield PrepareBar(bar, name)
+
+
+class PrepareLines(PrepareDisplay):
+    """Plain lines for logs and pipes: now and then, and before what may take long without news."""
+
+    def __init__(self, console: Console, name: str) -> None:
+        self._console, self._name, self._pace = console, name, Pace()
+        self._last = time.monotonic()
+
+    def show(self, stage: Stage) -> None:
+        words = self._pace.words(stage)
+        # A text of seconds, or one that cannot be read, needs no line.
+        silent = stage.doing == TRAINING_BPE or (stage.doing == OPENING and stage.tokens)
+        if not silent and time.monotonic() - self._last < LINE_EVERY_S:
+            return
+        self._last = time.monotonic()
+        share = "" if stage.share is None else f" {stage.share:.0%}"
+        text = f"{self._name}: {stage.doing}{share}{', ' if words else ''}{words}"
+        self._console.err.print(text, soft_wrap=True, markup=False)
+
+
+class PrepareBar(PrepareDisplay):
+    """A bar that stays in place."""
+
+    def __init__(self, bar: Any, name: str) -> None:
+        self._bar, self._name, self._pace = bar, name, Pace()
+        self._doing, self._task = "", None
+
+    def show(self, stage: Stage) -> None:
+        if stage.doing != self._doing:
+            # A new task: rich forgets no total, and without one the bar swings.
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._doing = stage.doing
+            self._task = self._bar.add_task(f"{self._name}: {stage.doing}", total=None, words="")
+        if stage.share is not None:
+            self._bar.update(self._task, total=1.0, completed=stage.share)
+        self._bar.update(self._task, words=self._pace.words(stage))

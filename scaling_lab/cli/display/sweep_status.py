@@ -1,0 +1,157 @@
+"""Owns where a sweep stands as a whole, from its folder alone: every run's state, progress, ETA and the last error.
+
+Unlike `progress`, which watches what one launch gains, this needs no launch: speed is what the live claims say of theirs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from scaling_lab.cli.display.console import human_time
+from scaling_lab.core.spec import Plan, RunSpec
+from scaling_lab.core.storage.store import LIVE, OVER, RunState, RunStore
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run and its state; without a spec where its spec.json cannot be read."""
+
+    spec: RunSpec | None
+    state: RunState
+
+
+@dataclass(frozen=True)
+class Standing:
+    """All runs of a sweep at one moment."""
+
+    rows: tuple[Row, ...]
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """State -> number of runs, in the order in which runs go through them."""
+        found = Counter(row.state.state for row in self.rows)
+        order = ("completed", "diverged", "failed", "interrupted", "running", "claimed", "planned")
+        return {name: found[name] for name in order if found[name]}
+
+    @property
+    def is_over(self) -> bool:
+        return all(row.state.state in OVER for row in self.rows)
+
+    @cached_property
+    def flops(self) -> tuple[float, float]:
+        """Training FLOPs done (steps of unfinished runs included) and of all runs."""
+        done = total = 0.0
+        for row in self.rows:
+            flops = 0.0 if row.spec is None else row.spec.own_train_flops()
+            total += flops
+            done += flops * (1.0 if row.state.state in OVER else _share(row.state))
+        return done, total
+
+    @cached_property
+    def flops_per_s(self) -> float | None:
+        """What the live claims report together; None where nobody reports."""
+        speeds = [speed for row in self.rows if (speed := _speed(row)) is not None]
+        return sum(speeds) if speeds else None
+
+    @cached_property
+    def eta_s(self) -> float | None:
+        """FLOPs left over FLOP/s now, at least the slowest live run's own."""
+        rate = self.flops_per_s
+        if rate is None:
+            return None
+        done, total = self.flops
+        own = [
+            row.spec.own_train_flops() * (1 - _share(row.state)) / speed
+            for row in self.rows
+            if row.spec is not None and (speed := _speed(row)) is not None
+        ]
+        return max([(total - done) / rate, *own])
+
+    @cached_property
+    def last_error(self) -> RunState | None:
+        """The newest run that did not end well."""
+        bad = [row.state for row in self.rows if row.state.state in ("failed", "diverged")]
+        return max(bad, key=lambda state: state.ended_unix_s or 0.0, default=None)
+
+    def headline(self) -> str:
+        """Progress and ETA in one line."""
+        done, total = self.flops
+        over = sum(n for state, n in self.counts.items() if state in OVER)
+        parts = [f"{over} of {len(self.rows)} runs over"]
+        if total > 0 and not self.is_over:
+            parts.append(f"{done / total:.0%} of the FLOPs")
+        live = sum(self.counts.get(name, 0) for name in LIVE)
+        if self.flops_per_s is not None and self.eta_s is not None:
+            parts.append(
+                f"{self.flops_per_s / 1e9:.3g} GFLOP/s by {live} at work, ETA {human_time(self.eta_s)}"
+            )
+        elif live:
+            parts.append(f"{live} just begun")
+        elif not self.is_over:
+            parts.append("nobody is at work")
+        return ", ".join(parts)
+
+
+def standing(store: RunStore, plan: Plan | None, before: Standing | None = None) -> Standing:
+    """Look at every run of the plan, and at those that have a folder without being in it (train's).
+
+    Runs that `before` saw completed are not looked at again.
+    """
+    specs: dict[str, RunSpec | None] = {} if plan is None else {run.run_id: run.spec for run in plan.runs}
+    known = {} if before is None else {row.state.run_id: row for row in before.rows}
+    runs = store.folder / "runs"
+    present = sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []
+    for name in present:
+        if name not in specs and (runs / name / "spec.json").is_file():
+            specs[name] = known[name].spec if name in known else _spec(runs / name / "spec.json")
+    there = set(present)
+    rows = []
+    for run_id, spec in specs.items():
+        old = known.get(run_id)
+        if old is not None and old.state.state == "completed":
+            rows.append(old)
+        else:
+            rows.append(Row(spec, store.state(run_id) if run_id in there else RunState(run_id, "planned")))
+    return Standing(tuple(rows))
+
+
+def grouped_reasons(rows: Sequence[Row], limit: int) -> list[str]:
+    """Why runs did not end well, the same reason once, as lines; at most `limit` of them and how many more there are."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.state.reason:
+            reason = " ".join(row.state.reason.split())
+            groups.setdefault((row.state.state, reason), []).append(row.state.run_id)
+    lines = [
+        f"{ids[0]} {state}: {reason}"
+        if len(ids) == 1
+        else f"{len(ids)} runs {state} ({ids[0]}, ...): {reason}"
+        for (state, reason), ids in groups.items()
+    ]
+    more = len(lines) - limit
+    return lines if more <= 0 else [*lines[:limit], f"and {more} more reasons: --json lists them all"]
+
+
+def _share(state: RunState) -> float:
+    claim = state.claim
+    return claim.step / claim.steps if claim is not None and claim.steps else 0.0
+
+
+def _speed(row: Row) -> float | None:
+    """FLOP/s of a run that somebody computes now."""
+    claim = row.state.claim
+    if row.spec is None or claim is None or row.state.state not in LIVE or not claim.tokens_per_s:
+        return None
+    return claim.tokens_per_s * row.spec.flops_per_token()
+
+
+def _spec(path: Path) -> RunSpec | None:
+    try:
+        return RunSpec.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, OSError):
+        return None  # shown without its numbers; what is wrong with it is the analysis's to say

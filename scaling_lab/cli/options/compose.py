@@ -1,0 +1,337 @@
+"""Owns composing: from the command line to plain trees of values, one for each combination of a multirun.
+
+Hydra composes the groups and experiments; the values given on the command line are read by the form's types and put on
+top, so that no value of the user's ever passes through Hydra's grammar. Only a multirun has to be told to Hydra again,
+as overrides that are already read and quoted (`hydra_overrides`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from scaling_lab.cli.options.arguments import Arguments, Assignment
+from scaling_lab.cli.options.configs import (
+    Slot,
+    config_folders,
+    default_groups,
+    find_config,
+    group_choices,
+    merge,
+    nested,
+    read_yaml,
+)
+from scaling_lab.cli.options.forms import Form
+from scaling_lab.cli.options.values import read_value, show, split_list, unquoted
+from scaling_lab.core.errors import UserError, unknown
+
+FormOf = Callable[[Mapping[str, Any]], Form]
+# A typing error such as seed=range(0,1e9) must not plan for hours.
+MAX_COMBINATIONS = 10_000
+CONFIG_DIR_VARIABLE = "SCALING_LAB_CONFIG_DIR"
+FUNCTION = re.compile(r"\s*(range|choice)\((.*)\)\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One complete setting of a command."""
+
+    tree: dict[str, Any]
+    """Composed config with the command line's values put on top: plain values, not yet dataclasses."""
+    groups: Mapping[Slot, str]
+    """Choices given on the command line."""
+    values: dict[str, Any]
+    """Values given on the command line, read."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line that is known to be good: every key known, every value of its type."""
+
+    combinations: tuple[Combination, ...]
+    hydra: tuple[Assignment, ...]
+    """What is meant for Hydra itself (hydra/launcher=..., hydra.launcher.x=...)."""
+    config_dir: str | None
+
+    @property
+    def tree(self) -> dict[str, Any]:
+        return self.combinations[0].tree
+
+    @property
+    def given(self) -> set[str]:
+        """Keys that the user gave."""
+        return {key for c in self.combinations for key in (*c.values, *(slot.package for slot in c.groups))}
+
+
+def read_command(
+    arguments: Arguments,
+    config_name: str | None,
+    form_of: FormOf,
+    *,
+    multirun: bool = False,
+    launches: bool = False,
+    groups: Mapping[str, str] | None = None,
+) -> Command:
+    """Read the assignments of a command line.
+
+    Args:
+        config_name: the primary config in conf/; None for a command without config groups.
+        form_of: composed tree -> form, called once for each combination of groups.
+        multirun: whether lists such as `seed=0,1,2` are combinations.
+        launches: whether options of Hydra's own (hydra/launcher=...) make sense.
+        groups: choices to make where the user makes none (`experiment`).
+
+    Raises:
+        UserError: an unknown key or choice, or a value of the wrong type.
+    """
+    config_dir = arguments.get("config_dir")
+    config_dir = None if config_dir is None else unquoted(config_dir)
+    folders = config_folders(config_dir)
+    if multirun:
+        arguments = with_lists(arguments, folders, groups)
+    slots = {slot.package: slot for slot in (default_groups(config_name, folders) if config_name else {})}
+    chosen: dict[Slot, list[str]] = {slots[key]: [choice] for key, choice in (groups or {}).items()}
+    values: list[Assignment] = []
+    hydra: list[Assignment] = []
+    for assignment in arguments.assignments:
+        if assignment.key.startswith(("hydra.", "hydra/")):
+            hydra.append(assignment)
+        elif assignment.key in slots:
+            chosen[slots[assignment.key]] = _group_values(
+                slots[assignment.key], assignment, folders, multirun
+            )
+        else:
+            values.append(assignment)
+    if hydra and not launches:
+        raise UserError(f"{hydra[0].key} is an option of sweep and of train -m: nothing is launched here.")
+    combinations: list[Combination] = []
+    for choice in itertools.product(*chosen.values()):
+        pairs = dict(zip(chosen, choice))
+        tree = compose_groups(config_name, pairs, folders) if config_name else {}
+        combinations += _value_combinations(tree, form_of(tree), pairs, values, multirun)
+        if len(combinations) > MAX_COMBINATIONS:
+            raise UserError(f"the lists on the command line make more than {MAX_COMBINATIONS} combinations.")
+    return Command(tuple(combinations), tuple(hydra), config_dir)
+
+
+def with_lists(
+    arguments: Arguments, folders: Sequence[Path], groups: Mapping[str, str] | None = None
+) -> Arguments:
+    """The command line with the lists of its experiment (`hydra.sweeper.params`, as in any Hydra multirun), as if the user
+    had given them; what the user gave goes before. Raises `UserError` for a list that is not understood."""
+    name = unquoted(arguments.get("experiment") or (groups or {}).get("experiment", "null"))
+    if name == "null" or "," in name:
+        return arguments
+    path = find_config(f"experiment/{name}", folders)
+    params: Any = read_yaml(path)
+    for key in ("hydra", "sweeper", "params"):
+        params = params.get(key) if isinstance(params, Mapping) else None
+    if params is None:
+        return arguments
+    if not isinstance(params, Mapping) or not all(isinstance(v, (str, int, float)) for v in params.values()):
+        raise UserError(f"{path}: hydra.sweeper.params must hold lines `KEY: a,b,c`.")
+    lists = [Assignment(str(k), str(v)) for k, v in params.items() if arguments.get(str(k)) is None]
+    return replace(arguments, assignments=(*arguments.assignments, *lists))
+
+
+GLOBAL_PACKAGE = "# @package _global_"
+
+
+def check_experiment(path: Path) -> None:
+    """Refuse an experiment that Hydra would put below `experiment:`, where nobody reads it."""
+    read_yaml(path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if not any(line.strip() == GLOBAL_PACKAGE for line in lines[:5]):
+        raise UserError(
+            f"{path} must begin with the line {GLOBAL_PACKAGE!r}: without it Hydra ignores what it sets."
+        )
+
+
+def compose_groups(config_name: str, groups: Mapping[Slot, str], folders: Sequence[Path]) -> dict[str, Any]:
+    """The config `config_name` with these group choices, as plain values, composed by Hydra."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for slot, choice in groups.items():
+        if slot.group == "experiment" and choice != "null":
+            check_experiment(find_config(f"experiment/{choice}", folders))
+    overrides = [f"{slot.hydra_key}={choice}" for slot, choice in groups.items()]
+    own = folders[0] if len(folders) > 1 else None
+    try:
+        with own_configs(own), initialize_config_dir(str(folders[-1]), "scaling_lab", version_base="1.3"):
+            tree = OmegaConf.to_container(compose(config_name=config_name, overrides=overrides), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"the configuration does not compose: {first_line(error)}") from error
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+@contextmanager
+def own_configs(folder: Path | None) -> Iterator[None]:
+    """Within it Hydra searches the user's folder first (see hydra_plugins/scaling_lab/config_dir.py)."""
+    with environment(**{CONFIG_DIR_VARIABLE: None if folder is None else str(folder.absolute())}):
+        yield
+
+
+@contextmanager
+def environment(**variables: str | None) -> Iterator[None]:
+    """Environment variables (None: not set) for what is started within it; afterwards as before."""
+    before = {name: os.environ.get(name) for name in variables}
+    _set(variables)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a message that has any text."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def hydra_overrides(command: Command) -> list[str]:
+    """The combinations as overrides of a Hydra multirun: values already read, text quoted."""
+    groups: dict[Slot, list[str]] = {}
+    values: dict[str, list[str]] = {}
+    for combination in command.combinations:
+        for slot, choice in combination.groups.items():
+            _add(groups.setdefault(slot, []), choice)
+        for key, value in combination.values.items():
+            _add(values.setdefault(key, []), hydra_text(key, value))
+    lines = [f"{slot.hydra_key}={','.join(choices)}" for slot, choices in groups.items()]
+    lines += [f"++{key}={','.join(texts)}" for key, texts in values.items()]
+    return lines + [a.text for a in command.hydra]
+
+
+def hydra_text(key: str, value: Any) -> str:
+    """A value in Hydra's override grammar, such that the config holds exactly it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(hydra_text(key, item) for item in value)}]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{hydra_text(key, item)}" for name, item in value.items()) + "}"
+    text = str(value)
+    if "${" in text:
+        raise UserError(f"{key}={show(text)}: '${{' means something else to Hydra; choose another name.")
+    # Hydra halves backslashes before a quote and leaves the others alone.
+    body = re.sub(r"(\\*)'", lambda m: m[1] * 2 + "\\'", text)
+    body = re.sub(r"\\+$", lambda m: m[0] * 2, body)
+    return f"'{body}'"
+
+
+def _add(items: list[str], item: str) -> None:
+    if item not in items:
+        items.append(item)
+
+
+def _group_values(slot: Slot, assignment: Assignment, folders: Sequence[Path], multirun: bool) -> list[str]:
+    choices = group_choices(slot.group, folders)
+    names = [
+        unquoted(part.strip()) for part in (_sweep_parts(assignment) if multirun else [assignment.value])
+    ]
+    for name in names:
+        if name not in choices and name != "null":
+            raise unknown(slot.package, name, choices)
+    return names
+
+
+def _value_combinations(
+    tree: dict[str, Any],
+    form: Form,
+    groups: Mapping[Slot, str],
+    assignments: Sequence[Assignment],
+    multirun: bool,
+) -> list[Combination]:
+    columns: list[list[tuple[str, Any]]] = []
+    for assignment in assignments:
+        key = assignment.key
+        form.check(key)
+        if form.is_free(key):
+            columns.append([(key, form.read_free(key, assignment.value))])
+            continue
+        if any(group.key == key for group in form.groups):
+            raise UserError(f"{key}={show(assignment.value)} cannot be chosen here.")
+        texts = _sweep_values(assignment, form, multirun)
+        columns.append([(key, form.read(key, text)) for text in texts])
+    count = 1
+    for column in columns:
+        count *= len(column)
+    if count > MAX_COMBINATIONS:
+        raise UserError(
+            f"the lists on the command line make {count} combinations, more than {MAX_COMBINATIONS}."
+        )
+    found = []
+    for values in itertools.product(*columns):
+        complete = _copy(tree)
+        for key, value in values:
+            merge(complete, _placed(form, key, value))
+        found.append(Combination(complete, groups, dict(values)))
+    return found
+
+
+def _placed(form: Form, key: str, value: Any) -> dict[str, Any]:
+    """The value at its place; a free key's column name stays whole (it may hold dots)."""
+    prefix = next((p for p in form.free if key.startswith(p)), None)
+    if prefix is not None and form.is_free(key):
+        return nested(prefix.rstrip("."), {key[len(prefix) :]: value})
+    return nested(key, value)
+
+
+def _copy(tree: Any) -> Any:
+    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _sweep_values(assignment: Assignment, form: Form, multirun: bool) -> list[str]:
+    """The texts of a multirun's list; a list-valued option is swept by [..],[..] only."""
+    if not multirun:
+        return [assignment.value]
+    parts = _sweep_parts(assignment)
+    wanted = form.options[assignment.key].wanted
+    if "tuple[" in str(wanted) or "list[" in str(wanted):
+        return (
+            parts if len(parts) > 1 and all(p.strip().startswith("[") for p in parts) else [assignment.value]
+        )
+    return parts
+
+
+def _sweep_parts(assignment: Assignment) -> list[str]:
+    """`a,b`, `choice(a,b)` and `range(0,3)` as texts."""
+    key, text = assignment.key, assignment.value
+    function = FUNCTION.fullmatch(text)
+    if function and function[1] == "range":
+        numbers = [read_value(key, part.strip(), int) for part in split_list(function[2])]
+        if not 1 <= len(numbers) <= 3 or (len(numbers) == 3 and numbers[2] == 0):
+            raise UserError(
+                f"{key}={show(text)}: write range(STOP), range(START,STOP) or range(START,STOP,STEP)."
+            )
+        steps = range(*numbers)
+        if not 0 < len(steps) <= MAX_COMBINATIONS:
+            raise UserError(f"{key}={show(text)} has {len(steps)} values; wanted 1 to {MAX_COMBINATIONS}.")
+        return [str(n) for n in steps]
+    parts = split_list(function[2] if function else text)
+    if any(not part.strip() for part in parts):
+        raise UserError(f"{key}={show(text)} has an empty place between its commas.")
+    return parts

@@ -1,0 +1,326 @@
+"""Owns the options of a study (plan, sweep, quickstart, train): their form, and the way from a composed tree to
+`SweepSettings`. Below this module there are no configs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from scaling_lab.cli.options.arguments import Arguments
+from scaling_lab.cli.options.configs import (
+    config_folders,
+    default_groups,
+    find_config,
+    group_choices,
+    plain_tree,
+    read_yaml,
+)
+from scaling_lab.cli.options.forms import Form, Group, Option, build, options_of, type_hints
+from scaling_lab.cli.options.values import read_value, unquoted
+from scaling_lab.core.counts import Convention
+from scaling_lab.core.errors import UserError, unknown
+from scaling_lab.core.parametrization import parametrization_class
+from scaling_lab.core.registry import member
+from scaling_lab.core.spec import DTYPES, EvalSpec, schedule_class, shape_class, source_class
+from scaling_lab.planning.settings import CorpusUse, ExecutionSettings, ModelSettings, SweepSettings
+
+# Groups of which a study has one choice each, with options of its own.
+PARTS = ("model", "data", "schedule", "parametrization", "recipe", "design", "tracker")
+GROUP_MEANINGS = {
+    "model": "model family",
+    "data": "what is trained on",
+    "schedule": "learning rate over a run",
+    "parametrization": "how LRs and initial values follow the shape",
+    "recipe": "batch, learning rate and warm-up from size and horizon",
+    "design": "which sizes at which budgets",
+    "tracker": "where else runs are shown",
+    "experiment": "a whole study by name",
+}
+# Fields that something else decides; giving them would change nothing.
+OF_THE_RECIPE = {"schedule.warmup_fraction": "the recipe decides it, give recipe.warmup_fraction."}
+OF_THE_DESIGN = {
+    "model.width": "the design chooses the widths, give design.sizes.min_width and design.sizes.max_width.",
+    "model.depth": "the design chooses the depths, give design.sizes.aspect_ratio or design.sizes.min_depth.",
+}
+
+
+@dataclass(frozen=True)
+class Common:
+    """Options of a study that stand on the top level."""
+
+    sweep: str | None = None
+    results_dir: str = "results"
+    config_dir: str | None = None
+    """A folder of your own configs, searched before the built-in ones"""
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16", "tf32"] = "float32"
+    """Numbers that models are computed in; bfloat16 is autocast (weights, moments and losses stay float32), on a CPU only faster
+    for models of millions of parameters; tf32 on CUDA alone"""
+    convention: Convention = Convention.SIX_N_WITH_HEAD
+    """What N and FLOP budgets count"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where runs are computed; auto takes CUDA, then MPS, then the CPU"""
+    compile: Literal["auto", "true", "false"] = "auto"
+    """torch.compile; auto compiles what a plan trains for long enough to repay it"""
+    threads: int | None = None
+    """CPU threads of one run; null: one, or all cores where the plan's models are large"""
+    stack: Literal["auto", "false"] = "auto"
+    """auto trains seeds and learning rates of one shape as one program where that pays"""
+    memory_gb: float | None = None
+    """Memory that one run may take, GB; null: the device's. What does not fit is computed in micro-batches"""
+    deterministic: bool = True
+    """Same machine, same losses"""
+    eval: EvalSpec = field(default_factory=EvalSpec)
+
+    def __post_init__(self) -> None:
+        assert self.dtype in DTYPES
+
+
+@dataclass(frozen=True)
+class SweepOnly:
+    """What sweep and quickstart take beside a study's options."""
+
+    workers: int | None = None
+    """Worker processes of the local launcher; default: one a core, or a few a GPU"""
+    retry: Literal["failed"] | None = None
+    """failed: run those again that failed or diverged, from their last checkpoint"""
+
+    def __post_init__(self) -> None:
+        if self.retry not in (None, "failed"):
+            raise unknown("retry", self.retry, ("failed",))
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"workers={self.workers} must be at least 1.")
+
+
+@dataclass(frozen=True)
+class TrainOnly:
+    """What train takes beside a study's options."""
+
+    train_tokens: int | None = None
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """Under torchrun, or srun with ddp or fsdp: how the processes share the run; auto: fsdp where it needs the room"""
+
+
+@dataclass(frozen=True)
+class WandbOptions:
+    """Options of tracker=wandb."""
+
+    project: str = "scaling_lab"
+    entity: str | None = None
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A choice without options."""
+
+
+def study_form(arguments: Arguments, config_name: str, extra: Sequence[type] = ()) -> Form:
+    """The form that help shows: with the groups chosen in `arguments`, read without Hydra."""
+    config_dir = arguments.get("config_dir")
+    folders = config_folders(None if config_dir is None else unquoted(config_dir))
+    slots = default_groups(config_name, folders)
+    chosen = {s.package: unquoted(v) for s in slots if (v := arguments.get(s.package)) is not None}
+    for slot in slots:
+        if slot.package in chosen and chosen[slot.package] != "null":
+            find_config(f"{slot.group}/{chosen[slot.package]}", folders)
+    tree, words = plain_tree(config_name, {k: v for k, v in chosen.items() if k != "experiment"}, folders)
+    groups = tuple(
+        Group(
+            s.package,
+            chosen.get(s.package, default),
+            tuple(group_choices(s.group, folders)),
+            GROUP_MEANINGS[s.group],
+        )
+        for s, default in slots.items()
+    )
+    return dataclasses.replace(form_of_tree(tree, words, extra), groups=groups)
+
+
+def form_of_tree(
+    tree: Mapping[str, Any], words: Mapping[str, str] | None = None, extra: Sequence[type] = ()
+) -> Form:
+    """The form of a composed tree: which options there are depends on the kinds chosen in it."""
+    options: dict[str, Option] = {}
+    for cls in (Common, *extra):
+        options |= options_of(cls, words=words)
+    for name in PARTS:
+        if name in tree:
+            cls = part_class(name, tree[name])
+            options |= options_of(cls, f"{name}.", words=words, skip=("kind", "options"))
+    if "model" in tree:
+        own = options_of(
+            shape_class(kind_of("model", tree["model"])), "model.", words=words, skip=("vocab_size",)
+        )
+        options |= {key: option for key, option in own.items() if key not in options}
+    if "data" in tree:
+        options |= options_of(CorpusUse, "data.", words=words)
+    elsewhere = OF_THE_RECIPE | (OF_THE_DESIGN if "design" in tree else {})
+    known = {key: _with_tree_default(option, tree) for key, option in options.items() if key not in elsewhere}
+    return Form(known, elsewhere=elsewhere)
+
+
+def _with_tree_default(option: Option, tree: Mapping[str, Any]) -> Option:
+    """The option with the default that the config sets, where it sets one."""
+    node: Any = tree
+    for part in option.key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return option
+        node = node[part]
+    try:
+        return dataclasses.replace(option, default=read_value(option.key, node, option.wanted))
+    except UserError:
+        return option  # a bad value in a config file is reported when it is used
+
+
+def kind_of(name: str, node: Any) -> str:
+    """The `kind` of a group's node."""
+    if not isinstance(node, Mapping):
+        raise UserError(f"{name}={node!r} is not understood: wanted a config of the group {name}.")
+    kind = node.get("kind")
+    if not isinstance(kind, str):
+        raise UserError(f"{name}: the config has no `kind: NAME` line that says what its options are for.")
+    return kind
+
+
+def part_class(name: str, node: Any) -> type:
+    """The dataclass whose fields are the options of a group's choice."""
+    kind = kind_of(name, node)
+    if name == "model":
+        shape_class(kind)
+        return ModelSettings
+    if name == "tracker":
+        trackers: dict[str, type] = {"none": NoOptions, "wandb": WandbOptions}
+        if kind not in trackers:
+            raise unknown("tracker", kind, trackers)
+        return trackers[kind]
+    if name == "data":
+        return source_class(kind)
+    if name == "schedule":
+        return schedule_class(kind)
+    if name == "parametrization":
+        return parametrization_class(kind)
+    return member(f"scaling_lab.planning.{name}s", name, kind)
+
+
+def sweep_settings(
+    tree: Mapping[str, Any], extra: Sequence[type] = (), *, device: str | None = None
+) -> SweepSettings:
+    """The typed settings of a composed tree.
+
+    Args:
+        device: what `device=auto` means here; None asks torch.
+
+    Raises:
+        UserError: unknown keys, wrong types, a missing sweep name, or what the settings themselves refuse.
+    """
+    parts = {name: tree[name] for name in PARTS if name in tree}
+    own = {
+        key: value
+        for key, value in tree.items()
+        if key not in parts and key not in ("hydra", "run_ids", "experiment")
+    }
+    names = {f.name for cls in extra for f in dataclasses.fields(cls)}
+    for cls in extra:
+        build(
+            cls,
+            {key: value for key, value in own.items() if key in {f.name for f in dataclasses.fields(cls)}},
+        )
+    common: Common = build(Common, own, skip=tuple(names))
+    if not common.sweep:
+        raise UserError(
+            "sweep=NAME is missing: the sweep's name, a folder of results_dir (or give experiment=NAME)."
+        )
+    tracker_options(tree)
+    data_node = dict(parts["data"])
+    use_fields = {f.name for f in dataclasses.fields(CorpusUse)}
+    use_node = {name: data_node.pop(name) for name in list(data_node) if name in use_fields}
+    use: CorpusUse = build(CorpusUse, use_node, "data.")
+    return SweepSettings(
+        sweep=common.sweep,
+        design=_part("design", parts["design"]) if "design" in parts else None,
+        recipe=_part("recipe", parts["recipe"]),
+        model=model_settings(parts["model"]),
+        data=_part("data", complete(data_node)),
+        schedule=_part("schedule", parts["schedule"]),
+        parametrization=_part("parametrization", parts["parametrization"]),
+        eval=common.eval,
+        max_epochs=use.max_epochs,
+        unique_tokens=use.unique_tokens,
+        noise=use.noise,
+        convention=common.convention,
+        seed=common.seed,
+        dtype=common.dtype,
+        execution=execution_settings(common, device or resolve_device(common.device)),
+    )
+
+
+def execution_settings(common: Common, device: str) -> ExecutionSettings:
+    """How runs are to be computed; a device of this machine is asked for its memory."""
+    memory_gb = common.memory_gb
+    if memory_gb is None and device == "cuda":
+        from scaling_lab.training.engine.devices import cuda_memory_gb
+
+        memory_gb = cuda_memory_gb()
+    return ExecutionSettings(
+        device=device,
+        compile=common.compile,
+        threads=common.threads,
+        deterministic=common.deterministic,
+        stack=common.stack,
+        memory_gb=memory_gb,
+    )
+
+
+def complete(data_node: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A source's options, with those that the source itself finds out."""
+    completed = getattr(part_class("data", data_node), "completed", None)
+    return data_node if completed is None else dict(completed(data_node))
+
+
+def resolve_device(name: str) -> str:
+    """What `device=auto` is on this machine; asking needs torch only for that.
+
+    A device that is named is taken at its word: a login node plans for the GPUs of its cluster. Whoever trains checks.
+    """
+    if name != "auto":
+        return name
+    from scaling_lab.training.engine.devices import resolve_device as resolve
+
+    return resolve(name)
+
+
+def tracker_options(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """`kind` and options of the tracker, checked, as plain values for a worker's command line."""
+    node = tree.get("tracker") or {"kind": "none"}
+    options = build(part_class("tracker", node), node, "tracker.")
+    return {"kind": kind_of("tracker", node), **dataclasses.asdict(options)}
+
+
+def model_settings(node: Mapping[str, Any]) -> ModelSettings:
+    """The family's settings; the fields that only this family has go to `options`."""
+    kind = kind_of("model", node)
+    shape_fields = type_hints(shape_class(kind))
+    ours = {f.name for f in dataclasses.fields(ModelSettings)} - {"options", "kind"}
+    special = {f.name for f in dataclasses.fields(shape_class(kind))} - ours - {"vocab_size"}
+    options = {k: read_value(f"model.{k}", v, shape_fields[k]) for k, v in node.items() if k in special}
+    settings: ModelSettings = build(
+        ModelSettings, node, "model.", given={"kind": kind, "options": options}, skip=tuple(special)
+    )
+    return settings
+
+
+def _part(name: str, node: Any) -> Any:
+    return build(part_class(name, node), node, f"{name}.")
+
+
+def experiment_name(name: str | None, config_dir: str | None) -> str | None:
+    """The sweep's name that an experiment gives: its own `sweep:`, else the name of its file."""
+    if name is None or name == "null":
+        return None
+    path: Path = find_config(f"experiment/{name}", config_folders(config_dir))
+    own = read_yaml(path).get("sweep")
+    return str(own) if own else name

@@ -1,0 +1,1 @@
+"""Files and folders: atomic writes, claims, the JSON form of frozen dataclasses, the run store."""

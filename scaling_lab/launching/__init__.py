@@ -1,0 +1,1 @@
+"""Launching a sweep: worker processes, cluster jobs, Slurm. Usable without the command line."""

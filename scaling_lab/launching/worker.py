@@ -1,0 +1,288 @@
+"""Owns the worker process: it claims a sweep's pending runs, longest first, and trains them until none is left.
+
+    python -m scaling_lab.launching.worker SWEEP_FOLDER [--run-ids A,B] [--tracker JSON]
+    torchrun --nproc_per_node=8 -m scaling_lab.launching.worker SWEEP_FOLDER [--parallel ddp|fsdp]    each run on all of them
+
+Any number of workers may share a folder, on one machine or several: the claims keep each run to one of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scaling_lab.core.errors import DiskError, UserError
+from scaling_lab.core.record import RunRecord, RunStatus
+from scaling_lab.core.spec import Plan, PlannedRun
+from scaling_lab.core.storage.claims import Claim, ClaimLost
+from scaling_lab.core.storage.files import disk_error
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.tracking.sink.trackers import make_tracker, mirrors_closed
+from scaling_lab.training.engine.devices import environment, resolve_device
+from scaling_lab.training.parallel.distributed import PARALLEL, TeamLost, joined
+from scaling_lab.training.run.checkpoint import kept_path
+from scaling_lab.training.run.loop import CHECKPOINT_EVERY_S, Claimed, train_together
+from scaling_lab.training.run.member import Member
+from scaling_lab.training.run.stopping import EXIT_REQUEUE, Interrupted, Requests, listen
+
+log = logging.getLogger(__name__)
+
+PARENT_POLL_S = 1.0
+EXIT_DISK = 74
+
+
+def longest_first(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """The order in which workers take runs: a long run that starts last would keep the others waiting."""
+    return sorted(runs, key=lambda run: (-run.spec.own_train_flops(), run.run_id))
+
+
+def train_pending(
+    store: RunStore,
+    plan: Plan,
+    run_ids: Sequence[str] | None = None,
+    tracker: dict[str, Any] | None = None,
+    checkpoint_every_s: float = CHECKPOINT_EVERY_S,
+) -> list[RunRecord]:
+    """Train every run that is neither over nor computed by somebody else; returns the records made here.
+
+    Raises `Interrupted` when told to stop, `DiskError` where the folder cannot be written and `UserError` where the data
+    are not the plan's.
+    """
+    wanted = None if run_ids is None else set(run_ids)
+    for device in {run.execution.device for run in plan.runs}:
+        resolve_device(device)
+    made = []
+    if wanted is not None:
+        # Whoever is to train a branch trains its trunk, unless somebody else does.
+        wanted |= {r.spec.parent for r in plan.runs if r.run_id in wanted and r.spec.parent is not None}
+    pending = longest_first([r for r in plan.runs if wanted is None or r.run_id in wanted])
+    with mirrors_closed(), listen() as asked:
+        for group in ready_first(store, list(groups(pending, plan)), wanted, asked):
+            # Told to stop as the run before ended: this one is not begun.
+            asked.answer()
+            mine = [r for r in group if (wanted is None or r.run_id in wanted) and is_ready(store, r)]
+            try:
+                claims = {planned.run_id: store.claim(planned.spec) for planned in mine}
+            except OSError as error:
+                raise disk_error(error, store.folder) or error from error
+            claimed = {run_id: claim for run_id, claim in claims.items() if claim is not None}
+            if claimed:
+                made += train_group(group, claimed, store, plan.data_fingerprint, tracker, checkpoint_every_s)
+    return made
+
+
+def groups(runs: Iterable[PlannedRun], plan: Plan) -> Iterator[list[PlannedRun]]:
+    """What is trained as one program: each run alone, or at its first member the whole of a stack, in the plan's order."""
+    begun = set()
+    for run in runs:
+        stack = run.execution.stack
+        if stack is None:
+            yield [run]
+        elif stack not in begun:
+            begun.add(stack)
+            yield [member for member in plan.runs if member.execution.stack == stack]
+
+
+def ready_first(
+    store: RunStore, waiting: list[list[PlannedRun]], wanted: set[str] | None, asked: Requests
+) -> Iterator[list[PlannedRun]]:
+    """The groups in order, those whose runs wait for the checkpoint of a parent after it is there.
+
+    While another process trains the last parents this one waits, and looks whether they are still trained; a run whose
+    parent ended without that checkpoint is recorded as failed.
+    """
+    everything = list(waiting)
+    while waiting:
+        later = []
+        for group in waiting:
+            mine = [r for r in group if wanted is None or r.run_id in wanted]
+            unready = [r for r in mine if not is_ready(store, r)]
+            for run in [r for r in unready if is_over(store, r.spec.parent)]:
+                # Looked at again: the parent may have written both in between.
+                if not is_ready(store, run):
+                    fail_orphan(store, run)
+            unready = [r for r in unready if not is_over(store, r.run_id)]
+            if len(unready) < len(mine):
+                yield group
+            if unready:
+                later.append(group)
+        if later and len(later) == len(waiting):
+            asked.answer()
+            time.sleep(PARENT_POLL_S)
+            # Their owner may have died meanwhile: whoever is left takes them.
+            parents = {r.spec.parent for group in later for r in group if not is_ready(store, r)}
+            yield from (group for group in everything if any(r.run_id in parents for r in group))
+        waiting = later
+
+
+def is_ready(store: RunStore, run: PlannedRun) -> bool:
+    """Whether nothing that the run begins from is missing."""
+    spec = run.spec
+    if spec.parent is None:
+        return True
+    kept = kept_path(store.run_folder(spec.parent) / "checkpoint", spec.parent_step)
+    return kept.with_suffix(".json").exists()
+
+
+def is_over(store: RunStore, run_id: str | None) -> bool:
+    return run_id is not None and (store.run_folder(run_id) / "record.json").exists()
+
+
+def fail_orphan(store: RunStore, run: PlannedRun) -> None:
+    """Record that the run cannot be trained: its parent is over and left no checkpoint at that step."""
+    claim = store.claim(run.spec)
+    if claim is None:
+        return
+    why = f"its trunk {run.spec.parent} is over without a checkpoint at step {run.spec.parent_step}"
+    store.write_record(failed_record(run, store, "", why))
+    claim.release()
+
+
+def train_claimed(
+    planned: PlannedRun,
+    store: RunStore,
+    claim: Claim,
+    fingerprint: str | None,
+    tracker: dict[str, Any] | None = None,
+    checkpoint_every_s: float = CHECKPOINT_EVERY_S,
+) -> RunRecord | None:
+    """Train one claimed run; an error of its own becomes a FAILED record, and the sweep goes on."""
+    claims = {planned.run_id: claim}
+    records = train_group([planned], claims, store, fingerprint, tracker, checkpoint_every_s)
+    return records[0] if records else None
+
+
+def train_group(
+    group: Sequence[PlannedRun],
+    claims: Mapping[str, Claim],
+    store: RunStore,
+    fingerprint: str | None,
+    tracker: dict[str, Any] | None = None,
+    checkpoint_every_s: float = CHECKPOINT_EVERY_S,
+) -> list[RunRecord]:
+    """Train the claimed runs of a group; returns the records made. An error becomes a FAILED record: a member's own of
+    this member, one of the whole program of all that were not over."""
+    claimed = {
+        run_id: Claimed(claim, make_tracker(tracker, store.folder)) for run_id, claim in claims.items()
+    }
+    try:
+        members = train_together(
+            group,
+            claimed,
+            store,
+            expected_fingerprint=fingerprint,
+            checkpoint_every_s=checkpoint_every_s,
+        )
+    except BaseException:
+        for one in claimed.values():
+            one.tracker.abandon()
+        raise
+    records = [member.record or failure(member, store, fingerprint) for member in members]
+    return [record for record in records if record is not None]
+
+
+def failure(member: Member, store: RunStore, fingerprint: str | None) -> RunRecord | None:
+    """Record that an error ended a run here; None where it was taken over: a former owner's error is not the run's, and a
+    disk's is nobody's (`DiskError`)."""
+    planned, error = member.planned, member.error
+    assert error is not None
+    refused = disk_error(error, store.folder) if isinstance(error, OSError) else None
+    if refused is not None:
+        member.tracker.abandon()
+        raise refused from error
+    if isinstance(error, ClaimLost):
+        log.warning("run %s was taken over by another process.", planned.run_id)
+    else:
+        log.error("run %s failed:\n%s", planned.run_id, "".join(traceback.format_exception(error)))
+        record = failed_record(planned, store, fingerprint or "", f"{type(error).__name__}: {error}")
+        try:
+            member.claim.check()
+            if store.write_record(record):
+                member.tracker.finish(record)
+                return record
+        except ClaimLost:
+            pass
+    member.tracker.abandon()
+    return None
+
+
+def failed_record(planned: PlannedRun, store: RunStore, fingerprint: str, reason: str) -> RunRecord:
+    """The record of a run that its own error ended."""
+    count = planned.spec.count()
+    curve = tuple(store.read_curve(planned.run_id))
+    return RunRecord(
+        run_id=planned.run_id,
+        spec=planned.spec,
+        execution=planned.execution,
+        params=count.params,
+        flops=count.flops,
+        status=RunStatus.FAILED,
+        reason=" ".join(reason.split())[:500],
+        final_val_loss_nats=None,
+        final_val_loss_sem_nats=None,
+        wall_time_s=curve[-1].wall_time_s if curve else 0.0,
+        environment=environment(None, fingerprint, planned.execution.device),
+        curve_points=len(curve),
+        curve=curve,
+    )
+
+
+def stop_with(parent: int) -> None:
+    """Ask this process to stop in good order once its parent is gone: a killed launcher leaves nobody to watch it."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_S)
+    log.warning("the launcher is gone: stopping after a checkpoint.")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 when nothing is left to do here, 2 for bad input, 74 for a disk that refuses, 75 when told to stop."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--run-ids", default=None)
+    parser.add_argument("--stop-with", type=int, default=None, help="pid of the parent: stop when it is gone")
+    parser.add_argument("--checkpoint-every-s", type=float, default=CHECKPOINT_EVERY_S)
+    parser.add_argument("--tracker", default=None, help="JSON: kind and options")
+    parser.add_argument("--parallel", default="auto", help=f"under torchrun or srun: {', '.join(PARALLEL)}")
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    store = RunStore(options.folder)
+    if options.stop_with is not None:
+        threading.Thread(target=stop_with, args=(options.stop_with,), daemon=True).start()
+    try:
+        run_ids = options.run_ids.split(",") if options.run_ids else None
+        with joined(options.parallel) as team, listen():
+            if team is not None and not team.leads:
+                return team.follow()
+            train_pending(
+                store,
+                store.read_plan(run_ids),
+                run_ids,
+                json.loads(options.tracker) if options.tracker else None,
+                options.checkpoint_every_s,
+            )
+    except UserError as error:
+        # Where the disk is full the message may not reach the log: the exit status says it too.
+        with contextlib.suppress(OSError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_DISK if isinstance(error, DiskError) else 2
+    except (Interrupted, KeyboardInterrupt) as stop:
+        if isinstance(stop, TeamLost):
+            log.warning("%s: stopping; the runs go on another time.", stop)
+        return EXIT_REQUEUE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

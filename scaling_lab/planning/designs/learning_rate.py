@@ -1,0 +1,126 @@
+"""Owns the `learning_rate` design: learning rates (and batches) around the recipe's, at chosen sizes and horizons."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, ClassVar
+
+from scaling_lab.core.errors import UserError
+from scaling_lab.planning.designs.base import RunRequest, ShapeMaker, check_budgets
+from scaling_lab.planning.designs.isoflop import IsoFlopDesign
+from scaling_lab.planning.sizes import SizeLadder
+
+ROLE = "lr_sweep"
+
+
+@dataclass(frozen=True)
+class LearningRateDesign:
+    """At each size and budget (or horizon) the recipe's LR times each of `lr_multipliers`, for `seeds` seeds.
+
+    With `batch_multipliers` every pair of multipliers is trained: the best LR depends on the batch. The run with both
+    multipliers 1 is the one that an IsoFLOP sweep of the same budget trains, with the same run id.
+    """
+
+    kind: ClassVar[str] = "learning_rate"
+
+    budgets_flops: tuple[float, ...] = ()
+    """Either these or `horizons_tokens`."""
+    horizons_tokens: tuple[float, ...] = ()
+    """The same number of tokens for every size."""
+    grid_sizes: int | None = None
+    """Sizes of an IsoFLOP grid of the same budgets (its design.sizes_per_budget): `sizes_per_budget` of them, evenly
+    spaced from its smallest to its largest, are trained. None: `widths`."""
+    sizes_per_budget: int = 3
+    n_opt_at_1e12: float = 75e3
+    """Of that grid, as the next one."""
+    n_opt_exponent: float = 0.5
+    widths: tuple[int, ...] = ()
+    """Empty: the ladder's smallest, middle and largest."""
+    depths: tuple[int, ...] = ()
+    """Empty: the ladder's depth at each width; else every width is trained at each of these depths."""
+    lr_multipliers: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
+    batch_multipliers: tuple[float, ...] = (1.0,)
+    seeds: int = 1
+    sizes: SizeLadder = field(default_factory=SizeLadder)
+
+    def __post_init__(self) -> None:
+        if bool(self.budgets_flops) == bool(self.horizons_tokens):
+            raise UserError(
+                f"design.budgets_flops={list(self.budgets_flops)} and design.horizons_tokens={list(self.horizons_tokens)}: "
+                "give one of the two."
+            )
+        if self.budgets_flops:
+            check_budgets("design.budgets_flops", self.budgets_flops, "FLOPs")
+        if self.horizons_tokens:
+            check_budgets("design.horizons_tokens", self.horizons_tokens, "tokens")
+        if self.grid_sizes is not None:
+            self._check_grid(self.grid_sizes)
+        for name in ("lr_multipliers", "batch_multipliers"):
+            values = getattr(self, name)
+            if (
+                not values
+                or any(not v > 0 or math.isinf(v) for v in values)
+                or len(set(values)) < len(values)
+            ):
+                raise UserError(f"design.{name}={list(values)} must be distinct positive numbers.")
+        for name in ("widths", "depths"):
+            values = getattr(self, name)
+            if any(v < 1 for v in values) or len(set(values)) < len(values):
+                raise UserError(f"design.{name}={list(values)} must be distinct and at least 1.")
+        if self.seeds < 1:
+            raise UserError(f"design.seeds={self.seeds} must be at least 1.")
+
+    def _check_grid(self, grid_sizes: int) -> None:
+        if not self.budgets_flops or self.widths or self.depths:
+            raise UserError(
+                f"design.grid_sizes={grid_sizes} takes its sizes from an IsoFLOP grid of design.budgets_flops: give "
+                "neither design.widths, design.depths nor design.horizons_tokens with it."
+            )
+        if not 1 <= self.sizes_per_budget <= grid_sizes:
+            raise UserError(
+                f"design.sizes_per_budget={self.sizes_per_budget} must be from 1 to design.grid_sizes={grid_sizes}."
+            )
+        self._grid(grid_sizes)
+
+    def _grid(self, grid_sizes: int) -> IsoFlopDesign:
+        return IsoFlopDesign(
+            self.budgets_flops, grid_sizes, self.sizes, self.n_opt_at_1e12, self.n_opt_exponent
+        )
+
+    def shapes(self, shapes: ShapeMaker, budget_flops: float | None) -> list[Any]:
+        """The sizes of one budget (None: of a horizon) as shapes."""
+        if self.grid_sizes is not None and budget_flops is not None:
+            window = self._grid(self.grid_sizes).window_shapes(shapes, budget_flops)
+            gaps = max(1, self.sizes_per_budget - 1)
+            return [window[round(i * (len(window) - 1) / gaps)] for i in range(self.sizes_per_budget)]
+        ladder = self.sizes.sizes()
+        widths = self.widths or sorted({ladder[i][0] for i in (0, len(ladder) // 2, -1)})
+        return [
+            shapes.shape(width, depth)
+            for width in widths
+            for depth in (self.depths or (self.sizes.depth(width),))
+        ]
+
+    def requests(self, shapes: ShapeMaker) -> Iterator[RunRequest]:
+        """Ascending by budget, then by size, LR and seed."""
+        multipliers = list(product(sorted(self.lr_multipliers), sorted(self.batch_multipliers)))
+        for budget, horizon in [
+            *((budget, None) for budget in sorted(self.budgets_flops)),
+            *((None, horizon) for horizon in sorted(self.horizons_tokens)),
+        ]:
+            for shape, (lr, batch), seed in product(
+                self.shapes(shapes, budget), multipliers, range(self.seeds)
+            ):
+                yield RunRequest(shape, budget, horizon, ROLE, seed, lr, batch)
+
+    def sweep(self, shapes: ShapeMaker) -> Iterator[RunRequest]:
+        """Of the grid, if there is one: its recipe is what is tuned here."""
+        if self.grid_sizes is None:
+            return self.requests(shapes)
+        return self._grid(self.grid_sizes).sweep(shapes)
+
+    def remark(self, label: str, planned: int, kept: int) -> str | None:
+        """Sizes stand alone here: what is not planned is named, and takes nothing from the others."""

@@ -1,0 +1,436 @@
+"""Owns which figures a report has: each drawn from the analysis, with a caption that says how to read it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from scaling_lab.analysis.analysis import Analysis
+from scaling_lab.analysis.estimate import BudgetStatus
+from scaling_lab.analysis.laws import get_law
+from scaling_lab.analysis.studies.known_floor import KnownFloor
+from scaling_lab.analysis.studies.lr_transfer import transfer_cells
+from scaling_lab.analysis.studies.skills import Skills
+from scaling_lab.analysis.studies.tuning import Tuning
+from scaling_lab.analysis.studies.tuning_records import LR_SWEEP
+from scaling_lab.core.record import RunRecord
+from scaling_lab.reporting import (
+    figures_checks,
+    figures_curves,
+    figures_floor,
+    figures_frontier,
+    figures_skills,
+    figures_transfer,
+    figures_tuning,
+)
+from scaling_lab.reporting.floor_words import floor_words
+from scaling_lab.reporting.style import (
+    FIGURE_WIDTH,
+    SHORT_APPROACH_NAMES,
+    figure_style,
+    format_count,
+    format_flops,
+    format_loss,
+)
+from scaling_lab.reporting.svg import inline, on_white, to_png, to_svg
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One figure in every form in which it leaves the program."""
+
+    name: str
+    """File name without its ending, and the id in the page."""
+    title: str
+    caption: str
+    alt: str
+    """What a reader who cannot see it should know: the same facts in words."""
+    inline_svg: str
+    svg: str
+    png: bytes
+
+
+@dataclass(frozen=True)
+class NotDrawn:
+    """A figure that these data do not allow, and why."""
+
+    name: str
+    title: str
+    reason: str
+
+
+Plate = Drawn | NotDrawn
+
+STRICT_VARIABLE = "SCALING_LAB_STRICT"
+"""Environment variable that lets an error of a figure through: tests set it, so that no bug hides in a report."""
+_log = logging.getLogger(__name__)
+
+MINIMUM_WORDS = {
+    "parabola": "a parabola in ln N",
+    "cubic": "a cubic in ln N",
+    "akima": "Akima's interpolation in ln N",
+    "shared": "fitting all valleys with one shared shape",
+}
+
+
+def draw_all(analysis: Analysis | None, records: Sequence[RunRecord]) -> list[Plate]:
+    """Every figure of the report, in its order."""
+    plates: list[Plate] = []
+    if analysis is not None:
+        plates = [
+            f(analysis) for f in (_loss, _valleys, _scaling, _contour, _residuals, _backtest, _sensitivity)
+        ]
+        if analysis.skills is not None:
+            plates.append(_skills(analysis.skills))
+        if analysis.tuning is not None:
+            plates.append(_tuning(analysis.tuning))
+        if analysis.known_floor is not None:
+            plates.insert(1, _known_floor(analysis.known_floor))
+    if any(r.spec.role == LR_SWEEP for r in records):
+        plates.append(_transfer(records))
+    plates.append(_training(records))
+    return plates
+
+
+def _finish(name: str, title: str, height: float, draw: Callable[[Figure], tuple[str, str] | str]) -> Plate:
+    """Draw into a new figure. `draw` returns (caption, alt), or the reason why there is nothing to draw."""
+    try:
+        return _draw(name, title, height, draw)
+    except Exception as error:
+        if os.environ.get(STRICT_VARIABLE):
+            raise
+        # Hours of training and a good analysis must not be without a report for the sake of one picture.
+        _log.error("the figure %s could not be drawn", name, exc_info=error)
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        return NotDrawn(
+            name, title, f"Drawing it failed ({what}). This is a bug of scaling-lab; please report it."
+        )
+
+
+def _draw(name: str, title: str, height: float, draw: Callable[[Figure], tuple[str, str] | str]) -> Plate:
+    with figure_style():
+        # Without pyplot: no window system is asked for, and no global state is left behind.
+        figure = Figure(figsize=(FIGURE_WIDTH, height))
+        told = draw(figure)
+        if isinstance(told, str):
+            return NotDrawn(name, title, told)
+        caption, alt = told
+        svg = to_svg(figure)
+        return Drawn(name, title, caption, alt, inline(svg, name, alt), on_white(svg), to_png(figure))
+
+
+def _loss(analysis: Analysis) -> Plate:
+    def draw(figure: Figure) -> tuple[str, str]:
+        points = analysis.points
+        shown = figures_curves.loss_vs_flops(figure.add_subplot(), points, analysis.estimates)
+        envelope = analysis.estimate("envelope")
+        some = (
+            ""
+            if shown["drawn"] == shown["curves"]
+            else f" {shown['drawn']} of {shown['curves']} curves are drawn."
+        )
+        if not shown["curves"]:
+            return (
+                "Each point is one run's final loss and what it cost. There are no curves in these data (one row a run), "
+                "so Approach 1, the envelope, cannot be applied. The fewer FLOPs for the same loss, the better.",
+                f"Scatter of final loss against training FLOPs for {shown['runs']} runs.",
+            )
+        kind = points.curves.kind
+        said = (
+            f" {envelope.message}"
+            if envelope.frontier is not None
+            else f" Not usable here: {envelope.message}"
+        )
+        return (
+            f"Each line is one run ({kind}); its end is its final loss. A small model (violet) falls early and then "
+            "flattens; a large one (green) starts late and ends lower. The thick line, the lower envelope, is at each cost "
+            "the lowest loss among the runs still in training there: a run that has ended no longer counts. Where it passes from one size to the next, marked in blue, "
+            f"both sizes are equally good: those points are Approach 1.{said} The line steps "
+            f"up where the runs of one budget end.{some}",
+            f"Loss against training FLOPs of {shown['runs']} runs on logarithmic axes, coloured by size, with their "
+            f"lower envelope, which falls from {format_loss(float(points.curves.loss_nats.max()))} to "
+            f"{format_loss(float(points.loss_nats.min()))} nats.",
+        )
+
+    return _finish("loss_vs_flops", "Loss against compute", 4.2, draw)
+
+
+def _valleys(analysis: Analysis) -> Plate:
+    estimate = analysis.estimate("isoflop")
+
+    def draw(figure: Figure) -> tuple[str, str] | str:
+        if all(b.status is BudgetStatus.TOO_FEW for b in estimate.budgets):
+            return estimate.message
+        isoflop = analysis.settings.approach.isoflop
+        shown = figures_frontier.isoflop_valleys(
+            figure.add_subplot(), analysis.points, estimate, isoflop.budget_tolerance
+        )
+        if not shown["budgets"]:
+            return f"There is nothing to draw: no run lies on a budget with enough sizes. {estimate.message}"
+        minimum = isoflop.minimum
+        how = MINIMUM_WORDS.get(minimum, f"the method {minimum!r}")
+        found = [
+            f"{format_flops(b.budget_flops)} FLOPs: N = {format_count(b.params_opt)}, "
+            f"loss {format_loss(b.loss_opt)}"
+            for b in estimate.budgets
+            if b.status is BudgetStatus.OK and b.params_opt is not None and b.loss_opt is not None
+        ]
+        rest = (
+            ""
+            if shown["ok"] == shown["budgets"]
+            else " A dashed curve has no usable minimum; its name says why."
+        )
+        few = f" {shown['too_few']} budget(s) with too few sizes are not drawn." if shown["too_few"] else ""
+        moved = (
+            ""
+            if analysis.points.budgets_match_convention
+            else " The budgets were planned under another way of counting: each run's loss is shown moved to its budget's "
+            "mean cost along the fitted law, as the approach used it."
+        )
+        return (
+            "Every curve is one compute budget, spent on models of different sizes. Too small a model (left) cannot "
+            "learn what its many tokens hold; too large a one (right) gets too few tokens: in between lies the valley. "
+            f"Its floor (star) is the best size for that budget, found by {how}. The floor moves right "
+            f"as the budget grows: how fast is the exponent a, Approach 2.{rest}{few}{moved}",
+            "IsoFLOP valleys, final loss against parameters. Minima at "
+            + ("; ".join(found) or "no budget")
+            + ".",
+        )
+
+    return _finish("isoflop_valleys", "IsoFLOP valleys", 4.2, draw)
+
+
+def _scaling(analysis: Analysis) -> Plate:
+    def draw(figure: Figure) -> tuple[str, str] | str:
+        if all(e.frontier is None for e in analysis.estimates):
+            return "No approach gave a frontier: " + " ".join(e.message for e in analysis.estimates)
+        ax_n, ax_d = figure.subplots(2, 1)
+        bands = {b.approach: b for b in analysis.bands}
+        used = figures_frontier.frontier_scaling(ax_n, ax_d, analysis.points, analysis.estimates, bands)
+        level = f"{analysis.settings.bootstrap.level:.0%}"
+        slopes = [
+            f"{SHORT_APPROACH_NAMES[e.approach]}: N as C^{e.frontier.params.exponent:.3f}, "
+            f"D as C^{e.frontier.tokens.exponent:.3f}"
+            for e in analysis.estimates
+            if e.frontier is not None
+        ]
+        return (
+            "The answer: how large a model (above) and how many tokens (below) a given amount of compute is best spent "
+            "on. The axes are logarithmic, so a power law is a straight line and its exponent is the slope, written "
+            f"beside its name. Solid where there are data, dashed beyond; shaded, the {level} interval. Points are "
+            "the envelope's crossings and the valleys' floors. Thin lines have the slopes of Kaplan et al. 2020 and "
+            "Hoffmann et al. 2022 (Chinchilla), drawn through the middle of ours: compare slopes, not heights. The "
+            "dash-dotted line is 20 tokens a parameter at what these runs cost, "
+            f"{used['flops_per_param_token']:.3g} FLOPs per parameter and token.",
+            "Compute-optimal parameters and tokens against training FLOPs. " + "; ".join(slopes) + ".",
+        )
+
+    return _finish("frontier_scaling", "Optimal size and tokens against compute", 6.6, draw)
+
+
+def _contour(analysis: Analysis) -> Plate:
+    estimate = analysis.estimate("parametric")
+
+    def draw(figure: Figure) -> tuple[str, str] | str:
+        if not estimate.fits:
+            return estimate.message
+        if not figures_frontier.parametric_contour(figure.add_subplot(), analysis.points, estimate):
+            if set(get_law(estimate.fits[0].law).columns) <= {"n_params", "n_tokens"}:
+                return "The fitted law is flat over these sizes and tokens, or far from their losses: there is nothing to draw."
+            return f"The fitted law, {estimate.law}, depends on more than N and D: it has no contour over the two."
+        shown = ", ".join(f"{k} = {v:.4g}" for k, v in estimate.fits[0].parameters.items())
+        return (
+            "Approach 3: one formula fitted to all runs (dots). Along each solid line the formula gives the same loss, "
+            "which is written on it. Along each dotted line training costs the same, one budget a line. Where a dotted "
+            "line touches the lowest loss, there is the best split of that budget: the thick line, the efficient "
+            "frontier, joins those places.",
+            f"Contours of the fitted loss over tokens and parameters with the runs and the frontier. {shown}.",
+        )
+
+    return _finish("parametric_contour", "The fitted law and its efficient frontier", 4.4, draw)
+
+
+def _residuals(analysis: Analysis) -> Plate:
+    estimate = analysis.estimate("parametric")
+
+    def draw(figure: Figure) -> tuple[str, str] | str:
+        if not estimate.fits:
+            return estimate.message
+        fit = estimate.fits[0]
+        ax_n, ax_d = figure.subplots(1, 2)
+        figures_checks.residuals(ax_n, ax_d, analysis.points, fit)
+        worst = 100 * float(abs(fit.residuals_log).max())
+        return (
+            "What the formula leaves over: how far each run's loss lies above or below it. A good fit scatters about "
+            "zero without a pattern, as wide as the noise between seeds. A bend or a slope means that the law is not "
+            f"the right one for these runs, and its extrapolation is not to be trusted. The largest is {worst:.2f}%.",
+            f"Residuals of the parametric fit in percent against parameters and tokens; the largest is {worst:.2f}%.",
+        )
+
+    return _finish("residuals", "What the law does not explain", 2.9, draw)
+
+
+def _backtest(analysis: Analysis) -> Plate:
+    rows = []
+    for test in analysis.backtest:
+        loss = test.predicted.loss_opt if test.predicted is not None else None
+        if loss is not None:
+            reached = test.best_sampled_loss_nats
+            span = None if loss.interval is None else (loss.interval.lo, loss.interval.hi)
+            rows.append((SHORT_APPROACH_NAMES[test.approach], test.approach, loss.estimate, span, reached))
+
+    def draw(figure: Figure) -> tuple[str, str] | str:
+        if not rows:
+            why = " ".join(t.message for t in analysis.backtest)
+            return why or "A backtest needs at least two budgets, the largest of them with three runs."
+        figures_checks.predicted_and_reached(figure.add_subplot(), rows)
+        told = "; ".join(f"{r[0]} {format_loss(r[2])}" for r in rows)
+        return (
+            "The test that matters: each approach was fitted again without the largest budget, "
+            f"{format_flops(analysis.backtest[0].budget_flops)} FLOPs, and asked what loss is best there. Its answer "
+            "(with its interval) against what the runs of that budget reached (upright bar)."
+            " An arrow means that the interval goes on beyond the picture.",
+            f"Predicted against reached loss at the largest budget: {told}; reached {format_loss(rows[0][4])} nats.",
+        )
+
+    return _finish("backtest", "Predicted and reached", 0.95 + 0.33 * max(2, len(rows)), draw)
+
+
+def _sensitivity(analysis: Analysis) -> Plate:
+    rows = forest_rows(analysis)
+
+    def draw(figure: Figure) -> tuple[str, str] | str:
+        if len({r.label for r in rows}) < 2:
+            return "No other choice was tried (sensitivity is off, or no approach has a frontier)."
+        base = {
+            b.approach: None if (i := b.interval("params_exponent")) is None else (i.lo, i.hi)
+            for b in analysis.bands
+        }
+        figures_checks.sensitivity_forest(figure.add_subplot(), rows, base)
+        values = [r.value for r in rows]
+        return (
+            "The same question asked again with one choice changed at a time. The first line is this report; the shaded "
+            "columns are its intervals. A choice that moves an answer out of its column matters more than the error "
+            "bar says, and belongs in every sentence that quotes the exponent. An arrow means that an "
+            "interval goes on beyond the picture.",
+            f"The exponent of N under {len({r.label for r in rows}) - 1} other choices, "
+            f"from {min(values):.3f} to {max(values):.3f}.",
+        )
+
+    return _finish("sensitivity", "How much the choices matter", figures_checks.forest_height(rows), draw)
+
+
+def forest_rows(analysis: Analysis) -> list[figures_checks.ForestRow]:
+    """The rows of the sensitivity figure: the analysis itself, then every other choice that gave an exponent."""
+    rows = []
+    for estimate, band in zip(analysis.estimates, analysis.bands):
+        if estimate.frontier is not None:
+            interval = band.interval("params_exponent")
+            span = None if interval is None else (interval.lo, interval.hi)
+            rows.append(
+                figures_checks.ForestRow(
+                    "this report", estimate.approach, estimate.frontier.params.exponent, span, True
+                )
+            )
+    for kind in ("convention", "data", "method", "influence"):
+        for row in analysis.sensitivity:
+            if row.kind == kind and row.params_exponent is not None:
+                label = short_choice(row.choice)
+                rows.append(figures_checks.ForestRow(label, row.approach, row.params_exponent))
+    return rows
+
+
+def short_choice(choice: str) -> str:
+    """A choice as the figure's margin has room for it: no option path, no hash of a run id."""
+    text = re.sub(r"^approach\.", "", choice)
+    text = re.sub(r"^convention=", "counting ", text)
+    text = re.sub(r"(run \S+?)-[0-9a-f]{10}$", r"\1", text)
+    return "\n".join(textwrap.wrap(text, 40, max_lines=2, placeholder=" ..."))
+
+
+def _skills(skills: Skills) -> Plate:
+    def draw(figure: Figure) -> tuple[str, str] | str:
+        best = [(s.column, s.best) for s in skills.columns]
+        if all(b is None for _, b in best):
+            return "No loss column shows an optimum: " + " ".join(s.message or "" for s in skills.columns)
+        figures_skills.optima(figure.add_subplot(), skills)
+        told = "; ".join(
+            f"{name}: N = {format_count(b.params_opt.estimate)}" for name, b in best if b is not None
+        )
+        return (
+            f"The best size at {format_flops(skills.compute_flops)} FLOPs for each loss: the same runs, judged by different "
+            "text. A row further right asks for a larger model trained on fewer tokens. Bars that overlap "
+            "leave open whether two skills differ; the table of ratios below says it pair by pair.",
+            f"Best parameters of each loss column. {told}.",
+        )
+
+    return _finish("skills", "Optima per skill", figures_skills.height(skills), draw)
+
+
+def _tuning(tuning: Tuning) -> Plate:
+    def draw(figure: Figure) -> tuple[str, str]:
+        figures_tuning.learning_rate_bowls(figure.subplots(), tuning)
+        debts = [c.debt_nats for c in tuning.cells if c.debt_nats is not None]
+        most = f" The largest debt is {max(debts):.3f} nats." if debts else ""
+        return (
+            "Each mark is a run, its learning rate over the one that the sweep uses for its size; the height is the loss "
+            "above the best of that size and budget. A parabola through the nearby marks gives the best rate. Where it "
+            "crosses the line at 1 is what the sweep owes there. Debts that differ between sizes tilt the law; the shaded "
+            "band is a factor of 2 on either side.",
+            f"Loss against learning rate for {len(tuning.cells)} sizes and budgets.{most}",
+        )
+
+    return _finish("tuning", "The learning rates, tried", 4.0, draw)
+
+
+def _transfer(records: Sequence[RunRecord]) -> Plate:
+    def draw(figure: Figure) -> tuple[str, str] | str:
+        cells = transfer_cells(records)
+        if not any(len(cell.peak_lr) > 1 for cell in cells):
+            return "no size has completed runs at two learning rates."
+        figures_transfer.lr_transfer(figure, cells)
+        return figures_transfer.transfer_words(cells)
+
+    return _finish(
+        "lr_transfer", "Does the best learning rate transfer?", figures_transfer.transfer_height(), draw
+    )
+
+
+def _known_floor(known: KnownFloor) -> Plate:
+    def draw(figure: Figure) -> tuple[str, str] | str:
+        if known.compute_flops.size < 2:
+            return "Fewer than two evaluations lie above the floor."
+        figures_floor.reducible_loss(figure.add_subplot(), known)
+        return floor_words(
+            known
+        ), f"Loss above its true floor of {known.floor_nats:.4f} nats against training FLOPs."
+
+    return _finish("reducible_loss", "What is left above the true floor", 3.6, draw)
+
+
+def _training(records: Sequence[RunRecord]) -> Plate:
+    def draw(figure: Figure) -> tuple[str, str] | str:
+        if not any(len(r.curve) >= 2 for r in records):
+            return "This needs the runs' own records with their curves; the analysis was made from a plain table."
+        ax_loss, ax_lr = figure.subplots(2, 1, height_ratios=[3, 1.3])
+        shown = figures_curves.training_curves(ax_loss, ax_lr, records)
+        some = (
+            ""
+            if shown["drawn"] == shown["curves"]
+            else f" {shown['drawn']} of {shown['curves']} runs are drawn."
+        )
+        return (
+            "Every run from its first step to its last: training loss (line, averaged over short stretches) and loss on "
+            "the validation set (dots). Below, the learning rate. Look here when a valley looks odd: a run that stops "
+            "falling early, jumps, or ends in a red cross (diverged) was badly tuned, not badly sized. The last drop "
+            f"comes from the falling learning rate: a run is only worth comparing at its end.{some}",
+            f"Training curves and learning rates of {shown['curves']} runs.",
+        )
+
+    return _finish("training_curves", "The runs in training", 5.2, draw)

@@ -1,0 +1,1 @@
+"""Experiment trackers: `sink` is what a run writes to, `wandb` all else that concerns Weights & Biases."""

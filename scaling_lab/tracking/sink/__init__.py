@@ -1,0 +1,1 @@
+"""Trackers as sinks: what a training run mirrors elsewhere. Imports core alone."""

@@ -1,0 +1,1 @@
+"""Weights & Biases around a sweep: import of runs, upload, the analysis run."""

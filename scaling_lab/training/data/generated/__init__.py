@@ -1,0 +1,1 @@
+"""Generated sources made on the device, one file a kind, token for token those of `core/sources`."""

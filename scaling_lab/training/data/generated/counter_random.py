@@ -1,0 +1,57 @@
+"""Owns `core.counter_random` in torch: the same 64-bit numbers, bit for bit, on any device.
+
+torch has no arithmetic of unsigned 64-bit integers. Signed ones have the same bits under + and *, which wrap, and under ^;
+a shift to the right has its sign bits masked off.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from scaling_lab.core.sources.generation.counter_random import GOLDEN, MIX_1, MIX_2, stream_key
+
+LOW_32 = 0xFFFFFFFF
+
+
+def signed(x: int) -> int:
+    """The signed 64-bit integer of the same bits."""
+    return x - (1 << 64) if x >= 1 << 63 else x
+
+
+def shifted(x: Tensor, bits: int) -> Tensor:
+    """x >> bits, of unsigned numbers."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix(x: Tensor) -> Tensor:
+    """`core.counter_random.mix`, int64."""
+    x = (x ^ shifted(x, 30)) * signed(MIX_1)
+    x = (x ^ shifted(x, 27)) * signed(MIX_2)
+    return x ^ shifted(x, 31)
+
+
+def draw_u64(key: int, *counters: Tensor) -> Tensor:
+    """Uniform 64-bit integers at `counters` (int64, broadcast together) of the stream `key`, as int64 of the same bits."""
+    golden = signed(GOLDEN)
+    return functools.reduce(
+        lambda x, counter: mix(x + counter * golden + golden),
+        counters,
+        torch.tensor(signed(key), device=counters[0].device),
+    )
+
+
+def draw_u32(key: int, *counters: Tensor) -> Tensor:
+    """The upper half of `draw_u64`, (...) int64 in 0 .. 2^32 - 1."""
+    return shifted(draw_u64(key, *counters), 32)
+
+
+def replaced(tokens: Tensor, places: Tensor, share: float, vocab_size: int) -> Tensor:
+    """`train.feed.replaced` on a device: a share of the tokens, by their places, is uniform over the vocabulary."""
+    draw = draw_u64(stream_key("noise"), places)
+    # An integer is below a number exactly where it is below its ceiling: no float64 is needed, which not every device has.
+    chosen = shifted(draw, 32) < math.ceil(share * 2.0**32)
+    return torch.where(chosen, ((draw & LOW_32) % vocab_size).to(tokens.dtype), tokens)

@@ -1,0 +1,1 @@
+"""The optimization step: gradient, optimizer, CUDA graph, compiled step libraries, devices, memory."""

@@ -1,0 +1,214 @@
+"""Owns one optimisation step, forward to update, of one run or of a stack of runs of one shape, as one program.
+
+A stack is `torch.func.vmap` over the same step: the same ordinary module, a leading dimension of members everywhere.
+Members share nothing but the corpus: each has its own windows, learning rate, clipping norm and end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scaling_lab.core.spec import Execution, RunSpec
+from scaling_lab.training.engine.gradient import make_gradient, token_loss
+from scaling_lab.training.engine.graph import BlockGraph
+from scaling_lab.training.engine.library import fits, step_from_library
+from scaling_lab.training.engine.optimizer import (
+    FlatLayout,
+    GroupVectors,
+    adamw_update,
+    clip_scale,
+    group_vectors,
+)
+
+__all__ = ["LOSS", "MEAN_PART_SQUARE", "SQUARE", "Slot", "TrainStep", "token_loss"]
+
+# What a step tells of each member: the mean loss before the update, the mean squared norm of its micro-batches' gradients
+# and that of the whole batch's (the noise scale's two numbers; equal where there is one micro-batch).
+LOSS, MEAN_PART_SQUARE, SQUARE = range(3)
+
+
+class TrainStep:
+    """Parameters and optimiser state as flat vectors (n,), and the step that updates them; of K runs as (K, n).
+
+    `run(starts, controls)` does a block of steps: windows of `tokens` that begin at `starts` (steps, batch), and the
+    `controls` (steps, 3) of `adamw_update`; of a stack (steps, K, batch) and (steps, K, 3), where a row of zeros leaves a
+    member as it was. It returns (steps, 3) or (steps, K, 3) on the device, see `LOSS`; nothing is read back.
+    """
+
+    holds_all_parameters = True
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        tokens: Tensor,
+        spec: RunSpec | Sequence[RunSpec],
+        execution: Execution,
+        sequences: int | None = None,
+    ) -> None:
+        """`sequences` of each batch are computed here; None: all (see `distributed.ParallelStep`)."""
+        self.stacked = not isinstance(spec, RunSpec)
+        specs: tuple[RunSpec, ...] = (spec,) if isinstance(spec, RunSpec) else tuple(spec)
+        models: tuple[Any, ...] = (model,) if isinstance(model, nn.Module) else tuple(model)
+        self.model: nn.Module = models[0]
+        self.tokens = tokens
+        self.layout = FlatLayout.of(self.model)
+        flats = [self.layout.flatten({n: p.detach() for n, p in m.named_parameters()}) for m in models]
+        self.flat = torch.stack(flats) if self.stacked else flats[0].clone()
+        self.first_moment = torch.zeros_like(self.flat)
+        self.second_moment = torch.zeros_like(self.flat)
+        self.buffers = dict(self.model.named_buffers())
+        self.batch = sequences or specs[0].batch_sequences
+        self.micro = execution.micro_batch_sequences or self.batch
+        if self.batch % self.micro:
+            raise ValueError(f"micro-batches of {self.micro} sequences do not divide a batch of {self.batch}")
+        self._build(specs, execution, sequences)
+        self._graph: BlockGraph | None = None
+        self._use_graph = tokens.device.type == "cuda"
+
+    def _build(self, specs: tuple[RunSpec, ...], execution: Execution, sequences: int | None) -> None:
+        """Make the two programs: the whole step, and its parts where it takes several micro-batches."""
+        spec, parts, stacked = specs[0], self.batch // self.micro, self.stacked
+        gradient_of = make_gradient(self.model, self.layout, spec, self.micro)
+        if stacked:
+            gradient_of = torch.func.vmap(gradient_of, in_dims=(0, 0, None))
+        groups = self._groups(specs)
+        clip_norm: Any = spec.optimizer.clip_norm
+        if stacked:
+            norms = [s.optimizer.clip_norm for s in specs]
+            clip_norm = torch.tensor(norms, device=self.flat.device)[:, None]
+
+        def accumulate(starts: Tensor, flat: Tensor, total: Tensor, data: Tensor) -> Tensor:
+            gradient, loss = gradient_of(flat, starts, data)
+            total.add_(gradient, alpha=1 / parts)
+            return torch.stack((loss, gradient.square().sum(-1)), -1)
+
+        def update(gradient: Tensor, controls: Tensor, flat: Tensor, first: Tensor, second: Tensor) -> Tensor:
+            scale, norm = clip_scale(gradient, clip_norm)
+            state = (flat, first, second)
+            new = tuple(t.clone() for t in state) if stacked else state
+            adamw_update(new[0], gradient * scale, new[1], new[2], groups, spec.optimizer, controls)
+            if stacked:
+                active = (controls != 0).any(-1, keepdim=True)
+                for old, changed in zip(state, new, strict=True):
+                    old.copy_(torch.where(active, changed, old))
+            return norm.squeeze(-1).square()
+
+        def whole(
+            starts: Tensor, controls: Tensor, flat: Tensor, first: Tensor, second: Tensor, data: Tensor
+        ) -> Tensor:
+            gradient, loss = gradient_of(flat, starts, data)
+            square = update(gradient, controls, flat, first, second)
+            return torch.stack((loss, square, square), -1)
+
+        wrap = _compiled if execution.compile else _as_is
+        self._accumulate, self._update = wrap(accumulate), wrap(update)
+        # A process of a team takes the gradient alone.
+        alone = sequences is None and parts == 1
+        if execution.compile and alone and fits(spec, self.batch, self.flat, stacked):
+            self._whole = step_from_library(whole, self.model, spec, groups, self.batch, self.tokens)
+        else:
+            self._whole = wrap(whole)
+        self._total = torch.zeros_like(self.flat) if parts > 1 else None
+
+    def _groups(self, specs: tuple[RunSpec, ...]) -> GroupVectors:
+        """What the optimiser does with every parameter; of a stack (K, n), or (1, n) where all members have the same."""
+        each = [
+            group_vectors(self.layout, s.optimizer, s.parametrization, s.shape).to(self.flat.device)
+            for s in specs
+        ]
+        if not self.stacked:
+            return each[0]
+        lr_ratio = torch.stack([member.lr_ratio for member in each])
+        weight_decay = torch.stack([member.weight_decay for member in each])
+        if (lr_ratio == lr_ratio[:1]).all() and (weight_decay == weight_decay[:1]).all():
+            lr_ratio, weight_decay = lr_ratio[:1], weight_decay[:1]
+        # Epsilon is the same in a whole stack: of one optimiser, shape and parametrisation.
+        return GroupVectors(lr_ratio, weight_decay, each[0].eps)
+
+    def __call__(self, starts: Tensor, controls: Tensor) -> Tensor:
+        """One step."""
+        state = (self.flat, self.first_moment, self.second_moment)
+        if self._total is None:
+            told: Tensor = self._whole(starts, controls, *state, self.tokens)
+            return told
+        self._total.zero_()
+        parts = torch.stack(
+            [
+                self._accumulate(part.contiguous(), self.flat, self._total, self.tokens)
+                for part in starts.split(self.micro, dim=-1)
+            ]
+        ).mean(0)
+        square = self._update(self._total, controls, *state)
+        return torch.cat((parts, square[..., None]), -1)
+
+    def run(self, starts: Tensor, controls: Tensor) -> Tensor:
+        """A block of steps."""
+        if self._use_graph:
+            if self._graph is None:
+                self._graph = BlockGraph(self, self.state(), starts[0], controls[0])
+            return self._graph.run(starts, controls)
+        return torch.stack([self(starts[i], controls[i]) for i in range(len(starts))])
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The current parameters by name, views of the flat vector."""
+        return self.layout.views(self.flat)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits under the current parameters, of a run alone."""
+        out: Tensor = torch.func.functional_call(self.model, self.parameters(), (tokens,))
+        return out
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a step changes, by name; the tensors themselves, not copies."""
+        return {"flat": self.flat, "first_moment": self.first_moment, "second_moment": self.second_moment}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take over a saved state, in place. Raises ValueError for tensors of another size."""
+        load_into(self.state(), state)
+
+
+class Slot:
+    """One member of a stack, with the face of a `TrainStep` of its own: its state is a row of the stack's."""
+
+    holds_all_parameters = True
+
+    def __init__(self, stack: TrainStep, index: int) -> None:
+        self.stack, self.index = stack, index
+        self.model, self.layout, self.tokens = stack.model, stack.layout, stack.tokens
+        self.flat = stack.flat[index]
+
+    def parameters(self) -> dict[str, Tensor]:
+        return self.layout.views(self.flat)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        out: Tensor = torch.func.functional_call(self.model, self.parameters(), (tokens,))
+        return out
+
+    def state(self) -> dict[str, Tensor]:
+        # Copies: a row saved as a view would take the whole stack's storage with it.
+        return {name: tensor[self.index].clone() for name, tensor in self.stack.state().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        load_into({name: tensor[self.index] for name, tensor in self.stack.state().items()}, state)
+
+
+def load_into(mine: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Copy a saved state into tensors of the same names. Raises ValueError for tensors of another size."""
+    for name, tensor in mine.items():
+        if state[name].shape != tensor.shape:
+            raise ValueError(
+                f"{name} has {tuple(state[name].shape)} elements, this model {tuple(tensor.shape)}"
+            )
+        tensor.copy_(state[name])
+
+
+def _compiled(function: Any) -> Any:
+    return torch.compile(function, dynamic=False)
+
+
+def _as_is(function: Any) -> Any:
+    return function

@@ -1,0 +1,1 @@
+"""Measurements during training: validation loss, gradient noise scale, divergence, coordinate check."""

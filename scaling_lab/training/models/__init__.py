@@ -1,0 +1,16 @@
+"""The modules of the model families, one file each, found by the family's short name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from scaling_lab.core.parametrization import STANDARD, Parametrization
+from scaling_lab.core.registry import member
+
+
+def build_model(shape: Any, parametrization: Parametrization = STANDARD) -> nn.Module:
+    """The module of a shape's family, initialised from torch's global generator: logits (B, T, V) of tokens (B, T)."""
+    module: nn.Module = member("scaling_lab.training.models", "model", shape.kind)(shape, parametrization)
+    return module

@@ -1,0 +1,1 @@
+"""One run under way: the loop, members, checkpoints, curves, signals."""

@@ -1,0 +1,80 @@
+"""Owns what runs beside training by the clock: the claim's heartbeat, and when a checkpoint is due."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from scaling_lab.core.spec import RunSpec
+from scaling_lab.core.storage.claims import Claim, ClaimLost
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 2.0
+
+
+class Pulse:
+    """The claim's heartbeat, from a thread: compiling, evaluating or a slow step must not look like a dead process.
+
+    The claim is released at the end, however the run ended. `check` raises `ClaimLost` if somebody took the run over.
+    """
+
+    def __init__(self, claim: Claim, spec: RunSpec) -> None:
+        self._claim, self._spec = claim, spec
+        self._stop, self._lost = threading.Event(), threading.Event()
+        self._done = self._began_at = 0
+        self._loss: float | None = None
+        self._began = time.monotonic()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="heartbeat")
+
+    def __enter__(self) -> Pulse:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        try:
+            self._claim.release()
+        except OSError as problem:
+            log.warning("the claim could not be released (%s): it ends with this process.", problem)
+
+    def begin(self, step: int) -> None:
+        """Training begins after `step`: speed is counted from here."""
+        self._done = self._began_at = step
+        self._began = time.monotonic()
+
+    def progress(self, step: int, train_loss_nats: float) -> None:
+        """Say how far the run is; raises `ClaimLost`."""
+        self._done, self._loss = step, train_loss_nats
+        if self._lost.is_set():
+            self._claim.check()
+
+    def check(self) -> None:
+        self._claim.check()
+
+    def _work(self) -> None:
+        while not self._stop.wait(HEARTBEAT_S):
+            elapsed = time.monotonic() - self._began
+            speed = (self._done - self._began_at) * self._spec.batch_tokens / elapsed
+            try:
+                self._claim.heartbeat(self._done, self._spec.steps, speed or None, self._loss)
+            except ClaimLost:
+                self._lost.set()
+                return
+            except OSError as problem:
+                log.warning("run %s: no heartbeat (%s).", self._spec.run_id(), problem)
+
+
+class Timer:
+    """Says every `every_s` seconds that it is time."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s, self._last = every_s, time.monotonic()
+
+    def is_due(self) -> bool:
+        if time.monotonic() - self._last < self._every_s:
+            return False
+        self._last = time.monotonic()
+        return True
