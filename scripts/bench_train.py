@@ -212,11 +212,10 @@ class PlainLoop:
         import numpy as np
         import torch
 
-        from scaling_lab.training.data import read_tokens
         from scaling_lab.training.models import build_model
 
         self.spec, self.device = spec, device
-        self.data = read_tokens(spec.data, "train")
+        self.data = spec.data.tokens("train")
         torch.manual_seed(spec.seed_init)
         self.random = np.random.default_rng(0)
         self.plain = build_model(spec.shape, spec.parametrization).to(device)

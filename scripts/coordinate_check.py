@@ -26,7 +26,6 @@ from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.spec import shape_class
 from scaling_lab.reporting.style import figure_style, log_axis, significant
 from scaling_lab.reporting.svg import on_white, to_png, to_svg
-from scaling_lab.training.data import read_tokens
 from scaling_lab.training.measure.coordinates import (
     BRANCHES,
     LOGITS,
@@ -74,7 +73,7 @@ def main() -> None:
 
 def check(options: argparse.Namespace) -> dict[tuple[str, str], list[Coordinates]]:
     """(parametrisation, width or depth) -> the points along it."""
-    tokens = read_tokens(PySource(max_mb=1.0), "train")
+    tokens = PySource(max_mb=1.0).tokens("train")
     width, depth = options.widths[0], options.depths[0]
     shape = shape_class(options.model)(width=width, depth=depth, heads=width // HEAD_DIM, context=32)
     kinds: list[Any] = [

@@ -13,7 +13,6 @@ from scaling_lab.core.parametrization import STANDARD, CompleteP, MuP
 from scaling_lab.core.registry import members
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.pysource import PySource
-from scaling_lab.training.data import read_tokens
 from scaling_lab.training.measure.coordinates import (
     LOGITS,
     STREAM,
@@ -39,7 +38,7 @@ FLAT, GROWING = 0.2, 0.5
 
 @cache
 def text() -> np.ndarray:
-    return read_tokens(PySource(max_mb=1.0), "train")
+    return PySource(max_mb=1.0).tokens("train")
 
 
 def points(shape: Any, parametrization: Any, by: str) -> list[Coordinates]:

@@ -16,9 +16,9 @@ from scaling_lab.core.sources.mixture import Mixture
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.sources.zipf_facts import ZipfFacts, fact_tables
 from scaling_lab.core.storage.store import RunStore
-from scaling_lab.training.data import device_documents
 from scaling_lab.training.data.feed import open_feed
 from scaling_lab.training.data.generated import counter_random as on_device
+from scaling_lab.training.data.generated import device_documents
 
 SOURCES = [
     ContextTree(),
@@ -69,7 +69,7 @@ def test_a_draw_that_meets_a_bound_exactly_goes_the_same_way(monkeypatch, source
     def in_torch(key, index, *rest):
         return torch.from_numpy(on_host(key, index.numpy(), *(r.numpy() for r in rest)).astype(np.int64))
 
-    for module in ("core.sources", "train.data"):
+    for module in ("core.sources", "training.data.generated"):
         fake = on_host if module == "core.sources" else in_torch
         monkeypatch.setattr(f"scaling_lab.{module}.{source.kind}.draw_u32", fake)
     wanted = source.documents("train", indices, 2)
@@ -83,8 +83,10 @@ def test_noise_is_the_same(share):
     spec = spec_of(GENERATED["context_tree"], noise=share)
     places = INDICES[:, None] % 2**40 * 17 + np.arange(17)
     tokens = np.zeros(places.shape, dtype=np.int32)
-    ours = on_device.replaced(torch.from_numpy(tokens), torch.from_numpy(places), share, spec.data.vocab_size)
-    np.testing.assert_array_equal(ours.numpy(), feed_module.replaced(spec, tokens, places))
+    ours = on_device.add_noise(
+        torch.from_numpy(tokens), torch.from_numpy(places), share, spec.data.vocab_size
+    )
+    np.testing.assert_array_equal(ours.numpy(), feed_module.add_noise(spec, tokens, places))
 
 
 @pytest.mark.parametrize("name", GENERATED)

@@ -8,7 +8,6 @@ import pytest
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.sources.pysource import SEPARATOR, PySource
 from scaling_lab.core.sources.tokens import TokenFile
-from scaling_lab.training.data import read_tokens
 
 
 def documents(text: bytes) -> list[bytes]:
@@ -49,7 +48,7 @@ def test_pysource_is_deterministic_and_says_so():
 
 def test_pysource_tokens_are_its_bytes():
     source = PySource()
-    tokens = read_tokens(source, "validation")
+    tokens = source.tokens("validation")
     assert tokens.dtype == np.uint8
     assert tokens.tobytes() == source.text("validation")
 

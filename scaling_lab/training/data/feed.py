@@ -1,8 +1,8 @@
-"""Owns how training tokens reach the device: the windows at a run's positions, as a pure function of the spec.
+"""How training tokens reach the device: the windows at a run's positions, as a pure function of the spec.
 
-A small corpus lies on the device whole and the step gathers from it. A large or generated one is read chunk by chunk: a
-thread prepares the next chunk while the device computes, and the host never holds more than two of them. A GPU makes chunks of a
-generated corpus itself where it can (training/data/generated). Which of these it is changes no token.
+A small corpus is kept on the device as a whole, and the step gathers from it. A large or generated corpus is read in
+chunks: a thread prepares the next chunk while the device computes, and the host never holds more than two. A GPU generates
+the chunks of a generated corpus itself where it can (training/data/generated). The tokens are the same in every case.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from scaling_lab.core.errors import UserError
 from scaling_lab.core.sources.generation.counter_random import draw_u64, stream_key
 from scaling_lab.core.spec import RunSpec
 from scaling_lab.planning.memory import BLOCK_STEPS, CHUNK_TOKENS, RESIDENT_TOKENS
-from scaling_lab.training.data import DeviceDocuments, device_documents
+from scaling_lab.training.data.generated import DeviceDocuments, device_documents
 from scaling_lab.training.data.generated import counter_random as on_device
 from scaling_lab.training.data.order import WindowOrder, n_windows
 
-# Devices that make generated corpora themselves: a CPU is better used by the thread that reads ahead.
+# Devices that generate documents themselves. On a CPU the thread that reads ahead is faster.
 GENERATING_DEVICES = ("cuda",)
 Windows = NDArray[np.integer]
 
 
 class Feed(Protocol):
-    """Where the windows of a run, or of each slot of a stack, lie on the device."""
+    """The training windows of a run, or of each slot of a stack, on the device."""
 
     tokens: Tensor
-    """What the step gathers from, 1-d, of one size as long as the feed lives."""
+    """The 1-d tensor that the step gathers from; its size never changes."""
     max_block_steps: int
-    """How many steps `starts` can serve at once."""
+    """Maximum number of steps per call of `starts`."""
     is_whole: bool
-    """Whether `tokens` is the corpus and never changes."""
+    """Whether `tokens` is the whole corpus and never changes."""
 
     def order(self, slot: int) -> WindowOrder:
-        """Which window comes at which position."""
+        """Maps positions of the run to windows of the corpus."""
         ...
 
     def starts(self, slot: int, first_step: int, steps: int) -> Tensor:
-        """Where each window begins in `tokens`, (steps, batch) int64; valid until the slot's next call."""
+        """Start of each window in `tokens`, (steps, batch) int64; valid until the slot's next call."""
         ...
 
     def windows(self, slot: int, first: int, count: int) -> Tensor:
@@ -54,16 +54,17 @@ class Feed(Protocol):
 
 
 def open_feed(specs: Sequence[RunSpec], device: torch.device, block_steps: int = BLOCK_STEPS) -> Feed:
-    """The feed of one run, or of a stack of runs of one shape, batch and corpus.
+    """The feed of one run, or of a stack of runs with the same shape, batch and corpus.
 
-    Raises `UserError` where the corpus has fewer tokens than a run asks for.
+    Raises `UserError` if the corpus has fewer tokens than a run asks for.
     """
     spec, context = specs[0], specs[0].shape.context
     orders = [WindowOrder(train_windows(each), each.seed_data) for each in specs]
     if hasattr(spec.data, "documents"):
-        made = device_documents(spec.data, device) if device.type in GENERATING_DEVICES else None
+        generator = device_documents(spec.data, device) if device.type in GENERATING_DEVICES else None
         readers = [
-            document_reader(each) if made is None else device_reader(each, made, device) for each in specs
+            document_reader(each) if generator is None else device_reader(each, generator, device)
+            for each in specs
         ]
         return ChunkFeed(
             [Reader(o, read) for o, read in zip(orders, readers, strict=True)],
@@ -75,7 +76,7 @@ def open_feed(specs: Sequence[RunSpec], device: torch.device, block_steps: int =
     used = max(order.n_windows for order in orders) * context + 1
     if used <= RESIDENT_TOKENS and len({each.noise for each in specs}) == 1:
         corpus = np.asarray(tokens[:used])
-        corpus = replaced(spec, corpus, np.arange(used)) if spec.noise else corpus
+        corpus = add_noise(spec, corpus, np.arange(used)) if spec.noise else corpus
         return ResidentFeed(orders, corpus, spec, device, block_steps)
     return ChunkFeed(
         [Reader(o, window_reader(s, tokens)) for o, s in zip(orders, specs, strict=True)],
@@ -86,12 +87,13 @@ def open_feed(specs: Sequence[RunSpec], device: torch.device, block_steps: int =
 
 
 def train_windows(spec: RunSpec) -> int:
-    """How many different windows the run trains on. Raises `UserError` where the corpus has too few tokens."""
+    """Number of distinct windows that the run trains on. Raises `UserError` if the corpus has too few tokens."""
     context = spec.shape.context
     available = n_windows(spec.data.n_tokens("train"), context)
     if available < 1:
         raise UserError(
-            f"data={spec.data.kind} has {spec.data.n_tokens('train'):,} tokens: less than one window of model.context={context}."
+            f"data={spec.data.kind} has {spec.data.n_tokens('train'):,} tokens, less than one window of "
+            f"model.context={context}."
         )
     if spec.unique_tokens is None:
         return available
@@ -99,13 +101,13 @@ def train_windows(spec: RunSpec) -> int:
     if wanted > available:
         raise UserError(
             f"data.unique_tokens={spec.unique_tokens:,} is more than data={spec.data.kind} has: {available * context:,} "
-            f"tokens in whole windows. It lacks {(wanted - available) * context:,}."
+            f"tokens in whole windows, {(wanted - available) * context:,} too few."
         )
     return wanted
 
 
 class ResidentFeed:
-    """The whole corpus on the device."""
+    """The whole corpus is kept on the device."""
 
     is_whole = True
 
@@ -136,7 +138,7 @@ class ResidentFeed:
 
 @dataclass(frozen=True)
 class Reader:
-    """A run's windows by position, on the host or made on the device."""
+    """A run's windows by position, read on the host or generated on the device."""
 
     order: WindowOrder
     read: Callable[[NDArray[np.int64]], Windows | Tensor]
@@ -148,8 +150,8 @@ class Reader:
 
 
 class ChunkFeed:
-    """Two chunks of windows of each slot on the device. The next one is read by a thread, or made by the device when its turn
-    comes: that is queued like any other work, and needs no thread."""
+    """Two chunks of windows per slot are kept on the device. A thread reads the next chunk; a device that generates its own
+    chunks does so on demand, queued like any other work, and needs no thread."""
 
     is_whole = False
 
@@ -174,7 +176,7 @@ class ChunkFeed:
 
     def starts(self, slot: int, first_step: int, steps: int) -> Tensor:
         if steps > self.max_block_steps:
-            raise ValueError(f"{steps} steps at once, this feed serves {self.max_block_steps}")
+            raise ValueError(f"{steps} steps requested, this feed supports {self.max_block_steps} at once")
         first, last = first_step // self.max_block_steps, (first_step + steps - 1) // self.max_block_steps
         for chunk in range(first, last + 1):
             self._load(slot, chunk)
@@ -193,7 +195,7 @@ class ChunkFeed:
         ahead = self._ahead[slot]
         windows = ahead[1].result() if ahead and ahead[0] == chunk else self._chunk(slot, chunk)
         begin = (2 * slot + chunk % 2) * self._half
-        # The losses of the last block were read back before: nobody gathers from this half any more.
+        # The losses of the previous block were already read back, so nothing gathers from this half any more.
         self.tokens[begin : begin + windows.numel()].copy_(windows.view(-1), non_blocking=True)
         self._in_half[slot][chunk % 2] = chunk
 
@@ -205,55 +207,58 @@ class ChunkFeed:
 
     def _chunk(self, slot: int, chunk: int) -> Tensor:
         first = chunk * self.max_block_steps
-        # Past the last step too: a measurement or a longer stack may ask for it, and every chunk has one size.
+        # Past the last step too: a measurement or a longer stack may need it, and all chunks have one size.
         windows = self._readers[slot].at(first * self._batch, self.max_block_steps * self._batch)
         windows = windows.to(self.tokens.dtype)
         return windows.pin_memory() if self._reads_ahead and self.tokens.device.type == "cuda" else windows
 
 
 def document_reader(spec: RunSpec) -> Callable[[NDArray[np.int64]], Windows]:
-    """Windows of a generated source: each is a document from its beginning, whose first token has no noise."""
+    """Windows of a generated source. Each is the beginning of a document; its first token gets no noise."""
     source, length = spec.data, spec.shape.context + 1
 
     def read(indices: NDArray[np.int64]) -> Windows:
         documents: Windows = source.documents("train", indices, length)
         places = indices[:, None] * length + np.arange(1, length)
-        documents[:, 1:] = replaced(spec, documents[:, 1:], places)
+        documents[:, 1:] = add_noise(spec, documents[:, 1:], places)
         return documents
 
     return read
 
 
 def device_reader(
-    spec: RunSpec, made: DeviceDocuments, device: torch.device
+    spec: RunSpec, generator: DeviceDocuments, device: torch.device
 ) -> Callable[[NDArray[np.int64]], Tensor]:
-    """The windows of `document_reader`, made on the device."""
+    """The windows of `document_reader`, generated on the device."""
     length = spec.shape.context + 1
 
     def read(indices: NDArray[np.int64]) -> Tensor:
         which = torch.from_numpy(indices).to(device)
-        documents = made.documents("train", which, length)
+        documents = generator.documents("train", which, length)
         if spec.noise:
             places = which[:, None] * length + torch.arange(1, length, device=device)
-            documents[:, 1:] = on_device.replaced(documents[:, 1:], places, spec.noise, spec.data.vocab_size)
+            documents[:, 1:] = on_device.add_noise(documents[:, 1:], places, spec.noise, spec.data.vocab_size)
         return documents
 
     return read
 
 
 def window_reader(spec: RunSpec, tokens: Windows) -> Callable[[NDArray[np.int64]], Windows]:
-    """Windows of a corpus that stays on the disk (or where it is)."""
+    """Windows of a corpus that stays on disk (or wherever its array is)."""
     context = spec.shape.context
 
     def read(indices: NDArray[np.int64]) -> Windows:
         places = indices[:, None] * context + np.arange(context + 1)
-        return replaced(spec, np.asarray(tokens[places]), places)
+        return add_noise(spec, np.asarray(tokens[places]), places)
 
     return read
 
 
-def replaced(spec: RunSpec, tokens: Windows, places: NDArray[np.int64]) -> Windows:
-    """`tokens` with a share `spec.noise` of them replaced by uniform ones; which, and by what, follows from their place."""
+def add_noise(spec: RunSpec, tokens: Windows, places: NDArray[np.int64]) -> Windows:
+    """`tokens` with a share `spec.noise` of them replaced by uniform ones.
+
+    Which tokens are replaced, and by what, is a pure function of their places in the corpus.
+    """
     if not spec.noise:
         return tokens
     draw = draw_u64(stream_key("noise"), places)
@@ -263,7 +268,7 @@ def replaced(spec: RunSpec, tokens: Windows, places: NDArray[np.int64]) -> Windo
 
 
 def device_tokens(tokens: Windows, device: torch.device) -> Tensor:
-    """Tokens on the device, in the smallest torch dtype that holds them (torch cannot index uint16)."""
+    """Tokens on the device, in the smallest dtype that holds them and that torch can index with (not uint16)."""
     small: Any = {1: np.uint8, 2: np.int32, 4: np.int64, 8: np.int64}[tokens.dtype.itemsize]
     if tokens.dtype == np.int32:
         small = np.int32

@@ -1,7 +1,7 @@
-"""Owns the order of training data: which window of the corpus a run sees at which position.
+"""The order of training data: which window of the corpus a run sees at which position.
 
-A batch is a pure function of (seed, position): any step of any run can be rebuilt without what came before it, so
-resuming needs no state. Within an epoch no window comes twice; each epoch has its own order.
+A batch is a pure function of (seed, position): any step of any run can be rebuilt without the steps before it, so
+resuming needs no state. Within an epoch no window is repeated; each epoch has its own order.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-# Rounds of the Feistel network: four make a pseudorandom permutation of a pseudorandom function (Luby & Rackoff 1988).
+from scaling_lab.core.sources.generation.counter_random import mix
+
+# Four rounds of a Feistel network turn a pseudorandom function into a pseudorandom permutation (Luby & Rackoff 1988).
 FEISTEL_ROUNDS = 4
 
 
@@ -23,7 +25,7 @@ class WindowOrder:
             raise ValueError(f"n_windows={n_windows} must be at least 1")
         self.n_windows = n_windows
         self.seed = seed
-        # The network permutes numbers of 2 * half bits; those beyond n_windows are walked through (cycle walking).
+        # The network permutes numbers of 2 * half bits; results beyond n_windows are permuted again (cycle walking).
         self._half_bits = max(1, (max(1, n_windows - 1).bit_length() + 1) // 2)
 
     def windows(self, first: int, count: int) -> NDArray[np.int64]:
@@ -54,17 +56,10 @@ class WindowOrder:
         mask = np.uint64((1 << self._half_bits) - 1)
         left, right = x >> bits, x & mask
         for key in keys:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
+            left, right = right, left ^ (mix(right ^ key) & mask)
         return (left << bits) | right
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64 (Steele et al. 2014); wraps modulo 2^64 by intention."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def n_windows(n_tokens: int, context: int) -> int:
-    """Windows of `context` inputs in a corpus: the last target of a window is the first input of the next."""
+    """Number of windows of `context` inputs in a corpus; a window's last target is the next window's first input."""
     return (n_tokens - 1) // context

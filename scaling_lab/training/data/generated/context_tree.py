@@ -1,4 +1,4 @@
-"""Owns the `context_tree` source on a device."""
+"""The `context_tree` source on a device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scaling_lab.training.data.generated.counter_random import draw_u32
 
 
 class ContextTreeOnDevice:
-    """All documents of a chunk grow together, a token at a time."""
+    """All documents of a chunk are generated together, one token at a time."""
 
     kind: ClassVar[str] = "context_tree"
 
@@ -22,7 +22,7 @@ class ContextTreeOnDevice:
         tables = language_tables(source)
         self._source, self._first = source, tables.first_state
         self._leaf = torch.from_numpy(tables.leaf.astype(np.int64)).to(device)
-        # Row r's bounds begin at r * 2^32: one sorted list, in which a leaf and a draw have one place.
+        # The bounds of row r start at r * 2^32: one sorted list in which leaf and draw together determine the place.
         rows = np.arange(len(tables.bounds), dtype=np.int64)[:, None] << 32
         self._bounds = torch.from_numpy((tables.bounds.astype(np.int64) + rows).reshape(-1)).to(device)
 

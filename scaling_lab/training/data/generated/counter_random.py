@@ -1,7 +1,7 @@
-"""Owns `core.counter_random` in torch: the same 64-bit numbers, bit for bit, on any device.
+"""`core/sources/generation/counter_random.py` in torch: the same 64-bit numbers, bit for bit, on any device.
 
-torch has no arithmetic of unsigned 64-bit integers. Signed ones have the same bits under + and *, which wrap, and under ^;
-a shift to the right has its sign bits masked off.
+torch has no arithmetic on unsigned 64-bit integers. Signed ones give the same bits under +, * (both wrap) and ^; after a
+right shift the copies of the sign bit are masked off.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ LOW_32 = 0xFFFFFFFF
 
 
 def signed(x: int) -> int:
-    """The signed 64-bit integer of the same bits."""
+    """The signed 64-bit integer with the same bits."""
     return x - (1 << 64) if x >= 1 << 63 else x
 
 
-def shifted(x: Tensor, bits: int) -> Tensor:
-    """x >> bits, of unsigned numbers."""
+def shift_right(x: Tensor, bits: int) -> Tensor:
+    """x >> bits of unsigned numbers."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def mix(x: Tensor) -> Tensor:
-    """`core.counter_random.mix`, int64."""
-    x = (x ^ shifted(x, 30)) * signed(MIX_1)
-    x = (x ^ shifted(x, 27)) * signed(MIX_2)
-    return x ^ shifted(x, 31)
+    """`mix` of the NumPy module, on int64."""
+    x = (x ^ shift_right(x, 30)) * signed(MIX_1)
+    x = (x ^ shift_right(x, 27)) * signed(MIX_2)
+    return x ^ shift_right(x, 31)
 
 
 def draw_u64(key: int, *counters: Tensor) -> Tensor:
-    """Uniform 64-bit integers at `counters` (int64, broadcast together) of the stream `key`, as int64 of the same bits."""
+    """Uniform 64-bit integers at `counters` (int64, broadcast together) of the stream `key`, as int64 with the same bits."""
     golden = signed(GOLDEN)
     return functools.reduce(
         lambda x, counter: mix(x + counter * golden + golden),
@@ -46,12 +46,12 @@ def draw_u64(key: int, *counters: Tensor) -> Tensor:
 
 def draw_u32(key: int, *counters: Tensor) -> Tensor:
     """The upper half of `draw_u64`, (...) int64 in 0 .. 2^32 - 1."""
-    return shifted(draw_u64(key, *counters), 32)
+    return shift_right(draw_u64(key, *counters), 32)
 
 
-def replaced(tokens: Tensor, places: Tensor, share: float, vocab_size: int) -> Tensor:
-    """`train.feed.replaced` on a device: a share of the tokens, by their places, is uniform over the vocabulary."""
+def add_noise(tokens: Tensor, places: Tensor, share: float, vocab_size: int) -> Tensor:
+    """`add_noise` of `training/data/feed.py` on a device: a share of the tokens is replaced by uniform ones."""
     draw = draw_u64(stream_key("noise"), places)
-    # An integer is below a number exactly where it is below its ceiling: no float64 is needed, which not every device has.
-    chosen = shifted(draw, 32) < math.ceil(share * 2.0**32)
+    # An integer is below a number iff it is below its ceiling. This avoids float64, which not every device has.
+    chosen = shift_right(draw, 32) < math.ceil(share * 2.0**32)
     return torch.where(chosen, ((draw & LOW_32) % vocab_size).to(tokens.dtype), tokens)

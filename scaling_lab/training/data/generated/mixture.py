@@ -1,4 +1,4 @@
-"""Owns the `mixture` source on a device, where all of its parts can be generated there."""
+"""The `mixture` source on a device, if all of its parts can be generated there."""
 
 from __future__ import annotations
 
@@ -8,27 +8,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scaling_lab.core.registry import members
 from scaling_lab.core.sources.generation.counter_random import stream_key
 from scaling_lab.core.sources.mixture import Mixture
+from scaling_lab.training.data import generated
 from scaling_lab.training.data.generated.counter_random import draw_u32
 
 
 class MixtureOnDevice:
-    """Each part makes its own documents."""
+    """Each document is drawn from one of the parts, which generates it."""
 
     kind: ClassVar[str] = "mixture"
 
     def __init__(self, source: Mixture, device: torch.device) -> None:
-        kinds: dict[str, Any] = members("scaling_lab.training.data")
         self._source = source
-        self._parts = [kinds[part.kind](part, device) for part in source.sources]
+        self._parts = [generated.classes()[part.kind](part, device) for part in source.sources]
         self._bounds = torch.from_numpy(source.cumulative_shares().astype(np.int64)).to(device)
 
     @staticmethod
     def can_make(source: Any) -> bool:
-        kinds: dict[str, Any] = members("scaling_lab.training.data")
-        return all(part.kind in kinds and kinds[part.kind].can_make(part) for part in source.sources)
+        return all(generated.can_make(part) for part in source.sources)
 
     def documents(self, split: str, indices: Tensor, length: int) -> Tensor:
         source = self._source

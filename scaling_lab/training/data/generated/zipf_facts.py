@@ -1,4 +1,4 @@
-"""Owns the `zipf_facts` source on a device."""
+"""The `zipf_facts` source on a device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scaling_lab.training.data.generated.counter_random import draw_u32
 
 
 class ZipfFactsOnDevice:
-    """Statements are looked up by the rank that a draw has."""
+    """Each draw gives a fact's rank, whose statement is looked up in a table."""
 
     kind: ClassVar[str] = "zipf_facts"
 
