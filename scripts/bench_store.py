@@ -42,7 +42,7 @@ SIZES = 10
 SPAN = 16.0
 NOISE = 0.004
 STEP_NOISE = 0.03
-# The law of tests/synthetic.py, which goes through the quickstart's losses: E, A, B, alpha, beta.
+# The law of tests/helpers/synthetic.py, which goes through the quickstart's losses: E, A, B, alpha, beta.
 E, A, B, ALPHA, BETA = 1.08, 55.3, 965.0, 0.50, 0.57
 TARGET_S, TARGET_GIB = 60.0, 4.0
 MEASUREMENTS = {

@@ -6,7 +6,11 @@ from __future__ import annotations
 import os
 import tempfile
 
+import pytest
 from hypothesis import settings
+
+# Assertions in helpers show their values on failure, as those in test modules do.
+pytest.register_assert_rewrite("helpers")
 
 os.environ.setdefault("SCALING_LAB_STRICT", "1")
 # What was checked is remembered, but not among what the user's own commands remember.

@@ -12,9 +12,9 @@ from importlib import resources
 import jsonschema
 import numpy as np
 import pytest
-from synthetic import QUICKSTART_LAW, synthetic_records
-from truth import PUBLISHED, Truth
 
+from helpers.known_truth import PUBLISHED, Truth
+from helpers.synthetic import QUICKSTART_LAW, synthetic_records
 from scaling_lab.analysis.analysis import AnalysisSettings, analyse, observations_of_sweep, read_observations
 from scaling_lab.analysis.approaches import IsoFlopSettings, ParametricSettings
 from scaling_lab.analysis.data.observations import Observations

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import tiny
 
+from helpers.specs import tiny
 from scaling_lab.core.spec import Execution
 from scaling_lab.training.engine.gradient import make_gradient
 from scaling_lab.training.run.loop import open_session

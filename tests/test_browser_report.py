@@ -15,8 +15,8 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-from synthetic import plan_of, synthetic_records
 
+from helpers.synthetic import plan_of, synthetic_records
 from scaling_lab.analysis.analysis import analyse, observations_of_sweep
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 from scaling_lab.analysis.settings import AnalysisSettings

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 from scipy.stats import binom
-from synthetic import synthetic_records
 
+from helpers.synthetic import synthetic_records
 from scaling_lab.analysis.analysis import AnalysisSettings, analyse, observations_of_sweep
 from scaling_lab.analysis.approaches import IsoFlop
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings

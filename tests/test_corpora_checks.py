@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_plan import settings
 
+from helpers.sweeps import settings
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.evaluation import EvalSpec
 from scaling_lab.core.sources.context_tree import ContextTree

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_models import Parameters, model_parameters, reference_loss
 
+from helpers.reference_models import model_parameters, reference_loss, split_flat
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord
 from scaling_lab.core.schedules import Cosine
@@ -88,16 +88,6 @@ def train(store: RunStore, spec: RunSpec) -> tuple[RunRecord, dict[str, torch.Te
 def initial_model(spec: RunSpec) -> torch.nn.Module:
     torch.manual_seed(spec.seed_init)
     return build_model(spec.shape)
-
-
-def split_flat(spec: RunSpec, flat: torch.Tensor) -> Parameters:
-    """The flat vector's parts by name, one parameter after the other in the module's order."""
-    out, start = {}, 0
-    for name, p in build_model(spec.shape).named_parameters():
-        out[name] = flat[start : start + p.numel()].view(p.shape).double().numpy()
-        start += p.numel()
-    assert start == flat.numel()
-    return out
 
 
 # -- data

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_feed import BATCH, CHUNK_STEPS, CONTEXT, CPU, GENERATED, all_windows, spec_of
-from test_resume import losses
-from test_train import train
 
 import scaling_lab.training.data.feed as feed_module
+from helpers.feeds import BATCH, CHUNK_STEPS, CONTEXT, CPU, GENERATED, all_windows, spec_of
+from helpers.runs import losses, train
 from scaling_lab.core.sources.context_tree import ContextTree, language_tables
 from scaling_lab.core.sources.generation import counter_random as host
 from scaling_lab.core.sources.mixture import Mixture

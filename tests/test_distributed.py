@@ -1,6 +1,6 @@
 """One run over several processes: the losses of one device at the same global batch, resumes on another number of them.
 
-Two real processes over gloo, started by torchrun once for all tests here (tests/team.py); one process for comparison.
+Two real processes over gloo, started by torchrun once for all tests here (tests/helpers/team.py); one process for comparison.
 """
 
 from __future__ import annotations
@@ -10,20 +10,19 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_resume import interrupted_at
-from test_train import SHAPE, tiny, train
 
+from helpers.processes import torchrun
+from helpers.runs import interrupted_at, train
+from helpers.specs import tiny
+from helpers.team_runs import SPECS, STACK, STEPS, planned_stack
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord
-from scaling_lab.core.shapes.gpt2 import GPT2Shape
-from scaling_lab.core.sources.context_tree import ContextTree
-from scaling_lab.core.spec import Execution, OptimizerSpec, Plan, PlannedRun
+from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.storage.claims import last_claim
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching.worker import train_pending
@@ -32,48 +31,16 @@ from scaling_lab.training.parallel.distributed import TeamLost, World, first_hos
 from scaling_lab.training.parallel.sharded import ShardedStep
 from scaling_lab.training.run.checkpoint import read_checkpoint
 
-STEPS = 24
-SPECS = {
-    "even": tiny(STEPS),
-    "uneven": tiny(STEPS, batch_tokens=192, train_tokens=192 * STEPS),  # two sequences and one
-    # A small LR: gradients that are zero but for rounding (of gpt2's key biases) move Adam by as much as any.
-    "tied": tiny(STEPS, shape=GPT2Shape(width=16, depth=2, heads=2), optimizer=OptimizerSpec(peak_lr=0.002)),
-    "bfloat16": tiny(STEPS, dtype="bfloat16"),
-    # Its logits in chunks, where two processes compute it (LOGITS_AT_ONCE of tests/team.py), and at once in one.
-    "vocabulary": tiny(STEPS, shape=replace(SHAPE, vocab_size=1000)),
-    # Not a corpus on the device but chunks of it, which every process is told to read (of CHUNK_STEPS in tests/team.py).
-    "generated": tiny(STEPS, data=ContextTree(), noise=0.1, seed_data=4),
-}
-CHUNK_STEPS = 5
-LOGITS_AT_ONCE = 2**16  # of `vocabulary` a share's 2 sequences have 128,000, of all others at most 49,152
 TOLERANCE = 1e-5
-STACK = tuple(tiny(steps, seed_init=seed, seed_data=seed) for steps, seed in ((STEPS, 1), (STEPS // 2, 2)))
-
-
-def planned_stack() -> Plan:
-    execution = Execution(stack="s", stack_size=len(STACK))
-    runs = tuple(PlannedRun(spec, execution) for spec in STACK)
-    return Plan("t", runs, STACK[0].convention, STACK[0].data.fingerprint())
-
-
-def torchrun(*arguments: str, port: int) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(port), *arguments
-        ],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """What two processes made of the plan of tests/team.py."""
+    """What two processes made of the plan of tests/helpers/team.py."""
     folder = tmp_path_factory.mktemp("team")
     for name in ("1-to-2", "1-to-2-fsdp"):
         interrupted_at(RunStore(folder / name), SPECS["even"], 7)
-    process = torchrun(
-        str(Path(__file__).with_name("team.py")), str(folder), port=29_500 + os.getpid() % 1000
-    )
+    process = torchrun("-m", "helpers.team", str(folder), port=29_500 + os.getpid() % 1000)
     out, _ = process.communicate(timeout=280)
     assert process.returncode == 0, out
     return folder
@@ -101,7 +68,7 @@ def record(folder: Path, name: str, spec=SPECS["even"]) -> RunRecord:
     return RunStore(folder / name).read_record(spec.run_id())
 
 
-# Uneven shares are refused under fsdp (tests/team.py asks for them).
+# Uneven shares are refused under fsdp (tests/helpers/team.py asks for them).
 BOTH_KINDS = [(k, name) for name in SPECS for k in ("ddp", "fsdp") if (k, name) != ("fsdp", "uneven")]
 
 
@@ -207,10 +174,12 @@ def test_a_group_that_runs_out_of_memory_goes_on_in_smaller_parts(tmp_path, alon
     """At its next start; the second process, which has no say in a run, is the one that is short."""
     spec, store = SPECS["even"], RunStore(tmp_path)
     store.write_plan(Plan("t", (PlannedRun(spec, Execution()),), spec.convention, spec.data.fingerprint()))
-    script = str(Path(__file__).with_name("team_short_of_memory.py"))
     said = []
     for port in (26_500, 25_500):
-        process = torchrun(script, str(store.folder), "--parallel=fsdp", port=port + os.getpid() % 1000)
+        process = torchrun(
+            "-m", "helpers.team_short_of_memory", str(store.folder), "--parallel=fsdp",
+            port=port + os.getpid() % 1000,
+        )  # fmt: skip
         out, _ = process.communicate(timeout=140)
         said.append((process.returncode, out))
     assert said[0][0] != 0

@@ -7,8 +7,8 @@ import math
 import random
 
 import pytest
-from test_train import tiny
 
+from helpers.specs import tiny
 from scaling_lab.training.measure.divergence import Divergence
 
 UNIFORM = math.log(256)

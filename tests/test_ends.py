@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from synthetic import synthetic_records
 
+from helpers.synthetic import synthetic_records
 from scaling_lab.analysis.approaches import Envelope, EnvelopeSettings
 from scaling_lab.analysis.approaches.envelope.ends import design_of, ends_points, simulated_quantities
 from scaling_lab.analysis.data.observations import Observations

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from synthetic import synthetic_records
-from truth import PUBLISHED, Truth
 
+from helpers.known_truth import PUBLISHED, Truth
+from helpers.synthetic import synthetic_records
 from scaling_lab.analysis.approaches import Envelope, EnvelopeSettings
 from scaling_lab.analysis.approaches.envelope.envelope import crossings, hull_vertices, interpolate, staircase
 from scaling_lab.analysis.data.observations import Observations

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_train import tiny, train
 
+from helpers.runs import train
+from helpers.specs import tiny
 from scaling_lab.analysis.studies.fact_exponents import compare, comparisons, exponent_of, fitted_scale
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.evaluation import EvalSpec

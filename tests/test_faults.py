@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_resume import losses
-from test_train import tiny
 
+from helpers.runs import losses
+from helpers.specs import tiny
 from scaling_lab.analysis.data.ledger import load_ledger
 from scaling_lab.cli.main import main
 from scaling_lab.core.errors import DiskError, UserError

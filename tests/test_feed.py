@@ -9,34 +9,29 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_resume import interrupted_at, losses
-from test_train import tiny, train
 
 import scaling_lab.training.data.feed as feed_module
+from helpers.feeds import (
+    BATCH,
+    CHUNK_STEPS,
+    CONTEXT,
+    CPU,
+    GENERATED,
+    all_windows,
+    gathered,
+    spec_of,
+)
+from helpers.runs import interrupted_at, losses, train
 from scaling_lab.cli.main import main
-from scaling_lab.core.shapes.gpt import GPTShape
-from scaling_lab.core.sources.context_tree import ContextTree
-from scaling_lab.core.sources.mixture import Mixture
 from scaling_lab.core.sources.prepared import Prepared
 from scaling_lab.core.sources.tokens import TokenFile
-from scaling_lab.core.sources.zipf_facts import ZipfFacts
-from scaling_lab.core.spec import Execution, Plan, PlannedRun, RunSpec
+from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.corpora.documents import LocalText
 from scaling_lab.corpora.pipeline import PrepareSettings, prepare
 from scaling_lab.launching.worker import train_pending
-from scaling_lab.training.data.feed import ChunkFeed, Feed, ResidentFeed, open_feed
+from scaling_lab.training.data.feed import ChunkFeed, ResidentFeed, open_feed
 from scaling_lab.training.measure.evaluation import Evaluation
-
-CPU = torch.device("cpu")
-CONTEXT, BATCH, CHUNK_STEPS = 16, 4, 3
-STEPS = 20  # no multiple of the chunk
-SHAPE = GPTShape(width=8, depth=1, heads=1, context=CONTEXT, vocab_size=300)
-GENERATED = {
-    "context_tree": ContextTree(symbols=6, order=2),
-    "zipf_facts": ZipfFacts(facts=40, symbols=6),
-    "mixture": Mixture((ContextTree(symbols=6, order=2), ZipfFacts(facts=40, symbols=6)), (2.0, 1.0)),
-}
 
 
 @pytest.fixture(scope="module")
@@ -58,37 +53,11 @@ def sources(tmp_path_factory) -> dict:
     return {"tokens": file, "prepared": Prepared(str(folder / "out"))}
 
 
-def spec_of(data, steps: int = STEPS, **changes) -> RunSpec:
-    batch = BATCH * CONTEXT
-    return tiny(
-        steps,
-        **{"data": data, "shape": SHAPE, "batch_tokens": batch, "train_tokens": batch * steps, **changes},
-    )
-
-
 @pytest.fixture
 def in_chunks(monkeypatch):
     """Text is read in chunks of three steps too, as a corpus too large for the device is."""
     monkeypatch.setattr(feed_module, "RESIDENT_TOKENS", 0)
     monkeypatch.setattr(feed_module, "CHUNK_TOKENS", CHUNK_STEPS * BATCH * CONTEXT + 5)
-
-
-def gathered(feed: Feed, slot: int, first: int, steps: int) -> np.ndarray:
-    """What the step sees: (steps, batch, context + 1)."""
-    places = feed.starts(slot, first, steps)[..., None] + torch.arange(CONTEXT + 1)
-    return feed.tokens[places].long().numpy()
-
-
-def all_windows(feed: Feed, slot: int, steps: int) -> np.ndarray:
-    """(steps * batch, context + 1), asked for in uneven blocks as the loop does."""
-    out, first = [], 0
-    for block in [1, 2, 3, 1, 3, 3] * steps:
-        block = min(block, steps - first, feed.max_block_steps)
-        out.append(gathered(feed, slot, first, block))
-        first += block
-        if first == steps:
-            return np.concatenate(out).reshape(-1, CONTEXT + 1)
-    raise AssertionError
 
 
 # -- the same windows

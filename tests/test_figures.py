@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
-from synthetic import QUICKSTART_LAW, diverged, synthetic_records
 
+from helpers.synthetic import QUICKSTART_LAW, diverged, synthetic_records
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.estimate import (
     Band,

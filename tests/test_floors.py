@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_data_path import split_flat
-from test_models import reference_logits, reference_loss
-from test_train import tiny, train
 from torch import Tensor, nn
 
+from helpers.reference_models import reference_logits, reference_loss, split_flat
+from helpers.runs import train
+from helpers.specs import tiny
 from scaling_lab.core.evaluation import EvalSet, EvalSpec
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.context_tree import ContextTree, language_tables

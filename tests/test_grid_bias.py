@@ -9,8 +9,8 @@ from importlib import resources
 import jsonschema
 import numpy as np
 import pytest
-from truth import Truth
 
+from helpers.known_truth import Truth
 from scaling_lab.analysis.analysis import AnalysisSettings, analyse
 from scaling_lab.analysis.approaches import IsoFlop, IsoFlopSettings, Parametric
 from scaling_lab.analysis.approaches.isoflop.grid_bias import grid_bias

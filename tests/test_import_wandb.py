@@ -8,8 +8,8 @@ import math
 from pathlib import Path
 
 import pytest
-from wandb_fixtures import fresh_wandb, server, synthetic_sweep  # noqa: F401  fixtures
 
+from helpers.wandb_fixtures import fresh_wandb, server, synthetic_sweep  # noqa: F401  fixtures
 from scaling_lab.cli.main import main
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import PlannedRun

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.interpolate import Akima1DInterpolator
-from synthetic import synthetic_records
-from truth import PUBLISHED, Truth
 
+from helpers.known_truth import PUBLISHED, Truth
+from helpers.synthetic import synthetic_records
 from scaling_lab.analysis.approaches import IsoFlop, IsoFlopSettings
 from scaling_lab.analysis.approaches.isoflop.isoflop import MINIMUM_METHODS
 from scaling_lab.analysis.approaches.isoflop.shared_shape import ValleyData, fit_shared

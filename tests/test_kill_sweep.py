@@ -33,7 +33,7 @@ def test_what_the_script_tells_apart(tmp_path):
     import importlib.util
     from dataclasses import replace
 
-    from synthetic import synthetic_records
+    from helpers.synthetic import synthetic_records
 
     spec = importlib.util.spec_from_file_location("kill_sweep", SCRIPT)
     assert spec is not None

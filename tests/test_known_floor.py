@@ -10,8 +10,8 @@ import jsonschema
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from synthetic import QUICKSTART_LAW, synthetic_records
 
+from helpers.synthetic import QUICKSTART_LAW, synthetic_records
 from scaling_lab.analysis.analysis import Analysis, AnalysisSettings, analyse, observations_of_sweep
 from scaling_lab.analysis.approaches import Parametric, ParametricSettings
 from scaling_lab.analysis.data.observations import Observations

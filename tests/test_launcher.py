@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from test_spec import spec
 
+from helpers.specs import spec
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching import workers

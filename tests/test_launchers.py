@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_spec import spec
 
+from helpers.specs import spec
 from scaling_lab.cli.display.console import Console
 from scaling_lab.cli.main import main
 from scaling_lab.core.record import RunStatus

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import diverged, synthetic_records
 
+from helpers.synthetic import diverged, synthetic_records
 from scaling_lab.analysis.data import ledger
 from scaling_lab.analysis.data.ledger import CurveColumns, curve_columns, load_ledger
 from scaling_lab.analysis.data.record_observations import observations_from_records

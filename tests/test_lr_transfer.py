@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from synthetic import QUICKSTART_LAW, make_record
 
+from helpers.synthetic import QUICKSTART_LAW, make_record
 from scaling_lab.analysis.studies.lr_transfer import TransferCell, drift, transfer_cells
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.parametrization import STANDARD, CompleteP, MuP

@@ -7,8 +7,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from test_train import tiny, train
 
+from helpers.runs import train
+from helpers.specs import tiny
 from scaling_lab.core.spec import EvalSpec, Execution
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.training.engine.gradient import make_gradient

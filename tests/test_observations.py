@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic import synthetic_records
 
+from helpers.synthetic import synthetic_records
 from scaling_lab.analysis.data.observations import Observations, cluster_budgets, from_table
 from scaling_lab.analysis.data.record_observations import observations_from_records, smooth
 from scaling_lab.analysis.data.tables import Table, table_from_mapping

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import rich.console
 from matplotlib.figure import Figure
-from synthetic import QUICKSTART_LAW, synthetic_records
 
+from helpers.synthetic import QUICKSTART_LAW, synthetic_records
 from scaling_lab.analysis.analysis import AnalysisSettings, analyse, observations_of_sweep, read_observations
 from scaling_lab.analysis.settings import BootstrapSettings
 from scaling_lab.cli.commands import status

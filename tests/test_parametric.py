@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from synthetic import synthetic_records
-from truth import PUBLISHED, Truth
 
+from helpers.known_truth import PUBLISHED, Truth
+from helpers.synthetic import synthetic_records
 from scaling_lab.analysis.approaches import Parametric, ParametricSettings
 from scaling_lab.analysis.approaches.parametric import numerical_frontier
 from scaling_lab.analysis.data.observations import Observations, from_table

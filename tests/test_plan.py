@@ -11,11 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.sweeps import settings
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError
-from scaling_lab.core.schedules import Cosine
 from scaling_lab.core.shapes.gpt import GPTShape
-from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.sources.tokens import TokenFile
 from scaling_lab.planning.cost import estimate_disk_bytes, estimate_plan_seconds, estimate_seconds
 from scaling_lab.planning.designs.base import RunRequest
@@ -25,23 +24,11 @@ from scaling_lab.planning.execution import COMPILE_REPAID_FLOPS, LIBRARY_PARAMS,
 from scaling_lab.planning.plan import describe, make_plan, plan_single, sweep_horizons
 from scaling_lab.planning.recipes.base import SweepHorizons, round_batch
 from scaling_lab.planning.recipes.default import DefaultRecipe
-from scaling_lab.planning.settings import ExecutionSettings, ModelSettings, SweepSettings, heads_for
+from scaling_lab.planning.settings import ExecutionSettings, ModelSettings, heads_for
 from scaling_lab.planning.sizes import SizeLadder
 
 # Recipes that do not look at the sweep do not care.
 ALONE = SweepHorizons(1e6, 1e6)
-
-
-def settings(**changes) -> SweepSettings:
-    base = SweepSettings(
-        sweep="t",
-        design=IsoFlopDesign(),
-        recipe=DefaultRecipe(),
-        model=ModelSettings(),
-        data=PySource(),
-        schedule=Cosine(),
-    )
-    return replace(base, **changes)
 
 
 def test_ladder_is_geometric_in_width_and_depth():

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from test_train import SHAPE, tiny
 
+from helpers.processes import run_helper
+from helpers.specs import SHAPE, tiny
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.context_tree import ContextTree
 from scaling_lab.core.spec import PlannedRun
@@ -185,33 +185,10 @@ def test_loss_chunks():
     assert loss_chunks(32 * 1024, 50_304) == 50  # 1.65e9 logits, 128 MB at a time
 
 
-PEAK = """
-import json, resource, sys
-sys.path.insert(0, "tests")
-from dataclasses import replace
-from test_train import SHAPE, tiny
-from scaling_lab.core.shapes.gpt import GPTShape
-from scaling_lab.core.sources.context_tree import ContextTree
-from scaling_lab.core.spec import PlannedRun
-from scaling_lab.planning.cost import device_bytes, job_needs
-from scaling_lab.core.spec import EvalSpec, Execution
-from scaling_lab.planning.memory import estimate_bytes
-from scaling_lab.training.run.loop import open_session, train_block
-width, depth, vocab, sequences = map(int, sys.argv[1:])
-spec = tiny(2, shape=GPTShape(width=width, depth=depth, heads=4, vocab_size=vocab),
-            batch_tokens=64 * sequences, train_tokens=128 * sequences, eval=EvalSpec(tokens=64))
-session = open_session(spec, Execution())
-train_block(session, 0, 2)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps([estimate_bytes(spec, "cpu", sequences, 1e7), peak]))
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
 @pytest.mark.parametrize("shape", ["64 4 256 256", "128 2 16000 64"], ids=["activations", "vocabulary"])
 def test_the_estimate_is_above_the_measured_peak_but_not_far(shape):
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, *shape.split()], capture_output=True, text=True, check=True
-    )
+    done = run_helper("measured_peak", *shape.split())
+    assert done.returncode == 0, done.stderr
     estimate, peak = json.loads(done.stdout)
     assert peak < estimate < 3 * peak

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_train import tiny
 
+from helpers.specs import tiny
 from scaling_lab.cli.main import main
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Execution

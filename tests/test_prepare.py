@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import random
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,31 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from helpers.corpora import TEXTS, command, documents_of, folder_bytes, jsonl
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.sources.prepared import Prepared, verify
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.corpora.documents import HubText, LocalText
 from scaling_lab.corpora.pipeline import PrepareSettings, prepare
 from scaling_lab.corpora.tokenizing import TokenizerTokens
-
-TEXTS = [f"document {i}: " + " ".join(str(i * k % 97) for k in range(i % 50)) for i in range(400)]
-
-
-def jsonl(path: Path, texts) -> Path:
-    path.write_text(
-        "".join(json.dumps({"text": t, "n": i}) + "\n" for i, t in enumerate(texts)), encoding="utf-8"
-    )
-    return path
-
-
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
-
-
-def documents_of(source: Prepared, split: str, separator: int) -> list[bytes]:
-    tokens = np.asarray(source.tokens(split))
-    starts = [*np.flatnonzero(tokens == separator).tolist(), tokens.size]
-    return [tokens[a + 1 : b].astype(np.uint8).tobytes() for a, b in itertools.pairwise(starts)]
 
 
 def test_bytes_come_back_and_every_document_is_on_one_side(tmp_path):
@@ -137,18 +116,6 @@ def test_shards_read_like_one_array(tmp_path):
     np.testing.assert_array_equal(one[places], many[places])
     np.testing.assert_array_equal(one[990:2010], many[990:2010])
     np.testing.assert_array_equal(np.asarray(one), np.asarray(many))
-
-
-def command(path: Path, out: Path, *options: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "scaling_lab.cli.main",
-        "prepare-data",
-        f"path={path}",
-        f"out={out}",
-        *options,
-    ]
 
 
 def kill_until_done(argv: list[str], out: Path, kills: int, rng: random.Random) -> int:

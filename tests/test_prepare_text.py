@@ -14,8 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_prepare import TEXTS, command, documents_of, folder_bytes, jsonl
 
+from helpers.corpora import TEXTS, command, documents_of, folder_bytes, jsonl
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.sources.prepared import Prepared
 from scaling_lab.corpora import pipeline, reading

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_prepare import TEXTS, jsonl
 
+from helpers.corpora import TEXTS, jsonl
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.sources import prepared
 from scaling_lab.core.sources.files import shard_check

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import QUICKSTART_LAW, Law, make_record, synthetic_records
 
+from helpers.synthetic import QUICKSTART_LAW, Law, make_record, synthetic_records
 from scaling_lab.analysis.analysis import AnalysisSettings, analyse, observations_of_sweep
 from scaling_lab.analysis.approaches import EnvelopeSettings, ParametricSettings
 from scaling_lab.analysis.data.record_losses import is_loss, loss_names, with_loss

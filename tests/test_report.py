@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from synthetic import QUICKSTART_LAW, diverged, plan_of, synthetic_records
 
+from helpers.synthetic import QUICKSTART_LAW, diverged, plan_of, synthetic_records
 from scaling_lab.analysis.analysis import Analysis, analyse, observations_of_sweep
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.estimate import BudgetStatus, FitStatus

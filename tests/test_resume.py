@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -13,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import tiny, train
 
-from scaling_lab.core.record import RunRecord
+from helpers.runs import interrupted_at, losses, train
+from helpers.specs import tiny
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.training.run.checkpoint import (
@@ -25,30 +24,6 @@ from scaling_lab.training.run.checkpoint import (
     save_checkpoint,
     steps_saved,
 )
-from scaling_lab.training.run.stopping import Interrupted
-
-
-def losses(record: RunRecord) -> list[object]:
-    return [(p.step, p.train_loss_nats, p.val_loss_nats) for p in record.curve] + [record.final_val_loss_nats]
-
-
-def interrupted_at(store: RunStore, spec, stop_after: int, execution: Execution | None = None) -> None:
-    """Train until a checkpoint at or after `stop_after` steps is written, then stop as SIGTERM would."""
-    import scaling_lab.training.run.loop as loop
-
-    real = loop.keep
-
-    def keep_and_stop(folder, planned, session, curve, watch, step):
-        if step >= stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(folder, planned, session, curve, watch, step)
-
-    loop.keep = keep_and_stop
-    try:
-        with pytest.raises(Interrupted):
-            train(store, spec, execution, checkpoint_every_s=0.0)
-    finally:
-        loop.keep = real
 
 
 @pytest.mark.parametrize("stop_after", [1, 64, 130, 192])

@@ -11,8 +11,8 @@ import jsonschema
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic import Law
 
+from helpers.synthetic import Law
 from scaling_lab.analysis.analysis import Analysis, AnalysisSettings, analyse, read_observations
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings

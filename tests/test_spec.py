@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.specs import spec
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.parametrization import MuP
 from scaling_lab.core.schedules import Constant, Cosine
@@ -17,14 +17,6 @@ from scaling_lab.core.shapes.gpt2 import GPT2Shape
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.spec import EvalSpec, Execution, OptimizerSpec, Plan, PlannedRun, RunSpec
 from scaling_lab.core.storage.serialization import canonical_json, dumps, to_dict
-
-
-def spec(**changes) -> RunSpec:
-    base = RunSpec(
-        sweep="s", role="isoflop", budget_flops=1e11, shape=GPTShape(width=32, depth=2, heads=2), data=PySource(),
-        schedule=Cosine(), optimizer=OptimizerSpec(peak_lr=0.02), batch_tokens=512, train_tokens=512_000,
-    )  # fmt: skip
-    return replace(base, **changes)
 
 
 def test_golden_ids():

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
-from test_resume import losses
-from test_train import tiny, train
 
+from helpers.processes import run_helper
+from helpers.runs import losses, train
+from helpers.specs import tiny
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.storage.store import RunStore
@@ -195,38 +195,10 @@ def test_out_of_memory_with_single_sequences_is_a_failed_record(tmp_path, monkey
     assert "not enough memory" in record.reason
 
 
-LIMITED = """
-import logging, resource, sys
-from pathlib import Path
-from dataclasses import replace
-sys.path.insert(0, "tests")
-from test_train import SHAPE, tiny
-from scaling_lab.core.spec import EvalSpec, Execution, PlannedRun
-from scaling_lab.core.storage.store import RunStore
-import scaling_lab.training.run.loop as loop
-logging.basicConfig(level=logging.INFO)
-import torch
-real = loop.open_program
-def open_program(*args, **options):
-    program = real(*args, **options)
-    loop.open_program = real
-    # What is mapped now and 200 MB: a batch of 256 sequences takes about 900 MB of activations and logits.
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 200 * 2**20,) * 2)
-    return program
-loop.open_program = open_program
-spec = tiny(4, batch_tokens=64 * 256, train_tokens=64 * 256 * 4, eval=EvalSpec(tokens=64))
-spec = replace(spec, shape=replace(SHAPE, width=64, heads=4, depth=4))
-store = RunStore(sys.argv[1])
-record = loop.train_run(PlannedRun(spec, Execution()), store, store.claim(spec))
-print(record.status.value, record.execution.micro_batch_sequences)
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit and /proc are Linux's")
 def test_a_real_lack_of_memory(tmp_path):
     """The kernel refuses torch's allocations; the run ends all the same, in smaller parts."""
-    done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True)
+    done = run_helper("limited_memory", str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
     status, micro = done.stdout.split()
     assert status == "completed"

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from synthetic import synthetic_records
 
+from helpers.synthetic import synthetic_records
 from scaling_lab.cli.display.sweep_status import Standing, grouped_reasons, standing
 from scaling_lab.cli.main import main
 from scaling_lab.core.record import RunRecord, RunStatus

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_train import tiny
 
+from helpers.specs import tiny
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.shapes.gpt2 import GPT2Shape
 from scaling_lab.core.spec import Execution, OptimizerSpec

@@ -10,10 +10,10 @@ import threading
 import time
 
 import pytest
-from test_resume import losses
-from test_train import tiny, train
 
 import scaling_lab.training.run.loop as loop
+from helpers.runs import losses, train
+from helpers.specs import tiny
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching.worker import train_pending

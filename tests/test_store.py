@@ -6,29 +6,19 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from test_spec import spec
 
+from helpers.processes import start_helper
+from helpers.specs import spec
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import EvalPoint
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.storage.claims import ClaimLost, last_claim
 from scaling_lab.core.storage.files import create_exclusive, write_atomic
 from scaling_lab.core.storage.store import RunStore, curve_line
-
-HOLDER = """
-import sys, time
-sys.path.insert(0, {tests!r})
-from test_spec import spec
-from scaling_lab.core.storage.store import RunStore
-claim = RunStore({folder!r}).claim(spec())
-print("claimed" if claim else "refused", flush=True)
-time.sleep(60)
-"""
 
 
 @pytest.fixture
@@ -37,8 +27,7 @@ def store(tmp_path):
 
 
 def start_holder(store: RunStore) -> subprocess.Popen[str]:
-    code = HOLDER.format(tests=os.path.dirname(__file__), folder=str(store.folder))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process = start_helper("claim_holder", str(store.folder))
     assert process.stdout
     assert process.stdout.readline().strip() == "claimed"
     return process

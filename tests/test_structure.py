@@ -152,8 +152,20 @@ def test_what_importing_loads(code, forbidden):
     assert not loaded_after(code) & forbidden
 
 
+def test_tests_share_code_through_helpers_alone():
+    """A test module imports no other one, nor does a helper import a test module."""
+    test_modules = {path.stem for path in (ROOT / "tests").glob("*.py")}
+    for path in (ROOT / "tests").rglob("*.py"):
+        taken = {name.split(".")[0] for name in imports(path)} & test_modules
+        assert not taken, (
+            f"{path.relative_to(ROOT)} imports {sorted(taken)}: move what they share to tests/helpers"
+        )
+    # Everything at the top of tests/ is collected: code for several test modules has no other place than helpers/.
+    assert all(name == "conftest" or name.startswith("test_") for name in test_modules), sorted(test_modules)
+
+
 def test_every_file_says_what_it_owns():
-    for path in [*sources(), *(ROOT / "tests").glob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+    for path in [*sources(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         assert docstring, f"{path.relative_to(ROOT)} has no docstring"
 

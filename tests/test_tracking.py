@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
-from test_train import tiny, train
-from wandb_fixtures import fresh_wandb, offline_files, server, synthetic_sweep  # noqa: F401  fixtures
 
+from helpers.runs import train
+from helpers.specs import tiny
+from helpers.wandb_fixtures import fresh_wandb, offline_files, server, synthetic_sweep  # noqa: F401  fixtures
 from scaling_lab.cli.main import main
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError

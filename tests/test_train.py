@@ -10,43 +10,25 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 import torch
 
+from helpers.runs import train
+from helpers.specs import SHAPE, tiny
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import MAX_CURVE_POINTS, RunStatus, curve_block_steps
-from scaling_lab.core.schedules import Cosine
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.shapes.gpt2 import GPT2Shape
 from scaling_lab.core.sources.pysource import PySource
-from scaling_lab.core.spec import EvalSpec, Execution, OptimizerSpec, Plan, PlannedRun, RunSpec
+from scaling_lab.core.spec import EvalSpec, Execution, OptimizerSpec, Plan, PlannedRun
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching.worker import longest_first, train_claimed, train_pending
 from scaling_lab.training.engine.step import token_loss
 from scaling_lab.training.measure.evaluation import ValidationSet, evaluation_steps, standard_error
 from scaling_lab.training.models import build_model
-from scaling_lab.training.run.loop import blocks, open_session, train_block, train_run
+from scaling_lab.training.run.loop import blocks, open_session, train_block
 from scaling_lab.training.run.member import Progress
-
-SHAPE = GPTShape(width=16, depth=1, heads=1)
-
-
-def tiny(steps: int = 40, **changes) -> RunSpec:
-    base = RunSpec(
-        sweep="t", role="isoflop", budget_flops=1e9, shape=SHAPE, data=PySource(), schedule=Cosine(),
-        optimizer=OptimizerSpec(peak_lr=0.02), batch_tokens=256, train_tokens=256 * steps,
-        eval=EvalSpec(tokens=4096, points=4, max_cost_fraction=1.0),
-    )  # fmt: skip
-    return replace(base, **changes)
-
-
-def train(store: RunStore, spec: RunSpec, execution: Execution | None = None, **options):
-    planned = PlannedRun(spec, execution or Execution())
-    claim = store.claim(spec)
-    assert claim is not None
-    return train_run(planned, store, claim, **options)
 
 
 @pytest.mark.parametrize("shape", [SHAPE, GPT2Shape(width=16, depth=1, heads=1)], ids=["gpt", "gpt2"])

@@ -11,8 +11,8 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
-from synthetic import QUICKSTART_LAW, synthetic_records
 
+from helpers.synthetic import QUICKSTART_LAW, synthetic_records
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.settings import ApproachSettings
 from scaling_lab.analysis.studies.tuning import Trained, measure, tuned_exponents

@@ -9,8 +9,8 @@ from importlib import resources
 
 import numpy as np
 import pytest
-from truth import Truth
 
+from helpers.known_truth import Truth
 from scaling_lab.analysis.analysis import AnalysisSettings, analyse, read_observations
 from scaling_lab.analysis.approaches import IsoFlop, Parametric
 from scaling_lab.analysis.approaches.isoflop.grid_bias import GridBias

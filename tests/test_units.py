@@ -12,8 +12,8 @@ import jsonschema
 import numpy as np
 import pandas as pd
 import pytest
-from truth import Truth
 
+from helpers.known_truth import Truth
 from scaling_lab.analysis.analysis import AnalysisSettings, analyse, read_observations
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.data.units import read_units

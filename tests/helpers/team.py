@@ -1,6 +1,6 @@
-"""Owns what the processes of tests/test_distributed.py do: started by torchrun, two of them, over gloo.
+"""The program of the two processes of tests/test_distributed.py, started by torchrun over gloo.
 
-The first trains as any test does, with folders below the one named on the command line; the second follows.
+The first trains as any test does, in folders below the one given on the command line; the second follows.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_distributed import CHUNK_STEPS, LOGITS_AT_ONCE, SPECS, planned_stack
-from test_resume import interrupted_at
-from test_train import tiny, train
 
 import scaling_lab.planning.memory as memory
 import scaling_lab.training.data.feed as feed
+from helpers.runs import interrupted_at, train
+from helpers.specs import tiny
+from helpers.team_runs import CHUNK_STEPS, LOGITS_AT_ONCE, SPECS, planned_stack
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Execution
 from scaling_lab.core.storage.store import RunStore

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import plan_of, synthetic_records
-from wandb_server import WandbServer
 
+from helpers.synthetic import plan_of, synthetic_records
+from helpers.wandb_server import WandbServer
 from scaling_lab.core.storage.files import write_atomic
 from scaling_lab.core.storage.serialization import dumps
 from scaling_lab.core.storage.store import RunStore
