@@ -97,7 +97,7 @@ def run(folder: Path, n_runs: int, only: list[str]) -> str:
         for name in only:
             results[name].append(child("--measure", name, str(folder), str(last)))
             print(f"({name}, {last} runs: {results[name][-1]})", file=sys.stderr, flush=True)
-    say(f"{'':<44}{'CPU s':>8}{'wall s':>8}{'read':>7}{'analyse':>9}{'peak GiB':>10}{'ratio at 2x':>13}")
+    say(f"{'':<44}{'CPU s':>8}{'wall s':>8}{'read':>7}{'analyze':>9}{'peak GiB':>10}{'ratio at 2x':>13}")
     for name, (half, whole) in results.items():
         say(
             f"{MEASUREMENTS[name]:<44}{whole['cpu_s']:>8.1f}{whole['wall_s']:>8.1f}{whole['read_s']:>7.1f}"
@@ -135,7 +135,7 @@ def child(*arguments: str) -> dict[str, float]:
 
 def measured(name: str, folder: str, n_runs: str) -> dict[str, Any]:
     """Seconds and memory of reading one ledger and analysing it without bootstrap."""
-    from scaling_lab.analysis.analysis import AnalysisSettings, analyse
+    from scaling_lab.analysis.analysis import AnalysisSettings, analyze
     from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 
     start_cpu, start_wall = time.process_time(), time.perf_counter()
@@ -148,7 +148,7 @@ def measured(name: str, folder: str, n_runs: str) -> dict[str, Any]:
         observations = reader(name, path, settings)()
         read_s = time.process_time() - start_cpu
         assert observations.n_runs == int(n_runs)
-        analysis = analyse(observations, settings)
+        analysis = analyze(observations, settings)
         out["exponents"] = (
             ", ".join(
                 f"{e.approach} " + (f"{e.frontier.params.exponent:.4f}" if e.frontier else e.status.value)

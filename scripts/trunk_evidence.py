@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scaling_lab.analysis.analysis import AnalysisSettings, analyse, observations_of_sweep
+from scaling_lab.analysis.analysis import AnalysisSettings, analyze, observations_of_sweep
 from scaling_lab.core.record import RunRecord, RunStatus
 from scaling_lab.core.storage.store import RunStore
 
@@ -72,7 +72,7 @@ def spent_flops(records: list[RunRecord]) -> float:
 def exponent(records: list[RunRecord], approach: int) -> str:
     """a of N_opt ~ C^a with its 90% interval; trunks are no runs of the grid."""
     settings = AnalysisSettings(sensitivity=False, backtest=False, profile=False)
-    found = analyse(observations_of_sweep([r for r in records if r.spec.role != "trunk"], settings), settings)
+    found = analyze(observations_of_sweep([r for r in records if r.spec.role != "trunk"], settings), settings)
     frontier, span = found.estimates[approach].frontier, found.bands[approach].interval("params_exponent")
     if frontier is None:
         return str(found.estimates[approach].message)

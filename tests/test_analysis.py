@@ -15,7 +15,7 @@ import pytest
 
 from helpers.known_truth import PUBLISHED, Truth
 from helpers.synthetic import QUICKSTART_LAW, synthetic_records
-from scaling_lab.analysis.analysis import AnalysisSettings, analyse, observations_of_sweep, read_observations
+from scaling_lab.analysis.analysis import AnalysisSettings, analyze, observations_of_sweep, read_observations
 from scaling_lab.analysis.approaches import IsoFlopSettings, ParametricSettings
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
@@ -34,7 +34,7 @@ def schema() -> dict:
 def sweep() -> dict:
     observations = observations_of_sweep(synthetic_records(), FAST)
     return json.loads(
-        json.dumps(analyse(observations, FAST).to_json_dict("scaling-lab analyze"), allow_nan=False)
+        json.dumps(analyze(observations, FAST).to_json_dict("scaling-lab analyze"), allow_nan=False)
     )
 
 
@@ -57,7 +57,7 @@ def walk(value: object) -> list[object]:
 )
 def test_published_tables_give_a_valid_analysis(file: str, settings: dict, schema: dict) -> None:
     s = replace(FAST, **settings)
-    analysis = analyse(read_observations(PUBLISHED / f"{file}.csv", s), s)
+    analysis = analyze(read_observations(PUBLISHED / f"{file}.csv", s), s)
     data = json.loads(json.dumps(analysis.to_json_dict("x"), allow_nan=False))
     jsonschema.validate(data, schema)
     assert [e["approach"] for e in data["estimates"]] == ["envelope", "isoflop", "parametric"]
@@ -116,7 +116,7 @@ def test_the_backtest_predicts_the_largest_budget_without_seeing_it(sweep: dict)
         if r.final_val_loss_nats is not None
     ]
     s = replace(FAST, sensitivity=False)
-    changed = analyse(observations_of_sweep(worse, s), s).to_json_dict()["backtest"]
+    changed = analyze(observations_of_sweep(worse, s), s).to_json_dict()["backtest"]
     again = {b["approach"]: b for b in changed}["parametric"]
     assert again["predicted"]["loss_opt"]["estimate"] == pytest.approx(
         parametric["predicted"]["loss_opt"]["estimate"], rel=1e-9
@@ -131,9 +131,9 @@ def test_nothing_is_nan_and_missing_is_null(sweep: dict) -> None:
 def test_a_changed_loss_changes_the_numbers() -> None:
     records = synthetic_records()
     s = replace(FAST, sensitivity=False, backtest=False)
-    one = analyse(observations_of_sweep(records, s), s).to_json_dict()
+    one = analyze(observations_of_sweep(records, s), s).to_json_dict()
     records[0] = replace(records[0], final_val_loss_nats=(records[0].final_val_loss_nats or 0) + 0.05)
-    two = analyse(observations_of_sweep(records, s), s).to_json_dict()
+    two = analyze(observations_of_sweep(records, s), s).to_json_dict()
     for a, b in zip(one["estimates"][1:], two["estimates"][1:]):
         assert a["params_exponent"] != b["params_exponent"]
 
@@ -155,7 +155,7 @@ def test_agreement_is_judged_by_intervals_and_disagreement_is_explained() -> Non
             budget_flops=clean.budget_flops,
         )
         s = replace(FAST, sensitivity=False, backtest=False, bootstrap=BootstrapSettings(resamples=200))
-        found = analyse(obs, s).agreement
+        found = analyze(obs, s).agreement
         if agree:
             assert found.agree is True
         else:
@@ -167,11 +167,11 @@ def test_weights_need_standard_errors_and_change_the_fit() -> None:
     obs = observations_of_sweep(synthetic_records(noise=0.02), FAST)
     s = replace(FAST, weights="loss_sem", sensitivity=False, backtest=False)
     sem = np.where(obs.compute_flops > 1e12, 0.001, 0.1)
-    weighted = analyse(replace(obs, loss_sem_nats=sem), s)
-    plain = analyse(obs, replace(s, weights=None))
+    weighted = analyze(replace(obs, loss_sem_nats=sem), s)
+    plain = analyze(obs, replace(s, weights=None))
     assert weighted.estimate("parametric").frontier != plain.estimate("parametric").frontier
     with pytest.raises(UserError, match="weights=loss_sem needs"):
-        analyse(replace(obs, loss_sem_nats=np.full(obs.n_points, np.nan)), s)
+        analyze(replace(obs, loss_sem_nats=np.full(obs.n_points, np.nan)), s)
 
 
 def test_options_reach_the_approaches() -> None:
@@ -184,7 +184,7 @@ def test_options_reach_the_approaches() -> None:
         ),
     )
     table = PUBLISHED / "gemstones_10b.csv"
-    analysis = analyse(read_observations(table, s), replace(s, points="all"))
+    analysis = analyze(read_observations(table, s), replace(s, points="all"))
     assert analysis.estimate("parametric").fits[0].objective == pytest.approx(0.000692329, rel=1e-5)
     for bad, option in (
         ({"points": "last"}, "points"),

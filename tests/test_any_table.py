@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scaling_lab.analysis.analysis import Analysis, AnalysisSettings, analyse, read_observations
+from scaling_lab.analysis.analysis import Analysis, AnalysisSettings, analyze, read_observations
 from scaling_lab.analysis.data import table_files
 from scaling_lab.analysis.data.observations import Observations, from_table
 from scaling_lab.analysis.data.tables import read_table, table_from_mapping
@@ -57,7 +57,7 @@ def analysed(obs: Observations, s: AnalysisSettings = PLAIN) -> Analysis:
     """The analysis, warnings being errors and its JSON valid."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        analysis = analyse(obs, s)
+        analysis = analyze(obs, s)
         data = json.loads(json.dumps(analysis.to_json_dict("x"), allow_nan=False))
     error = next(VALIDATOR.iter_errors(data), None)
     assert error is None, error

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from helpers.synthetic import plan_of, synthetic_records
-from scaling_lab.analysis.analysis import analyse, observations_of_sweep
+from scaling_lab.analysis.analysis import analyze, observations_of_sweep
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 from scaling_lab.analysis.settings import AnalysisSettings
 from scaling_lab.reporting.page import ReportOptions, write_report
@@ -58,7 +58,7 @@ def browse(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = synthetic_records(curve_points=60)
     settings = AnalysisSettings(bootstrap=BootstrapSettings(resamples=40))
-    analysis = analyse(observations_of_sweep(records), settings)
+    analysis = analyze(observations_of_sweep(records), settings)
     return write_report(
         analysis, records, tmp_path_factory.mktemp("page"), ReportOptions(plan=plan_of(records))
     )

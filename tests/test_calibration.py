@@ -16,7 +16,7 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import binom
 
 from helpers.synthetic import synthetic_records
-from scaling_lab.analysis.analysis import AnalysisSettings, analyse, observations_of_sweep
+from scaling_lab.analysis.analysis import AnalysisSettings, analyze, observations_of_sweep
 from scaling_lab.analysis.approaches import IsoFlop
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 from scaling_lab.analysis.inference.calibration import (
@@ -203,19 +203,19 @@ def test_an_analysis_says_where_its_intervals_are_not_calibrated() -> None:
         bootstrap=BootstrapSettings(resamples=60), sensitivity=False, backtest=False, profile=False
     )
     observations = observations_of_sweep(synthetic_records(curve_points=30), s)
-    usual = analyse(observations, s)
+    usual = analyze(observations, s)
     envelope = usual.estimate("envelope").diagnostics
     assert any("too wide for N_opt and the loss" in d for d in envelope)
     for name in ("isoflop", "parametric"):
         assert not any("calibrat" in d for d in usual.estimate(name).diagnostics)
-    by_run = analyse(observations, replace(s, bootstrap=BootstrapSettings(resamples=60, unit="run")))
+    by_run = analyze(observations, replace(s, bootstrap=BootstrapSettings(resamples=60, unit="run")))
     for name in ("isoflop", "parametric"):
         assert any(
             "bootstrap.unit=run is not the default here" in d for d in by_run.estimate(name).diagnostics
         )
     far = replace(s, predict_flops=(200 * float(observations.compute_flops.max()),))
-    assert any("200 times beyond" in d for d in analyse(observations, far).estimate("isoflop").diagnostics)
-    without = analyse(observations, replace(s, bootstrap=BootstrapSettings(resamples=0)))
+    assert any("200 times beyond" in d for d in analyze(observations, far).estimate("isoflop").diagnostics)
+    without = analyze(observations, replace(s, bootstrap=BootstrapSettings(resamples=0)))
     assert not any("calibrat" in d or "too wide" in d for d in without.estimate("envelope").diagnostics)
 
 
@@ -225,7 +225,7 @@ def test_a_floor_that_cannot_be_told_from_none_is_said() -> None:
     )
     said = {}
     for law in ("quickstart", "kaplan-small"):
-        found = analyse(simulate(Cell("quickstart", law, 0.005, "parametric"), 0), s).estimate("parametric")
+        found = analyze(simulate(Cell("quickstart", law, 0.005, "parametric"), 0), s).estimate("parametric")
         said[law] = any(d.startswith("E is 0 in ") for d in found.diagnostics)
     assert said == {"quickstart": False, "kaplan-small": True}
 
@@ -233,7 +233,7 @@ def test_a_floor_that_cannot_be_told_from_none_is_said() -> None:
 def test_profile_intervals_are_in_the_json_and_can_be_left_out() -> None:
     s = AnalysisSettings(bootstrap=BootstrapSettings(resamples=60), sensitivity=False, backtest=False)
     observations = observations_of_sweep(synthetic_records(curve_points=30), s)
-    data = analyse(observations, s).to_json_dict()
+    data = analyze(observations, s).to_json_dict()
     by_name = {e["approach"]: e for e in data["estimates"]}
     assert by_name["isoflop"]["profile"] is None
     block = by_name["parametric"]["profile"]
@@ -241,7 +241,7 @@ def test_profile_intervals_are_in_the_json_and_can_be_left_out() -> None:
     assert block["message"] is None
     lo, hi = block["intervals"]["alpha"]
     assert lo < by_name["parametric"]["parameters"]["alpha"] < hi
-    off = analyse(observations, replace(s, profile=False)).to_json_dict()
+    off = analyze(observations, replace(s, profile=False)).to_json_dict()
     assert all(e["profile"] is None for e in off["estimates"])
 
 

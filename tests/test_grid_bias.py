@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from helpers.known_truth import Truth
-from scaling_lab.analysis.analysis import AnalysisSettings, analyse
+from scaling_lab.analysis.analysis import AnalysisSettings, analyze
 from scaling_lab.analysis.approaches import IsoFlop, IsoFlopSettings, Parametric
 from scaling_lab.analysis.approaches.isoflop.grid_bias import grid_bias
 from scaling_lab.analysis.data.observations import Observations
@@ -60,7 +60,7 @@ def test_the_sentence_stands_among_the_diagnostics_and_corrects() -> None:
         settings = AnalysisSettings(
             approach=approach, bootstrap=BootstrapSettings(resamples=0), sensitivity=False, backtest=False
         )
-        notes = analyse(drifting(0.002), settings).estimate("isoflop").diagnostics
+        notes = analyze(drifting(0.002), settings).estimate("isoflop").diagnostics
         return next(t for t in notes if t.startswith("On noise-free losses of the fitted chinchilla law"))
 
     plain, shared = said("parabola"), said("shared")
@@ -73,7 +73,7 @@ def test_the_sentence_stands_among_the_diagnostics_and_corrects() -> None:
 
 def test_analysis_json_has_the_bias_and_the_answer_without_it() -> None:
     settings = AnalysisSettings(bootstrap=BootstrapSettings(resamples=0), sensitivity=False, backtest=False)
-    analysis = analyse(drifting(), settings)
+    analysis = analyze(drifting(), settings)
     data = json.loads(json.dumps(analysis.to_json_dict(), allow_nan=False))
     schema = json.loads(
         resources.files("scaling_lab.analysis").joinpath("analysis.schema.json").read_text("utf-8")
@@ -98,7 +98,7 @@ def test_a_bias_that_cannot_be_told_is_null() -> None:
     settings = AnalysisSettings(bootstrap=BootstrapSettings(resamples=0), sensitivity=False, backtest=False)
     obs = drifting()
     one = obs.points(obs.budget_flops == BUDGETS[0])
-    data = analyse(one, settings).to_json_dict()
+    data = analyze(one, settings).to_json_dict()
     assert [e["grid_bias"] for e in data["estimates"]] == [None, None, None]
 
 

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from helpers.synthetic import QUICKSTART_LAW, synthetic_records
-from scaling_lab.analysis.analysis import Analysis, AnalysisSettings, analyse, observations_of_sweep
+from scaling_lab.analysis.analysis import Analysis, AnalysisSettings, analyze, observations_of_sweep
 from scaling_lab.analysis.approaches import Parametric, ParametricSettings
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings, bootstrap
@@ -129,7 +129,7 @@ def of_floor(
     records = synthetic_records(noise=noise, curve_points=20)
     records = [replace(r, val_floor_nats=floors[i % len(floors)]) for i, r in enumerate(records)]
     settings = replace(QUICK, **options)  # type: ignore[arg-type]
-    return analyse(observations_of_sweep(records, settings), settings)
+    return analyze(observations_of_sweep(records, settings), settings)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_fitted_and_true_floor_are_compared_in_standard_errors(analysis: Analysi
 
 
 def test_a_known_floor_changes_no_resample(analysis: Analysis) -> None:
-    unknown = analyse(replace(analysis.observations, extra={}), analysis.settings)
+    unknown = analyze(replace(analysis.observations, extra={}), analysis.settings)
     assert unknown.known_floor is None
     for one, other in zip(unknown.bands, analysis.bands):
         assert one.samples.keys() == other.samples.keys()

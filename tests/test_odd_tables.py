@@ -15,7 +15,7 @@ import rich.console
 from matplotlib.figure import Figure
 
 from helpers.synthetic import QUICKSTART_LAW, synthetic_records
-from scaling_lab.analysis.analysis import AnalysisSettings, analyse, observations_of_sweep, read_observations
+from scaling_lab.analysis.analysis import AnalysisSettings, analyze, observations_of_sweep, read_observations
 from scaling_lab.analysis.settings import BootstrapSettings
 from scaling_lab.cli.commands import status
 from scaling_lab.cli.display.console import Console, fitting_table
@@ -50,7 +50,7 @@ def table(folder: Path, rows: list[str], name: str = "plain.csv") -> Path:
 @pytest.mark.parametrize("convention", ["six_n_total", "chinchilla_appendix_f"])
 def test_valleys_of_a_recounted_sweep_show_the_points_that_were_fitted(convention: str) -> None:
     settings = AnalysisSettings(convention=convention, **FAST)
-    analysis = analyse(observations_of_sweep(synthetic_records(QUICKSTART_LAW), settings), settings)
+    analysis = analyze(observations_of_sweep(synthetic_records(QUICKSTART_LAW), settings), settings)
     assert not analysis.points.budgets_match_convention
     ax = Figure().add_subplot()
     shown = figures_frontier.isoflop_valleys(ax, analysis.points, analysis.estimate("isoflop"))
@@ -62,7 +62,7 @@ def test_valleys_of_a_recounted_sweep_show_the_points_that_were_fitted(conventio
 
 def test_names_of_minima_cover_no_point() -> None:
     settings = AnalysisSettings(**FAST)
-    analysis = analyse(observations_of_sweep(synthetic_records(QUICKSTART_LAW), settings), settings)
+    analysis = analyze(observations_of_sweep(synthetic_records(QUICKSTART_LAW), settings), settings)
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     ax = figure.add_subplot()
     figures_frontier.isoflop_valleys(ax, analysis.points, analysis.estimate("isoflop"))
@@ -79,7 +79,7 @@ def test_names_of_minima_cover_no_point() -> None:
 def test_exact_duplicate_rows_are_no_curve(tmp_path: Path) -> None:
     rows = rows_of_a_law()
     settings = AnalysisSettings(**FAST)
-    analysis = analyse(read_observations(table(tmp_path, rows + rows[1:6]), settings), settings)
+    analysis = analyze(read_observations(table(tmp_path, rows + rows[1:6]), settings), settings)
     assert "no curves" in analysis.estimate("envelope").message
     assert any(isinstance(p, Drawn) and p.name == "loss_vs_flops" for p in draw_all(analysis, []))
 
@@ -90,7 +90,7 @@ def test_equal_and_nonsense_losses_are_drawn_or_said(tmp_path: Path) -> None:
         rows = rows_of_a_law()
         rows[1:] = [",".join([*r.split(",")[:4], repr(float(x))]) for r, x in zip(rows[1:], losses)]
         settings = AnalysisSettings(**FAST)
-        analysis = analyse(read_observations(table(tmp_path, rows), settings), settings)
+        analysis = analyze(read_observations(table(tmp_path, rows), settings), settings)
         assert len(draw_all(analysis, [])) == 8
 
 
@@ -101,7 +101,7 @@ def test_a_figure_that_fails_leaves_the_others(
         raise IndexError("no such thing")
 
     settings = AnalysisSettings(**FAST)
-    analysis = analyse(read_observations(table(tmp_path, rows_of_a_law()), settings), settings)
+    analysis = analyze(read_observations(table(tmp_path, rows_of_a_law()), settings), settings)
     monkeypatch.setattr(figures_frontier, "isoflop_valleys", broken)
     with pytest.raises(IndexError):
         draw_all(analysis, [])

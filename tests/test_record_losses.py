@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from helpers.synthetic import QUICKSTART_LAW, Law, make_record, synthetic_records
-from scaling_lab.analysis.analysis import AnalysisSettings, analyse, observations_of_sweep
+from scaling_lab.analysis.analysis import AnalysisSettings, analyze, observations_of_sweep
 from scaling_lab.analysis.approaches import EnvelopeSettings, ParametricSettings
 from scaling_lab.analysis.data.record_losses import is_loss, loss_names, with_loss
 from scaling_lab.analysis.data.record_observations import observations_from_records
@@ -64,7 +64,7 @@ def test_a_metric_is_analysed_as_if_it_were_the_validation_loss() -> None:
     assert FLOOR not in found.extra  # of the validation set, not of this one
     assert FLOOR in observations_of_sweep(RECORDS, QUICK).extra
     settings = replace(QUICK, metric="eval.facts")
-    fit = analyse(found, settings).estimate("parametric").fits[0].parameters
+    fit = analyze(found, settings).estimate("parametric").fits[0].parameters
     assert fit["E"] == pytest.approx(FACTS.E, abs=1e-3)
     assert fit["alpha"] == pytest.approx(FACTS.alpha, abs=1e-3)
 
@@ -78,11 +78,11 @@ def test_a_metric_named_loss_is_the_loss() -> None:
 def test_skills_of_a_sweep_are_those_of_each_loss_alone() -> None:
     names = ("loss", "eval.code", "eval.facts")
     settings = replace(QUICK, metrics=names)
-    skills = analyse(observations_of_sweep(RECORDS, settings), settings).skills
+    skills = analyze(observations_of_sweep(RECORDS, settings), settings).skills
     assert skills is not None
     for skill, law in zip(skills.columns, (QUICKSTART_LAW, CODE, FACTS)):
         alone = replace(QUICK, metric=skill.column)
-        wanted = analyse(observations_of_sweep(RECORDS, alone), alone)
+        wanted = analyze(observations_of_sweep(RECORDS, alone), alone)
         for one, other in zip(skill.estimates, wanted.estimates):
             assert one.frontier is not None
             assert other.frontier is not None
@@ -104,7 +104,7 @@ def test_runs_without_the_metric_are_dropped_with_the_reason() -> None:
     assert [(d.run_id, d.reason) for d in found.dropped] == [(r.run_id, "no eval.code") for r in RECORDS[:2]]
     assert found.n_runs == len(RECORDS) - 2
     settings = replace(QUICK, metrics=("eval.code",))
-    skills = analyse(observations_of_sweep(lacking, settings), settings).skills
+    skills = analyze(observations_of_sweep(lacking, settings), settings).skills
     assert skills is not None
     assert (skills.columns[0].n_runs, skills.columns[0].n_left_out) == (len(RECORDS) - 2, 2)
 
@@ -115,9 +115,9 @@ def test_a_loss_that_was_evaluated_at_the_end_alone_has_no_curves_of_its_own() -
     ]
     found = observations_of_sweep(ends, replace(QUICK, metric="eval.code"))
     assert found.separate_curves is None
-    assert analyse(found, QUICK).estimate("isoflop").frontier is not None
+    assert analyze(found, QUICK).estimate("isoflop").frontier is not None
     settings = replace(QUICK, metrics=("eval.code",))
-    skills = analyse(observations_of_sweep(ends, settings), settings).skills
+    skills = analyze(observations_of_sweep(ends, settings), settings).skills
     assert skills is not None
     assert skills.columns[0].estimates[1].frontier is not None
 
@@ -167,11 +167,11 @@ def test_the_data_constrained_law_sees_a_sweeps_unique_tokens() -> None:
     settings = replace(QUICK, approach=ApproachSettings(parametric=ParametricSettings(law="muennighoff")))
     observations = observations_of_sweep(records, settings)
     np.testing.assert_array_equal(observations.extra["unique_tokens"], columns["unique_tokens"])
-    fit = analyse(observations, settings).estimate("parametric").fits[0].parameters
+    fit = analyze(observations, settings).estimate("parametric").fits[0].parameters
     assert fit["R_D_star"] == pytest.approx(truth.example["R_D_star"], rel=0.02)
     assert fit["E"] == pytest.approx(truth.example["E"], abs=0.05)
     with pytest.raises(UserError, match="unique_tokens"):
-        analyse(observations_of_sweep(PLAIN, settings), settings)
+        analyze(observations_of_sweep(PLAIN, settings), settings)
 
 
 def test_losses_are_told_from_scores() -> None:
@@ -202,7 +202,7 @@ def test_from_the_command_line(
     found = json.loads(capsys.readouterr().out)
     wanted = observations_of_sweep(RECORDS, replace(QUICK, metric="eval.facts"))
     assert found["observations"]["n_runs"] == wanted.n_runs == len(RECORDS)
-    alone = analyse(wanted, replace(QUICK, metric="eval.facts"))
+    alone = analyze(wanted, replace(QUICK, metric="eval.facts"))
     for told, estimate in zip(found["estimates"], alone.estimates):
         assert estimate.frontier is not None
         assert told["params_exponent"] == pytest.approx(estimate.frontier.params.exponent, rel=1e-9)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers.synthetic import QUICKSTART_LAW, diverged, plan_of, synthetic_records
-from scaling_lab.analysis.analysis import Analysis, analyse, observations_of_sweep
+from scaling_lab.analysis.analysis import Analysis, analyze, observations_of_sweep
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.estimate import BudgetStatus, FitStatus
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
@@ -88,7 +88,7 @@ class Page(HTMLParser):
 def make(
     records: list[RunRecord], folder: Path, settings: AnalysisSettings = LIGHT, **options: object
 ) -> tuple[Analysis, Page]:
-    analysis = analyse(observations_of_sweep(records), settings)
+    analysis = analyze(observations_of_sweep(records), settings)
     path = write_report(analysis, records, folder, ReportOptions(made_on=MADE_ON, **options))  # type: ignore[arg-type]
     return analysis, Page(path.read_text(encoding="utf-8"))
 
@@ -312,7 +312,7 @@ def test_plain_table_says_which_parts_it_has_not(records: list[RunRecord], tmp_p
     table = Observations.from_arrays(
         n_params=o.n_params, n_tokens=o.n_tokens, loss_nats=o.loss_nats, run_id=o.run_id
     )
-    analysis = analyse(table, LIGHT)
+    analysis = analyze(table, LIGHT)
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "training_curves.svg").write_text("of an older report")
     page = Page(write_report(analysis, [], tmp_path, ReportOptions(title="a table")).read_text())

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scaling_lab.analysis.analysis import Analysis, AnalysisSettings, analyse
+from scaling_lab.analysis.analysis import Analysis, AnalysisSettings, analyze
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 from scaling_lab.analysis.inference.calibration import LAWS
@@ -36,7 +36,7 @@ def analysis() -> Analysis:
         metrics=("rules", "facts"),
         compare_laws=("kaplan_nd",),
     )
-    return analyse(observations, settings)
+    return analyze(observations, settings)
 
 
 def test_skills_show_each_columns_optimum_and_their_ratio(analysis: Analysis) -> None:

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from helpers.synthetic import Law
-from scaling_lab.analysis.analysis import Analysis, AnalysisSettings, analyse, read_observations
+from scaling_lab.analysis.analysis import Analysis, AnalysisSettings, analyze, read_observations
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 from scaling_lab.analysis.studies.skills import column_of
@@ -52,7 +52,7 @@ def analysis(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
     path = tmp_path_factory.mktemp("skills") / "t.csv"
     table().to_csv(path, index=False)
     settings = replace(QUICK, metrics=COLUMNS)
-    return analyse(read_observations(path, settings), settings)
+    return analyze(read_observations(path, settings), settings)
 
 
 @pytest.mark.parametrize("approach", ["isoflop", "parametric"])
@@ -99,7 +99,7 @@ def test_equal_columns_are_not_said_to_differ(tmp_path: Path) -> None:
     again = table(seed=1)
     table().assign(other=again["facts"]).to_csv(path, index=False)
     settings = replace(QUICK, metrics=("facts", "other"))
-    found = analyse(read_observations(path, settings), settings).skills
+    found = analyze(read_observations(path, settings), settings).skills
     assert found is not None
     assert all(r.differ is False for r in found.ratios if r.approach == "isoflop")
 
@@ -107,7 +107,7 @@ def test_equal_columns_are_not_said_to_differ(tmp_path: Path) -> None:
 def test_a_columns_optimum_is_that_of_the_column_analysed_alone(analysis: Analysis, tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     table().to_csv(path, index=False)
-    alone = analyse(read_observations(path, s := replace(QUICK, metric="facts")), s)
+    alone = analyze(read_observations(path, s := replace(QUICK, metric="facts")), s)
     assert analysis.skills is not None
     for one, two in zip(alone.estimates, analysis.skills.columns[1].estimates):
         assert one.status == two.status
@@ -131,7 +131,7 @@ def test_the_skills_are_in_analysis_json(analysis: Analysis) -> None:
 def test_no_metrics_no_block() -> None:
     t = table()
     obs = Observations.from_arrays(n_params=t["params"], n_tokens=t["tokens"], loss_nats=t["loss"])
-    analysis = analyse(obs, QUICK)
+    analysis = analyze(obs, QUICK)
     assert analysis.skills is None
     assert analysis.to_json_dict()["skills"] is None
 
@@ -144,7 +144,7 @@ def test_cells_without_a_value_are_left_out_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     t.to_csv(path, index=False)
     settings = replace(QUICK, metrics=("facts", "empty"))
-    found = analyse(read_observations(path, settings), settings)
+    found = analyze(read_observations(path, settings), settings)
     assert found.observations.n_points == len(t)  # the loss itself is whole
     assert found.skills is not None
     facts, empty = found.skills.columns
@@ -164,7 +164,7 @@ def test_curves_of_a_column_are_its_own(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     pd.DataFrame(rows, columns=["run_id", "params", "tokens", "loss", "facts"]).to_parquet(path)
     settings = replace(QUICK, points="final", metrics=("facts",), bootstrap=BootstrapSettings(resamples=0))
-    analysis = analyse(read_observations(path, settings), settings)
+    analysis = analyze(read_observations(path, settings), settings)
     assert analysis.skills is not None
     envelope = analysis.skills.columns[0].estimates[0]
     assert envelope.frontier is not None
@@ -195,7 +195,7 @@ def compared(noise: float, laws: tuple[str, ...]) -> Analysis:
     t = table(noise)
     obs = Observations.from_arrays(n_params=t["params"], n_tokens=t["tokens"], loss_nats=t["facts"])
     settings = replace(QUICK, compare_laws=laws, bootstrap=BootstrapSettings(resamples=0))
-    return analyse(obs, settings)
+    return analyze(obs, settings)
 
 
 def test_the_law_that_made_the_data_predicts_best() -> None:
@@ -231,7 +231,7 @@ def test_a_last_budget_with_most_of_the_runs_is_still_predicted_from_the_others(
         n_params=t["params"], n_tokens=t["tokens"], loss_nats=t["facts"], compute_flops=t["flops"]
     )
     settings = replace(QUICK, compare_laws=("kaplan_nd",), bootstrap=BootstrapSettings(resamples=0))
-    found = analyse(obs, settings).law_comparison
+    found = analyze(obs, settings).law_comparison
     assert found is not None
     assert found.threshold_flops == pytest.approx(BUDGETS[-2])
     best = found.scores[0].extrapolation

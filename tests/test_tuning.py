@@ -323,7 +323,7 @@ def test_records_of_a_learning_rate_sweep_are_no_points_of_the_law(records, tune
     assert own == records
     assert len(tuned.tuned) == len(tuned_records)
     assert split_by_role(records) == (records, None)
-    with pytest.raises(UserError, match="analyse the sweep that they tune, with tuning=tuned"):
+    with pytest.raises(UserError, match="analyze the sweep that they tune, with tuning=tuned"):
         split_by_role(tuned_records)
 
 

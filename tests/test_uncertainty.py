@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from helpers.known_truth import Truth
-from scaling_lab.analysis.analysis import AnalysisSettings, analyse, read_observations
+from scaling_lab.analysis.analysis import AnalysisSettings, analyze, read_observations
 from scaling_lab.analysis.approaches import IsoFlop, Parametric
 from scaling_lab.analysis.approaches.isoflop.grid_bias import GridBias
 from scaling_lab.analysis.data.observations import Observations
@@ -441,7 +441,7 @@ def test_a_published_disagreement_has_one_explanation() -> None:
         points="all", bootstrap=BootstrapSettings(resamples=100), backtest=False, profile=False
     )
     with resources.as_file(points) as path:
-        analysis = analyse(read_observations(path, settings), settings)
+        analysis = analyze(read_observations(path, settings), settings)
     message = analysis.agreement.message
     assert message.startswith("isoflop and parametric disagree")
     assert "budgets explains it" in message

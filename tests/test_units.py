@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from helpers.known_truth import Truth
-from scaling_lab.analysis.analysis import AnalysisSettings, analyse, read_observations
+from scaling_lab.analysis.analysis import AnalysisSettings, analyze, read_observations
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.data.units import read_units
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
@@ -94,8 +94,8 @@ def test_analyses_of_both_are_equal(tmp_path: Path) -> None:
     }
     settings = AnalysisSettings(units=UNITS, metrics=("loss", "code"), weights="loss_sem", **common)
     plain = AnalysisSettings(metrics=("loss", "code"), weights="loss_sem", **common)
-    one = analyse(read(in_units(), tmp_path, units=UNITS, metrics=("loss", "code")), settings).to_json_dict()
-    two = analyse(read(converted(in_units()), tmp_path, metrics=("loss", "code")), plain).to_json_dict()
+    one = analyze(read(in_units(), tmp_path, units=UNITS, metrics=("loss", "code")), settings).to_json_dict()
+    two = analyze(read(converted(in_units()), tmp_path, metrics=("loss", "code")), plain).to_json_dict()
     units = one["observations"].pop("units")
     assert two["observations"].pop("units") == {}
     assert units["params"] == {"unit": "M", "factor": 1e6}

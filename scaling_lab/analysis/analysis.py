@@ -1,7 +1,7 @@
-"""Owns the analysis as a whole: `analyse(observations, settings) -> Analysis`, and reading observations for it.
+"""Owns the analysis as a whole: `analyze(observations, settings) -> Analysis`, and reading observations for it.
 
     settings = AnalysisSettings(columns={"loss": "val_loss"})
-    analysis = analyse(read_observations("runs.csv", settings), settings)
+    analysis = analyze(read_observations("runs.csv", settings), settings)
     json.dumps(analysis.to_json_dict(command="..."))
 
 `Analysis.to_json_dict` is analysis.json (analysis_json.py, analysis.schema.json).
@@ -132,7 +132,7 @@ def select_points(observations: Observations, settings: AnalysisSettings) -> Obs
 
 # Starts, resamples and extrapolations may leave float64; whoever uses a number checks that it is finite.
 @np.errstate(all="ignore")
-def analyse(
+def analyze(
     observations: Observations,
     settings: AnalysisSettings | None = None,
     tuned: TunedRecords | None = None,

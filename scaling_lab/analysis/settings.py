@@ -45,7 +45,7 @@ class AnalysisSettings:
     points: Literal["final", "all"] = "final"
     """One point a run (its last by tokens), or every row. The envelope always uses every row."""
     metric: str | None = None
-    """Column to analyse in place of the loss."""
+    """Column to analyze in place of the loss."""
     metrics: tuple[str, ...] = ()
     """Further loss columns, such as [eval.code,eval.facts]: the optimum of each, and whether they differ."""
     compare_laws: tuple[str, ...] = ()

@@ -81,7 +81,7 @@ def write_report(
     analysis (a sweep too young to be analysed) the page says why and shows the runs; analysis.json is then not written.
 
     Args:
-        analysis: from `scaling_lab.analysis.analysis.analyse`.
+        analysis: from `scaling_lab.analysis.analysis.analyze`.
         records: the sweep's run records, with curves; empty for a plain table.
         folder: made if it does not exist.
     """

@@ -132,7 +132,7 @@ def read_table(
         path: CSV, TSV, Parquet, JSON (a list of records, or an object of columns) or JSON lines, optionally compressed.
         columns: ours -> theirs (`{"loss": "val_loss"}`).
         where: `COLUMN`, `COLUMN.min` or `COLUMN.max` -> value, by the table's own names (or ours after renaming).
-        metric: the column to analyse in place of `loss`.
+        metric: the column to analyze in place of `loss`.
         metrics: further loss columns, made numbers; without a column `loss` the first one stands for it.
         units: column (ours, or a metric) -> its unit (`units.read_units`).
 

@@ -47,7 +47,7 @@ def split_by_role(
     if records and not own:
         name = records[0].spec.sweep
         raise UserError(
-            f"sweep={name!r} holds runs of a learning-rate sweep alone, which make no scaling law: analyse the sweep that "
+            f"sweep={name!r} holds runs of a learning-rate sweep alone, which make no scaling law: analyze the sweep that "
             f"they tune, with tuning={name}, or see the best rates of each size: scaling-lab report sweep={name}."
         )
     if own and tuned:

@@ -42,7 +42,7 @@ class Where:
     """Where an analysis comes from and goes to."""
 
     sweep: str | None = None
-    """The sweep to analyse, a folder of results_dir"""
+    """The sweep to analyze, a folder of results_dir"""
     runs: str | None = None
     """Or a table: CSV, TSV, Parquet, JSON records or JSON lines"""
     tuning: str | None = None
@@ -62,7 +62,7 @@ class Where:
         if self.runs is None and self.sweep is None:
             known = ", ".join(sweeps_of(self.results_dir)) or "none yet"
             raise UserError(
-                f"what to analyse is missing: give runs=FILE, or sweep=NAME (sweeps in {self.results_dir}: {known})."
+                f"what to analyze is missing: give runs=FILE, or sweep=NAME (sweeps in {self.results_dir}: {known})."
             )
 
     @property
@@ -156,14 +156,14 @@ def sweeps_of(results_dir: str) -> list[str]:
 def analyse_source(
     where: Any, settings: AnalysisSettings, console: Console
 ) -> tuple[Analysis, list[RunRecord]]:
-    """Read the observations and analyse them; the records are empty for a table."""
-    from scaling_lab.analysis.analysis import analyse, observations_of_sweep, read_observations
+    """Read the observations and analyze them; the records are empty for a table."""
+    from scaling_lab.analysis.analysis import analyze, observations_of_sweep, read_observations
     from scaling_lab.analysis.studies.tuning_records import split_by_role
 
     if where.runs is not None:
         path = Path(where.runs).expanduser()
         console.note(f"reading {path}")
-        return analyse(read_observations(path, settings), settings), []
+        return analyze(read_observations(path, settings), settings), []
     for_tables = {"where.": settings.where, "columns.": settings.columns, "units.": settings.units}
     for key, given in for_tables.items():
         if given:
@@ -178,7 +178,7 @@ def analyse_source(
     console.note(
         f"analysing {len(records)} runs of {RunStore.for_sweep(where.results_dir, where.sweep).folder}"
     )
-    return analyse(observations_of_sweep(records, settings), settings, tuned), records
+    return analyze(observations_of_sweep(records, settings), settings, tuned), records
 
 
 def read_records(results_dir: str, sweep: str, option: str, console: Console) -> list[RunRecord]:

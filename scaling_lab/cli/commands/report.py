@@ -70,7 +70,7 @@ def write_sweep_report(
     store: RunStore, command: str, console: Console, out: Path | None = None
 ) -> tuple[Analysis | None, Path]:
     """Analyse what is done of a sweep and write its report; no analysis where there is too little, and the page says so."""
-    from scaling_lab.analysis.analysis import AnalysisSettings, analyse, observations_of_sweep
+    from scaling_lab.analysis.analysis import AnalysisSettings, analyze, observations_of_sweep
     from scaling_lab.analysis.data.ledger import load_ledger
     from scaling_lab.analysis.studies.tuning_records import split_by_role
     from scaling_lab.reporting.page import ReportOptions, write_report
@@ -83,7 +83,7 @@ def write_sweep_report(
     analysis, problem = None, None
     try:
         records, tuned = split_by_role(records)
-        analysis = analyse(observations_of_sweep(records, settings), settings, tuned)
+        analysis = analyze(observations_of_sweep(records, settings), settings, tuned)
     except UserError as error:
         problem = str(error)
         console.warn(f"no analysis yet: {problem}")
