@@ -143,7 +143,7 @@ def test_every_fact_has_one_key_and_one_value():
     distinct = np.unique(statements, axis=0)
     keys = np.unique(statements[:, : source.key_tokens], axis=0)
     assert len(distinct) == len(keys) == 60
-    places = source.value_places(length)
+    places = source.value_positions(length)
     assert places.shape == (10, 2)
     # What the places point at is what follows "is".
     document = source.documents("train", np.array([0]), length)[0, 1:]
@@ -176,7 +176,7 @@ def test_mixture_floor_is_that_of_the_mixture():
 def test_mixture_of_text_has_documents_but_no_floor():
     mixture = Mixture(({"kind": "pysource", "max_mb": 1.0}, "context_tree"), (1.0, 1.0))
     documents = mixture.documents("train", np.arange(200), 17)
-    chosen = mixture.source_of("train", np.arange(200))
+    chosen = mixture.source_indices("train", np.arange(200))
     assert 60 < chosen.sum() < 140
     assert (documents[:, 0] == mixture.vocab_size - 1).all()
     text = PySource(max_mb=1.0).tokens("train")
@@ -213,7 +213,7 @@ def test_zipf_weights_are_those_of_exact_arithmetic():
         (lambda: ZipfFacts(facts=1), "data.facts=1"),
         (lambda: ZipfFacts(slope=-0.1), "data.slope=-0.1"),
         (lambda: Mixture(), "data.sources is missing"),
-        (lambda: Mixture(("context_tree",), (1.0, 2.0)), "2 numbers for 1"),
+        (lambda: Mixture(("context_tree",), (1.0, 2.0)), "2 values for 1"),
         (lambda: Mixture(("context_tree", "nonsense")), "nonsense"),
         (lambda: Mixture(({"kind": "context_tree", "colour": 1},)), "colour"),
         (lambda: Mixture(("context_tree", "zipf_facts"), (1.0, 0.0)), "must be positive"),

@@ -77,11 +77,11 @@ def damage(folder: Path, what: str) -> None:
         ("truncated", "has 100 bytes instead of"),
         ("missing", "train-00000.bin is missing"),
         ("dtype", "dtype 'float32'.*uint16, uint32"),
-        ("vocabulary", "1048576 does not fit dtype uint16"),
+        ("vocabulary", "1048576 does not fit in dtype uint16"),
         ("range", "token .* at index .* outside the vocabulary of 60"),
-        ("checksum", "contradicts itself, content_sha256"),
+        ("checksum", "is inconsistent: content_sha256"),
         ("no file name", "meta.json cannot be read"),
-        ("shard size", "contradicts itself, a shard of the train split"),
+        ("shard size", "is inconsistent: a shard of the train split"),
         ("list", "meta.json cannot be read"),
         ("version", "format version 99"),
         ("torn", "meta.json cannot be read"),
@@ -123,7 +123,7 @@ def test_other_tokens_of_the_vocabulary_are_seen_by_their_checksum(folder):
     old = np.fromfile(folder / "validation-00001.bin", "<u2")[3]
     put(folder / "validation-00001.bin", 3, (int(old) + 1) % 256)
     with pytest.raises(
-        UserError, match=r"validation-00001.bin is not what was written \(its checksum differs\)"
+        UserError, match=r"validation-00001.bin has changed since it was written \(its checksum differs\)"
     ):
         fresh(folder).fingerprint()
 
@@ -167,4 +167,6 @@ def test_the_command_verifies(folder):
     bad = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert bad.returncode == 2
     assert bad.stderr.count("\n") == 1
-    assert bad.stderr.startswith(f"error: verify='{folder}': train-00003.bin is not what was written")
+    assert bad.stderr.startswith(
+        f"error: verify='{folder}': train-00003.bin has changed since it was written"
+    )

@@ -216,7 +216,7 @@ def test_what_cannot_be_planned_is_one_line(make, named):
 def test_a_spec_refuses_a_parent_without_a_place_in_it():
     spec = branches(tiny_plan())[0].spec
     for changes in ({"parent_step": 0}, {"parent": None}, {"parent_step": spec.steps}, {"keep_steps": (0,)}):
-        with pytest.raises(UserError, match="must lie within the run's"):
+        with pytest.raises(UserError, match="must be within the run's"):
             replace(spec, **changes)
     assert RunSpec.from_dict(spec.to_dict()) == spec
 

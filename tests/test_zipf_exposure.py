@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from scaling_lab.core.sources.generation.counter_random import draw_u64, stream_key
 from scaling_lab.core.sources.generation.zipf_exposure import DecadeWorld, expected_share_known
 from scaling_lab.core.sources.zipf_facts import ZipfFacts
 
@@ -29,13 +30,25 @@ def test_the_table_of_the_slide() -> None:
     assert world.share_known(10**13) == 1.0
 
 
+def simulated_counts(world: DecadeWorld, statements: int, seed: int) -> list[np.ndarray]:
+    """One corpus, drawn statement by statement: for each decade, how often each of its stated facts occurs."""
+    key = stream_key("zipf_exposure", seed)
+    at = np.arange(statements)
+    decade = draw_u64(key, at, 0) % np.uint64(world.decades)
+    counts = []
+    for i, facts in enumerate(world.facts()):
+        which = draw_u64(key, at[decade == i], 1) % np.uint64(facts)
+        counts.append(np.unique(which, return_counts=True)[1].astype(np.int64))
+    return counts
+
+
 @pytest.mark.parametrize("statements", CORPORA)
 def test_statements_drawn_one_by_one_agree(statements: int) -> None:
     world = DecadeWorld()
     runs = 40
     shares, seen = np.empty(runs), np.empty((runs, world.decades))
     for seed in range(runs):
-        counts = world.simulated_counts(statements, seed)
+        counts = simulated_counts(world, statements, seed)
         assert sum(c.sum() for c in counts) == statements
         shares[seed] = sum(c.size / n for c, n in zip(counts, world.facts())) / world.decades
         seen[seed] = [c.sum() / n for c, n in zip(counts, world.facts())]

@@ -1,1 +1,1 @@
-"""The vocabulary of scaling_lab: counts, specs, records, schedules, the store. Standard library and numpy only."""
+"""Core data types: counts, specs, records, schedules, sources, the run store. Standard library and NumPy only."""

@@ -1,7 +1,7 @@
-"""Owns every parameter and FLOP figure: what is counted, under which named convention, and conversions between them.
+"""Parameter and FLOP counts under named conventions, and conversions between them.
 
-No other module multiplies 6 by N. Kaplan's and Chinchilla's disagreement came largely from mixing conventions
-(Porian et al. 2024, arXiv 2406.19146), so each figure and each fit names one `Convention`.
+No other module multiplies 6 by N. The disagreement between Kaplan et al. and Hoffmann et al. came largely from mixing
+conventions (Porian et al. 2024, arXiv 2406.19146), so each figure and each fit names one `Convention`.
 """
 
 from __future__ import annotations
@@ -10,44 +10,44 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-# A petaflop/s-day, the unit of compute of Kaplan et al. 2020 (arXiv 2001.08361): 1e15 * 24 * 3600 FLOPs.
+# One PF-day, the unit of compute of Kaplan et al. 2020 (arXiv 2001.08361, section 1.3): 1e15 FLOP/s for a day.
 FLOPS_PER_PETAFLOP_DAY = 8.64e19
 
-# Forward plus backward costs three forwards: the backward pass needs the gradient of inputs and of weights
-# (Kaplan et al. 2020, section 2.1; Hoffmann et al. 2022, appendix F).
+# Forward plus backward costs three times the forward pass: the backward pass computes gradients with respect to inputs
+# and to weights (Kaplan et al. 2020, section 2.1; Hoffmann et al. 2022, appendix F).
 FORWARD_AND_BACKWARD = 3
 
-# Training FLOPs per parameter and token: 2 (multiply and add) * 3 (forward + backward).
+# Training FLOPs per parameter per token: 2 (multiply and add) * 3 (forward + backward).
 FLOPS_PER_PARAM_TOKEN = 6
 
 
 class Convention(StrEnum):
-    """What "N" counts and how FLOPs per token follow from it. One figure or fit uses exactly one."""
+    """What N counts and how FLOPs per token follow from it. A figure or a fit uses exactly one."""
 
     SIX_N_TOTAL = "six_n_total"
     """N = all parameters, embeddings included; C = 6 N D."""
 
     SIX_N_NON_EMBEDDING = "six_n_non_embedding"
-    """N = parameters without token and position embeddings and without the head; C = 6 N D (Kaplan et al. 2020)."""
+    """N = all parameters except token and position embeddings and the head; C = 6 N D (Kaplan et al. 2020)."""
 
     SIX_N_WITH_HEAD = "six_n_with_head"
     """N = non-embedding parameters plus the head (vocabulary x width, tied or not); C = 6 N D (Porian et al. 2024)."""
 
     MATMUL_PLUS_ATTENTION = "matmul_plus_attention"
-    """N as in SIX_N_WITH_HEAD; C = every matrix product actually run, attention over the full context included.
+    """N as in SIX_N_WITH_HEAD; C = every matrix product that is computed, including attention over the full context.
 
     Equals `torch.utils.flop_counter` for forward + backward.
     """
 
     CHINCHILLA_APPENDIX_F = "chinchilla_appendix_f"
-    """N = all parameters; C as in Hoffmann et al. 2022 (arXiv 2203.15556), appendix F: embedding, softmax, head too."""
+    """N = all parameters; C as in Hoffmann et al. 2022 (arXiv 2203.15556), appendix F: includes embedding, softmax, head."""
 
     DEEPSEEK_M = "deepseek_m"
-    """C = M D with M = non-embedding FLOPs per token, attention included (DeepSeek LLM, arXiv 2401.02954); N = M / 6."""
+    """C = M D, M = non-embedding FLOPs per token including attention (DeepSeek LLM, arXiv 2401.02954); N = M / 6."""
 
     @property
     def is_six_n(self) -> bool:
-        """Whether C = 6 N D holds exactly under this convention (the closed-form frontier needs it)."""
+        """Whether C = 6 N D holds exactly under this convention, as the closed-form frontier requires."""
         return self in (
             Convention.SIX_N_TOTAL,
             Convention.SIX_N_NON_EMBEDDING,
@@ -63,11 +63,11 @@ class ParamCount:
     embedding: int
     """Token and (learned) position embeddings. With a tied head the shared matrix is counted here, once."""
     unembedding: int
-    """The head's own matrix; 0 where the head is tied to the embedding."""
+    """The head's own matrix; 0 if the head is tied to the embedding."""
     matmul: int
     """Matrices of the blocks: attention projections and the MLP."""
     other: int
-    """Normalisation gains and biases."""
+    """Normalization gains and biases."""
 
     @property
     def total(self) -> int:
@@ -75,7 +75,7 @@ class ParamCount:
 
     @property
     def non_embedding(self) -> int:
-        """Kaplan's N: neither token nor position embeddings, nor the head."""
+        """Kaplan's N: without token and position embeddings and without the head."""
         return self.matmul + self.other
 
 
@@ -88,16 +88,16 @@ class FlopCount:
     unembedding_per_token: float
     """The head: 6 * vocabulary * width, tied or not."""
     attention_per_token: float
-    """Scores and weighted sums over the full context, causal mask not discounted: 12 * layers * width * context."""
+    """Scores and weighted sums over the full context, no discount for the causal mask: 12 * layers * width * context."""
     softmax_per_token: float = 0.0
-    """Attention softmax, 3 * heads * context forward a layer: counted by Chinchilla's appendix F alone."""
+    """Attention softmax, 3 * heads * context per layer forward: counted only by Chinchilla's appendix F."""
     embedding_per_token: float = 0.0
-    """The input embedding as a one-hot product, 2 * vocabulary * width forward: counted by appendix F alone."""
+    """The input embedding as a one-hot product, 2 * vocabulary * width forward: counted only by appendix F."""
 
 
 @dataclass(frozen=True)
 class ModelCount:
-    """A model's parameters and FLOPs together: N and FLOPs per token under any convention."""
+    """A model's parameters and FLOPs: N and FLOPs per token under any convention."""
 
     params: ParamCount
     flops: FlopCount
@@ -129,15 +129,15 @@ class ModelCount:
 
 
 def train_flops(flops_per_token: float, tokens: float) -> float:
-    """FLOPs of training on `tokens` tokens, in float64 (6 N D overflows int64 at the paper's sizes)."""
+    """FLOPs of training on `tokens` tokens, in float64 (6 N D overflows int64 at the papers' sizes)."""
     return float(flops_per_token) * float(tokens)
 
 
 def tokens_for_budget(budget_flops: float, flops_per_token: float) -> float:
-    """Tokens that `budget_flops` buys, not yet rounded to whole steps."""
+    """Tokens that `budget_flops` pays for, not yet rounded to whole steps."""
     return float(budget_flops) / float(flops_per_token)
 
 
 def whole_steps(tokens: float, batch_tokens: int) -> int:
-    """`tokens` as a number of optimisation steps, rounded to nearest; may be 0, which a plan refuses."""
+    """`tokens` as a number of optimizer steps, rounded to nearest; may be 0, which planning rejects."""
     return math.floor(tokens / batch_tokens + 0.5)

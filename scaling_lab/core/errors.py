@@ -1,4 +1,4 @@
-"""Owns the exceptions that are no bugs: bad input (one line, exit status 2), and being told to go (exit status 75)."""
+"""User-facing exceptions: bad input (exit status 2), a results folder that cannot be written (74), preemption (75)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ class UserError(ValueError):
 
 
 class DiskError(UserError):
-    """The sweep's folder cannot be written (full, read-only): nobody's run failed, and all go on once it can. Exit status 74
-    (the BSD sysexits' EX_IOERR)."""
+    """The sweep's folder cannot be written (full, read-only). No run has failed; all can resume once it is writable.
+
+    Exit status 74 (EX_IOERR in BSD's sysexits).
+    """
 
 
 class Preempted(KeyboardInterrupt):
-    """The machine or its scheduler wants this process gone (SIGTERM, SIGUSR1); what is not over goes on another time.
+    """The machine or its scheduler asked this process to stop (SIGTERM, SIGUSR1); unfinished runs resume later.
 
-    Exit status 75, at which a scheduler may start the same command again (the BSD sysexits' EX_TEMPFAIL).
+    Exit status 75 (EX_TEMPFAIL in BSD's sysexits), on which a scheduler may requeue the same command.
     """
 
 
 def unknown(what: str, value: object, choices: Iterable[str]) -> UserError:
-    """A `UserError` for a value that is not among `choices`, with the nearest one suggested."""
+    """A `UserError` for a value that is not among `choices`; suggests the closest one."""
     names = sorted(str(c) for c in choices)
     near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -1,7 +1,7 @@
-"""Owns parametrisations: how initial values, forward multipliers, learning rates, weight decay and Adam's epsilon of each
-parameter follow from a shape, relative to a stated base shape. Pure rules; the modules in train/ only hold the numbers.
+"""Parametrizations: how each parameter's initialization, forward multipliers, learning rate, weight decay and Adam epsilon
+scale with the model's shape, relative to a base shape. Pure functions; the modules in training/ only apply the numbers.
 
-At its base shape every parametrisation is `standard`. Away from it, with m = width / base width and l = depth / base depth:
+At its base shape every parametrization equals `standard`. Elsewhere, with m = width / base width, l = depth / base depth:
 
                            standard          mup               completep
     hidden matrices: init  the family's      base * m^-1/2     as mup
@@ -11,14 +11,14 @@ At its base shape every parametrisation is `standard`. Away from it, with m = wi
                      LR    1                 1                 1
     gains and biases: LR   1                 1                 l^(alpha - 1) in blocks, 1 outside
     Adam's epsilon         1                 m^-1              m^-1 * l^-alpha in blocks, m^-1 outside
-    logits times           1                 m^-1              m^-1
-    residual branches times  1               1                 l^-alpha
-    init of what writes to the residual stream
+    logit multiplier       1                 m^-1              m^-1
+    residual multiplier    1                 1                 l^-alpha
+    init of matrices that write to the residual stream
                            (2 depth)^-1/2    (2 depth)^-1/2    (2 base depth)^-1/2
-    attention logits times head_dim^-1/2     base_head_dim^1/2 / head_dim (both)
+    attention multiplier   head_dim^-1/2     base_head_dim^1/2 / head_dim (both)
 
 Yang et al. 2022 (arXiv 2203.03466), table 8 and definition 4.1; Dey et al. 2025 (arXiv 2505.01618), table 1. Weight decay
-is multiplied by the LR (as in `torch.optim.AdamW`), so that m * m^-1 keeps the decay a step the same at every width.
+is multiplied by the LR (as in `torch.optim.AdamW`), so that m * m^-1 keeps the decay per step the same at every width.
 """
 
 from __future__ import annotations
@@ -31,26 +31,25 @@ from scaling_lab.core.errors import UserError, unknown
 
 
 class Role(StrEnum):
-    """What a parameter is to its model: which of its sides grow with the width, and whether it is in a residual branch."""
+    """A parameter's role in its model: which of its dimensions grow with width, and whether it is in a residual branch."""
 
     INPUT = "input"
-    """Token and position embeddings, (anything, width); a tied head is one of them."""
+    """Token and position embeddings, (anything, width); includes a tied head."""
     HIDDEN = "hidden"
-    """Matrices of a block: both sides grow with the width."""
+    """Matrices of a block: both dimensions grow with the width."""
     BLOCK_VECTOR = "block_vector"
     """Gains and biases of a block."""
     VECTOR = "vector"
-    """Gains and biases outside the blocks: the last normalisation."""
+    """Gains and biases outside the blocks: the final normalization."""
     OUTPUT = "output"
     """The head, (vocabulary, width)."""
 
 
 def role_of(name: str, dimensions: int) -> Role:
-    """The role of the parameter `name` (dotted, as in `named_parameters`) with so many dimensions.
+    """The role of the parameter `name` (dotted, as in `named_parameters`) with this number of dimensions.
 
     Raises:
-        ValueError: a matrix that is none of `embedding.*`, `positions.*`, `head.*` and `blocks.*`: nobody can say how it
-            should scale.
+        ValueError: a matrix that is not `embedding.*`, `positions.*`, `head.*` or `blocks.*`: its scaling is undefined.
     """
     top = name.partition(".")[0]
     if top in ("embedding", "positions"):
@@ -68,21 +67,21 @@ def role_of(name: str, dimensions: int) -> Role:
 
 @dataclass(frozen=True)
 class Multipliers:
-    """What a module multiplies by in its forward pass and at its initialisation."""
+    """Factors that a module applies in its forward pass and at initialization."""
 
     residual: float = 1.0
-    """Of the output of each residual branch."""
+    """On the output of each residual branch."""
     head: float = 1.0
-    """Of what the head reads, and so of the logits."""
+    """On the head's input, and so on the logits."""
     attention: float | None = None
-    """Of q k before the softmax; None: 1 / sqrt(head_dim)."""
+    """On q k before the softmax; None: 1 / sqrt(head_dim)."""
     hidden_init: float = 1.0
-    """Of the initial standard deviation that the family gives its hidden matrices at the base shape."""
+    """On the initial standard deviation that the family gives its hidden matrices at the base shape."""
 
 
 @dataclass(frozen=True)
 class GroupFactors:
-    """What a role's optimiser settings are multiplied by."""
+    """Factors on the optimizer settings of a role."""
 
     lr: float = 1.0
     weight_decay: float = 1.0
@@ -95,7 +94,7 @@ class Parametrization(Protocol):
     kind: ClassVar[str]
 
     def base_shape(self, shape: Any) -> Any:
-        """The shape at which the recipe's LR holds and whose initial standard deviations are the family's own."""
+        """The shape at which the recipe's LR and the family's own initial standard deviations hold."""
         ...
 
     def multipliers(self, shape: Any) -> Multipliers: ...
@@ -105,7 +104,7 @@ class Parametrization(Protocol):
 
 @dataclass(frozen=True)
 class Standard:
-    """The family's own initial values at every size, one LR for all: the best LR falls as the model grows."""
+    """The family's own initialization at every size and one LR for all parameters; the best LR falls with model size."""
 
     kind: ClassVar[str] = "standard"
 
@@ -124,13 +123,13 @@ STANDARD = Standard()
 
 @dataclass(frozen=True)
 class MuP:
-    """muP in the width (Yang et al. 2022): the LR is the one at `base_width` and the run's own depth, for every width."""
+    """muP in width (Yang et al. 2022): every width uses the LR that is best at `base_width` and the run's own depth."""
 
     kind: ClassVar[str] = "mup"
 
     base_width: int = 64
     base_head_dim: int = 16
-    """Head dimension of the base shape: attention logits are divided by the head dimension, not by its root."""
+    """Head dimension of the base shape: attention logits are divided by the head dimension, not by its square root."""
 
     def __post_init__(self) -> None:
         for name in ("base_width", "base_head_dim"):
@@ -139,7 +138,7 @@ class MuP:
         if self.base_head_dim % 2 or self.base_width % self.base_head_dim:
             raise UserError(
                 f"parametrization.base_head_dim={self.base_head_dim} must be even and divide "
-                f"parametrization.base_width={self.base_width}: the base shape has whole heads."
+                f"parametrization.base_width={self.base_width}: the base shape needs a whole number of heads."
             )
 
     def base_shape(self, shape: Any) -> Any:
@@ -153,7 +152,7 @@ class MuP:
 
     def factors(self, role: Role, shape: Any) -> GroupFactors:
         m = shape.width / self.base_width
-        # Logits divided by m, and matrices of fan-in ~ m at m^-1/2: every gradient's entries fall as 1/m, and so does eps.
+        # Logits are divided by m and matrices of fan-in ~ m scale as m^-1/2, so all gradients scale as 1/m, and so does eps.
         if role is Role.HIDDEN:
             return GroupFactors(lr=1 / m, weight_decay=m, eps=1 / m)
         return GroupFactors(eps=1 / m)
@@ -161,7 +160,7 @@ class MuP:
 
 @dataclass(frozen=True)
 class CompleteP(MuP):
-    """muP in the width and the depth (Dey et al. 2025): one LR for every width and depth."""
+    """muP in width and depth (Dey et al. 2025): one LR for every width and depth."""
 
     kind: ClassVar[str] = "completep"
 
@@ -174,7 +173,7 @@ class CompleteP(MuP):
         if self.base_depth < 1:
             raise UserError(f"parametrization.base_depth={self.base_depth!r} must be at least 1.")
         if not 0.5 <= self.alpha <= 1:
-            # Below 1/2 the residual stream grows without bound in depth, above 1 deep layers stop to matter.
+            # Below 1/2 the residual stream grows without bound with depth; above 1 deep layers stop mattering.
             raise UserError(f"parametrization.alpha={self.alpha!r} must be in [0.5, 1].")
 
     def base_shape(self, shape: Any) -> Any:
@@ -198,7 +197,7 @@ CLASSES: dict[str, type] = {cls.kind: cls for cls in (Standard, MuP, CompleteP)}
 
 
 def parametrization_class(kind: str) -> Any:
-    """A parametrisation by its short name."""
+    """A parametrization by its short name."""
     if kind not in CLASSES:
         raise unknown("parametrization", kind, CLASSES)
     return CLASSES[kind]

@@ -1,4 +1,4 @@
-"""Owns what a run *said*: its curve, its final loss, how it ended, and where it ran."""
+"""`RunRecord`: a run's result (loss curve, final loss, status) and the environment that produced it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RECORD_SCHEMA_VERSION = 1
 
 
 class RunStatus(StrEnum):
-    """How a run ended. INTERRUPTED runs can go on; the others are over."""
+    """How a run ended. INTERRUPTED runs can be resumed; the others are finished."""
 
     COMPLETED = "completed"
     DIVERGED = "diverged"
@@ -24,11 +24,11 @@ class RunStatus(StrEnum):
 
 @dataclass(frozen=True)
 class EvalPoint:
-    """One line of curve.jsonl. `train_loss_nats` is the mean over the steps since the line before (one step, except in
-    runs longer than `MAX_CURVE_POINTS`); the validation loss is None where the validation set was not visited."""
+    """One line of curve.jsonl. `train_loss_nats` is the mean over the steps since the previous line (one step, except in
+    runs longer than `MAX_CURVE_POINTS`); the validation loss is None at steps without an evaluation."""
 
     step: int
-    """Optimisation steps done, from 1."""
+    """Optimizer steps done, from 1."""
     tokens: int
     train_flops: float
     """Under the run's own convention."""
@@ -38,26 +38,26 @@ class EvalPoint:
     val_loss_nats: float | None = None
     val_loss_sem_nats: float | None = None
     evals: dict[str, float] | None = None
-    """Loss on other evaluation sets by their name, nats per token, and scores of the validation set (`exact_match`, ...)."""
+    """Loss on other evaluation sets by name, nats per token, and scores on the validation set (`exact_match`, ...)."""
     wall_time_s: float = 0.0
-    """Training time since the run began, evaluation and compilation included, over all attempts."""
+    """Training time since the run began, over all attempts, including evaluation and compilation."""
     noise_scale_tokens: float | None = None
-    """Gradient noise scale B_simple, where it was measured (McCandlish et al. 2018); single measurements scatter."""
+    """Gradient noise scale B_simple if it was measured (McCandlish et al. 2018); single measurements are noisy."""
 
 
-# Runs of up to this many steps record every step's training loss; longer ones record means over equal blocks of
+# Runs of up to this many steps record every step's training loss; longer runs record means over equal blocks of
 # steps, so that a curve has at most this many training points.
 MAX_CURVE_POINTS = 4096
 
 
 def curve_block_steps(steps: int) -> int:
-    """Steps that one training point of the curve covers: 1 up to `MAX_CURVE_POINTS` steps."""
+    """Steps per training point of the curve: 1 for runs of up to `MAX_CURVE_POINTS` steps."""
     return -(-steps // MAX_CURVE_POINTS)
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Where and with what a run was computed."""
+    """Software, hardware and data that a run was computed with."""
 
     scaling_lab: str
     python: str
@@ -69,12 +69,12 @@ class Environment:
     platform: str
     data_fingerprint: str
     processes: int = 1
-    """That trained the run together, at its end: one a device."""
+    """Number of processes that trained the run together when it ended, one per device."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Written last and atomically as record.json: that it exists means that the run is over."""
+    """Written last, and atomically, as record.json: if the file exists, the run is finished."""
 
     run_id: str
     spec: RunSpec
@@ -83,28 +83,28 @@ class RunRecord:
     flops: FlopCount
     status: RunStatus
     reason: str | None
-    """Why, where the status is not completed: one line."""
+    """Why the status is not completed: one line."""
     final_val_loss_nats: float | None
     final_val_loss_sem_nats: float | None
     wall_time_s: float
     environment: Environment
     curve_points: int
-    """Lines of curve.jsonl that belong to the run: a shorter file is torn."""
+    """Lines of curve.jsonl that belong to the run: a shorter file is truncated."""
     curve_bytes: int | None = field(default=None, compare=False)
-    """Size of curve.jsonl when the record was written; None in older records. The store fills it in."""
+    """Size of curve.jsonl when the record was written; None in older records. Set by the store."""
     curve: tuple[EvalPoint, ...] = field(default=(), repr=False)
-    """Kept in curve.jsonl, beside record.json."""
+    """Stored in curve.jsonl, next to record.json."""
     schema_version: int = RECORD_SCHEMA_VERSION
     val_floor_nats: float | None = None
-    """Mean true -ln p per token of the validation windows, where the corpus's probabilities are known: no loss is below."""
+    """Mean true -ln p per token of the validation windows, a lower bound on any model's loss; None if unknown."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """What else is known of the final model: `eval.NAME` in nats per token, `bits_per_byte`, `exact_match`, ..."""
+    """Further scores of the final model: `eval.NAME` in nats per token, `bits_per_byte`, `exact_match`, ..."""
 
     def count(self) -> ModelCount:
         return ModelCount(self.params, self.flops)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the curve."""
+        """Everything except the curve."""
         out = to_dict(self)
         del out["curve"]
         return out
@@ -113,9 +113,9 @@ class RunRecord:
     def from_dict(
         data: dict[str, Any], curve: tuple[EvalPoint, ...] = (), shared: dict[str, Any] | None = None
     ) -> RunRecord:
-        """The inverse of `to_dict`. Raises KeyError, TypeError or ValueError for what this version cannot read.
+        """The inverse of `to_dict`. Raises KeyError, TypeError or ValueError for data that this version cannot read.
 
-        `shared` remembers parts between calls, as `RunSpec.from_dict` has it.
+        `shared` is a cache of parts, as in `RunSpec.from_dict`.
         """
         parts = dict(data)
         parts["spec"] = RunSpec.from_dict(parts["spec"], shared)

@@ -1,7 +1,7 @@
-"""Owns discovery: the members of a package of small frozen dataclasses, found by scanning its modules.
+"""Discovery of a package's members (shapes, sources, recipes, designs) by scanning its modules.
 
-Adding a member is adding a file; there is no central list to edit. A member is a dataclass defined in the scanned
-package with a class attribute `kind`, its short name in specs and configs.
+To add a member, add a file; there is no central list. A member is a dataclass defined in the scanned package with a class
+attribute `kind`, its short name in specs and configs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from scaling_lab.core.errors import unknown
 
 @cache
 def members(package: str) -> dict[str, type]:
-    """`kind` -> class, for every class with a `kind` of its own defined in the modules of `package`."""
+    """`kind` -> class, for every class in the modules of `package` that defines its own `kind`."""
     found: dict[str, type] = {}
     root = importlib.import_module(package)
     for info in pkgutil.iter_modules(root.__path__):
@@ -31,7 +31,7 @@ def members(package: str) -> dict[str, type]:
 
 
 def member(package: str, what: str, kind: str) -> Any:
-    """The class named `kind` in `package`; `what` names the option in the error."""
+    """The class of this `kind` in `package`; `what` is the option's name in the error message."""
     try:
         return members(package)[kind]
     except KeyError:

@@ -1,7 +1,7 @@
-"""Owns learning-rate schedules: a multiplier of the peak LR as a pure function of progress.
+"""Learning-rate schedules: LR over peak LR as a pure function of training progress.
 
-Progress p is steps done over steps of the run, in (0, 1]: step t (from 0) of T has p = (t + 1) / T, so the last step of
-a cosine has exactly its final multiplier.
+Progress p is the fraction of the run's steps that are done, in (0, 1]: step t (from 0) of T has p = (t + 1) / T, so a
+cosine reaches its final multiplier exactly at the last step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from scaling_lab.core.errors import UserError, unknown
 
 
 def _warmup(progress: float, warmup_fraction: float) -> float | None:
-    """Linear warm-up from 0; None once it is over."""
+    """Linear warmup from 0; None after it."""
     if progress < warmup_fraction:
         return progress / warmup_fraction
     return None
@@ -30,10 +30,10 @@ def _check_fraction(owner: object, name: str, *, above_zero: bool = False) -> No
 
 @dataclass(frozen=True)
 class Cosine:
-    """Linear warm-up, then a cosine from 1 to `final_fraction` over the run's own horizon.
+    """Linear warmup, then a cosine from 1 to `final_fraction` over the run's own horizon.
 
     Hoffmann et al. 2022 (arXiv 2203.15556, section 3.1): decay by 10x, horizon matched to the run. `horizon_fraction`
-    above 1 sets a horizon longer than the run, on purpose: over 1.25 it clearly hurts (their figure A1).
+    above 1 deliberately sets a horizon longer than the run; above 1.25 the loss is clearly worse (their figure A1).
     """
 
     kind: ClassVar[str] = "cosine"
@@ -55,14 +55,14 @@ class Cosine:
             return warm
         span = self.horizon_fraction - self.warmup_fraction
         if span <= 0:
-            return 1.0  # all of the horizon is warm-up: there is nothing left to decay over
+            return 1.0  # the warmup takes up the whole horizon: nothing is left to decay over
         done = min(1.0, (progress - self.warmup_fraction) / span)
         return self.final_fraction + (1.0 - self.final_fraction) * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 @dataclass(frozen=True)
 class Constant:
-    """Linear warm-up, then 1. Not optimal at any point of its curve: the envelope flags such runs."""
+    """Linear warmup, then 1. No point of the curve is optimal for its compute: the envelope flags such runs."""
 
     kind: ClassVar[str] = "constant"
 
@@ -84,10 +84,10 @@ ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class WarmupStableDecay:
-    """Linear warm-up, a constant stretch, and a cooldown to `final_fraction` over the last `decay_fraction` of the run.
+    """Linear warmup, a constant LR, and a cooldown to `final_fraction` over the last `decay_fraction` of the run.
 
     Haegele et al. 2024 (arXiv 2405.18392): a cooldown over 20% of the run matches a cosine, and 1 - sqrt beats linear;
-    the best constant LR is about half of the best peak of a cosine.
+    the best constant LR is about half the best peak LR of a cosine.
     """
 
     kind: ClassVar[str] = "wsd"
@@ -95,7 +95,7 @@ class WarmupStableDecay:
     warmup_fraction: float = 0.02
     decay_fraction: float = 0.2
     cooldown: str = "sqrt"
-    """sqrt: 1 - sqrt(share of the cooldown done); linear."""
+    """sqrt (1 - sqrt of the fraction of the cooldown done) or linear."""
     final_fraction: float = 0.0
 
     def __post_init__(self) -> None:
@@ -107,7 +107,7 @@ class WarmupStableDecay:
         if self.warmup_fraction + self.decay_fraction > 1 + ROUNDING:
             raise UserError(
                 f"schedule.decay_fraction={self.decay_fraction!r} and schedule.warmup_fraction={self.warmup_fraction!r} "
-                "overlap: together they must be at most 1."
+                "overlap: their sum must be at most 1."
             )
 
     def multiplier(self, progress: float) -> float:
@@ -116,7 +116,7 @@ class WarmupStableDecay:
         if warm is not None:
             return warm
         done = (progress - (1.0 - self.decay_fraction)) / self.decay_fraction
-        # Rounding must not begin the cooldown a step early: the square root would make 1e-16 of it 1e-8 of the LR.
+        # Rounding must not start the cooldown a step early: the square root turns 1e-16 into a change of 1e-8 in the LR.
         if done <= ROUNDING:
             return 1.0
         left = 1.0 - (math.sqrt(done) if self.cooldown == "sqrt" else done)
@@ -125,9 +125,9 @@ class WarmupStableDecay:
 
 @dataclass(frozen=True)
 class InverseSqrt:
-    """Linear warm-up, then 1 / sqrt(progress), continuous at the end of the warm-up (Vaswani et al. 2017).
+    """Linear warmup, then 1 / sqrt(progress), continuous at the end of the warmup (Vaswani et al. 2017).
 
-    Needs a warm-up: without one the LR at the beginning would have no bound.
+    Needs a warmup: without one the initial LR would be unbounded.
     """
 
     kind: ClassVar[str] = "inverse_sqrt"
@@ -145,10 +145,10 @@ class InverseSqrt:
 
 @dataclass(frozen=True)
 class MultiStep:
-    """Linear warm-up, 1 up to `first_step`, then `second_fraction` up to `second_step`, then `final_fraction`.
+    """Linear warmup, 1 up to `first_step`, then `second_fraction` up to `second_step`, then `final_fraction`.
 
     DeepSeek LLM (Bi et al. 2024, arXiv 2401.02954, section 2.3): 31.6% of the peak after 80% of the tokens and 10% after
-    90%; as good as a cosine, and one trunk serves several horizons.
+    90%; as good as a cosine, and the first stage can be shared by several horizons.
     """
 
     kind: ClassVar[str] = "multi_step"

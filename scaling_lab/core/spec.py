@@ -1,4 +1,4 @@
-"""Owns what a run *is*: `RunSpec`, its parts, and its id. How it ran (`Execution`) is kept apart and never hashed."""
+"""`RunSpec`: a run's identity, its parts and its id; `Execution`: how it is computed, never hashed; `Plan`: a sweep's runs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from scaling_lab.core.parametrization import Standard, parametrization_class
 from scaling_lab.core.registry import member
 from scaling_lab.core.storage.serialization import build, canonical_json, to_dict
 
-# Part of every run id: a change of what a field means, not of which fields there are, raises it.
+# Part of every run id. Raise it when the meaning of a field changes, not when a field is added.
 SPEC_SCHEMA_VERSION = 1
-# tf32: float32 whose matrix products a GPU's tensor cores compute from 10 bits of mantissa.
+# tf32: float32 whose matrix products are computed by a GPU's tensor cores with a 10-bit mantissa.
 DTYPES = ("float32", "bfloat16", "tf32")
-# How many characters of the hash an id carries: 40 bits, a collision among 10,000 runs has probability 5e-5.
+# Characters of the hash in an id: 40 bits, so a collision among 10,000 runs has probability 5e-5.
 ID_HASH_CHARACTERS = 10
 
 
 @runtime_checkable
 class Shape(Protocol):
-    """A model family's shape: counts itself without torch."""
+    """A model family's shape; counts its parameters and FLOPs without torch."""
 
     kind: ClassVar[str]
 
@@ -43,7 +43,7 @@ class Shape(Protocol):
 
 @runtime_checkable
 class Schedule(Protocol):
-    """Learning rate over peak learning rate as a function of progress in (0, 1]."""
+    """LR over peak LR as a function of progress in (0, 1]."""
 
     kind: ClassVar[str]
 
@@ -52,7 +52,7 @@ class Schedule(Protocol):
 
 @runtime_checkable
 class TokenSource(Protocol):
-    """Where tokens come from: what it is, not how it is read."""
+    """A source of tokens; it also has either `tokens(split)` or `documents(split, indices, length)`."""
 
     kind: ClassVar[str]
 
@@ -68,8 +68,8 @@ class TokenSource(Protocol):
 class OptimizerSpec:
     """AdamW with decoupled weight decay on matrices only, and gradient clipping by global norm.
 
-    Loshchilov & Hutter 2019 (arXiv 1711.05101). Each of the three groups has its own LR: `peak_lr` is the hidden
-    matrices' and the normalisation gains'; embeddings (tokens and positions) and the head take a multiple of it.
+    Loshchilov & Hutter 2019 (arXiv 1711.05101). There are three LR groups: `peak_lr` applies to hidden matrices and
+    normalization gains; embeddings (tokens and positions) and the head use a multiple of it.
     """
 
     peak_lr: float
@@ -94,17 +94,18 @@ class OptimizerSpec:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Everything that decides a run's numbers. Same spec, same machine, same execution: same losses, bit for bit."""
+    """Everything that determines a run's results. Same spec, machine and execution: same losses, bit for bit."""
 
     sweep: str
-    """A label: in no id."""
+    """A label, not part of the id."""
     role: str
-    """Why the run is in the plan (isoflop, noise, validation, single): a label, in no id."""
+    """Why the run is in the plan (isoflop, noise, validation, single): a label, not part of the id."""
     budget_flops: float
-    """The budget that the run belongs to, under `convention`; what it spends exactly is `train_flops`."""
-    shape: Any
+    """The nominal budget under `convention`; `train_flops()` is what the run actually spends."""
+    shape: Shape
     data: Any
-    schedule: Any
+    """A `TokenSource`."""
+    schedule: Schedule
     optimizer: OptimizerSpec
     batch_tokens: int
     train_tokens: int
@@ -113,24 +114,26 @@ class RunSpec:
     seed_data: int = 0
     dtype: str = "float32"
     parent: str | None = None
-    """Run whose checkpoint this one continues (trunk and cooldown)."""
+    """The run whose checkpoint this one continues (trunk and cooldown)."""
     parent_step: int = 0
-    """Steps that the parent had done there; they count as this run's own first steps, in its tokens and FLOPs too."""
+    """The parent's step at that checkpoint; those steps count as this run's own, including in its tokens and FLOPs."""
     keep_steps: tuple[int, ...] = ()
-    """Steps after which a checkpoint is kept for other runs to continue from, and validation is visited."""
+    """Steps after which the run is evaluated and a checkpoint is kept for other runs to continue from."""
     convention: Convention = Convention.SIX_N_WITH_HEAD
     parametrization: Any = field(default_factory=Standard)
-    """How init, multipliers and group LRs follow from the shape; `optimizer` is what holds at its base shape."""
+    """How init, multipliers and group LRs scale with the shape; `optimizer` holds at its base shape."""
     unique_tokens: int | None = None
-    """Train on this many tokens of the corpus, again and again; None: on all of it."""
+    """Train repeatedly on only this many tokens of the corpus; None: on all of it."""
     noise: float = 0.0
-    """Share of the training tokens that are replaced by random ones; validation stays as it is."""
+    """Fraction of the training tokens that are replaced by random ones; validation is unchanged."""
 
     def __post_init__(self) -> None:
-        self.parametrization.base_shape(self.shape)  # refuses a base shape that the family cannot have
+        self.parametrization.base_shape(
+            self.shape
+        )  # raises for a base shape that the family does not support
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
-        # From JSON it comes as a list.
+        # JSON has lists.
         object.__setattr__(self, "keep_steps", tuple(self.keep_steps))
         if self.batch_tokens < self.shape.context or self.batch_tokens % self.shape.context:
             raise UserError(
@@ -147,11 +150,11 @@ class RunSpec:
             )
         if (self.parent is None) != (self.parent_step == 0) or not 0 <= self.parent_step < self.steps:
             raise UserError(
-                f"parent_step={self.parent_step} of parent={self.parent} must lie within the run's {self.steps} steps."
+                f"parent_step={self.parent_step} of parent={self.parent} must be within the run's {self.steps} steps."
             )
         if any(not 0 < step <= self.steps for step in self.keep_steps):
             raise UserError(
-                f"keep_steps={list(self.keep_steps)} must lie within the run's {self.steps} steps."
+                f"keep_steps={list(self.keep_steps)} must be within the run's {self.steps} steps."
             )
         if self.shape.vocab_size < self.data.vocab_size:
             raise UserError(
@@ -196,15 +199,15 @@ class RunSpec:
         return train_flops(self.flops_per_token(), self.train_tokens)
 
     def own_train_flops(self) -> float:
-        """What this run itself spends: all of it, or from where it left its parent."""
+        """Training FLOPs of this run itself, without the steps taken over from its parent."""
         return train_flops(self.flops_per_token(), self.train_tokens - self.parent_step * self.batch_tokens)
 
     def learning_rate(self, step: int) -> float:
-        """LR at `step`, counted from 0, of hidden matrices of the parametrisation's base shape."""
+        """LR at `step`, counted from 0, of hidden matrices at the parametrization's base shape."""
         return self.optimizer.peak_lr * self.schedule.multiplier((step + 1) / self.steps)
 
     def run_id(self) -> str:
-        """A readable slug and a hash of everything but the labels `sweep` and `role`."""
+        """A readable slug and a hash of everything except the labels `sweep` and `role`."""
         return self._run_id
 
     @cached_property
@@ -217,17 +220,17 @@ class RunSpec:
 
     @staticmethod
     def from_dict(data: dict[str, Any], shared: dict[str, Any] | None = None) -> RunSpec:
-        """The inverse of `serial.to_dict`. Raises ValueError for fields that this version does not know.
+        """The inverse of `to_dict`. Raises ValueError for fields that this version does not know.
 
-        `shared` remembers parts between calls: the runs of a plan have few different shapes, sources and schedules.
+        `shared` caches parts between calls: a plan's many runs have few distinct shapes, sources and schedules.
         """
         parts = dict(data)
         shared = {} if shared is None else shared
         for name, class_of in _PART_CLASSES.items():
-            if name not in parts:  # a part that older specs do not have yet: its default
+            if name not in parts:  # older specs lack it: use its default
                 continue
             value = parts[name]
-            # Not the value itself: 1, 1.0 and True are equal, and different values of a spec.
+            # Keyed by repr because 1, 1.0 and True compare equal but are different values in a spec.
             key = f"{name} {value!r}"
             if key not in shared:
                 shared[key] = build(class_of(value), dict(value))
@@ -273,21 +276,21 @@ _PART_CLASSES: dict[str, Callable[[dict[str, Any]], Any]] = {
 @dataclass(frozen=True)
 class Execution:
     """How a run is computed. Not part of its identity, but fixed at plan time and kept by every resume and takeover:
-    compiled and eager differ by about 1e-6, and so do numbers of threads."""
+    compiled and eager runs differ by about 1e-6, and so do runs with different numbers of threads."""
 
     device: str = "cpu"
     """cpu, cuda or mps."""
     compile: bool = False
-    """Whether the whole step (forward, backward, clip, optimiser) is compiled."""
+    """Whether the whole step (forward, backward, clip, optimizer) is compiled."""
     threads: int = 1
     deterministic: bool = True
     micro_batch_sequences: int | None = None
-    """Sequences of a batch that are computed at once, their gradients added up; None: the whole batch."""
+    """Sequences per micro-batch, with gradients accumulated over the batch; None: the whole batch at once."""
     stack: str | None = None
-    """Runs of one name are trained together as one program, each with its own data, LR and end; None: alone."""
+    """Runs with the same stack name train together as one program, each with its own data, LR and end; None: alone."""
     stack_size: int = 1
-    """How many runs have that name: the program keeps this size while members are over or elsewhere, so that a
-    member's arithmetic does not depend on which others are there."""
+    """Number of runs in the stack. The program keeps this size when members are finished or claimed elsewhere, so that a
+    member's arithmetic does not depend on which other members are present."""
 
     def __post_init__(self) -> None:
         if self.micro_batch_sequences is not None and self.micro_batch_sequences < 1:
@@ -298,8 +301,8 @@ class Execution:
             raise UserError(f"threads={self.threads!r} must be at least 1.")
 
     def continues(self, planned: Execution) -> bool:
-        """Whether a run computed so far like this goes on under the plan's execution: the same but for a micro-batch that
-        memory may have made smaller, which it keeps."""
+        """Whether a run computed like this so far may continue under the plan's execution: equal except for a micro-batch
+        that was reduced to fit memory, which it keeps."""
         mine, theirs = self.micro_batch_sequences, planned.micro_batch_sequences
         smaller = mine == theirs or (mine is not None and (theirs is None or mine < theirs))
         return smaller and replace(self, micro_batch_sequences=theirs) == planned
@@ -307,7 +310,7 @@ class Execution:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run with the way in which it is to be computed."""
+    """A run and how it will be computed."""
 
     spec: RunSpec
     execution: Execution
@@ -319,7 +322,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep before it is paid for. Every rounding it made and every run it left out is listed."""
+    """A sweep before any training. Lists every rounding and every run that was left out."""
 
     sweep: str
     runs: tuple[PlannedRun, ...]
@@ -328,14 +331,14 @@ class Plan:
     rounding: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
-    """The options that made the plan, for the reader of plan.json."""
+    """The options that the plan was made from, for readers of plan.json."""
     schema_version: int = SPEC_SCHEMA_VERSION
 
     def __post_init__(self) -> None:
         ids = [run.run_id for run in self.runs]
         repeated = {i for i in ids if ids.count(i) > 1} if len(set(ids)) < len(ids) else set()
         if repeated:
-            raise UserError(f"the plan holds the same run twice: {', '.join(sorted(repeated))}.")
+            raise UserError(f"the plan contains the same run twice: {', '.join(sorted(repeated))}.")
 
     @property
     def total_flops(self) -> float:
@@ -354,7 +357,7 @@ class Plan:
         return out
 
     def to_json(self) -> str:
-        """plan.json: readable, one line a run."""
+        """plan.json: readable, one line per run."""
         data = self.to_dict()
         lines = [json.dumps(run, allow_nan=False) for run in data["runs"]]
         head, mark, tail = json.dumps({**data, "runs": []}, indent=1, allow_nan=False).partition('"runs": [')

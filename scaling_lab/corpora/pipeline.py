@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.sources.prepared import META
-from scaling_lab.core.storage.files import remove_leftovers
+from scaling_lab.core.storage.files import remove_temporary_files
 from scaling_lab.corpora.reading import Meter
 from scaling_lab.corpora.tokenizing import (
     BPE,
@@ -168,7 +168,7 @@ def _ended_while_tidying(out: Path) -> dict[str, Any] | None:
     """The sidecar of a preparation that was killed after writing it, before its progress was removed; None otherwise."""
     if not ((out / META).exists() and (out / PROGRESS).exists()):
         return None
-    remove_leftovers(out)
+    remove_temporary_files(out)
     (out / HASHES).unlink(missing_ok=True)
     (out / PROGRESS).unlink()
     meta: dict[str, Any] = json.loads((out / META).read_text(encoding="utf-8"))
@@ -189,7 +189,7 @@ def _go_on(out: Path, described: dict[str, Any], identity: dict[str, Any]) -> Co
             f"out={str(out)!r} holds a finished preparation already. Give another folder, or remove it."
         )
     if out.is_dir():
-        remove_leftovers(out)
+        remove_temporary_files(out)
     begun = load_progress(out)
     # An attempt that came to nothing (a wrong option, text that could not be read) binds nobody.
     if begun is not None and begun[0].documents_read:

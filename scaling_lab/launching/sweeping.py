@@ -18,7 +18,7 @@ from scaling_lab.cli.options.study import tracker_options
 from scaling_lab.core.errors import UserError, unknown
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.spec import Plan
-from scaling_lab.core.storage.store import OVER, RunState, RunStore
+from scaling_lab.core.storage.store import FINISHED, RunState, RunStore
 
 
 @dataclass
@@ -147,7 +147,7 @@ def report_outcome(console: Console, store: RunStore, plan: Plan, launch: Sequen
     )
     states = list(store.states(plan))
     bad = [s for s in states if s.state in (RunStatus.FAILED, RunStatus.DIVERGED)]
-    open_runs = [s for s in states if s.state not in OVER]
+    open_runs = [s for s in states if s.state not in FINISHED]
     done = len(states) - len(bad) - len(open_runs)
     console.say(
         f"{done} of {len(states)} runs completed" + (f", {len(bad)} failed or diverged" if bad else "")

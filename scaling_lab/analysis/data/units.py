@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scaling_lab.core.counts import FLOPS_PER_PETAFLOP_DAY
 from scaling_lab.core.errors import UserError, unknown
 
 _COUNT_UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-# 1 PF-day = 1e15 FLOP/s for a day (Kaplan et al. 2020, arXiv 2001.08361, section 1.3).
-_FLOPS_UNITS = {**_COUNT_UNITS, "PF-days": 1e15 * 86400}
+_FLOPS_UNITS = {**_COUNT_UNITS, "PF-days": FLOPS_PER_PETAFLOP_DAY}
 # 1 bit = ln 2 nats.
 _LOSS_UNITS = {"nats": 1.0, "bits": math.log(2.0)}
 _COUNTS = {

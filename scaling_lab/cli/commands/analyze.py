@@ -21,7 +21,7 @@ from scaling_lab.cli.options.compose import read_command
 from scaling_lab.cli.options.forms import Form, build
 from scaling_lab.core.errors import DiskError, UserError
 from scaling_lab.core.record import RunRecord
-from scaling_lab.core.storage.files import DISK_REFUSES
+from scaling_lab.core.storage.files import DISK_ERRORS
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.tracking.wandb.study import mirror_study
 
@@ -244,9 +244,9 @@ def writing_into(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_REFUSES and not isinstance(error, PermissionError):
+        if error.errno not in DISK_ERRORS and not isinstance(error, PermissionError):
             raise
-        why = DISK_REFUSES.get(error.errno or 0, "permission denied")
+        why = DISK_ERRORS.get(error.errno or 0, "permission denied")
         raise DiskError(
             f"{folder} cannot be written: {why}. The report is missing, nothing else; analyze and report take out=DIR, a "
             "folder elsewhere."

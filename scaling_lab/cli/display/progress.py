@@ -13,7 +13,7 @@ from typing import Any
 from scaling_lab.cli.display.console import Console, human_count, human_time
 from scaling_lab.core.spec import PlannedRun
 from scaling_lab.core.storage.claims import ClaimInfo
-from scaling_lab.core.storage.store import LIVE, OVER, RunState, RunStore
+from scaling_lab.core.storage.store import FINISHED, LIVE, RunState, RunStore
 
 LINE_EVERY_S = 15.0
 MAX_ROWS = 16
@@ -34,16 +34,16 @@ class Progress:
         runs = self.store.folder / "runs"
         present = {p.name for p in runs.iterdir()} if runs.is_dir() else set()
         for run_id, state in self.states.items():
-            if state.state not in OVER and run_id in present:
+            if state.state not in FINISHED and run_id in present:
                 self.states[run_id] = self.store.state(run_id)
         if self._done_at_start is None:
             self._done_at_start = self.done_flops()
 
     def is_over(self, run_id: str) -> bool:
-        return run_id in self.states and self.states[run_id].state in OVER
+        return run_id in self.states and self.states[run_id].state in FINISHED
 
     def open_ids(self) -> list[str]:
-        return [i for i, s in self.states.items() if s.state not in OVER]
+        return [i for i, s in self.states.items() if s.state not in FINISHED]
 
     def claimable_ids(self) -> list[str]:
         return [i for i, s in self.states.items() if s.state in ("planned", "interrupted")]
@@ -66,7 +66,7 @@ class Progress:
         """FLOPs of the runs that are over and of the steps done in those that are not."""
         total = 0.0
         for run_id, state in self.states.items():
-            if state.state in OVER:
+            if state.state in FINISHED:
                 total += self.flops[run_id]
             elif state.claim is not None and state.claim.steps:
                 # An interrupted run counts too: what its checkpoint brings back is not gained in this launch.
@@ -87,7 +87,7 @@ class Progress:
     def headline(self) -> str:
         """One line about all runs."""
         n, bad = len(self.states), self.count("failed", "diverged")
-        parts = [f"{self.count(*OVER)}/{n} runs done", f"{self.count(*LIVE)} running"]
+        parts = [f"{self.count(*FINISHED)}/{n} runs done", f"{self.count(*LIVE)} running"]
         if bad:
             parts.append(f"{bad} failed or diverged")
         rate, eta = self.flops_per_s(), self.eta_s()
@@ -99,7 +99,7 @@ class Progress:
 
 def _is_of(claim: ClaimInfo, pid: int) -> bool:
     """Whether a claim is this machine's process `pid`'s: other machines' processes may have the same number."""
-    return claim.pid == pid and claim.is_of_this_machine
+    return claim.pid == pid and claim.is_local
 
 
 class Display:
@@ -130,7 +130,7 @@ class Display:
 
     def newly_over(self, progress: Progress) -> list[RunState]:
         """Runs that ended since the last call."""
-        new = [s for s in progress.states.values() if s.state in OVER and s.run_id not in self._told]
+        new = [s for s in progress.states.values() if s.state in FINISHED and s.run_id not in self._told]
         self._told |= {s.run_id for s in new}
         return new
 

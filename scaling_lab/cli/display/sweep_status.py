@@ -14,7 +14,7 @@ from pathlib import Path
 
 from scaling_lab.cli.display.console import human_time
 from scaling_lab.core.spec import Plan, RunSpec
-from scaling_lab.core.storage.store import LIVE, OVER, RunState, RunStore
+from scaling_lab.core.storage.store import FINISHED, LIVE, RunState, RunStore
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Standing:
 
     @property
     def is_over(self) -> bool:
-        return all(row.state.state in OVER for row in self.rows)
+        return all(row.state.state in FINISHED for row in self.rows)
 
     @cached_property
     def flops(self) -> tuple[float, float]:
@@ -49,7 +49,7 @@ class Standing:
         for row in self.rows:
             flops = 0.0 if row.spec is None else row.spec.own_train_flops()
             total += flops
-            done += flops * (1.0 if row.state.state in OVER else _share(row.state))
+            done += flops * (1.0 if row.state.state in FINISHED else _share(row.state))
         return done, total
 
     @cached_property
@@ -81,7 +81,7 @@ class Standing:
     def headline(self) -> str:
         """Progress and ETA in one line."""
         done, total = self.flops
-        over = sum(n for state, n in self.counts.items() if state in OVER)
+        over = sum(n for state, n in self.counts.items() if state in FINISHED)
         parts = [f"{over} of {len(self.rows)} runs over"]
         if total > 0 and not self.is_over:
             parts.append(f"{done / total:.0%} of the FLOPs")

@@ -1,1 +1,1 @@
-"""Model families described without torch: each counts its own parameters and FLOPs. One family a file."""
+"""Model shapes, without torch: each counts its own parameters and FLOPs. One family per file."""

@@ -1,4 +1,4 @@
-"""Owns the shape of the `gpt` family: pre-norm RMSNorm, RoPE, QK-norm, no biases, untied head."""
+"""Shape of the `gpt` family: pre-norm RMSNorm, RoPE, QK-norm, no biases, untied head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MLP_KINDS = ("relu2", "gelu", "swiglu")
 class GPTShape:
     """Decoder-only transformer; every field is part of the run's identity.
 
-    Raises `UserError` where the numbers do not fit together (heads do not divide the width, odd head dimension ...).
+    Raises `UserError` for inconsistent sizes (heads that do not divide the width, an odd head dimension, ...).
     """
 
     kind: ClassVar[str] = "gpt"
@@ -27,7 +27,7 @@ class GPTShape:
     vocab_size: int = 256
     mlp: str = "relu2"
     mlp_ratio: float = 4.0
-    """Hidden units of the MLP over width. SwiGLU has three matrices: 8/3 gives it the size of the others at 4."""
+    """Hidden units of the MLP over width. SwiGLU has three matrices: at 8/3 it has the size of the others at 4."""
     tied_head: bool = False
     rope_base: float = 10_000.0
 
@@ -58,18 +58,18 @@ class GPTShape:
             embedding=v * w,
             unembedding=0 if self.tied_head else v * w,
             matmul=matmul,
-            # A gain before attention and before the MLP of each layer, and one before the head; QK-norm has none.
+            # Each layer has a gain before attention and one before the MLP; the head has one; QK-norm has none.
             other=(2 * self.depth + 1) * w,
         )
         return ModelCount(params, decoder_flops(matmul, w, self.heads, self.depth, self.context, v))
 
 
 def check_shape(shape: object) -> None:
-    """Refuse sizes that no decoder can have: shared by the decoder-only families."""
+    """Validate the sizes of a decoder-only family. Raises `UserError`."""
     for name in ("width", "depth", "heads", "context", "vocab_size"):
         value = getattr(shape, name)
         if not isinstance(value, int) or value < 1:
-            raise UserError(f"model.{name}={value!r} must be a whole number of at least 1.")
+            raise UserError(f"model.{name}={value!r} must be an integer of at least 1.")
     width, heads = shape.width, shape.heads  # type: ignore[attr-defined]
     if width % heads:
         divisors = [h for h in range(1, width + 1) if width % h == 0 and h <= 64]
@@ -83,10 +83,10 @@ def check_shape(shape: object) -> None:
 def decoder_flops(
     matmul_params: int, width: int, heads: int, depth: int, context: int, vocab_size: int
 ) -> FlopCount:
-    """FLOPs per token of a decoder whose blocks hold `matmul_params` matrix parameters.
+    """FLOPs per token of a decoder whose blocks have `matmul_params` matrix parameters.
 
-    Attention forward: scores 2 s d and weighted sum 2 s d a layer and token over the full context s, the causal mask
-    not discounted (as `torch.utils.flop_counter` counts it, and Hoffmann et al. 2022, appendix F).
+    Attention forward, per layer and token: scores 2 s d and weighted sum 2 s d over the full context s, without a discount
+    for the causal mask (as in `torch.utils.flop_counter` and Hoffmann et al. 2022, appendix F).
     """
     fb = FORWARD_AND_BACKWARD
     return FlopCount(

@@ -1,4 +1,4 @@
-"""Owns the shape of the `gpt2` family, the one of the papers: LayerNorm, learned positions, GELU, tied head, biases."""
+"""Shape of the `gpt2` family, used in the original papers: LayerNorm, learned positions, GELU, tied head, biases."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scaling_lab.core.shapes.gpt import check_shape, decoder_flops
 
 @dataclass(frozen=True)
 class GPT2Shape:
-    """GPT-2 (Radford et al. 2019) as Kaplan et al. 2020 trained it. Raises `UserError` like `GPTShape`."""
+    """GPT-2 (Radford et al. 2019), as trained by Kaplan et al. 2020. Raises `UserError` like `GPTShape`."""
 
     kind: ClassVar[str] = "gpt2"
 
@@ -34,7 +34,7 @@ class GPT2Shape:
         return max(1, round(self.width * self.mlp_ratio))
 
     def count(self) -> ModelCount:
-        """Parameters and training FLOPs per token; the tied matrix is counted once, as an embedding."""
+        """Parameters and training FLOPs per token; the tied matrix is counted once, with the embeddings."""
         w, hidden = self.width, self.mlp_hidden
         matmul = self.depth * (4 * w * w + 2 * w * hidden)
         biases = self.depth * (4 * w + hidden + w)

@@ -1,12 +1,12 @@
-"""Owns the `context_tree` source: a variable-order Markov language whose true log-probability is known exactly.
+"""The `context_tree` source: a variable-order Markov language whose true log-probabilities are known exactly.
 
-A context is the last symbols before a token. The empty context has a Zipf distribution over the symbols; a longer one
-moves half of the mass of its parent (the same context without its oldest symbol) to a Zipf distribution of its own.
-Which contexts have one follows from ranks: a context of symbols with ranks r1, r2, ... (1 for the most frequent) is in
-the tree if r1 * r2 * ... is at most `max_rank_product`, so that contexts, like words, have Zipf-like frequencies: rare
-ones need more data to be seen and more parameters to be kept.
+A context is the sequence of symbols before a token. The empty context has a Zipf distribution over the symbols; a longer
+one mixes its parent's distribution (the same context without its oldest symbol) with a Zipf distribution of its own, of
+weight `own_mass_percent`. A context of symbols with ranks r1, r2, ... (1 for the most frequent) is in the tree if
+r1 * r2 * ... is at most `max_rank_product`, so that contexts, like words, have Zipf-like frequencies: rare ones need more
+data to be seen and more parameters to be stored.
 
-All tables are integers, made by integer arithmetic: the same tokens on every machine.
+All tables are integers computed by integer arithmetic, so the tokens are the same on every machine.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ MAX_STATES = 2_000_000
 
 @dataclass(frozen=True)
 class ContextTree:
-    """Documents of symbols 0 .. symbols - 1 that begin with the token `symbols` (the beginning of a document)."""
+    """Documents of symbols 0 .. symbols - 1 that start with the beginning-of-document token `symbols`."""
 
     kind: ClassVar[str] = "context_tree"
 
     symbols: int = 32
-    """Symbols of the language. The vocabulary has one token more."""
+    """Number of symbols. The vocabulary has one more token."""
     order: int = 3
-    """The longest context, in tokens."""
+    """Length of the longest context, in tokens."""
     max_rank_product: int = 128
-    """Contexts whose symbols' ranks multiply to at most this have a distribution of their own."""
+    """A context has its own distribution if the product of its symbols' ranks is at most this."""
     zipf: float = 2.0
-    """Exponent of every distribution over the ranks of the symbols."""
+    """Zipf exponent of every distribution over the symbols' ranks."""
     own_mass_percent: int = 70
-    """Share of a context's mass that is its own; the rest is its parent's."""
+    """Weight of a context's own distribution, in percent; the rest is its parent's."""
     seed: int = 0
-    """Which language, and which documents."""
+    """Seed of the language and of the documents."""
 
     def __post_init__(self) -> None:
         if self.symbols < 2:
@@ -74,7 +74,7 @@ class ContextTree:
         return UNLIMITED_TOKENS
 
     def documents(self, split: str, indices: NDArray[np.integer], length: int) -> NDArray[np.int32]:
-        """Documents `indices` of a split, (n, length): the beginning token, then `length - 1` symbols."""
+        """Documents `indices` of a split, (n, length): the beginning-of-document token, then `length - 1` symbols."""
         tables = language_tables(self)
         key = stream_key("context_tree documents", self.seed, split)
         index = np.asarray(indices, dtype=np.uint64)
@@ -83,16 +83,16 @@ class ContextTree:
         for t in range(1, length):
             u = draw_u32(key, index, t)
             leaf = tables.leaf[state]
-            # The last bound is 2^32, which no draw reaches.
+            # The last bound is 2^32, above every draw.
             symbol = (tables.bounds[leaf] <= u[:, None]).sum(1, dtype=np.int64)
             out[:, t] = symbol
             state = (state * self.vocab_size + symbol) % tables.leaf.size
         return out
 
     def log_probs(self, documents: NDArray[np.integer]) -> NDArray[np.float64]:
-        """True ln p of each token after the first given those before it, nats: (n, length) -> (n, length - 1).
+        """True ln p of each token after the first given the preceding ones, nats: (n, length) -> (n, length - 1).
 
-        A token that is no symbol of this language has -inf.
+        -inf for a token that is not a symbol of this language.
         """
         tables = language_tables(self)
         state = np.full(len(documents), tables.first_state)
@@ -106,9 +106,9 @@ class ContextTree:
         return out
 
     def entropy_nats(self, length: int) -> float:
-        """Mean entropy per predicted token of a document of `length` tokens, exactly: the floor of any model's loss.
+        """Exact mean entropy per predicted token of a document of `length` tokens: a lower bound on any model's loss.
 
-        By carrying the distribution over contexts from the beginning of a document through its positions.
+        Computed by propagating the distribution over contexts from the start of a document through its positions.
         """
         tables = language_tables(self)
         v, n = self.vocab_size, tables.leaf.size
@@ -120,7 +120,7 @@ class ContextTree:
         total = 0.0
         for _ in range(length - 1):
             total += float(at @ entropy_of_leaf[tables.leaf])
-            # State (oldest, ..., newest) -> (..., newest, symbol): sum over the oldest, which is forgotten.
+            # State (oldest, ..., newest) -> (..., newest, symbol): sum over the oldest symbol, which is dropped.
             joint = (at[:, None] * probability).reshape(v, n // v, v).sum(0)
             at = joint.reshape(n)
         return total / (length - 1)
@@ -137,18 +137,18 @@ class ContextTree:
 @dataclass(frozen=True)
 class _Tables:
     leaf: NDArray[np.int32]
-    """State (the last `order` tokens, base vocab_size, the newest last) -> row of the next two, (states,)."""
+    """State (the last `order` tokens as digits in base vocab_size, newest last) -> row of `bounds` and `log_p`, (states,)."""
     bounds: NDArray[np.uint64]
-    """Cumulative probabilities over `ONE`, (rows, symbols)."""
+    """Cumulative probabilities times `ONE`, (rows, symbols)."""
     log_p: NDArray[np.float64]
     """ln p of each symbol, (rows, symbols)."""
     first_state: int
-    """Nothing but the beginning token."""
+    """The state of only beginning-of-document tokens."""
 
 
 @cache
 def language_tables(source: ContextTree) -> _Tables:
-    """The language as integers; built once a process."""
+    """The language as integers; built once per process."""
     v, symbols = source.vocab_size, source.symbols
     zipf = zipf_weights(symbols, source.zipf)
     key = stream_key("context_tree language", source.seed)
@@ -167,7 +167,7 @@ def language_tables(source: ContextTree) -> _Tables:
             for symbol in range(symbols):
                 if product * int(rank[symbol]) > source.max_rank_product:
                     continue
-                # Contexts grow into the past: (symbol, *context) is `context` with an older symbol before it.
+                # Contexts grow backward in time: (symbol, *context) prepends an older symbol to `context`.
                 child = (symbol, *context)
                 own = np.zeros(symbols, dtype=np.int64)
                 own[_ranking(key, child, symbols)] = zipf
@@ -178,7 +178,7 @@ def language_tables(source: ContextTree) -> _Tables:
                 longer.append(child)
         level = longer
     leaf = np.zeros((v,) * source.order, dtype=np.int32)
-    # Shorter contexts first: a longer one that is in the tree overrides its parent.
+    # Shorter contexts first, so that longer ones in the tree override their parents.
     for context, row in sorted(row_of.items(), key=lambda item: len(item[0])):
         ending: tuple[Any, ...] = (..., *context)
         leaf[ending] = row
@@ -189,7 +189,7 @@ def language_tables(source: ContextTree) -> _Tables:
 
 
 def _ranking(key: int, context: tuple[int, ...], symbols: int) -> NDArray[np.int64]:
-    """A pseudorandom order of the symbols for one context: element r is the symbol of rank r + 1."""
+    """A pseudorandom permutation of the symbols for one context: element r is the symbol of rank r + 1."""
     code = 0
     for symbol in context:
         code = code * (symbols + 1) + symbol + 1

@@ -1,8 +1,8 @@
-"""Owns the `prepared` source: a folder that `scaling-lab prepare-data` wrote, and the sidecar that describes it.
+"""The `prepared` source: a folder written by `scaling-lab prepare-data`, and its metadata.
 
 meta.json                 tokenizer and its hash, dtype, counts, source, checksums; written last
-tokenizer.json            where the tokenizer is not bytes
-train-00000.bin ...       flat token ids in `dtype`, little-endian; every shard but the last has `shard_tokens`
+tokenizer.json            unless the tokenizer is bytes
+train-00000.bin ...       flat token ids in `dtype`, little-endian; every shard but the last has `shard_tokens` tokens
 validation-00000.bin ...
 """
 
@@ -29,17 +29,17 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class Prepared:
-    """Token files with a sidecar, memory-mapped: never read as a whole."""
+    """Token files with metadata, memory-mapped rather than loaded."""
 
     kind: ClassVar[str] = "prepared"
 
     path: str = ""
-    """The folder that prepare-data wrote."""
+    """The folder written by prepare-data."""
 
     def __post_init__(self) -> None:
         if not self.path:
             raise UserError(
-                "data.path is missing: data=prepared needs data.path=FOLDER (from scaling-lab prepare-data)."
+                "data.path is missing: data=prepared requires data.path=FOLDER (from scaling-lab prepare-data)."
             )
 
     @property
@@ -48,13 +48,13 @@ class Prepared:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Of the validation split, separators included: nats per token over this and ln 2 are bits per byte."""
+        """Of the validation split, counting separators as tokens. Bits per byte = nats per token / (this * ln 2)."""
         split = _meta(self)["splits"]["validation"]
         return float(split["bytes"] / split["tokens"])
 
     @property
     def tokenizer(self) -> str:
-        """What decides the tokens' meaning: bytes, or the beginning of the tokenizer file's checksum."""
+        """Identifies the tokenizer: bytes, or the first digits of the tokenizer file's checksum."""
         found = _meta(self)["tokenizer"]
         return "bytes" if found["name"] == "bytes" else f"sha256 {found['sha256'][:12]}"
 
@@ -65,16 +65,16 @@ class Prepared:
         return self.tokens(split).size
 
     def fingerprint(self) -> str:
-        """sha256 over the shards' checksums: equal fingerprints mean the same tokens in the same order.
+        """sha256 of the shards' checksums: equal fingerprints mean the same tokens in the same order.
 
-        Raises `UserError` where the shards are not what their checksums say.
+        Raises `UserError` if the shards do not match their checksums.
         """
         _splits(self)
         return str(_meta(self)["content_sha256"])
 
 
 class ShardedTokens:
-    """Several memory-mapped files as one flat array: `size`, `dtype`, slices and integer arrays."""
+    """Several memory-mapped files as one flat array with `size`, `dtype`, and indexing by slices and integer arrays."""
 
     def __init__(self, shards: list[NDArray[np.integer]], shard_tokens: int) -> None:
         self._shards, self._shard_tokens = shards, shard_tokens
@@ -88,14 +88,14 @@ class ShardedTokens:
         """Tokens of a slice, or at an integer array of any shape."""
         if isinstance(at, slice):
             at = np.arange(*at.indices(self.size))
-        places = np.asarray(at)
+        index = np.asarray(at)
         if len(self._shards) == 1:
-            return np.asarray(self._shards[0][places])
-        out = np.empty(places.shape, dtype=self.dtype)
-        which = places // self._shard_tokens
-        for k in np.unique(which):
-            here = which == k
-            out[here] = self._shards[k][places[here] - k * self._shard_tokens]
+            return np.asarray(self._shards[0][index])
+        out = np.empty(index.shape, dtype=self.dtype)
+        shard = index // self._shard_tokens
+        for k in np.unique(shard):
+            here = shard == k
+            out[here] = self._shards[k][index[here] - k * self._shard_tokens]
         return out
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[np.integer]:
@@ -108,25 +108,26 @@ def _meta(source: Prepared) -> dict[str, Any]:
     path = Path(source.path).expanduser() / META
     if not path.is_file():
         unfinished = (path.parent / "progress.json").is_file()
-        why = "is not finished: repeat the prepare-data command" if unfinished else f"has no {META}"
-        raise UserError(f"data.path={source.path!r} {why} (scaling-lab prepare-data writes such a folder).")
+        why = "is incomplete: repeat the prepare-data command" if unfinished else f"has no {META}"
+        raise UserError(f"data.path={source.path!r} {why} (expected a folder from scaling-lab prepare-data).")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format_version"] != META_VERSION:
             raise UserError(
-                f"data.path={source.path!r}: format version {meta['format_version']}, this version reads {META_VERSION}."
+                f"data.path={source.path!r} has format version {meta['format_version']}; this version of scaling-lab reads "
+                f"{META_VERSION}."
             )
         if meta["dtype"] not in DTYPES:
             raise UserError(
-                f"data.path={source.path!r}: dtype {meta['dtype']!r} in {META}. Choices: {', '.join(DTYPES)}."
+                f"data.path={source.path!r}: {META} has an unknown dtype {meta['dtype']!r}. Choices: {', '.join(DTYPES)}."
             )
         if meta["vocab_size"] > np.iinfo(meta["dtype"]).max + 1:
             raise UserError(
-                f"data.path={source.path!r}: a vocabulary of {meta['vocab_size']} does not fit dtype {meta['dtype']}."
+                f"data.path={source.path!r}: a vocabulary of {meta['vocab_size']} does not fit in dtype {meta['dtype']}."
             )
         _ = meta["tokenizer"]["name"], meta["tokenizer"]["sha256"]
         if wrong := _contradiction(meta):
-            raise UserError(f"data.path={source.path!r}: {META} contradicts itself, {wrong}.")
+            raise UserError(f"data.path={source.path!r}: {META} is inconsistent: {wrong}.")
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -137,21 +138,19 @@ def _meta(source: Prepared) -> dict[str, Any]:
 
 
 def _contradiction(meta: dict[str, Any]) -> str | None:
-    """What of a sidecar cannot be true at once; None where nothing."""
+    """An internal inconsistency of the metadata; None if there is none."""
     full = meta["shard_tokens"]
     for split in SPLITS:
         shards = meta["splits"][split]["shards"]
         if len({s["file"] for s in shards}) < len(shards):
-            return f"a file is twice in the {split} split"
+            return f"a file is listed twice in the {split} split"
         if any(s["tokens"] != full for s in shards[:-1]) or any(not 0 <= s["tokens"] <= full for s in shards):
-            return f"a shard of the {split} split has not shard_tokens={full} tokens"
+            return f"a shard of the {split} split does not have shard_tokens={full} tokens"
         if sum(s["tokens"] for s in shards) != meta["splits"][split]["tokens"]:
-            return f"the {split} split has not {meta['splits'][split]['tokens']} tokens"
-    if (
-        content_sha256([s["sha256"] for split in SPLITS for s in meta["splits"][split]["shards"]])
-        != (meta["content_sha256"])
-    ):
-        return "content_sha256 is not that of the shards' checksums"
+            return f"the {split} split does not have {meta['splits'][split]['tokens']} tokens"
+    checksums = [s["sha256"] for split in SPLITS for s in meta["splits"][split]["shards"]]
+    if content_sha256(checksums) != meta["content_sha256"]:
+        return "content_sha256 does not match the shards' checksums"
     return None
 
 
@@ -172,10 +171,10 @@ def _open(source: Prepared, meta: dict[str, Any], split: str) -> list[Shard]:
     shards: list[Shard] = []
     for shard in meta["splits"][split]["shards"]:
         path = folder / shard["file"]
-        wanted = shard["tokens"] * dtype.itemsize
+        expected = shard["tokens"] * dtype.itemsize
         found = path.stat().st_size if path.is_file() else None
-        if found != wanted:
-            state = "is missing" if found is None else f"has {found} bytes instead of {wanted}"
+        if found != expected:
+            state = "is missing" if found is None else f"has {found} bytes instead of {expected}"
             raise UserError(f"data.path={source.path!r}: {shard['file']} {state}; prepare it again.")
         if shard["tokens"]:
             shards.append(Shard(path, np.memmap(path, dtype=dtype, mode="r"), str(shard["sha256"])))
@@ -185,7 +184,7 @@ def _open(source: Prepared, meta: dict[str, Any], split: str) -> list[Shard]:
 
 
 def _check(source: Prepared, meta: dict[str, Any], shards: dict[str, list[Shard]], *, again: bool) -> None:
-    """Raises `UserError` where a token is no row of the embedding, or a file not what was written."""
+    """Raise `UserError` for a token outside the vocabulary or a file that does not match its checksum."""
     everything = [(split, k, shard) for split in SPLITS for k, shard in enumerate(shards[split])]
     fault = find_fault([shard for _, _, shard in everything], int(meta["vocab_size"]), again=again)
     if fault is None:
@@ -193,19 +192,20 @@ def _check(source: Prepared, meta: dict[str, Any], shards: dict[str, list[Shard]
     split, k, shard = everything[fault.shard]
     if fault.index is None:
         raise UserError(
-            f"data.path={source.path!r}: {shard.path.name} is not what was written (its checksum differs); prepare it again."
+            f"data.path={source.path!r}: {shard.path.name} has changed since it was written (its checksum differs); prepare "
+            "it again."
         )
     at = k * int(meta["shard_tokens"]) + fault.index
     raise UserError(
-        f"data.path={source.path!r}: token {fault.token} at index {at} of the {split} split ({shard.path.name}), outside the "
-        f"vocabulary of {meta['vocab_size']}."
+        f"data.path={source.path!r}: token {fault.token} at index {at} of the {split} split ({shard.path.name}) is outside "
+        f"the vocabulary of {meta['vocab_size']}."
     )
 
 
 def verify(path: str) -> dict[str, Any]:
-    """Read a prepared folder as a whole, whatever was found before; its sidecar.
+    """Check every file of a prepared folder, ignoring cached results; returns the metadata.
 
-    Raises `UserError` naming the first file that is not what was written, or the first token outside the vocabulary.
+    Raises `UserError` naming the first token outside the vocabulary or the first file that does not match its checksum.
     """
     source = Prepared(path)
     meta = _meta(source)
@@ -214,11 +214,11 @@ def verify(path: str) -> dict[str, Any]:
 
 
 def shard_sha256(path: Path) -> str:
-    """Checksum of one shard."""
+    """Checksum of a shard."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_sha256(shard_sums: list[str]) -> str:
-    """One checksum over those of all shards, train first."""
+    """Checksum of all shards' checksums, train first."""
     return hashlib.sha256("".join(shard_sums).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""Owns the `pysource` corpus: the Python standard library's own source text, bytes as tokens.
+"""The `pysource` source: source code of the Python standard library, as bytes.
 
-About 10 MB of real text that lies on every machine with Python. Tests, encodings and generated tables are left out.
-The text depends on the Python version: the fingerprint says which text a run saw.
+About 10 MB of real text, available wherever Python is installed. Tests, encodings and generated tables are excluded.
+The text depends on the Python version; the fingerprint identifies it.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from numpy.typing import NDArray
 
 from scaling_lab.core.errors import UserError
 
-# Left out by name of any folder above the file: tests are repetitive, encodings and pydoc_data are generated tables.
+# Files below folders with these names are skipped: tests are repetitive, encodings and pydoc_data are generated tables.
 SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__", "_bundled", "turtledemo"}
 )
 PACKAGE_FOLDERS = frozenset({"site-packages", "dist-packages"})
-# A longer line than any programmer writes marks a generated table or embedded data.
+# Files with longer lines are generated tables or embedded data.
 MAX_LINE_BYTES = 2_000
 MAX_FILE_BYTES = 1_000_000
 
-# Marks the beginning of each document; never occurs in source text.
+# Starts each document; never occurs in source code.
 SEPARATOR = 0
 
 
@@ -40,7 +40,7 @@ class PySource:
     kind: ClassVar[str] = "pysource"
 
     site_packages: bool = False
-    """Also read the installed packages' source (hundreds of MB in a torch environment)."""
+    """Also read the source of installed packages (hundreds of MB in a torch environment)."""
     max_mb: float = 1000.0
     """Stop reading after this much text, in MB (1e6 bytes)."""
     validation_fraction: float = 0.05
@@ -65,7 +65,7 @@ class PySource:
         return "bytes"
 
     def text(self, split: str) -> bytes:
-        """The whole split as bytes, each document after a separator. Cached in the process: about 10 MB."""
+        """The whole split as bytes, a separator before each document. Cached per process: about 10 MB."""
         return _splits(self)[0 if split == "train" else 1]
 
     def tokens(self, split: str) -> NDArray[np.uint8]:
@@ -76,7 +76,7 @@ class PySource:
         return len(self.text(split))
 
     def fingerprint(self) -> str:
-        """sha256 over both splits: equal fingerprints mean the same tokens in the same order."""
+        """sha256 of both splits: equal fingerprints mean the same tokens in the same order."""
         digest = hashlib.sha256()
         for split in ("train", "validation"):
             digest.update(hashlib.sha256(self.text(split)).digest())
@@ -84,15 +84,15 @@ class PySource:
 
 
 def _source_files(site_packages: bool) -> list[tuple[str, Path]]:
-    """(name that does not depend on where Python is installed, path), in a fixed order."""
+    """(name independent of where Python is installed, path), in a fixed order."""
     roots = [("stdlib", Path(sysconfig.get_paths()["stdlib"]))]
     if site_packages:
         roots.append(("site-packages", Path(sysconfig.get_paths()["purelib"])))
     files: dict[str, Path] = {}
     for label, root in roots:
-        left_out = SKIPPED_FOLDERS | (PACKAGE_FOLDERS if label == "stdlib" else frozenset())
-        for folder, below, names in os.walk(root):
-            below[:] = [name for name in below if name not in left_out]  # os.walk does not enter the others
+        skipped = SKIPPED_FOLDERS | (PACKAGE_FOLDERS if label == "stdlib" else frozenset())
+        for folder, subfolders, names in os.walk(root):
+            subfolders[:] = [name for name in subfolders if name not in skipped]  # prunes os.walk
             for name in names:
                 if name.endswith(".py"):
                     path = Path(folder, name)
@@ -101,7 +101,7 @@ def _source_files(site_packages: bool) -> list[tuple[str, Path]]:
 
 
 def _read_document(path: Path) -> bytes | None:
-    """The file's bytes, or None for one that is empty, generated, not UTF-8 or unreadable."""
+    """The file's bytes; None if it is empty, generated, not UTF-8 or unreadable."""
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             return None
@@ -125,12 +125,12 @@ def _splits(source: PySource) -> tuple[bytes, bytes]:
         text = _read_document(path)
         if text is None:
             continue
-        # Copies of a file (vendored packages) would put validation text into the training split.
+        # Copies of a file (vendored packages) would leak validation text into the training split.
         content = hashlib.sha256(text).digest()
         if content in seen:
             continue
         seen.add(content)
-        # By a hash of the name, so that adding a file moves no other file to the other split.
+        # Split by a hash of the name, so that adding a file does not move any other file to the other split.
         draw = (
             int.from_bytes(hashlib.sha256(f"{source.split_seed}:{name}".encode()).digest()[:8], "big") / 2**64
         )
@@ -141,7 +141,7 @@ def _splits(source: PySource) -> tuple[bytes, bytes]:
     train, validation = b"".join(parts[0]), b"".join(parts[1])
     if not train or not validation:
         raise UserError(
-            f"data=pysource found {len(seen)} usable .py files under {sysconfig.get_paths()['stdlib']}: too little for "
+            f"data=pysource found only {len(seen)} usable .py files under {sysconfig.get_paths()['stdlib']}: not enough for "
             "a train and a validation split. Choices: data.site_packages=true, or data=tokens data.path=FILE."
         )
     return train, validation

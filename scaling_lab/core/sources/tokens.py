@@ -1,4 +1,4 @@
-"""Owns the `tokens` source: a token file of the user's (.npy, .parquet, or flat binary .bin of a stated dtype)."""
+"""The `tokens` source: the user's own token file (.npy, .parquet, or flat binary .bin with a given dtype)."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A flat array of token ids; the validation split is the file's tail, or a file of its own."""
+    """A flat array of token ids; the validation split is the end of the file, or a separate file."""
 
     kind: ClassVar[str] = "tokens"
 
     path: str = ""
     vocab_size: int = 256
-    """Needed (`completed` says so), but for files of uint8; every token must be below it."""
+    """Every token must be below it. Required (see `completed`), except for uint8 files."""
     validation_path: str = ""
     """Empty: the last `validation_fraction` of `path` is the validation split."""
     validation_fraction: float = 0.05
     dtype: str = "uint16"
-    """Of a .bin file; a .npy file states its own."""
+    """Of a .bin file; a .npy file has its own."""
     column: str = ""
-    """Of a .parquet file: the column that holds the tokens; empty: its only one of integers."""
+    """Of a .parquet file: the column with the tokens; empty: its only integer column."""
     bytes_per_token: float | None = None
-    """Bytes of the validation split's text over its tokens, for bits per byte; null: no text, or not known."""
+    """Bytes of text per token of the validation split, for bits per byte; null: no text, or unknown."""
 
     def __post_init__(self) -> None:
         if not self.path:
             raise UserError(
-                "data.path is missing: data=tokens needs data.path=FILE (.npy, .parquet, or .bin with data.dtype=...)."
+                "data.path is missing: data=tokens requires data.path=FILE (.npy, .parquet, or .bin with data.dtype=...)."
             )
         if self.dtype not in DTYPES:
             raise unknown("data.dtype", self.dtype, DTYPES)
@@ -54,9 +54,9 @@ class TokenFile:
 
     @staticmethod
     def completed(options: Mapping[str, Any]) -> dict[str, Any]:
-        """Options as a user gave them, with the vocabulary of bytes where the file holds bytes.
+        """The user's options, with vocab_size=256 added for a uint8 file.
 
-        Raises `UserError` where another file comes without its vocabulary: a wrong guess would cost a sweep.
+        Raises `UserError` if the vocabulary size of any other file is missing: a wrong guess would waste a sweep.
         """
         path = Path(str(options.get("path") or "")).expanduser()
         if "vocab_size" in options or not path.is_file():
@@ -66,11 +66,11 @@ class TokenFile:
             try:
                 dtype = str(np.load(path, mmap_mode="r", allow_pickle=False).dtype)
             except (OSError, ValueError):
-                return dict(options)  # `array` says what is wrong with it
+                return dict(options)  # reported by `_open`
         if dtype != "uint8":
             raise UserError(
-                f"data.vocab_size is missing: {path.name} holds {dtype}; give the size of its vocabulary "
-                "(only a file of uint8 has one by itself, 256)."
+                f"data.vocab_size is missing: {path.name} contains {dtype} tokens, so give the size of its vocabulary "
+                "(the default of 256 applies only to uint8 files)."
             )
         return {**options, "vocab_size": 256}
 
@@ -82,7 +82,7 @@ class TokenFile:
         return int(self.tokens(split).size)
 
     def fingerprint(self) -> str:
-        """sha256 over both splits' token ids, so that the same tokens in another dtype or place count as the same."""
+        """sha256 of both splits' token ids: the same for the same tokens in another dtype or location."""
         return _fingerprint(self)
 
 
@@ -122,7 +122,7 @@ def _open(source: TokenFile, option: str, name: str) -> NDArray[np.integer]:
             item = np.dtype(source.dtype).itemsize
             if path.stat().st_size % item:
                 raise UserError(
-                    f"{option}={name!r} has {path.stat().st_size} bytes, not a multiple of the {item} of "
+                    f"{option}={name!r} has {path.stat().st_size} bytes, which is not a multiple of the {item} bytes of "
                     f"data.dtype={source.dtype}. Choices: {', '.join(DTYPES)}."
                 )
             tokens = (
@@ -136,7 +136,7 @@ def _open(source: TokenFile, option: str, name: str) -> NDArray[np.integer]:
         raise UserError(f"{option}={name!r} cannot be read as tokens: {error}.") from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise UserError(
-            f"{option}={name!r} holds {tokens.ndim}-d {tokens.dtype}; needed: a flat array of integers."
+            f"{option}={name!r} contains a {tokens.ndim}-d array of {tokens.dtype}; expected a 1-d array of integers."
         )
     if tokens.size == 0:
         raise UserError(f"{option}={name!r} is empty.")
@@ -145,12 +145,13 @@ def _open(source: TokenFile, option: str, name: str) -> NDArray[np.integer]:
 
 
 def _check_range(tokens: NDArray[np.integer], option: str, name: str, vocab_size: int) -> None:
-    """Every token must be a row of the embedding; says where the first bad one is."""
+    """Raise `UserError` with the position of the first token outside the vocabulary."""
     block = 1 << 24
     for start in range(0, tokens.size, block):
         part = np.asarray(tokens[start : start + block])
         if part.min() < 0 or part.max() >= vocab_size:
             bad = int(np.flatnonzero((part < 0) | (part >= vocab_size))[0])
             raise UserError(
-                f"{option}={name!r} has token {int(part[bad])} at index {start + bad}, outside data.vocab_size={vocab_size}."
+                f"{option}={name!r} has token {int(part[bad])} at index {start + bad}, outside the range of "
+                f"data.vocab_size={vocab_size}."
             )

@@ -1,13 +1,13 @@
-"""Owns the `zipf_facts` source: documents that state facts, a key and the value that belongs to it, again and again.
+"""The `zipf_facts` source: documents made of statements of facts, each a key and its value.
 
     . k1 k2 k3 is v1 v2 . k1 k2 k3 is v1 v2 . ...
 
-Which key comes is drawn from a Zipf law over the facts, p_k ~ k^-(1 + slope); its value is fixed. A model must have seen
-a fact (limited by D) and have room for it (limited by N), so loss follows power laws whose exponents are known: the
-quantization model of Michaud et al. 2023 (arXiv 2303.13506) gives alpha_N = slope and alpha_D = slope / (1 + slope) for
-facts without end. At slope = 0 every decade of frequency has the same mass, and the loss falls with the logarithm.
+Keys are drawn from a Zipf law over the facts, p_k ~ k^-(1 + slope); each key has a fixed value. A model must have seen a
+fact (limited by D) and have the capacity to store it (limited by N), so the loss follows power laws with known exponents:
+the quantization model of Michaud et al. 2023 (arXiv 2303.13506) gives alpha_N = slope and alpha_D = slope / (1 + slope)
+for infinitely many facts. At slope = 0 every decade of frequency has the same mass, and the loss falls logarithmically.
 
-The floor is the entropy of the keys alone: values are certain for whoever knows them.
+The loss floor is the entropy of the keys alone: the values have no entropy given the facts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_FACTS = 4_000_000
 
 @dataclass(frozen=True)
 class ZipfFacts:
-    """Tokens 0 .. symbols - 1 spell keys and values; `symbols` is the word "is", `symbols + 1` the full stop."""
+    """Tokens 0 .. symbols - 1 spell keys and values; `symbols` is the word "is", `symbols + 1` the period."""
 
     kind: ClassVar[str] = "zipf_facts"
 
@@ -39,10 +39,10 @@ class ZipfFacts:
     slope: float = 0.0
     """s in p_k ~ k^-(1 + s)."""
     symbols: int = 32
-    """Letters that keys and values are spelled with."""
+    """Size of the alphabet of keys and values."""
     value_tokens: int = 2
     seed: int = 0
-    """Which facts, and which documents."""
+    """Seed of the facts and of the documents."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.facts <= MAX_FACTS:
@@ -64,15 +64,15 @@ class ZipfFacts:
 
     @property
     def key_tokens(self) -> int:
-        """Letters of a key: as few as give every fact one of its own."""
-        n, room = 1, self.symbols
-        while room < self.facts:
-            n, room = n + 1, room * self.symbols
+        """Length of a key: the shortest that gives every fact its own."""
+        n, possible = 1, self.symbols
+        while possible < self.facts:
+            n, possible = n + 1, possible * self.symbols
         return n
 
     @property
     def statement_tokens(self) -> int:
-        """Key, "is", value, full stop."""
+        """Key, "is", value, period."""
         return self.key_tokens + 1 + self.value_tokens + 1
 
     def n_tokens(self, split: str) -> int:
@@ -89,18 +89,18 @@ class ZipfFacts:
         return np.searchsorted(fact_tables(self).bounds, u, side="right") + 1
 
     def documents(self, split: str, indices: NDArray[np.integer], length: int) -> NDArray[np.int32]:
-        """Documents `indices` of a split, (n, length): a full stop, then statements, the last one cut off."""
+        """Documents `indices` of a split, (n, length): a period, then statements, the last one truncated."""
         tables, size = fact_tables(self), self.statement_tokens
         statements = -(-(length - 1) // size)
         ranks = self.stated_ranks(split, indices, statements)
         text = tables.spelled[ranks - 1].reshape(len(ranks), statements * size)
-        full_stop = np.full((len(ranks), 1), self.symbols + 1, dtype=np.int32)
-        return np.concatenate([full_stop, text], axis=1)[:, :length]
+        period = np.full((len(ranks), 1), self.symbols + 1, dtype=np.int32)
+        return np.concatenate([period, text], axis=1)[:, :length]
 
     def log_probs(self, documents: NDArray[np.integer]) -> NDArray[np.float64]:
-        """True ln p of each token after the first given those before it, nats: (n, length) -> (n, length - 1).
+        """True ln p of each token after the first given the preceding ones, nats: (n, length) -> (n, length - 1).
 
-        A token that cannot stand where it stands has -inf, and so has everything after it in its statement.
+        -inf for an impossible token and for everything after it in its statement.
         """
         tables, size = fact_tables(self), self.statement_tokens
         n, scored = len(documents), documents.shape[1] - 1
@@ -125,18 +125,20 @@ class ZipfFacts:
         rest = np.where(
             (rank > 0)[:, None], tables.spelled[np.maximum(rank, 1) - 1][:, self.key_tokens :], -2
         )
-        right = np.cumprod(parts[:, self.key_tokens :] == rest, axis=1).astype(bool)
-        out[:, self.key_tokens :][right] = 0.0
+        correct = np.cumprod(parts[:, self.key_tokens :] == rest, axis=1).astype(bool)
+        out[:, self.key_tokens :][correct] = 0.0
         return out.reshape(n, statements * size)[:, :scored]
 
     def entropy_nats(self, length: int) -> float:
-        """Mean entropy per predicted token of a document of `length` tokens, exactly."""
+        """Exact mean entropy per predicted token of a document of `length` tokens."""
         tables, size = fact_tables(self), self.statement_tokens
-        of_prefix = [_entropy(mass) for mass in tables.prefix_mass]
-        by_place = [b - a for a, b in itertools.pairwise(of_prefix)] + [0.0] * (size - self.key_tokens)
-        return sum(by_place[t % size] for t in range(length - 1)) / (length - 1)
+        prefix_entropy = [_entropy(mass) for mass in tables.prefix_mass]
+        by_position = [b - a for a, b in itertools.pairwise(prefix_entropy)] + [0.0] * (
+            size - self.key_tokens
+        )
+        return sum(by_position[t % size] for t in range(length - 1)) / (length - 1)
 
-    def value_places(self, length: int) -> NDArray[np.int64]:
+    def value_positions(self, length: int) -> NDArray[np.int64]:
         """Positions (among the predicted tokens, from 0) of each whole statement's value, (statements, value_tokens)."""
         size = self.statement_tokens
         starts = np.arange((length - 1) // size) * size + self.key_tokens + 1
@@ -154,24 +156,24 @@ class ZipfFacts:
 @dataclass(frozen=True)
 class _Tables:
     mass: NDArray[np.int64]
-    """Probability of each fact over `ONE`, by rank, (facts,)."""
+    """Probability of each fact times `ONE`, by rank, (facts,)."""
     bounds: NDArray[np.uint64]
     """Cumulative `mass`, (facts,)."""
     spelled: NDArray[np.int32]
     """Each fact's statement as tokens, by rank, (facts, statement_tokens)."""
     prefix_mass: tuple[NDArray[np.float64], ...]
-    """Mass of all keys that begin with a prefix, by prefix length: element j is (symbols^j,)."""
+    """Total mass of the keys with each prefix, by prefix length: element j is (symbols^j,)."""
     rank_of_code: NDArray[np.int64]
-    """Key, read as a number, -> rank from 1; 0 for no fact, (symbols^key_tokens,)."""
+    """Key (as a number in base `symbols`) -> rank from 1, or 0 if it is not a fact, (symbols^key_tokens,)."""
 
 
 @cache
 def fact_tables(source: ZipfFacts) -> _Tables:
-    """The facts as integers; built once a process."""
+    """The facts as integers; built once per process."""
     facts, symbols, k = source.facts, source.symbols, source.key_tokens
     mass = zipf_weights(facts, 1.0 + source.slope)
     key = stream_key("zipf_facts language", source.seed)
-    # Which key a rank has is pseudorandom: letters say nothing of how frequent a fact is.
+    # Keys are assigned to ranks pseudorandomly, so that their letters carry no information about frequency.
     codes = np.argsort(draw_u64(key, 0, np.arange(symbols**k)), kind="stable")[:facts]
     letters = (codes[:, None] // symbols ** np.arange(k - 1, -1, -1)) % symbols
     values = draw_u64(key, 1, np.arange(facts)[:, None], np.arange(source.value_tokens)[None, :]) % np.uint64(

@@ -1,1 +1,1 @@
-"""Files and folders: atomic writes, claims, the JSON form of frozen dataclasses, the run store."""
+"""Files on disk: atomic writes, claims, JSON serialization of frozen dataclasses, the run store."""

@@ -1,7 +1,8 @@
-"""Owns claims: the right of one process to compute one run, across processes and machines, without locks.
+"""Claims: lock-free mutual exclusion between processes and machines, one owner per run.
 
-A claim is taken by creating claim-<g>.json exclusively, g one more than the last, and kept alive by rewriting it every
-couple of seconds. Whoever holds an older g sees the newer file and stops: a paused owner cannot undo a takeover.
+A process acquires a claim by exclusively creating claim-<g>.json, with g one more than the last, and keeps it alive by
+rewriting it every few seconds. The holder of an older g sees the newer file and stops, so a paused owner cannot undo a
+takeover.
 """
 
 from __future__ import annotations
@@ -19,26 +20,26 @@ from pathlib import Path
 from scaling_lab.core.storage.files import create_exclusive, filesystem_now, write_atomic
 from scaling_lab.core.storage.serialization import dumps
 
-# A claim of another machine without a heartbeat for this long is dead. Heartbeats come every 2 s; a stalled shared
-# filesystem or a paused machine may hold them up. A dead process of this machine is seen at once, without waiting.
+# A claim from another machine without a heartbeat for this long is dead. Heartbeats come every 2 s, but a stalled shared
+# filesystem or a suspended machine may delay them. A dead process on this machine is detected immediately.
 STALE_AFTER_S = 120.0
-# What `process_start` says of a live process where the kernel gives no start time (macOS).
+# Returned by `process_start` for a live process if the kernel reports no start time (macOS).
 UNKNOWN_START = "unknown"
 READ_ATTEMPTS = 5
 
 
 class ClaimLost(RuntimeError):
-    """Another process took the run over: this one must stop writing."""
+    """Another process took over the run: this one must stop writing."""
 
 
 @dataclass(frozen=True)
 class ClaimInfo:
-    """What a claim file says: who computes a run, and how far it is."""
+    """Content of a claim file: who computes a run, and its progress."""
 
     host: str
     pid: int
     pid_started: str
-    """The kernel's start time of the process: tells a reused pid from the same process."""
+    """The kernel's start time of the process: distinguishes it from a later process with the same pid."""
     generation: int
     started_unix_s: float
     heartbeat_unix_s: float
@@ -49,30 +50,30 @@ class ClaimInfo:
     train_loss_nats: float | None = None
     released: bool = False
     machine: str = ""
-    """Which boot and which pid namespace the pid belongs to: containers may share a host's name."""
+    """The boot and pid namespace that the pid belongs to: containers may share a host name."""
 
     @property
-    def is_of_this_machine(self) -> bool:
-        return self.host == socket.gethostname() and self.machine == this_machine()
+    def is_local(self) -> bool:
+        return self.host == socket.gethostname() and self.machine == machine_id()
 
     def is_live(self, now_unix_s: float, stale_after_s: float = STALE_AFTER_S) -> bool:
-        """Whether its owner is, as far as can be seen from here, still at work.
+        """Whether the owner is still running, as far as this machine can tell.
 
-        `now_unix_s` must be by the clock of the claim's filesystem (see `filesystem_now`).
+        `now_unix_s` must come from the clock of the claim's filesystem (see `filesystem_now`).
         """
         if self.released:
             return False
         fresh = now_unix_s - self.heartbeat_unix_s < stale_after_s
-        if not self.is_of_this_machine:
+        if not self.is_local:
             return fresh
         start = process_start(self.pid)
-        # Without start times a reused pid looks like its predecessor: then the heartbeat decides.
+        # Without start times a reused pid cannot be told apart: then the heartbeat decides.
         return fresh if start == UNKNOWN_START else start is not None and start == self.pid_started
 
 
 @cache
-def this_machine() -> str:
-    """Names this boot and pid namespace; empty where the kernel does not say."""
+def machine_id() -> str:
+    """Identifies this boot and pid namespace; empty if the kernel does not tell."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
@@ -81,8 +82,8 @@ def this_machine() -> str:
 
 
 def process_start(pid: int) -> str | None:
-    """Start time of a process of this machine as the kernel counts it; None where there is no such process, or only a
-    dead one not yet reaped. `UNKNOWN_START` for a live process where /proc is missing."""
+    """Start time of a local process in the kernel's units; None if there is no such process or only a zombie.
+    `UNKNOWN_START` for a live process if /proc is missing."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -100,7 +101,7 @@ def process_start(pid: int) -> str | None:
 
 
 class Claim:
-    """The right to compute one run, held by this process until released. Made by `take`; safe to use from threads."""
+    """The exclusive right to compute one run, held by this process until released. Made by `acquire`; thread-safe."""
 
     def __init__(self, path: Path, info: ClaimInfo) -> None:
         self._path = path
@@ -112,7 +113,7 @@ class Claim:
         return self._info.generation
 
     def check(self) -> None:
-        """Raise `ClaimLost` if somebody took the run over."""
+        """Raise `ClaimLost` if another process took over the run."""
         newer = self._path.with_name(f"claim-{self._info.generation + 1}.json")
         if newer.exists() or not self._path.exists():
             raise ClaimLost(f"run {self._path.parent.name} was taken over by another process")
@@ -124,7 +125,7 @@ class Claim:
         tokens_per_s: float | None = None,
         train_loss_nats: float | None = None,
     ) -> None:
-        """Say that the owner is alive and how far it is. Raises `ClaimLost`, or OSError where the disk refuses."""
+        """Record that the owner is alive, and its progress. Raises `ClaimLost`, or OSError if the write fails."""
         with self._lock:
             self.check()
             self._info = replace(
@@ -138,15 +139,15 @@ class Claim:
             write_atomic(self._path, dumps(self._info), durable=False)
 
     def release(self) -> None:
-        """Give the run back: anybody may claim it at once."""
+        """Give up the run: any process may claim it immediately."""
         with self._lock:
             self._info = replace(self._info, released=True)
             if self._path.exists():
                 write_atomic(self._path, dumps(self._info), durable=False)
 
 
-def take(folder: Path, steps: int) -> Claim | None:
-    """The next claim on a run folder, or None: a live process has it, or another one was quicker."""
+def acquire(folder: Path, steps: int) -> Claim | None:
+    """The next claim on a run folder; None if a live process holds it or another process was faster."""
     last = last_claim(folder)
     if last is not None and last.is_live(filesystem_now(folder)):
         return None
@@ -159,15 +160,15 @@ def take(folder: Path, steps: int) -> Claim | None:
         started_unix_s=now,
         heartbeat_unix_s=now,
         steps=steps,
-        machine=this_machine(),
+        machine=machine_id(),
     )
     path = folder / f"claim-{info.generation}.json"
     return Claim(path, info) if create_exclusive(path, dumps(info)) else None
 
 
 def last_claim(folder: Path) -> ClaimInfo | None:
-    """The newest claim on a run folder. One whose text is torn is a dead owner's; one that cannot be read (a shared
-    filesystem between two renames) counts as just refreshed."""
+    """The newest claim on a run folder. A claim with truncated content counts as dead; one that cannot be read (on a shared
+    filesystem, in the middle of a rename) counts as just refreshed."""
     names = (re.fullmatch(r"claim-(\d+)\.json", path.name) for path in folder.glob("claim-*.json"))
     newest = max((int(match[1]) for match in names if match), default=0)
     if not newest:
@@ -181,7 +182,7 @@ def last_claim(folder: Path) -> ClaimInfo | None:
             known = {field.name for field in fields(ClaimInfo)}
             return ClaimInfo(**{**{k: v for k, v in data.items() if k in known}, "heartbeat_unix_s": written})
         except (ValueError, TypeError, AttributeError):
-            refreshed = 0.0  # torn; or, without hard links, being written at this moment: look again
+            refreshed = 0.0  # truncated; or, without hard links, still being written: try again
         except OSError:
             refreshed = time.time()
         time.sleep(0.02 * (attempt + 1))

@@ -1,4 +1,4 @@
-"""Owns writing files so that a crash, a full disk or a second process never leaves half of one."""
+"""Atomic file writes: a crash, a full disk or a concurrent process never leaves a partial file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import TextIO
 
 from scaling_lab.core.errors import DiskError
 
-# What filesystems without hard links answer (exFAT, many FUSE and SMB mounts).
+# Errors of `os.link` on filesystems without hard links (exFAT, many FUSE and SMB mounts).
 NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 
-# What a disk says that cannot be written by anybody now, whatever is asked of it.
-DISK_REFUSES = {
+# Write errors that would hit any process writing to this disk.
+DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "it is read-only",
@@ -26,8 +26,8 @@ DISK_REFUSES = {
 
 
 def disk_error(error: OSError, folder: Path) -> DiskError | None:
-    """The error to raise where writing below a sweep's folder failed for a reason that is not the run's; None for others."""
-    why = DISK_REFUSES.get(error.errno or 0)
+    """A `DiskError` if writing below a sweep's folder failed for a reason unrelated to the run; None for other errors."""
+    why = DISK_ERRORS.get(error.errno or 0)
     below = error.filename is not None and Path(str(error.filename)).absolute().is_relative_to(
         folder.absolute()
     )
@@ -40,28 +40,28 @@ def disk_error(error: OSError, folder: Path) -> DiskError | None:
     elsewhere = results.absolute() != Path("results").absolute()
     option = f" results_dir={shlex.quote(str(results))}" if elsewhere else ""
     return DiskError(
-        f"{folder} cannot be written: {why}{where}. No run is lost: each goes on from its last checkpoint. Make room or "
-        f"make it writable, then: scaling-lab sweep sweep={folder.name}{option}"
+        f"{folder} cannot be written: {why}{where}. No run is lost: each resumes from its last checkpoint. Free up space or "
+        f"make it writable, then run: scaling-lab sweep sweep={folder.name}{option}"
     )
 
 
-def temporary_beside(path: Path) -> Path:
-    """A name in the same folder (so that a rename is atomic) that no other process or thread uses."""
+def temporary_path(path: Path) -> Path:
+    """A unique name in the same folder, so that renaming it to `path` is atomic."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}.tmp")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files that killed processes left. A live one that loses its file sees an OSError."""
+def remove_temporary_files(folder: Path) -> None:
+    """Remove temporary files left by killed processes. A live process that loses its file gets an OSError."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
-    """Replace `path` by `text` in one step: a reader sees the old or the new file, never a part.
+    """Replace the content of `path` by `text` atomically: a reader sees the old or the new file, never a partial one.
 
-    Raises OSError; `path` is then as it was, and nothing is left beside it.
+    Raises OSError; then `path` is unchanged and no temporary file remains.
     """
-    temporary = temporary_beside(path)
+    temporary = temporary_path(path)
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             write_and_sync(file, text, durable=durable)
@@ -71,19 +71,19 @@ def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
 
 
 def create_exclusive(path: Path, text: str) -> bool:
-    """Create `path` with all of `text` unless it exists; says whether it did.
+    """Create `path` with all of `text` unless it exists; returns whether it did.
 
-    Linked into place once complete, so that no reader sees a part. Where the filesystem has no hard links the file is
-    created exclusively and then filled: a reader may see it short for a moment, and readers of ours take that as torn.
+    The complete file is linked into place, so that no reader sees a partial one. On filesystems without hard links it is
+    created exclusively and then written: a reader may briefly see it truncated, which our readers handle.
     """
-    temporary = temporary_beside(path)
+    temporary = temporary_path(path)
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             write_and_sync(file, text)
         try:
             os.link(temporary, path)
         except FileExistsError:
-            # On NFS a link may succeed and its answer be lost: the repeated request then finds the name taken, by us.
+            # On NFS a link may succeed but its reply be lost: the retried request then finds our own link in place.
             return temporary.stat().st_nlink == 2
         except OSError as error:
             if error.errno not in NO_HARD_LINKS:
@@ -95,8 +95,8 @@ def create_exclusive(path: Path, text: str) -> bool:
 
 
 def filesystem_now(folder: Path) -> float:
-    """The time (Unix seconds) by the clock that stamps this folder's files: a shared filesystem's, whatever ours says."""
-    probe = temporary_beside(folder / "clock")
+    """Unix time by the clock that stamps this folder's files, which on a shared filesystem may differ from ours."""
+    probe = temporary_path(folder / "clock")
     try:
         probe.touch()
         return probe.stat().st_mtime
@@ -105,7 +105,7 @@ def filesystem_now(folder: Path) -> float:
 
 
 def write_and_sync(file: TextIO, text: str, *, durable: bool = True) -> None:
-    """Write to an open text file and, if durable, to the disk."""
+    """Write to an open text file and, if durable, sync it to disk."""
     file.write(text)
     if durable:
         file.flush()
@@ -113,7 +113,7 @@ def write_and_sync(file: TextIO, text: str, *, durable: bool = True) -> None:
 
 
 def synced_size(path: Path) -> int | None:
-    """Bring a finished file's content to the disk; its size in bytes, None where there is no such file."""
+    """Sync a finished file to disk and return its size in bytes; None if there is no such file."""
     try:
         with open(path, "rb") as file:
             os.fsync(file.fileno())

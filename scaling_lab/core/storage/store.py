@@ -1,14 +1,14 @@
-"""Owns the layout of results/ on disk: atomic writes, claims, what is done and what is not.
+"""The run store: the layout of a sweep's folder, and the state of each run in it.
 
     <root>/<sweep>/plan.json
-    <root>/<sweep>/runs/<run_id>/spec.json      what the run is
-                                 claim-<g>.json who computes it: attempt g, refreshed as a heartbeat
+    <root>/<sweep>/runs/<run_id>/spec.json      the run's RunSpec
+                                 claim-<g>.json owner of attempt g, rewritten as a heartbeat
                                  curve.jsonl    append-only
                                  checkpoint/    the last two (training/run/checkpoint.py)
-                                 record.json    written last: the run is over
+                                 record.json    written last: the run is finished
     <root>/<sweep>/report/
 
-Files are replaced atomically (files.py), runs are claimed without locks (claims.py).
+Files are replaced atomically (files.py); runs are claimed without locks (claims.py).
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from typing import Any
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import EvalPoint, RunRecord, RunStatus
 from scaling_lab.core.spec import Plan, RunSpec
-from scaling_lab.core.storage.claims import Claim, ClaimInfo, last_claim, take
+from scaling_lab.core.storage.claims import Claim, ClaimInfo, acquire, last_claim
 from scaling_lab.core.storage.files import create_exclusive, synced_size, write_atomic
 from scaling_lab.core.storage.serialization import NEWER, dumps
 
-# States of runs that somebody computes now, and of those that are over.
+# States of runs that are being computed, and of those that are finished.
 LIVE = ("claimed", "running")
-OVER = ("completed", "diverged", "failed")
-# What to do about a finished run whose files are damaged; the other runs are not touched by it.
-TRY_AGAIN = "`scaling-lab sweep` with retry=failed trains it again"
+FINISHED = ("completed", "diverged", "failed")
+# For a finished run whose files are damaged; other runs are not affected.
+RETRY_ADVICE = "`scaling-lab sweep` with retry=failed trains it again"
 SWEEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
 class RunState:
-    """One run of a plan as it stands on disk."""
+    """State of one run of a plan, from the files on disk."""
 
     run_id: str
     state: str
-    """planned, claimed (its owner loads or compiles), running, interrupted, completed, diverged or failed."""
+    """planned, claimed (its owner is loading or compiling), running, interrupted, completed, diverged or failed."""
     reason: str | None = None
     claim: ClaimInfo | None = None
-    """Who computes it or last did: host, pid, since when, last heartbeat. None once it is over."""
+    """Current or last owner: host, pid, start time, last heartbeat. None once the run is finished."""
     final_val_loss_nats: float | None = None
     wall_time_s: float | None = None
     ended_unix_s: float | None = None
@@ -53,7 +53,7 @@ class RunState:
 
 
 class RunStore:
-    """One sweep's folder. Reading never fails because of one bad run: see `problems` of `load_records`."""
+    """One sweep's folder. A damaged run does not prevent reading the others: see `problems` of `load_records`."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -62,7 +62,9 @@ class RunStore:
     @staticmethod
     def for_sweep(root: Path | str, sweep: str) -> RunStore:
         if not SWEEP_NAME.fullmatch(sweep):
-            raise UserError(f"sweep={sweep!r} must be a folder name: letters, digits, '.', '_' and '-'.")
+            raise UserError(
+                f"sweep={sweep!r} is not a valid name: use letters, digits, '.', '_' and '-' (it names a folder)."
+            )
         return RunStore(Path(root) / sweep)
 
     # -- paths
@@ -79,27 +81,27 @@ class RunStore:
 
     # -- plan
     def create_plan(self, plan: Plan) -> bool:
-        """Write plan.json unless there is one; says whether it did."""
+        """Write plan.json unless it exists; returns whether it did."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return create_exclusive(self.plan_path, plan.to_json())
 
     def write_plan(self, plan: Plan) -> None:
-        """Write plan.json, whatever is there."""
+        """Write plan.json, replacing an existing one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.plan_path, plan.to_json())
 
     def read_plan(self, run_ids: Collection[str] | None = None) -> Plan:
-        """The plan on disk; with `run_ids` only these of its runs and those that they are trained with: a job of a plan of
-        10,000 runs begins at once. Raises `UserError` where there is none or it cannot be read."""
+        """The plan on disk. With `run_ids`, only these runs and those they are trained with, so that a job of a plan of
+        10,000 runs starts quickly. Raises `UserError` if there is no plan or it cannot be read."""
         try:
             data = json.loads(self.plan_path.read_text(encoding="utf-8"))
             if run_ids is not None:
-                data["runs"] = _with_relatives(data["runs"], set(run_ids))
+                data["runs"] = _select_runs(data["runs"], set(run_ids))
             return Plan.from_dict(data)
         except FileNotFoundError:
             raise UserError(
                 f"sweep={self.folder.name!r}: there is no plan at {self.plan_path}. Choices: "
-                f"{', '.join(self.neighbours()) or 'none yet (make one with `scaling-lab sweep`)'}."
+                f"{', '.join(self.other_sweeps()) or 'none yet (create one with `scaling-lab sweep`)'}."
             ) from None
         except UserError:
             raise
@@ -107,29 +109,29 @@ class RunStore:
             advice = (
                 "update scaling-lab to read it"
                 if NEWER in str(error)
-                else "move it away and plan again with the same options: they make the same run ids, and what is done stays done"
+                else "move it away and plan again with the same options: the run ids will be the same, and finished runs are kept"
             )
             raise UserError(
                 f"{self.plan_path} cannot be read ({type(error).__name__}: {error}): {advice}."
             ) from None
 
-    def neighbours(self) -> list[str]:
-        """Other sweeps beside this one."""
+    def other_sweeps(self) -> list[str]:
+        """Sweeps in the same results folder."""
         if not self.folder.parent.is_dir():
             return []
         return sorted(p.parent.name for p in self.folder.parent.glob("*/plan.json"))
 
     # -- claims
     def claim(self, spec: RunSpec) -> Claim | None:
-        """The right to compute `spec`, or None: it is over, or a live process computes it."""
+        """A claim on `spec`; None if the run is finished or a live process is computing it."""
         folder = self.run_folder(spec.run_id())
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "record.json").exists():
             return None
-        claim = take(folder, spec.steps)
+        claim = acquire(folder, spec.steps)
         if claim is None:
             return None
-        # Between the look at record.json and the claim the former owner may have finished.
+        # The previous owner may have finished between the check above and the claim.
         if (folder / "record.json").exists():
             claim.release()
             return None
@@ -139,52 +141,52 @@ class RunStore:
 
     # -- curve and record
     def start_curve(self, run_id: str, kept: Iterable[EvalPoint] = ()) -> Any:
-        """Begin this attempt's curve with the points `kept` from the last one; returns a file opened for appending.
+        """Start this attempt's curve with the points `kept` from the last one; returns a file opened for appending.
 
-        A new file replaces the old one, so that a former owner that is still writing writes into nothing.
+        A new file replaces the old one, so that writes of a previous owner that is still running have no effect.
         """
         path = self.run_folder(run_id) / "curve.jsonl"
         write_atomic(path, "".join(curve_line(point) for point in kept))
         return open(path, "a", encoding="utf-8")
 
     def write_record(self, record: RunRecord) -> bool:
-        """Write record.json unless there is one already; says whether it did. The curve reaches the disk before it."""
+        """Write record.json unless it exists; returns whether it did. The curve is synced to disk first."""
         folder = self.run_folder(record.run_id)
         record = replace(record, curve_bytes=synced_size(folder / "curve.jsonl"))
         return create_exclusive(folder / "record.json", dumps(record.to_dict()))
 
     def read_curve(self, run_id: str) -> list[EvalPoint]:
-        """Whole lines of a curve, in order; a torn last line is left out."""
+        """Complete lines of a curve, in order; a truncated last line is ignored."""
         path = self.run_folder(run_id) / "curve.jsonl"
         if not path.exists():
             return []
         points = []
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
             try:
-                points.append(point_of(json.loads(line)))
+                points.append(curve_point(json.loads(line)))
             except (ValueError, TypeError):
                 break
         return points
 
     def read_record(self, run_id: str, *, curve: bool = True) -> RunRecord:
-        """One run's record. Raises `UserError` that says what is wrong with it."""
+        """One run's record. Raises `UserError` naming the problem if it is missing or damaged."""
         path = self.run_folder(run_id) / "record.json"
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             points = tuple(self.read_curve(run_id)) if curve else ()
             record = RunRecord.from_dict(data, points[: data["curve_points"]])
         except FileNotFoundError:
-            raise UserError(f"run={run_id!r} has no record at {path}: it is not over.") from None
+            raise UserError(f"run={run_id!r} has no record at {path}: it is not finished.") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} {unreadable(error)}.") from None
+            raise UserError(f"{path} {unreadable_message(error)}.") from None
         if curve and len(record.curve) < record.curve_points:
             raise UserError(
-                f"{path.with_name('curve.jsonl')} has {len(record.curve)} of {record.curve_points} points: {TRY_AGAIN}."
+                f"{path.with_name('curve.jsonl')} has {len(record.curve)} of {record.curve_points} points: {RETRY_ADVICE}."
             )
         return record
 
     def load_records(self, *, curve: bool = True) -> tuple[list[RunRecord], list[tuple[str, str]]]:
-        """Every record of the folder, by run id, and (run id, reason) for each that cannot be read."""
+        """All records of the folder, by run id, and (run id, reason) for each that cannot be read."""
         records, problems = [], []
         for run_id in self.run_ids_with_record():
             try:
@@ -198,9 +200,9 @@ class RunStore:
         return sorted(p.parent.name for p in runs.glob("*/record.json")) if runs.is_dir() else []
 
     def reopen_failed(self, plan: Plan) -> list[str]:
-        """Make the failed and diverged runs of a plan pending again; their records stay beside as record-failed-<k>.json.
+        """Make a plan's failed and diverged runs pending again; their records are kept as record-failed-<k>.json.
 
-        A diverged run begins from the beginning: its last checkpoint may be past saving. Returns the run ids.
+        A diverged run restarts from scratch, since its last checkpoint may already be bad. Returns the run ids.
         """
         reopened = []
         for state in self.states(plan):
@@ -211,7 +213,7 @@ class RunStore:
             try:
                 (folder / "record.json").rename(folder / f"record-failed-{kept}.json")
             except FileNotFoundError:
-                continue  # another sweep with retry=failed was quicker
+                continue  # another sweep with retry=failed was faster
             if state.state == "diverged":
                 for path in (folder / "checkpoint").glob("step-*.json"):
                     path.unlink(missing_ok=True)
@@ -220,7 +222,7 @@ class RunStore:
 
     # -- states
     def state(self, run_id: str) -> RunState:
-        """Where one run stands."""
+        """State of one run."""
         folder = self.run_folder(run_id)
         record = folder / "record.json"
         if record.exists():
@@ -234,13 +236,12 @@ class RunStore:
                     wall_time_s=data.get("wall_time_s"),
                     ended_unix_s=record.stat().st_mtime,
                 )
-                RunRecord.from_dict(
-                    data, shared=self._shared
-                )  # what the analysis would refuse is not completed
-                lost = _lost_curve(folder / "curve.jsonl", data) if state.state == "completed" else None
+                # A record that the analysis could not read does not count as completed.
+                RunRecord.from_dict(data, shared=self._shared)
+                lost = _curve_problem(folder / "curve.jsonl", data) if state.state == "completed" else None
                 return replace(state, state="failed", reason=lost) if lost else state
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                return RunState(run_id, "failed", f"record.json {unreadable(error)}")
+                return RunState(run_id, "failed", f"record.json {unreadable_message(error)}")
         claim = last_claim(folder)
         if claim is None:
             return RunState(run_id, "planned")
@@ -253,40 +254,40 @@ class RunStore:
             yield self.state(run.run_id)
 
 
-def _with_relatives(runs: list[dict[str, Any]], wanted: set[str]) -> list[dict[str, Any]]:
-    """The wanted runs of a plan.json, their parents, and the stacks that any of these belong to, in the plan's order."""
+def _select_runs(runs: list[dict[str, Any]], wanted: set[str]) -> list[dict[str, Any]]:
+    """The wanted runs of a plan.json, their parents, and all members of their stacks, in the plan's order."""
     parents = {r["spec"].get("parent") for r in runs if r["run_id"] in wanted}
     chosen = wanted | parents
     stacks = {r["execution"].get("stack") for r in runs if r["run_id"] in chosen} - {None}
     return [r for r in runs if r["run_id"] in chosen or r["execution"].get("stack") in stacks]
 
 
-def unreadable(error: Exception) -> str:
-    """What is said about a record that cannot be read: half-written, damaged, or of another version."""
-    advice = "update scaling-lab to read it" if NEWER in str(error) else TRY_AGAIN
+def unreadable_message(error: Exception) -> str:
+    """Message about a record that cannot be read: truncated, damaged, or from another version."""
+    advice = "update scaling-lab to read it" if NEWER in str(error) else RETRY_ADVICE
     return f"cannot be read ({type(error).__name__}: {error}): {advice}"
 
 
-def _lost_curve(path: Path, record: dict[str, Any]) -> str | None:
-    """What is wrong with the curve of a finished run, from its size alone: 10,000 of them are looked at in a second."""
-    there = path.stat().st_size if path.exists() else 0
-    written = record.get("curve_bytes") or min(1, record.get("curve_points", 0))
-    if there >= written:
+def _curve_problem(path: Path, record: dict[str, Any]) -> str | None:
+    """What is wrong with a finished run's curve, judged by its size alone so that 10,000 runs take a second."""
+    found = path.stat().st_size if path.exists() else 0
+    expected = record.get("curve_bytes") or min(1, record.get("curve_points", 0))
+    if found >= expected:
         return None
-    what = f"is cut short ({there:,} of {written:,} bytes)" if there else "is gone"
-    return f"it was completed, but its curve.jsonl {what}: {TRY_AGAIN}"
+    what = f"is truncated ({found:,} of {expected:,} bytes)" if found else "is missing"
+    return f"it was completed, but its curve.jsonl {what}: {RETRY_ADVICE}"
 
 
-def point_of(cells: Any) -> EvalPoint:
-    """One line of curve.jsonl, parsed. Raises ValueError or TypeError where a value is not a number, or `evals` not numbers by name."""
-    point = EvalPoint(**cells)
+def curve_point(fields: Any) -> EvalPoint:
+    """A point from a parsed line of curve.jsonl. Raises ValueError or TypeError for a value that is not a number."""
+    point = EvalPoint(**fields)
     evals = {} if point.evals is None else dict(point.evals)
-    values = [*(value for name, value in cells.items() if name != "evals"), *evals.values()]
+    values = [*(value for name, value in fields.items() if name != "evals"), *evals.values()]
     if any(isinstance(v, bool) or not isinstance(v, (int, float, type(None))) for v in values):
-        raise ValueError(f"not a number in {cells}")
+        raise ValueError(f"not a number in {fields}")
     return point
 
 
 def curve_line(point: EvalPoint) -> str:
-    """One line of curve.jsonl; fields that are None are left out."""
+    """One line of curve.jsonl; fields that are None are omitted."""
     return json.dumps({k: v for k, v in asdict(point).items() if v is not None}, allow_nan=False) + "\n"

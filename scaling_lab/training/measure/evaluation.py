@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.evaluation import EvalSpec
-from scaling_lab.core.sources.generation.documents import floor_nats, knows_its_probabilities
+from scaling_lab.core.sources.generation.documents import floor_nats, has_known_probabilities
 from scaling_lab.core.spec import RunSpec
 from scaling_lab.planning.memory import LOGITS_AT_ONCE
 from scaling_lab.training.data.order import n_windows
@@ -113,7 +113,7 @@ class ValidationSet:
 
     def floor_nats(self) -> float | None:
         """Mean true -ln p of these very windows, nats per token: what an oracle's loss is. None where nobody knows."""
-        if not knows_its_probabilities(self._source):
+        if not has_known_probabilities(self._source):
             return None
         return float(floor_nats(self._source, self._windows.cpu().numpy()).mean())
 
@@ -121,12 +121,14 @@ class ValidationSet:
     def fact_scores(
         self, model: nn.Module, parameters: dict[str, Tensor], *, dtype: str, vocab_size: int
     ) -> dict[str, float]:
-        """How well values of facts are known (sources with `value_places`): the share of values all of whose tokens are
+        """How well values of facts are known (sources with `value_positions`): the share of values all of whose tokens are
         the model's first choice, and the loss of a value's token, nats. Emergence shows in the first and not in the
         second (Schaeffer et al. 2023, arXiv 2304.15004)."""
-        if not hasattr(self._source, "value_places"):
+        if not hasattr(self._source, "value_positions"):
             return {}
-        places = torch.from_numpy(self._source.value_places(self._windows.shape[1])).to(self._windows.device)
+        places = torch.from_numpy(self._source.value_positions(self._windows.shape[1])).to(
+            self._windows.device
+        )
         if not places.numel():
             return {}
         right, losses = [], []

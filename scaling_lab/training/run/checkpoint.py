@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from scaling_lab.core.spec import Execution
-from scaling_lab.core.storage.files import remove_leftovers, temporary_beside, write_atomic
+from scaling_lab.core.storage.files import remove_temporary_files, temporary_path, write_atomic
 from scaling_lab.core.storage.serialization import dumps, to_dict
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     buffer = io.BytesIO()
     torch.save({name: tensor.cpu() for name, tensor in checkpoint.tensors.items()}, buffer)
     data = buffer.getvalue()
-    temporary = temporary_beside(path)
+    temporary = temporary_path(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -93,7 +93,7 @@ def clean(folder: Path) -> None:
     """Remove what a killed process left: temporary files, and tensors whose .json was never written."""
     if not folder.is_dir():
         return
-    remove_leftovers(folder)
+    remove_temporary_files(folder)
     whole = {f"step-{step}.pt" for step in steps_saved(folder)}
     for path in folder.glob("step-*.pt"):
         if path.name not in whole:

@@ -33,7 +33,7 @@ __all__ = ["Program", "Session", "check_data", "device_tokens", "open_program", 
 
 @dataclass
 class Session:
-    """What one run is trained with; of a stack's member `step` is its slot. Made by `open_session` or `open_stack`."""
+    """What one run is trained with; of a stack's member `step` is its slot. Made by `open_session` or `open_program`."""
 
     spec: RunSpec
     device: torch.device

@@ -1,1 +1,1 @@
-"""Token files on disk: reading Parquet, checking shards."""
+"""Token files on disk: reading Parquet, verifying shards."""

@@ -1,4 +1,4 @@
-"""Owns reading token ids from a Parquet file: a column of integers, or of lists of them one after the other."""
+"""Read token ids from a Parquet column of integers or of lists of integers, which are concatenated."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from scaling_lab.core.errors import UserError, unknown
 
 
 def read_token_column(path: Path, option: str, column: str) -> NDArray[np.integer]:
-    """The token ids of a column, 1-d; without a name the file's only column that holds integers.
+    """The token ids of a column, 1-d; with an empty name, of the file's only integer column.
 
-    Raises `UserError` naming the option for a file that is no Parquet, a column that is not there, and missing values.
+    Raises `UserError` naming the option if the file is not Parquet, the column does not exist, or values are missing.
     """
-    # The one package that core asks for beside NumPy, and only where such a file is given.
+    # The only dependency of core besides NumPy, imported only for Parquet files.
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -27,7 +27,7 @@ def read_token_column(path: Path, option: str, column: str) -> NDArray[np.intege
             raise unknown("data.column", column, names)
         if not column and len(names) != 1:
             raise UserError(
-                f"{option}={str(path)!r} has {len(names)} columns of integers: give data.column=NAME. "
+                f"{option}={str(path)!r} has {len(names)} integer columns: give data.column=NAME. "
                 f"Choices: {', '.join(names) or 'none'}."
             )
         values: Any = file.read(columns=[column or names[0]]).column(0).combine_chunks()
@@ -40,7 +40,7 @@ def read_token_column(path: Path, option: str, column: str) -> NDArray[np.intege
         values = values.flatten()
         missing += values.null_count
     if missing:
-        raise UserError(f"{option}={str(path)!r} has {missing:,} missing values where tokens should be.")
+        raise UserError(f"{option}={str(path)!r} has {missing:,} missing values in its token column.")
     tokens: NDArray[np.integer] = values.to_numpy(zero_copy_only=False)
     return tokens
 

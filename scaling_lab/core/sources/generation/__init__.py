@@ -1,1 +1,1 @@
-"""What generated corpora share: random numbers as a function of integers, Zipf distributions, documents."""
+"""Shared code of generated corpora: counter-based random numbers, Zipf distributions, documents."""

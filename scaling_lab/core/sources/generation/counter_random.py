@@ -1,6 +1,6 @@
-"""Owns random numbers as a pure function of integers: the same on every machine, in any order, with no state.
+"""Counter-based random numbers: pure functions of integers, without state, the same on every machine and in any order.
 
-Generated corpora draw from here: token t of document i is decided by (seed, split, i, t) alone.
+In generated corpora token t of document i depends only on (seed, split, i, t).
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import hashlib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# The finaliser of splitmix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators") and its increment.
+# Finalizer constants and increment of splitmix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators").
 MIX_1, MIX_2, GOLDEN = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0x9E3779B97F4A7C15
 
 
 def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64, a bijection of 64-bit integers; wraps modulo 2^64 by intention."""
+    """The finalizer of splitmix64, a bijection of 64-bit integers; relies on wraparound modulo 2^64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(MIX_1)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(MIX_2)
     return x ^ (x >> np.uint64(31))
 
 
 def stream_key(*parts: object) -> int:
-    """A 64-bit key of a stream of draws, from anything with a stable text: a seed, a split, a name."""
+    """A 64-bit key for a stream of draws, from values with a stable string form: a seed, a split, a name."""
     text = "\0".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(f"scaling_lab {text}".encode()).digest()[:8], "little")
 

@@ -1,7 +1,7 @@
-"""Owns what a generated corpus is: documents as a pure function of (split, index), with known probabilities.
+"""Generated corpora: documents as a pure function of (split, index), with known probabilities.
 
-A training window is one document from its beginning, so a model sees all that the true distribution conditions on, and
-the mean of -log_probs over the validation windows is the loss that no model gets below.
+A training window is one document from its start, so a model sees everything that the true distribution conditions on, and
+the mean of -log_probs over the validation windows is a lower bound on the loss of any model.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import ClassVar, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-# Tokens of a split that has no end: far beyond any run, and its number of windows still fits 64 bits.
+# Size of an unlimited split: far beyond any run, while the number of windows still fits in 64 bits.
 UNLIMITED_TOKENS = 1 << 60
-# Documents whose probabilities are worked out at a time.
+# Documents whose probabilities are computed at once.
 FLOOR_BLOCK = 4096
 
 
 @runtime_checkable
 class GeneratedSource(Protocol):
-    """A token source whose documents are generated on the fly, in any order, alike on every machine."""
+    """A token source whose documents are generated on the fly, in any order, the same on every machine."""
 
     kind: ClassVar[str]
 
@@ -27,20 +27,20 @@ class GeneratedSource(Protocol):
     def vocab_size(self) -> int: ...
 
     def documents(self, split: str, indices: NDArray[np.integer], length: int) -> NDArray[np.int32]:
-        """Documents `indices` of a split, (n, length), from their beginning; the first token is always the same."""
+        """The first `length` tokens of documents `indices` of a split, (n, length); the first token is always the same."""
         ...
 
     def log_probs(self, documents: NDArray[np.integer]) -> NDArray[np.float64]:
-        """True ln p of each token after the first given those before it, nats: (n, length) -> (n, length - 1)."""
+        """True ln p of each token after the first given the preceding ones, nats: (n, length) -> (n, length - 1)."""
         ...
 
     def entropy_nats(self, length: int) -> float | None:
-        """Mean entropy per predicted token of documents of `length` tokens; None where no exact value is known."""
+        """Mean entropy per predicted token of documents of `length` tokens; None if no exact value is known."""
         ...
 
 
 def floor_nats(source: GeneratedSource, documents: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Mean true -ln p per predicted token of each document, (n,) nats: what an oracle's loss on them is."""
+    """Mean true -ln p per predicted token of each document, (n,) nats: the loss of an oracle."""
     parts = [
         -source.log_probs(documents[start : start + FLOOR_BLOCK]).mean(1)
         for start in range(0, len(documents), FLOOR_BLOCK)
@@ -51,7 +51,7 @@ def floor_nats(source: GeneratedSource, documents: NDArray[np.integer]) -> NDArr
 def text_documents(
     tokens: NDArray[np.integer], indices: NDArray[np.integer], length: int
 ) -> NDArray[np.integer]:
-    """Windows of a text as documents, (n, length): window i of its length, from the beginning again after the last.
+    """Windows of a text as documents, (n, length): window i of `length` tokens, wrapping around after the last.
 
     Raises ValueError for a text shorter than one window.
     """
@@ -62,7 +62,7 @@ def text_documents(
     return np.asarray(tokens[starts[:, None] + np.arange(length)])
 
 
-def knows_its_probabilities(source: object) -> bool:
-    """Whether the floor of a source's loss is known: it has `log_probs`, and if it is made of others, they have too."""
+def has_known_probabilities(source: object) -> bool:
+    """Whether the loss floor of a source is known: it has `log_probs`, and so do its components, if any."""
     parts = getattr(source, "sources", ())
-    return hasattr(source, "log_probs") and all(knows_its_probabilities(part) for part in parts)
+    return hasattr(source, "log_probs") and all(has_known_probabilities(part) for part in parts)

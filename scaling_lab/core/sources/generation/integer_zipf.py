@@ -1,4 +1,4 @@
-"""Owns Zipf distributions in integers: probabilities over 2^32 that come out the same on every machine."""
+"""Zipf distributions in integer arithmetic: probabilities times 2^32, the same on every machine."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from decimal import Decimal, localcontext
 import numpy as np
 from numpy.typing import NDArray
 
-# Probabilities are integers over this: 32 bits of a draw decide a token.
+# Probabilities are integers over this: a token is decided by 32 random bits.
 ONE = 1 << 32
-# Ranks whose weights are added one by one; the rest of the sum is Euler and Maclaurin's.
+# Number of leading terms summed directly; the rest of the sum uses the Euler-Maclaurin formula.
 DIRECT_RANKS = 50
 # B_2k / (2k)! of the Euler-Maclaurin formula, k = 1 .. 6 (Bernoulli numbers 1/6, -1/30, 1/42, -1/30, 5/66, -691/2730).
 EULER_MACLAURIN = (
     (1, 12), (-1, 720), (1, 30_240), (-1, 1_209_600), (1, 47_900_160), (-691, 1_307_674_368_000),
 )  # fmt: skip
-# A float power may be off by some units in its last place, which on this scale is below 1e-5.
-FLOAT_DOUBT = 1e-5
+# A float power may be off by a few ulps, which on this scale is below 1e-5.
+FLOAT_ERROR = 1e-5
 
 
 def zipf_weights(n: int, exponent: float, total: int = ONE) -> NDArray[np.int64]:
-    """Integers proportional to 1 / rank^exponent, ranks 1 .. n, that sum to `total`; none is below 1. (n,).
+    """Integers proportional to 1 / rank^exponent for ranks 1 .. n, at least 1 each, that sum to `total`, (n,).
 
-    The last bit of a float power differs between machines: where it could decide an integer, decimals do.
+    The last bit of a float power differs between machines: if it could change an integer, decimal arithmetic is used.
     """
     with localcontext() as context:
         context.prec = 40
@@ -30,7 +30,7 @@ def zipf_weights(n: int, exponent: float, total: int = ONE) -> NDArray[np.int64]
         scale = Decimal(total - n) / zipf_sum(n, power)
         values = float(scale) * np.arange(1, n + 1, dtype=np.float64) ** -exponent
         out = np.floor(values).astype(np.int64)
-        for i in np.flatnonzero(np.abs(values - np.round(values)) < FLOAT_DOUBT * max(1.0, total / ONE)):
+        for i in np.flatnonzero(np.abs(values - np.round(values)) < FLOAT_ERROR * max(1.0, total / ONE)):
             out[i] = int(scale * Decimal(int(i) + 1) ** -power)
     out += 1
     out[0] += total - out.sum()
@@ -38,7 +38,7 @@ def zipf_weights(n: int, exponent: float, total: int = ONE) -> NDArray[np.int64]
 
 
 def zipf_sum(n: int, power: Decimal) -> Decimal:
-    """Sum of rank^-power over ranks 1 .. n, to about 25 digits, under the caller's decimal precision."""
+    """Sum of rank^-power over ranks 1 .. n, to about 25 digits, with the caller's decimal precision."""
     first = min(n, DIRECT_RANKS)
     head = sum((Decimal(rank) ** -power for rank in range(1, first)), Decimal(0))
     if n == first:

@@ -1,7 +1,8 @@
-"""Owns how much of a world of facts a corpus shows: how often facts are stated, and what share of statements is then known.
+"""Fact coverage of a corpus: how often facts are stated, and what share of statements is about facts already seen.
 
-With Zipf frequencies of slope 0 every decade of frequency has the same mass of statements, so each tenfold of text adds the
-same share: the stylised table below, and the exact expectation for the facts of `zipf_facts`, with its exponent in the text.
+With Zipf frequencies of slope 0 every decade of frequency contributes the same share of statements, so each tenfold
+increase in text covers the same additional share: the idealized table below, and the exact expectation for the facts of
+`zipf_facts`, with its exponent in the amount of text.
 """
 
 from __future__ import annotations
@@ -10,57 +11,44 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from scaling_lab.core.sources.generation.counter_random import draw_u64, stream_key
 from scaling_lab.core.sources.zipf_facts import ZipfFacts
 
 
 @dataclass(frozen=True)
 class DecadeWorld:
-    """Decades of frequency, each with the same share of all statements: slope 0 in the roughest of terms.
+    """Frequency decades with equal shares of all statements: a coarse version of slope 0.
 
-    Facts of the first decade are one in `one_in` statements each, those of the next one in ten times as many.
+    Each fact of the first decade appears in one of `one_in` statements, each of the next decade in a tenth as many.
     """
 
     decades: int = 10
     one_in: int = 1000
 
     def rarity(self) -> tuple[int, ...]:
-        """Of each decade: one statement in so many is about a given fact of it."""
+        """For each decade, the number of statements per mention of any one of its facts."""
         return tuple(self.one_in * 10**i for i in range(self.decades))
 
     def facts(self) -> tuple[int, ...]:
-        """How many facts each decade has: as many as give it its share of the statements."""
+        """The number of facts in each decade that gives it its share of the statements."""
         return tuple(rarity // self.decades for rarity in self.rarity())
 
     def times_seen(self, statements: int) -> tuple[float, ...]:
-        """How often a fact of each decade is stated on average in a corpus of so many statements."""
+        """Mean number of mentions of a fact of each decade in a corpus of this many statements."""
         return tuple(statements / rarity for rarity in self.rarity())
 
     def share_known(self, statements: int) -> float:
-        """Share of all statements whose fact was stated at least once, if each is stated as often as on average."""
+        """Share of statements whose fact was seen at least once, if every fact is stated exactly its mean number of times."""
         return sum(statements >= rarity for rarity in self.rarity()) / self.decades
 
     def share_known_at_random(self, statements: int) -> float:
-        """The same where statements are drawn independently: a fact that is due once is missed with probability 1/e."""
+        """The same for independently drawn statements: a fact expected once is missed with probability 1/e."""
         missed = np.exp(statements * np.log1p(-1.0 / np.array(self.rarity(), dtype=np.float64)))
         return float((1.0 - missed).mean())
 
-    def simulated_counts(self, statements: int, seed: int = 0) -> list[NDArray[np.int64]]:
-        """One corpus, drawn statement by statement: for each decade how often each of its stated facts came."""
-        key = stream_key("zipf_exposure", seed)
-        at = np.arange(statements)
-        decade = draw_u64(key, at, 0) % np.uint64(self.decades)
-        counts = []
-        for i, facts in enumerate(self.facts()):
-            which = draw_u64(key, at[decade == i], 1) % np.uint64(facts)
-            counts.append(np.unique(which, return_counts=True)[1].astype(np.int64))
-        return counts
-
 
 def expected_share_known(source: ZipfFacts, statements: float) -> float:
-    """Expected share of further statements whose fact is among `statements` seen: sum_k p_k (1 - (1 - p_k)^D), exactly."""
+    """Exact expected share of new statements whose fact was seen in D = `statements`: sum_k p_k (1 - (1 - p_k)^D)."""
     p = source.probability(np.arange(1, source.facts + 1))
     return float(-(p * np.expm1(statements * np.log1p(-p))).sum())
 
@@ -72,9 +60,10 @@ def expected_share_unknown(source: ZipfFacts, statements: float) -> float:
 
 
 def unknown_exponent(source: ZipfFacts, statements: float) -> float:
-    """Local exponent of the unknown share in the corpus, -d ln(share unknown) / d ln D, at D = `statements`.
+    """Local exponent of the unknown share, -d ln(share unknown) / d ln D, at D = `statements`.
 
-    Between the most and the least frequent fact it is near `asymptotic_exponent`; where facts run out it is above.
+    Close to `asymptotic_exponent` while D is between the rarities of the most and the least frequent fact; larger once
+    most facts have been seen.
     """
     p = source.probability(np.arange(1, source.facts + 1))
     log_missed = np.log1p(-p)
@@ -83,12 +72,12 @@ def unknown_exponent(source: ZipfFacts, statements: float) -> float:
 
 
 def asymptotic_exponent(slope: float) -> float:
-    """s / (1 + s): the exponent in D for facts without end (Michaud et al. 2023, arXiv 2303.13506, section 2)."""
+    """s / (1 + s): the exponent in D for infinitely many facts (Michaud et al. 2023, arXiv 2303.13506, section 2)."""
     return slope / (1.0 + slope)
 
 
 def exposure_lines(world: DecadeWorld, corpora: Sequence[int], source: ZipfFacts) -> list[str]:
-    """The table as text: decades by corpus sizes, then the shares that are known."""
+    """The table as text: mentions by decade and corpus size, then the shares of known facts."""
     sizes = "".join(f"{f'D = {corpus:,}':>16}" for corpus in corpora)
     lines = [f"{'frequency of a fact':<22}{'share of text':>14}{sizes}"]
     seen = [world.times_seen(corpus) for corpus in corpora]
@@ -97,7 +86,7 @@ def exposure_lines(world: DecadeWorld, corpora: Sequence[int], source: ZipfFacts
         lines.append(f"{f'1 in {rarity:,}':<22}{f'{1 / world.decades:.0%}':>14}{cells}")
     rows = {
         "known (seen once)": [world.share_known(c) for c in corpora],
-        "known, drawn at random": [world.share_known_at_random(c) for c in corpora],
+        "known, random draws": [world.share_known_at_random(c) for c in corpora],
         f"{source.facts:,} facts, slope {source.slope:g}": [expected_share_known(source, c) for c in corpora],
     }
     for name, shares in rows.items():
