@@ -12,7 +12,7 @@ from scaling_lab.cli.display.console import Console
 from scaling_lab.cli.options.arguments import Arguments
 from scaling_lab.cli.options.compose import read_command
 from scaling_lab.cli.options.configs import config_folders, default_groups, group_choices, plain_tree
-from scaling_lab.cli.options.forms import Form, Group, build, options_of
+from scaling_lab.cli.options.forms import Form, GroupOption, build, options_of
 from scaling_lab.cli.options.values import unquoted
 from scaling_lab.core.errors import UserError
 from scaling_lab.tracking.wandb.mapping import NOT_COLUMNS, Incomplete, Missing, RunMapping, rows_of_run
@@ -75,12 +75,14 @@ def form(arguments: Arguments) -> Form:
     (slot,) = default_groups("import-wandb", folders)
     chosen = unquoted(arguments.get(slot.package) or "scaling_lab")
     tree, words = plain_tree("import-wandb", {slot.package: chosen}, folders)
-    return form_of_tree(tree, words, Group(
+    return form_of_tree(tree, words, GroupOption(
         slot.package, chosen, tuple(group_choices(slot.group, folders)), "which names are params, tokens, flops, loss"
     ))  # fmt: skip
 
 
-def form_of_tree(tree: Mapping[str, Any], words: Mapping[str, str] | None = None, *groups: Group) -> Form:
+def form_of_tree(
+    tree: Mapping[str, Any], words: Mapping[str, str] | None = None, *groups: GroupOption
+) -> Form:
     import dataclasses
 
     options = options_of(ImportWandb) | {

@@ -19,7 +19,7 @@ from typing import Any
 
 from scaling_lab.cli.options.arguments import Arguments, Assignment
 from scaling_lab.cli.options.configs import (
-    Slot,
+    ConfigGroup,
     config_folders,
     default_groups,
     find_config,
@@ -45,7 +45,7 @@ class Combination:
 
     tree: dict[str, Any]
     """Composed config with the command line's values put on top: plain values, not yet dataclasses."""
-    groups: Mapping[Slot, str]
+    groups: Mapping[ConfigGroup, str]
     """Choices given on the command line."""
     values: dict[str, Any]
     """Values given on the command line, read."""
@@ -97,7 +97,7 @@ def read_command(
     if multirun:
         arguments = with_lists(arguments, folders, groups)
     slots = {slot.package: slot for slot in (default_groups(config_name, folders) if config_name else {})}
-    chosen: dict[Slot, list[str]] = {slots[key]: [choice] for key, choice in (groups or {}).items()}
+    chosen: dict[ConfigGroup, list[str]] = {slots[key]: [choice] for key, choice in (groups or {}).items()}
     values: list[Assignment] = []
     hydra: list[Assignment] = []
     for assignment in arguments.assignments:
@@ -154,7 +154,9 @@ def check_experiment(path: Path) -> None:
         )
 
 
-def compose_groups(config_name: str, groups: Mapping[Slot, str], folders: Sequence[Path]) -> dict[str, Any]:
+def compose_groups(
+    config_name: str, groups: Mapping[ConfigGroup, str], folders: Sequence[Path]
+) -> dict[str, Any]:
     """The config `config_name` with these group choices, as plain values, composed by Hydra."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
@@ -207,7 +209,7 @@ def first_line(error: BaseException) -> str:
 
 def hydra_overrides(command: Command) -> list[str]:
     """The combinations as overrides of a Hydra multirun: values already read, text quoted."""
-    groups: dict[Slot, list[str]] = {}
+    groups: dict[ConfigGroup, list[str]] = {}
     values: dict[str, list[str]] = {}
     for combination in command.combinations:
         for slot, choice in combination.groups.items():
@@ -247,7 +249,9 @@ def _add(items: list[str], item: str) -> None:
         items.append(item)
 
 
-def _group_values(slot: Slot, assignment: Assignment, folders: Sequence[Path], multirun: bool) -> list[str]:
+def _group_values(
+    slot: ConfigGroup, assignment: Assignment, folders: Sequence[Path], multirun: bool
+) -> list[str]:
     choices = group_choices(slot.group, folders)
     names = [
         unquoted(part.strip()) for part in (_sweep_parts(assignment) if multirun else [assignment.value])
@@ -261,7 +265,7 @@ def _group_values(slot: Slot, assignment: Assignment, folders: Sequence[Path], m
 def _value_combinations(
     tree: dict[str, Any],
     form: Form,
-    groups: Mapping[Slot, str],
+    groups: Mapping[ConfigGroup, str],
     assignments: Sequence[Assignment],
     multirun: bool,
 ) -> list[Combination]:

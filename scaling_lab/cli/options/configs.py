@@ -88,9 +88,9 @@ def meanings(path: Path) -> dict[str, str]:
     return found
 
 
-def default_groups(command: str, folders: Sequence[Path]) -> dict[Slot, str | None]:
-    """Slot -> default choice, from the defaults lists of the command's config; launchers and the like left out."""
-    groups: dict[Slot, str | None] = {}
+def default_groups(command: str, folders: Sequence[Path]) -> dict[ConfigGroup, str | None]:
+    """ConfigGroup -> default choice, from the defaults lists of the command's config; launchers and the like left out."""
+    groups: dict[ConfigGroup, str | None] = {}
     for entry in read_yaml(find_config(command, folders)).get("defaults", []):
         if isinstance(entry, str) and entry != "_self_":
             groups.update(default_groups(entry, folders))
@@ -98,7 +98,7 @@ def default_groups(command: str, folders: Sequence[Path]) -> dict[Slot, str | No
             for key, choice in entry.items():
                 # A list of choices (approach: [envelope, ...]) is all there always: nothing to choose.
                 if not str(key).startswith("override ") and not isinstance(choice, list):
-                    slot = Slot(str(key).removeprefix("optional ").strip().strip("/"))
+                    slot = ConfigGroup(str(key).removeprefix("optional ").strip().strip("/"))
                     groups[slot] = choice
     return groups
 
@@ -118,7 +118,7 @@ def plain_tree(
             words |= below_words
         elif isinstance(entry, Mapping):
             for name, default in entry.items():
-                slot = Slot(str(name).removeprefix("optional ").strip().strip("/"))
+                slot = ConfigGroup(str(name).removeprefix("optional ").strip().strip("/"))
                 choice = chosen.get(slot.package, default)
                 if choice is None or slot.group == "experiment" or str(name).startswith("override "):
                     continue
@@ -131,13 +131,13 @@ def plain_tree(
     return tree, words
 
 
-def _add_member(tree: dict[str, Any], words: dict[str, str], slot: Slot, path: Path) -> None:
+def _add_member(tree: dict[str, Any], words: dict[str, str], slot: ConfigGroup, path: Path) -> None:
     merge(tree, nested(slot.package, {k: v for k, v in read_yaml(path).items() if k != "defaults"}))
     words |= {f"{slot.package}.{key}": text for key, text in meanings(path).items()}
 
 
 @dataclass(frozen=True)
-class Slot:
+class ConfigGroup:
     """A config group and the place in the tree where its choice goes: `model`, or `law@approach.parametric.law`."""
 
     hydra_key: str

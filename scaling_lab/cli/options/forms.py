@@ -46,7 +46,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Group:
+class GroupOption:
     """A config group of a command, as help shows it."""
 
     key: str
@@ -61,7 +61,7 @@ class Form:
     """Everything that a command can be told."""
 
     options: Mapping[str, Option]
-    groups: tuple[Group, ...] = ()
+    groups: tuple[GroupOption, ...] = ()
     free: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Prefixes under which any key goes (`where.`, `columns.`), with their meaning."""
     elsewhere: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -18,7 +18,7 @@ from scaling_lab.cli.options.configs import (
     plain_tree,
     read_yaml,
 )
-from scaling_lab.cli.options.forms import Form, Group, Option, build, options_of, type_hints
+from scaling_lab.cli.options.forms import Form, GroupOption, Option, build, options_of, type_hints
 from scaling_lab.cli.options.values import read_value, unquoted
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError, unknown
@@ -129,7 +129,7 @@ def study_form(arguments: Arguments, config_name: str, extra: Sequence[type] = (
             find_config(f"{slot.group}/{chosen[slot.package]}", folders)
     tree, words = plain_tree(config_name, {k: v for k, v in chosen.items() if k != "experiment"}, folders)
     groups = tuple(
-        Group(
+        GroupOption(
             s.package,
             chosen.get(s.package, default),
             tuple(group_choices(s.group, folders)),
