@@ -86,6 +86,10 @@ class Analysis:
     def band(self, approach: str) -> Band:
         return next(b for b in self.bands if b.approach == approach)
 
+    def __repr__(self) -> str:
+        """Short: the arrays of an analysis are thousands of numbers long."""
+        return f"Analysis({self.observations!r}, {', '.join(map(repr, self.estimates))})"
+
     def to_json_dict(
         self, command: str = "", versions: dict[str, str] | None = None, source: str | None = None
     ) -> dict[str, Any]:

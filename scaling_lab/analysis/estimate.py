@@ -7,7 +7,7 @@ trusted says so beside itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
@@ -52,6 +52,11 @@ class Interval:
 
     def contains(self, value: float) -> bool:
         return self.lo <= value <= self.hi
+
+    def __iter__(self) -> Iterator[float]:
+        """`lo, hi = interval`."""
+        yield self.lo
+        yield self.hi
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,10 @@ class Estimate:
     details: Mapping[str, Any] = field(default_factory=dict)
     """Approach-specific arrays for figures, by documented names."""
 
+    def __repr__(self) -> str:
+        exponent = "" if self.frontier is None else f", N ~ C^{self.frontier.params.exponent:.4g}"
+        return f"Estimate({self.approach}: {self.status.value}{exponent})"
+
 
 @dataclass(frozen=True)
 class Band:
@@ -192,6 +201,9 @@ class Band:
     resample that succeeded."""
     message: str | None = None
     """Why there are no intervals, where there are none."""
+
+    def __repr__(self) -> str:
+        return f"Band({self.approach}: {self.level:.0%}, {self.requested} resamples by {self.unit}, {self.failed} failed)"
 
     def interval(self, quantity: str) -> Interval | None:
         """Percentile interval of a quantity at `level`, central unless samples pile up at a bound of 0 (`bounded.py`); None

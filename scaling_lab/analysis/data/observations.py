@@ -149,6 +149,9 @@ class Observations:
             extra={k: np.asarray(v, dtype=np.float64).ravel() for k, v in (extra or {}).items()},
         )
 
+    def __repr__(self) -> str:
+        return f"Observations({self.n_runs} runs, {self.n_points} points, {self.convention})"
+
     @property
     def n_points(self) -> int:
         return int(self.n_params.size)

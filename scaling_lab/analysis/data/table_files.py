@@ -67,7 +67,7 @@ def read_frame(path: Path) -> tuple[pd.DataFrame, list[str]]:
         raise UserError(f"runs={path} could not be read as {kind}: {first}") from error
     if len(frame) == 0:
         raise UserError(f"runs={path} holds no rows.")
-    frame.columns = cast("Any", _distinct([str(c) for c in frame.columns], notes))
+    frame.columns = cast("Any", distinct_names([str(c) for c in frame.columns], notes))
     return frame, notes
 
 
@@ -82,7 +82,7 @@ def header_names(path: Path) -> list[str]:
         if kind == "csv":
             import pandas as pd
 
-            return _distinct(
+            return distinct_names(
                 [str(c) for c in pd.read_csv(_source(path), nrows=0, **_dialect(path, [])).columns], []
             )
     except (OSError, ValueError):
@@ -216,7 +216,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     table = pyarrow.parquet.ParquetFile(path).read()
     names = table.column_names
     if len(set(names)) < len(names):  # the frame's own names must be distinct
-        table = table.rename_columns(_distinct(names, []))
+        table = table.rename_columns(distinct_names(names, []))
     nameless = [n for n in table.column_names if re.fullmatch(r"__index_level_\d+__", n)]
     return table.drop_columns(nameless).to_pandas(ignore_metadata=True)
 
@@ -325,7 +325,7 @@ def _decoded(raw: bytes, notes: list[str]) -> str:
         return io.TextIOWrapper(io.BytesIO(raw), encoding="latin-1").read()
 
 
-def _distinct(names: list[str], notes: list[str]) -> list[str]:
+def distinct_names(names: list[str], notes: list[str]) -> list[str]:
     """Names without blanks around them, a repeated one numbered."""
     out: list[str] = []
     repeated = []

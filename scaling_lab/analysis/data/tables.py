@@ -141,27 +141,51 @@ def read_table(
     """
     path = Path(path)
     frame, notes = read_frame(path)
+    return table_from_frame(
+        frame, path.name, notes, columns=columns, where=where, metric=metric, metrics=metrics, units=units
+    )
+
+
+def table_from_frame(
+    frame: pd.DataFrame,
+    source: str,
+    notes: Sequence[str] = (),
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, Any] | None = None,
+    metric: str | None = None,
+    metrics: Sequence[str] = (),
+    units: Mapping[str, Any] | None = None,
+) -> Table:
+    """A frame as a `Table`: columns renamed, the rows that match kept. The other arguments are those of `read_table`.
+
+    Args:
+        frame: distinct column names, all text (`table_files.distinct_names`); it is not changed.
+        source: the table's name in messages.
+        notes: what is already known about how it was read.
+    """
+    notes = list(notes)
     row = np.arange(1, len(frame) + 1, dtype=np.int64)
     renames = dict(columns or {})
     if metric is not None:
-        renames["loss"] = _metric_column(metric, path.name, list(frame.columns))
-    frame = _rename(frame, renames, path.name)
+        renames["loss"] = _metric_column(metric, source, list(frame.columns))
+    frame = _rename(frame, renames, source)
     for name in metrics:
-        _metric_column(name, path.name, list(frame.columns), "metrics")
+        _metric_column(name, source, list(frame.columns), "metrics")
     keep = np.ones(len(frame), dtype=bool)
     for key, value in (where or {}).items():
-        keep &= _matches(frame, renames, key, value, path.name)
+        keep &= _matches(frame, renames, key, value, source)
     if not keep.all():
         notes.append(f"where: {int(keep.sum())} of {keep.size} rows match.")
     if len(frame) and not keep.any():
         wanted = " ".join(f"where.{k}={v}" for k, v in (where or {}).items())
-        raise UserError(f"{path.name}: no row matches {wanted} ({len(frame)} rows read).")
+        raise UserError(f"{source}: no row matches {wanted} ({len(frame)} rows read).")
     if not keep.all():  # (a copy of everything)
         frame, row = frame.loc[keep].reset_index(drop=True), row[keep]
-    found = _units(frame, units or {}, metric, metrics, path.name)
+    found = _units(frame, units or {}, metric, metrics, source)
     if found:
         notes.append(units_sentence(found))
-    table = Table(path.name, frame, row, tuple(notes), found)
+    table = Table(source, frame, row, tuple(notes), found)
     if not metrics:
         return table
     numbers = {name: table._as_written(name) for name in metrics}
@@ -181,14 +205,16 @@ def table_from_mapping(data: Mapping[str, Any], source: str = "table") -> Table:
 
 def missing_column(name: str, table: Table, *, why: str = "") -> UserError:
     """The one-line error for a wanted column that is not there, with a near match."""
-    near = _near(name, [n for n in table.names if n not in COLUMNS])  # params is not what loss is called
+    near = nearest_column(
+        name, [n for n in table.names if n not in COLUMNS]
+    )  # params is not what loss is called
     hint = (
         f" Did you mean {shlex.quote(f'columns.{name}={near}')}?"
         if near
         else f" Say which one it is with columns.{name}=NAME."
     )
     return UserError(
-        f"{table.source} has no column {name!r}{why}; its columns are {_listed(table.names)}.{hint}"
+        f"{table.source} has no column {name!r}{why}; its columns are {listed(table.names)}.{hint}"
     )
 
 
@@ -201,7 +227,7 @@ def _units(
     for name, value in units.items():
         if name not in names and not (name == "loss" and metrics):
             raise UserError(
-                f"units.{name}={value}: {source} has no column {name!r}; its columns are {_listed(names)}."
+                f"units.{name}={value}: {source} has no column {name!r}; its columns are {listed(names)}."
             )
     return units_of_columns(given, names, metric, metrics)
 
@@ -209,11 +235,9 @@ def _units(
 def _metric_column(metric: str, source: str, names: list[str], option: str = "metric") -> str:
     if metric in names:
         return metric
-    near = _near(metric, names)
+    near = nearest_column(metric, names)
     hint = f" Did you mean {shlex.quote(f'{option}={near}')}?" if near else ""
-    raise UserError(
-        f"{option}={metric}: {source} has no such column; its columns are {_listed(names)}.{hint}"
-    )
+    raise UserError(f"{option}={metric}: {source} has no such column; its columns are {listed(names)}.{hint}")
 
 
 def _rename(frame: pd.DataFrame, renames: Mapping[str, str], source: str) -> pd.DataFrame:
@@ -222,10 +246,10 @@ def _rename(frame: pd.DataFrame, renames: Mapping[str, str], source: str) -> pd.
         if ours not in COLUMNS:
             raise unknown("columns.", ours, COLUMNS)
         if theirs not in names:
-            near = _near(theirs, names)
+            near = nearest_column(theirs, names)
             hint = f" Did you mean {shlex.quote(f'columns.{ours}={near}')}?" if near else ""
             raise UserError(
-                f"columns.{ours}={theirs}: {source} has no such column; its columns are {_listed(names)}.{hint}"
+                f"columns.{ours}={theirs}: {source} has no such column; its columns are {listed(names)}.{hint}"
             )
     # A column may serve twice (columns.params=params_no_embed beside params), so copy rather than rename.
     return frame.assign(**{ours: frame[theirs] for ours, theirs in renames.items()})
@@ -242,10 +266,10 @@ def _matches(
         column, _, bound = key.rpartition(".")
     if column not in names:
         end = next((e for e in (".min", ".max") if column.endswith(e)), "")
-        near = _near(column.removesuffix(".min").removesuffix(".max"), names)
+        near = nearest_column(column.removesuffix(".min").removesuffix(".max"), names)
         hint = f" Did you mean {shlex.quote(f'where.{near}{end}={value}')}?" if near else ""
         raise UserError(
-            f"where.{key}={value}: {source} has no such column; its columns are {_listed(names)}.{hint}"
+            f"where.{key}={value}: {source} has no such column; its columns are {listed(names)}.{hint}"
         )
     cells = frame[column]
     if bound:
@@ -279,7 +303,8 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _near(name: str, names: list[str]) -> str | None:
+def nearest_column(name: str, names: list[str]) -> str | None:
+    """The column that `name` most likely means: the same in another case, a usual synonym, or similar text."""
     lowered = {n.lower(): n for n in names}
     for alias in (name.lower(), *_ALIASES.get(name, ())):
         if alias in lowered:
@@ -291,6 +316,7 @@ def _near(name: str, names: list[str]) -> str | None:
     return inside[0] if inside else None
 
 
-def _listed(names: list[str], limit: int = 20) -> str:
+def listed(names: list[str], limit: int = 20) -> str:
+    """The first names, and how many there are, for a message."""
     shown = ", ".join(names[:limit])
     return shown + (f", ... ({len(names)} in all)" if len(names) > limit else "")
