@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from helpers.specs import spec
-from scaling_lab.cli.display.console import Console
 from scaling_lab.cli.main import main
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching import cluster, slurm, sweeping
 from scaling_lab.launching.cluster import Wishes, make_arrays
+from scaling_lab.launching.progress import LineReporter
 from scaling_lab.planning.cost import JobNeeds, job_needs
 
 TINY_LINE = (
@@ -133,7 +133,7 @@ class Queue:
 
 def arrays(*seconds: float, wishes: Wishes | None = None):
     jobs = [((f"r{k}",), JobNeeds(s, 1e9, True)) for k, s in enumerate(seconds)]
-    return make_arrays(Queue(), jobs, wishes or Wishes(), Console(quiet=True))
+    return make_arrays(Queue(), jobs, wishes or Wishes(), LineReporter())
 
 
 def test_arrays_hold_jobs_of_like_time_longest_first():
@@ -233,7 +233,7 @@ def test_why_no_job_runs_is_said_once(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(cluster, name, 0.01)
     planned = PlannedRun(spec(), Execution())
     plan = Plan("s", (planned,), spec().convention, "abc")
-    cluster.launch_jobs(Queue(), RunStore(tmp_path / "s"), plan, [[planned.run_id]], Console(), Wishes())
+    cluster.launch_jobs(Queue(), RunStore(tmp_path / "s"), plan, [[planned.run_id]], LineReporter(), Wishes())
     waiting = [line for line in capsys.readouterr().out.splitlines() if line.startswith("waiting ")]
     assert waiting == [
         "waiting in Slurm's queue: 1 pending (PartitionConfig)",

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from scaling_lab.cli.display.console import Console, human_time
-from scaling_lab.cli.display.progress import Display, Progress
 from scaling_lab.core.errors import UserError
+from scaling_lab.core.formatting import human_time
 from scaling_lab.core.spec import Plan, PlannedRun
 from scaling_lab.core.storage.files import write_atomic
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching.cluster_job import ClusterJob
+from scaling_lab.launching.progress import LaunchReporter, SweepProgress
 from scaling_lab.launching.workers import terminate_as_interrupt
 from scaling_lab.planning.cost import JobNeeds, job_needs
 
@@ -134,7 +134,7 @@ def launch_jobs(
     store: RunStore,
     plan: Plan,
     jobs: Sequence[Sequence[str]],
-    console: Console,
+    reporter: LaunchReporter,
     wishes: Wishes,
     *,
     name: str | None = None,
@@ -147,15 +147,15 @@ def launch_jobs(
     """
     runs = {run.run_id: run for run in plan.runs}
     wanted = [run_id for job in jobs for run_id in job]
-    head = Head(backend, store, [runs[i] for i in wanted], console)
+    head = Head(backend, store, [runs[i] for i in wanted], reporter)
     held = head.held_runs()
     left = [ids for job in jobs if (ids := tuple(i for i in job if i not in held))]
     if held:
-        console.say(
+        reporter.say(
             f"{len(held)} runs are in jobs that an earlier start of this sweep submitted: {head.words}."
         )
     arrays = make_arrays(
-        backend, [(ids, job_needs([runs[i] for i in ids], wishes.workers)) for ids in left], wishes, console
+        backend, [(ids, job_needs([runs[i] for i in ids], wishes.workers)) for ids in left], wishes, reporter
     )
     for array in arrays:
         work = [
@@ -169,7 +169,10 @@ def launch_jobs(
 
 
 def make_arrays(
-    backend: Backend, jobs: Sequence[tuple[tuple[str, ...], JobNeeds]], wishes: Wishes, console: Console
+    backend: Backend,
+    jobs: Sequence[tuple[tuple[str, ...], JobNeeds]],
+    wishes: Wishes,
+    reporter: LaunchReporter,
 ) -> list[Array]:
     """Jobs, longest first, in arrays of like time and of at most the cluster's size."""
     if not jobs:
@@ -196,12 +199,12 @@ def make_arrays(
         reasons += [why] if why and why not in reasons else []
         arrays.append(Array(tuple(ids for ids, _ in group), time_min, mem_gb, longest))
     for why in reasons:
-        console.say(why)
+        reporter.say(why)
     if wishes.time_min is None:
         guess = (
             "" if all(needs.known for _, needs in jobs) else " (speeds assumed, not measured, on this device)"
         )
-        console.say(
+        reporter.say(
             f"time limits: {wishes.time_factor:g} times the plan's estimate{guess}, at least {MIN_TIME_MIN} min; a job "
             "that runs out of time goes back into the queue and on from its checkpoints."
         )
@@ -212,10 +215,10 @@ class Head:
     """The process that submitted, or came back, and waits."""
 
     def __init__(
-        self, backend: Backend, store: RunStore, runs: Sequence[PlannedRun], console: Console
+        self, backend: Backend, store: RunStore, runs: Sequence[PlannedRun], reporter: LaunchReporter
     ) -> None:
-        self.backend, self.store, self.console = backend, store, console
-        self.progress = Progress(store, runs)
+        self.backend, self.store, self.reporter = backend, store, reporter
+        self.progress = SweepProgress(store, runs)
         self.books = Book.all_of(store)
         self.words = ""
         self.refused: str | None = None
@@ -256,12 +259,12 @@ class Head:
             if not self._mine:
                 raise
             self.refused = str(error)
-            self.console.warn(f"the rest was not submitted: {error}")
+            self.reporter.warn(f"the rest was not submitted: {error}")
             return
         self.books.append(book)
         self._mine += 1
         n, runs = len(array.jobs), sum(map(len, array.jobs))
-        self.console.say(
+        self.reporter.say(
             f"{title}: {n} job{'s' * (n > 1)}, {runs} run{'s' * (runs > 1)}; limits {array.time_min} min (estimate "
             f"{human_time(array.estimate_s)}) and {array.mem_gb:.2g} GB each; logs: {book.folder}"
         )
@@ -272,7 +275,7 @@ class Head:
     def wait(self) -> None:
         """Until every run is over, or none of them is in a job or computed by anybody."""
         empty, next_question, began = 0, 0.0, time.monotonic()
-        with terminate_as_interrupt(), Display.open(self.console, self.store.folder.name) as display:
+        with terminate_as_interrupt(), self.reporter.display(self.store.folder.name) as display:
             try:
                 while True:
                     self.progress.look()
@@ -306,7 +309,7 @@ class Head:
             and self.words != self._said
         ):
             self._said = self.words
-            self.console.say(f"waiting in {self.backend.title}'s queue: {self.words}")
+            self.reporter.say(f"waiting in {self.backend.title}'s queue: {self.words}")
 
     def _say_lost(self) -> None:
         """Why runs are not over though no job is left."""
@@ -316,6 +319,8 @@ class Head:
             if run_id in last:
                 book, task = last[run_id]
                 fate = self.backend.fate(book.folder, task)
-                self.console.warn(f"{run_id} is not over: {fate or 'its job has ended'}; logs: {book.folder}")
+                self.reporter.warn(
+                    f"{run_id} is not over: {fate or 'its job has ended'}; logs: {book.folder}"
+                )
         if len(lost) > MAX_LOST_SHOWN:
-            self.console.warn(f"and {len(lost) - MAX_LOST_SHOWN} more runs are not over.")
+            self.reporter.warn(f"and {len(lost) - MAX_LOST_SHOWN} more runs are not over.")

@@ -91,8 +91,8 @@ class _Watch:
     def _work(self) -> None:
         import submitit
 
-        from scaling_lab.cli.display.console import Console
         from scaling_lab.core.storage.store import RunStore
+        from scaling_lab.launching.progress import LineReporter
         from scaling_lab.launching.workers import run_workers
 
         store = RunStore(Path(self.job.folder))
@@ -101,7 +101,7 @@ class _Watch:
                 store,
                 store.read_plan(self.job.run_ids),
                 self.job.run_ids,
-                Console(),
+                LineReporter(),
                 workers=self.job.workers,
                 max_attempts=self.job.max_attempts,
                 tracker=self.job.tracker,

@@ -21,12 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from scaling_lab.cli.display.console import Console
-from scaling_lab.cli.display.progress import Display, Progress
 from scaling_lab.core.errors import DiskError, Preempted, UserError
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.storage.files import disk_error
 from scaling_lab.core.storage.store import RunStore
+from scaling_lab.launching.progress import LaunchReporter, ProgressDisplay, SweepProgress
 from scaling_lab.launching.sweeping import go_on_hint
 from scaling_lab.planning.cost import device_bytes
 
@@ -57,7 +56,7 @@ def run_workers(
     store: RunStore,
     plan: Plan,
     run_ids: Sequence[str],
-    console: Console,
+    reporter: LaunchReporter,
     *,
     workers: int | None = None,
     max_attempts: int = 3,
@@ -82,11 +81,11 @@ def run_workers(
         return
     largest = max(map(device_bytes, runs)) if workers is None and runs[0].execution.device == "cuda" else 0.0
     slots = worker_slots(runs[0].execution, workers, len(runs), largest)
-    console.say(
+    reporter.say(
         f"{len(runs)} runs on {len(slots)} worker{'s' * (len(slots) > 1)} ({runs[0].execution.device}); logs: {store.folder / 'logs'}"
     )
     crew = Crew(store, plan, runs, slots, max_attempts, tracker, stop, leave_others, log_prefix)
-    with terminate_as_interrupt(), Display.open(console, store.folder.name) as display:
+    with terminate_as_interrupt(), reporter.display(store.folder.name) as display:
         try:
             crew.work(display)
         except KeyboardInterrupt as told:
@@ -162,13 +161,13 @@ class Crew:
         self.first_seen: dict[str, tuple[int, float]] = {}
         self.runs = {run.run_id: run for run in runs}
         self.max_attempts, self.tracker = max_attempts, tracker
-        self.progress = Progress(store, runs)
+        self.progress = SweepProgress(store, runs)
         self.workers: dict[int, Worker] = {}
         self.deaths: Counter[str] = Counter()
         self.fruitless = 0
         self.not_before = 0.0
 
-    def work(self, display: Display) -> None:
+    def work(self, display: ProgressDisplay) -> None:
         """Until every run is over."""
         next_look = 0.0
         while True:

@@ -156,7 +156,7 @@ def progress(runs: Iterator[ForeignRun], count: int, console: Console) -> Iterat
     """The runs, with a line now and then that says how far it is."""
     import time
 
-    from scaling_lab.cli.display.console import human_time
+    from scaling_lab.core.formatting import human_time
 
     began = last = time.monotonic()
     for done, item in enumerate(runs):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from scaling_lab.cli.display.console import Console, fitting_table, human_count, human_time
+from scaling_lab.cli.display.console import Console, fitting_table
 from scaling_lab.cli.options.arguments import Arguments
 from scaling_lab.cli.options.compose import Command, read_command
 from scaling_lab.cli.options.forms import Form
 from scaling_lab.cli.options.study import SweepOnly, experiment_name, form_of_tree, study_form
 from scaling_lab.cli.planning import begun, settle_plan
 from scaling_lab.core.errors import UserError
+from scaling_lab.core.formatting import human_count, human_time
 from scaling_lab.core.spec import Plan, source_class
 from scaling_lab.core.storage.store import RunStore
 

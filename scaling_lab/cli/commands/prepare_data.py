@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scaling_lab.cli.display.console import Console, human_count
+from scaling_lab.cli.display.console import Console
 from scaling_lab.cli.display.prepare_display import PrepareDisplay
 from scaling_lab.cli.options.arguments import Arguments
 from scaling_lab.cli.options.compose import read_command
 from scaling_lab.cli.options.forms import Form, build, options_of
 from scaling_lab.core.errors import UserError
+from scaling_lab.core.formatting import human_count
 
 if TYPE_CHECKING:
     from scaling_lab.corpora.documents import HubText, LocalText

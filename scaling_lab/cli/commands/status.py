@@ -11,12 +11,13 @@ from typing import Any
 
 from scaling_lab.cli.commands.analyze import sweeps_of
 from scaling_lab.cli.commands.report import existing_sweep
-from scaling_lab.cli.display.console import Console, fitting_table, human_count, human_time
+from scaling_lab.cli.display.console import Console, fitting_table
 from scaling_lab.cli.display.sweep_status import Row, Standing, grouped_reasons, standing
 from scaling_lab.cli.options.arguments import Arguments
 from scaling_lab.cli.options.compose import read_command
 from scaling_lab.cli.options.forms import Form, build, options_of
 from scaling_lab.core.errors import UserError
+from scaling_lab.core.formatting import human_count, human_time
 from scaling_lab.core.spec import Plan
 from scaling_lab.core.storage.store import LIVE, RunStore
 

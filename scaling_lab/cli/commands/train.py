@@ -6,16 +6,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scaling_lab.cli.display.console import Console, human_count, human_time
-from scaling_lab.cli.display.progress import ending_line
+from scaling_lab.cli.display.console import Console
 from scaling_lab.cli.options.arguments import Arguments
 from scaling_lab.cli.options.compose import Command, read_command
 from scaling_lab.cli.options.forms import Form
 from scaling_lab.cli.options.study import TrainOnly, form_of_tree, study_form, sweep_settings, tracker_options
 from scaling_lab.core.errors import UserError
+from scaling_lab.core.formatting import human_count, human_time
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.spec import PlannedRun
 from scaling_lab.core.storage.store import RunStore
+from scaling_lab.launching.progress import ending_line
 from scaling_lab.launching.sweeping import Session, open_session, plain, run_multirun, session
 from scaling_lab.planning.plan import plan_single, single_notes
 from scaling_lab.planning.settings import SweepSettings

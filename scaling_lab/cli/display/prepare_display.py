@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from scaling_lab.cli.display.console import Console, human_count, human_time
-from scaling_lab.cli.display.progress import LINE_EVERY_S
+from scaling_lab.cli.display.console import Console
+from scaling_lab.core.formatting import human_count, human_time
 from scaling_lab.corpora.pipeline import OPENING, TRAINING_BPE, Stage
+from scaling_lab.launching.progress import LINE_EVERY_S
 
 
 class Pace:

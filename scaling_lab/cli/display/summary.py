@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from scaling_lab.analysis.estimate import FitStatus, Interval
-from scaling_lab.cli.display.console import Console, human_count
+from scaling_lab.cli.display.console import Console
+from scaling_lab.core.formatting import human_count
 
 if TYPE_CHECKING:
     from scaling_lab.analysis.analysis import Analysis

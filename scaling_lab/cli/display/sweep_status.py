@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from scaling_lab.cli.display.console import human_time
+from scaling_lab.core.formatting import human_time
 from scaling_lab.core.spec import Plan, RunSpec
 from scaling_lab.core.storage.store import FINISHED, LIVE, RunState, RunStore
 

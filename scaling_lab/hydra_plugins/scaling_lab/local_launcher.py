@@ -23,6 +23,7 @@ class LocalLauncher(Launcher):
         self.config, self.hydra_context = config, hydra_context
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from scaling_lab.cli.display.progress import ConsoleReporter
         from scaling_lab.cli.options.study import tracker_options
         from scaling_lab.core.errors import UserError
         from scaling_lab.core.storage.files import disk_error
@@ -45,7 +46,7 @@ class LocalLauncher(Launcher):
                 store,
                 session().plan or store.read_plan(),
                 run_ids,
-                session().console,
+                ConsoleReporter(session().console),
                 workers=self.workers,
                 max_attempts=self.max_attempts,
                 tracker=tracker_options(first),

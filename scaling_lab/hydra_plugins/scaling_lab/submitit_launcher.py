@@ -54,6 +54,7 @@ class _SubmititLauncher(Launcher):
     def _launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from hydra_plugins.scaling_lab.local_launcher import _returned, _run_ids
 
+        from scaling_lab.cli.display.progress import ConsoleReporter
         from scaling_lab.cli.options.study import tracker_options
         from scaling_lab.core.storage.store import RunStore
         from scaling_lab.launching.cluster import Wishes, launch_jobs
@@ -73,7 +74,7 @@ class _SubmititLauncher(Launcher):
             store,
             plan,
             [_run_ids(overrides) for overrides in job_overrides],
-            session().console,
+            ConsoleReporter(session().console),
             Wishes(self.timeout_min, self.mem_gb, workers, self.time_factor, self.memory_factor),
             name=self.name,
             max_attempts=self.max_attempts,

@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scaling_lab.cli.display.console import Console, human_time
 from scaling_lab.core.errors import UserError
+from scaling_lab.core.formatting import human_time
 from scaling_lab.core.record import RunRecord
+from scaling_lab.core.reporter import Reporter
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.tracking.sink import wandb_client
 from scaling_lab.tracking.sink.wandb_client import (
@@ -51,7 +52,7 @@ def is_mirrored(store: RunStore) -> bool:
     return Target.load(wandb_folder(store.folder)) is not None
 
 
-def mirror_study(store: RunStore, console: Console, report_folder: Path | None = None) -> None:
+def mirror_study(store: RunStore, reporter: Reporter, report_folder: Path | None = None) -> None:
     """After a command that analysed a sweep: its ledger and its report to where its runs were mirrored, if they were."""
     target = Target.load(wandb_folder(store.folder))
     if target is None:
@@ -67,20 +68,20 @@ def mirror_study(store: RunStore, console: Console, report_folder: Path | None =
         if isinstance(error, KeyboardInterrupt):
             raise
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        console.warn(f"the analysis is not on W&B ({problem}); {upload_command(store)} brings it up later.")
+        reporter.warn(f"the analysis is not on W&B ({problem}); {upload_command(store)} brings it up later.")
         return
     if mode == "online" and address:
-        console.say(f"W&B: {address}")
+        reporter.say(f"W&B: {address}")
 
 
-def say_what_is_missing(store: RunStore, console: Console) -> None:
+def say_what_is_missing(store: RunStore, reporter: Reporter) -> None:
     """The end of a command that trained: the one command that uploads what W&B does not have yet."""
     target = Target.load(wandb_folder(store.folder))
     if target is None:
         return
     waiting = len(offline_folders(wandb_folder(store.folder)))
     if waiting:
-        console.say(f"W&B: {waiting} runs were written offline; to upload them all: {upload_command(store)}")
+        reporter.say(f"W&B: {waiting} runs were written offline; to upload them all: {upload_command(store)}")
         return
     if wandb_mode(target.mode) != "online" or not wandb_client.logged_in():
         return
@@ -92,14 +93,14 @@ def say_what_is_missing(store: RunStore, console: Console) -> None:
         records, _ = store.load_records(curve=False)
         missing = sum(not _is_there(there, record) for record in records)
     except Exception as error:
-        console.note(f"W&B was not asked what it has ({type(error).__name__}: {error})")
+        reporter.note(f"W&B was not asked what it has ({type(error).__name__}: {error})")
     if missing or missing is None:
         which = (
             "W&B could not be asked what it has"
             if missing is None
             else f"{missing} runs are not whole on W&B"
         )
-        console.warn(
+        reporter.warn(
             f"{which}: the local records are complete; {upload_command(store)} brings up what is missing."
         )
 
@@ -233,20 +234,20 @@ def uploaded_runs(target: Target, sweep: str) -> dict[str, Uploaded]:
     return found
 
 
-def upload(store: RunStore, target: Target, console: Console) -> int:
+def upload(store: RunStore, target: Target, reporter: Reporter) -> int:
     """Bring up every finished run that W&B does not have whole; returns how many that were.
 
     Raises `UserError` where the server refuses: what is up stays up, and the same command goes on.
     """
     records, problems = store.load_records(curve=False)
     for run_id, reason in problems:
-        console.warn(f"{run_id} is left out: {reason}")
+        reporter.warn(f"{run_id} is left out: {reason}")
     there = _asking(lambda: uploaded_runs(target, store.folder.name), target)
     todo = [record for record in records if not _is_there(there, record)]
-    console.say(
+    reporter.say(
         f"{len(records) - len(todo)} of {len(records)} finished runs are on W&B ({target.path}) already"
     )
-    for brief in with_progress(todo, "runs uploaded", console):
+    for brief in with_progress(todo, "runs uploaded", reporter):
         record = store.read_record(brief.run_id)
         _asking(partial(upload_run, record, target, store), target)
     if todo:
@@ -254,7 +255,7 @@ def upload(store: RunStore, target: Target, console: Console) -> int:
     for record in todo:
         if not _is_there(there, record):
             has = there[_id(record)].lines if _id(record) in there else 0
-            console.warn(
+            reporter.warn(
                 f"{record.run_id}: W&B has {has} of its {record.curve_points} points and takes none below its last "
                 "step: delete that run there and give this command again."
             )
@@ -294,7 +295,7 @@ def _mark_synced(folder: Path, run_id: str) -> None:
             file.with_name(f"{file.name}.synced").touch()
 
 
-def with_progress(items: list[Any], what: str, console: Console) -> Iterator[Any]:
+def with_progress(items: list[Any], what: str, reporter: Reporter) -> Iterator[Any]:
     """The items, with a line every few seconds that says how many are done and how long the rest will take."""
     began = last = time.monotonic()
     for done, item in enumerate(items):
@@ -302,10 +303,10 @@ def with_progress(items: list[Any], what: str, console: Console) -> Iterator[Any
         if done and now - last >= LINE_EVERY_S:
             last = now
             eta = human_time((now - began) / done * (len(items) - done))
-            console.say(f"{done} of {len(items)} {what}, ETA {eta}")
+            reporter.say(f"{done} of {len(items)} {what}, ETA {eta}")
         yield item
     if items:
-        console.say(f"{len(items)} of {len(items)} {what} in {human_time(time.monotonic() - began)}")
+        reporter.say(f"{len(items)} of {len(items)} {what} in {human_time(time.monotonic() - began)}")
 
 
 def _id(record: RunRecord) -> str:
