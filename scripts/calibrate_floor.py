@@ -32,10 +32,11 @@ from pathlib import Path
 import numpy as np
 
 from scaling_lab.analysis.approaches import Parametric
+from scaling_lab.analysis.data.observations import FLOOR
 from scaling_lab.analysis.inference.bootstrap import bootstrap
 from scaling_lab.analysis.inference.calibration import LAWS, Cell, simulate
 from scaling_lab.analysis.settings import BootstrapSettings
-from scaling_lab.analysis.studies.known_floor import FLOOR, known_floor
+from scaling_lab.analysis.studies.known_floor import known_floor
 
 NOISES_NATS = (0.005, 0.015)
 # |mean z| and |sd z - 1| may be at most this many of their own standard errors.

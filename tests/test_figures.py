@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from helpers.synthetic import QUICKSTART_LAW, diverged, synthetic_records
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.estimate import (
-    Band,
     BudgetOptimum,
     BudgetStatus,
     Estimate,
@@ -24,6 +23,7 @@ from scaling_lab.analysis.estimate import (
     Frontier,
     PowerLaw,
 )
+from scaling_lab.analysis.inference.bands import Band
 from scaling_lab.reporting import figures_checks, figures_curves, figures_frontier, style, svg
 
 A = 0.6

@@ -14,11 +14,10 @@ from matplotlib.figure import Figure
 from helpers.synthetic import QUICKSTART_LAW, synthetic_records
 from scaling_lab.analysis.analysis import Analysis, AnalysisSettings, analyze, observations_of_sweep
 from scaling_lab.analysis.approaches import Parametric, ParametricSettings
-from scaling_lab.analysis.data.observations import Observations
+from scaling_lab.analysis.data.observations import FLOOR, Observations
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings, bootstrap
 from scaling_lab.analysis.settings import ApproachSettings
 from scaling_lab.analysis.studies.known_floor import (
-    FLOOR,
     MIN_POINTS,
     STRAIGHT_WITHIN,
     KnownFloor,

@@ -12,12 +12,12 @@ import pytest
 from helpers.synthetic import QUICKSTART_LAW, Law, make_record, synthetic_records
 from scaling_lab.analysis.analysis import AnalysisSettings, analyze, observations_of_sweep
 from scaling_lab.analysis.approaches import EnvelopeSettings, ParametricSettings
+from scaling_lab.analysis.data.observations import FLOOR
 from scaling_lab.analysis.data.record_losses import is_loss, loss_names, with_loss
 from scaling_lab.analysis.data.record_observations import observations_from_records
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 from scaling_lab.analysis.laws import get_law
 from scaling_lab.analysis.settings import ApproachSettings
-from scaling_lab.analysis.studies.known_floor import FLOOR
 from scaling_lab.analysis.studies.tuning_records import TunedRecords
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord

@@ -15,9 +15,10 @@ from scaling_lab.analysis.analysis import AnalysisSettings, analyze, read_observ
 from scaling_lab.analysis.approaches import IsoFlop, Parametric
 from scaling_lab.analysis.approaches.isoflop.grid_bias import GridBias
 from scaling_lab.analysis.data.observations import Observations
-from scaling_lab.analysis.estimate import Array, Band, Estimate, FitStatus, Frontier, PowerLaw
+from scaling_lab.analysis.estimate import Array, Estimate, FitStatus, Frontier, PowerLaw
 from scaling_lab.analysis.frontiers import fit_loss_curves
 from scaling_lab.analysis.inference.agreement import agreement, explained
+from scaling_lab.analysis.inference.bands import Band
 from scaling_lab.analysis.inference.bootstrap import UNITS, BootstrapSettings, Draws, NoInterval, bootstrap
 from scaling_lab.analysis.inference.prediction import predict
 from scaling_lab.analysis.inference.profiles import profile

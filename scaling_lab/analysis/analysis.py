@@ -22,8 +22,9 @@ from scaling_lab.analysis.approaches.isoflop.grid_bias import GridBias, bias_sen
 from scaling_lab.analysis.data.observations import AS_GIVEN, Observations, from_table
 from scaling_lab.analysis.data.record_observations import observations_from_records
 from scaling_lab.analysis.data.tables import read_table
-from scaling_lab.analysis.estimate import Array, Band, Estimate, FitStatus
+from scaling_lab.analysis.estimate import Array, Estimate, FitStatus
 from scaling_lab.analysis.inference.agreement import Agreement, agreement, explained
+from scaling_lab.analysis.inference.bands import Band
 from scaling_lab.analysis.inference.bootstrap import Approach, bootstrap
 from scaling_lab.analysis.inference.caveats import caveats
 from scaling_lab.analysis.inference.law_comparison import LawComparison, compare_laws

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from scaling_lab.analysis.approaches.isoflop.grid_bias import GridBias
 from scaling_lab.analysis.data.observations import Observations
-from scaling_lab.analysis.estimate import Band, BudgetOptimum, Estimate, Interval
+from scaling_lab.analysis.estimate import BudgetOptimum, Estimate, Interval
 from scaling_lab.analysis.inference.agreement import Agreement
+from scaling_lab.analysis.inference.bands import Band
 from scaling_lab.analysis.inference.law_comparison import HeldOutError, LawComparison
 from scaling_lab.analysis.inference.prediction import Backtest, Prediction, Quantity
 from scaling_lab.analysis.inference.profiles import Profile

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -182,51 +182,3 @@ class Estimate:
     def __repr__(self) -> str:
         exponent = "" if self.frontier is None else f", N ~ C^{self.frontier.params.exponent:.4g}"
         return f"Estimate({self.approach}: {self.status.value}{exponent})"
-
-
-@dataclass(frozen=True)
-class Band:
-    """Resampled estimates: from them come every interval and standard error of an approach."""
-
-    approach: str
-    level: float
-    unit: str
-    """run, row, seed, budget or residual."""
-    method: str
-    requested: int
-    failed: int
-    seed: int
-    samples: Mapping[str, Array]
-    """By quantity (params_exponent, params_coefficient, tokens_exponent, ..., E, A, B, alpha, beta), one value a
-    resample that succeeded."""
-    message: str | None = None
-    """Why there are no intervals, where there are none."""
-
-    def __repr__(self) -> str:
-        return f"Band({self.approach}: {self.level:.0%}, {self.requested} resamples by {self.unit}, {self.failed} failed)"
-
-    def interval(self, quantity: str) -> Interval | None:
-        """Percentile interval of a quantity at `level`, central unless samples pile up at a bound of 0 (`bounded.py`); None
-        where it has fewer than 20 samples."""
-        values = self.samples.get(quantity)
-        if values is None or np.count_nonzero(np.isfinite(values)) < 20:
-            return None
-        tails = ((1.0 - self.level) / 2.0, (1.0 + self.level) / 2.0)
-        at_zero = float(np.mean(values[np.isfinite(values)] == 0.0))
-        if 0.0 < at_zero < 1.0:
-            from scaling_lab.analysis.inference.bounded import bounded_tails
-
-            tails = bounded_tails(at_zero, self.level)
-        known = values[~np.isnan(values)]
-        # Infinite samples (a coefficient that overflowed) count as such: an end may be infinite. It is then a sample itself,
-        # since nothing lies between a finite and an infinite one (interpolation would give NaN).
-        method: Literal["linear", "inverted_cdf"] = "linear" if np.isfinite(known).all() else "inverted_cdf"
-        lo, hi = np.quantile(known, tails, method=method)
-        return Interval(float(lo), float(hi))
-
-    def standard_error(self, quantity: str) -> float | None:
-        values = self.samples.get(quantity)
-        if values is None or np.count_nonzero(np.isfinite(values)) < 20:
-            return None
-        with np.errstate(invalid="ignore", over="ignore"):
-            return float(np.nanstd(values, ddof=1))

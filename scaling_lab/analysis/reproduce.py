@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from scaling_lab.analysis.analysis import read_observations, select_points
-from scaling_lab.analysis.estimate import Band, Estimate, Interval
+from scaling_lab.analysis.estimate import Estimate, Interval
+from scaling_lab.analysis.inference.bands import Band
 from scaling_lab.analysis.inference.bootstrap import Approach, BootstrapSettings, bootstrap
 from scaling_lab.analysis.settings import AnalysisSettings
 from scaling_lab.core.errors import UserError, unknown

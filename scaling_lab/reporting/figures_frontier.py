@@ -13,12 +13,12 @@ from scaling_lab.analysis.approaches.isoflop.valleys import Valley, split_valley
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.estimate import (
     Array,
-    Band,
     BudgetOptimum,
     BudgetStatus,
     Estimate,
     Frontier,
 )
+from scaling_lab.analysis.inference.bands import Band
 from scaling_lab.analysis.laws import get_law
 from scaling_lab.reporting.style import (
     APPROACH_COLOURS,

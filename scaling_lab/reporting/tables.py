@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from scaling_lab.analysis.analysis import Analysis
-from scaling_lab.analysis.estimate import Band, BudgetStatus, FitStatus, Interval
+from scaling_lab.analysis.estimate import BudgetStatus, FitStatus, Interval
+from scaling_lab.analysis.inference.bands import Band
 from scaling_lab.analysis.inference.prediction import Quantity
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord, RunStatus

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scaling_lab.analysis.analysis import Analysis
-from scaling_lab.analysis.estimate import Band, BudgetStatus, Estimate, FitStatus
+from scaling_lab.analysis.estimate import BudgetStatus, Estimate, FitStatus
+from scaling_lab.analysis.inference.bands import Band
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.record import RunRecord
 from scaling_lab.reporting.style import SHORT_APPROACH_NAMES, format_count, format_flops, format_loss

@@ -33,6 +33,8 @@ from scaling_lab.core.errors import UserError, unknown
 AS_GIVEN = "as_given"
 """The convention of a table whose owner did not say what `params` and `flops` count."""
 CONVENTIONS = (AS_GIVEN, *(c.value for c in Convention))
+FLOOR = "floor_nats"
+"""The extra column with the true irreducible loss of each run's validation set, where the corpus's entropy is known."""
 
 # With fewer rows nothing can be fitted: a five-parameter law, two budgets of three sizes, three curves of two points.
 MIN_ROWS = 6

@@ -9,7 +9,8 @@ from itertools import combinations
 import numpy as np
 
 from scaling_lab.analysis.approaches.isoflop.grid_bias import GridBias
-from scaling_lab.analysis.estimate import Array, Band, Estimate, Interval
+from scaling_lab.analysis.estimate import Array, Estimate, Interval
+from scaling_lab.analysis.inference.bands import Band
 from scaling_lab.analysis.inference.sensitivity import SensitivityRow
 
 _NO_CHOICE = "No single other choice that was tried"

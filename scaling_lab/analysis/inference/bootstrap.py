@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling_lab.analysis.data.observations import Observations
-from scaling_lab.analysis.estimate import Array, Band, Estimate
+from scaling_lab.analysis.estimate import Array, Estimate
+from scaling_lab.analysis.inference.bands import Band
 from scaling_lab.core.errors import UserError, unknown
 
 UNITS = ("auto", "run", "row", "seed", "budget", "residual")

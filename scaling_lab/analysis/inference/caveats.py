@@ -4,7 +4,8 @@ measured. They stand among an estimate's diagnostics, beside the numbers; result
 
 from __future__ import annotations
 
-from scaling_lab.analysis.estimate import Band, Estimate
+from scaling_lab.analysis.estimate import Estimate
+from scaling_lab.analysis.inference.bands import Band
 
 _EVIDENCE = "results/calibration.txt"
 # Predictions are calibrated at ten times the largest observed compute.

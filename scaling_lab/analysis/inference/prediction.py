@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from scaling_lab.analysis.approaches import IsoFlop, Parametric
 from scaling_lab.analysis.approaches.parametric import law_columns
 from scaling_lab.analysis.data.observations import Observations
-from scaling_lab.analysis.estimate import Array, Band, BudgetOptimum, BudgetStatus, Estimate, Interval
+from scaling_lab.analysis.estimate import Array, BudgetOptimum, BudgetStatus, Estimate, Interval
 from scaling_lab.analysis.frontiers import at_compute
+from scaling_lab.analysis.inference.bands import Band
 from scaling_lab.analysis.inference.bootstrap import Approach, BootstrapSettings, bootstrap
 
 # Resamples of a backtest: its intervals are looked at, not quoted.

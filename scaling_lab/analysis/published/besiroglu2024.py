@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from scaling_lab.analysis.analysis import AnalysisSettings, read_observations
-from scaling_lab.analysis.estimate import Band, FitResult, Interval
+from scaling_lab.analysis.estimate import FitResult, Interval
 from scaling_lab.analysis.fitting.fit import fit
+from scaling_lab.analysis.inference.bands import Band
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 from scaling_lab.analysis.laws import get_law
 from scaling_lab.analysis.reproduce import (

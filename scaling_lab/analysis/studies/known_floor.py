@@ -12,12 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling_lab.analysis.approaches.parametric import Parametric
-from scaling_lab.analysis.data.observations import Observations
-from scaling_lab.analysis.estimate import Array, Band, Estimate
+from scaling_lab.analysis.data.observations import FLOOR, Observations
+from scaling_lab.analysis.estimate import Array, Estimate
+from scaling_lab.analysis.inference.bands import Band
 from scaling_lab.analysis.studies.known_floor_error import floor_errors
-
-FLOOR = "floor_nats"
-"""The column of `Observations.extra` that holds the floor of each run's validation set."""
 
 # A stretch counts as straight if no point is further than this from its line, in ln(L - floor).
 STRAIGHT_WITHIN = 0.03

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scaling_lab.analysis.data.observations import MIN_ROWS, Curves, Observations
-from scaling_lab.analysis.estimate import Array, Band, Estimate, Interval
+from scaling_lab.analysis.estimate import Array, Estimate, Interval
 from scaling_lab.analysis.frontiers import at_compute
+from scaling_lab.analysis.inference.bands import Band
 from scaling_lab.analysis.inference.bootstrap import Approach, bootstrap
 from scaling_lab.analysis.inference.prediction import Prediction, predict
 from scaling_lab.core.errors import unknown

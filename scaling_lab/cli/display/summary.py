@@ -16,7 +16,8 @@ from scaling_lab.core.formatting import human_count
 if TYPE_CHECKING:
     from scaling_lab.analysis.analysis import Analysis
     from scaling_lab.analysis.data.observations import Dropped
-    from scaling_lab.analysis.estimate import Band, Estimate
+    from scaling_lab.analysis.estimate import Estimate
+    from scaling_lab.analysis.inference.bands import Band
     from scaling_lab.analysis.inference.law_comparison import LawComparison
     from scaling_lab.analysis.inference.prediction import Prediction, Quantity
     from scaling_lab.analysis.studies.skills import Skills

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from scaling_lab.analysis.estimate import Band
-from scaling_lab.analysis.inference.bounded import bounded_tails, means_held
+from scaling_lab.analysis.inference.bands import Band, accepted_means, bounded_tails
 
 
 # Feldman & Cousins 1998 (arXiv physics/9711021), table X, 90% C.L.
@@ -23,13 +22,13 @@ from scaling_lab.analysis.inference.bounded import bounded_tails, means_held
     ],
 )
 def test_the_published_belt(x: float, lo: float, hi: float) -> None:
-    assert means_held(x, 0.9) == pytest.approx((lo, hi), abs=0.011)
+    assert accepted_means(x, 0.9) == pytest.approx((lo, hi), abs=0.011)
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.5, 1.5, 4.0])
 def test_the_belt_covers_at_its_level(mu: float) -> None:
     x = norm.ppf((np.arange(2000) + 0.5) / 2000) + mu
-    held = [lo <= mu + 1e-9 and mu <= hi for lo, hi in (means_held(v, 0.9) for v in x)]
+    held = [lo <= mu + 1e-9 and mu <= hi for lo, hi in (accepted_means(v, 0.9) for v in x)]
     assert np.mean(held) == pytest.approx(0.9, abs=0.005)
 
 
@@ -48,7 +47,7 @@ def test_a_band_uses_it_where_samples_pile_up_at_zero() -> None:
     free = 1.4 + norm.ppf((np.arange(4000) + 0.5) / 4000)
     piled = band(np.maximum(free, 0.0)).interval("E")
     assert piled is not None
-    assert (piled.lo, piled.hi) == pytest.approx(means_held(1.4, 0.9), abs=0.02)
+    assert (piled.lo, piled.hi) == pytest.approx(accepted_means(1.4, 0.9), abs=0.02)
     assert piled.lo > 0  # equal tails would begin at 0
     at_zero = band(np.maximum(free - 1.0, 0.0)).interval("E")
     assert at_zero is not None
