@@ -28,7 +28,6 @@ from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching.worker import train_pending
 from scaling_lab.training.engine.memory import noted_parts
 from scaling_lab.training.parallel.distributed import TeamLost, World, first_host, share
-from scaling_lab.training.parallel.sharded import ShardedStep
 from scaling_lab.training.run.checkpoint import read_checkpoint
 
 TOLERANCE = 1e-5
@@ -135,6 +134,15 @@ def test_shares_cover_a_batch_and_differ_by_one():
 SHORT = torch.OutOfMemoryError("CUDA out of memory.")
 
 
+@pytest.fixture
+def sharded_step():
+    """A step without a model: what it does when its computation fails needs none."""
+    # Imported here, because torch.distributed.fsdp takes a tenth of the suite's collection.
+    from scaling_lab.training.parallel.sharded import ShardedStep
+
+    return object.__new__(ShardedStep)
+
+
 @pytest.mark.parametrize(
     ("leads", "micro", "error", "ends"),
     [
@@ -145,10 +153,10 @@ SHORT = torch.OutOfMemoryError("CUDA out of memory.")
         (True, 4, RuntimeError("Connection reset by peer"), TeamLost),
     ],
 )
-def test_a_spread_step_that_fails_ends_the_group(tmp_path, leads, micro, error, ends):
+def test_a_spread_step_that_fails_ends_the_group(sharded_step, tmp_path, leads, micro, error, ends):
     """An order of the leader's that fails for others ends them by `TeamLost`, and a requeue goes on: in smaller parts where
     memory was short. Where single sequences were too much, the command says what to do and asks for no requeue."""
-    step = object.__new__(ShardedStep)
+    step = sharded_step
     step._team = SimpleNamespace(leads=leads, run_folder=tmp_path)
     step.micro, step._mine = micro, slice(4, 8)
     with pytest.raises(ends) as stop, step._in_step():
@@ -159,9 +167,9 @@ def test_a_spread_step_that_fails_ends_the_group(tmp_path, leads, micro, error, 
         assert "micro-batches of 1 sequences a process" in str(stop.value)
 
 
-def test_a_disk_that_refuses_the_note_keeps_no_group_waiting(tmp_path):
+def test_a_disk_that_refuses_the_note_keeps_no_group_waiting(sharded_step, tmp_path):
     """The others are in a collective: only the end of this process ends them."""
-    step = object.__new__(ShardedStep)
+    step = sharded_step
     step._team = SimpleNamespace(leads=False, run_folder=tmp_path / "not there")
     step.micro, step._mine = 4, slice(0, 4)
     with pytest.raises(TeamLost, match="memory ran out"), step._in_step():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -50,19 +51,25 @@ def with_sets(record: RunRecord, **laws: Law) -> RunRecord:
     return replace(record, curve=curve, metrics=metrics, val_floor_nats=0.5)
 
 
-PLAIN = synthetic_records(QUICKSTART_LAW, noise=0.0, curve_points=40)
-RECORDS = [with_sets(r, code=CODE, facts=FACTS) for r in PLAIN]
+@cache
+def plain() -> list[RunRecord]:
+    return synthetic_records(QUICKSTART_LAW, noise=0.0, curve_points=40)
+
+
+@cache
+def records() -> list[RunRecord]:
+    return [with_sets(r, code=CODE, facts=FACTS) for r in plain()]
 
 
 def test_a_metric_is_analysed_as_if_it_were_the_validation_loss() -> None:
-    found = observations_of_sweep(RECORDS, replace(QUICK, metric="eval.facts"))
-    wanted = observations_from_records([noiseless(r, FACTS) for r in PLAIN], curve="validation")
+    found = observations_of_sweep(records(), replace(QUICK, metric="eval.facts"))
+    wanted = observations_from_records([noiseless(r, FACTS) for r in plain()], curve="validation")
     np.testing.assert_array_equal(found.loss_nats, wanted.loss_nats)
     np.testing.assert_array_equal(found.curves.loss_nats, wanted.curves.loss_nats)
     np.testing.assert_array_equal(found.curves.compute_flops, wanted.curves.compute_flops)
     assert np.isnan(found.loss_sem_nats).all()
     assert FLOOR not in found.extra  # of the validation set, not of this one
-    assert FLOOR in observations_of_sweep(RECORDS, QUICK).extra
+    assert FLOOR in observations_of_sweep(records(), QUICK).extra
     settings = replace(QUICK, metric="eval.facts")
     fit = analyze(found, settings).estimate("parametric").fits[0].parameters
     assert fit["E"] == pytest.approx(FACTS.E, abs=1e-3)
@@ -70,7 +77,7 @@ def test_a_metric_is_analysed_as_if_it_were_the_validation_loss() -> None:
 
 
 def test_a_metric_named_loss_is_the_loss() -> None:
-    one, two = (observations_of_sweep(RECORDS, replace(QUICK, metric=m)) for m in ("loss", None))
+    one, two = (observations_of_sweep(records(), replace(QUICK, metric=m)) for m in ("loss", None))
     np.testing.assert_array_equal(one.loss_nats, two.loss_nats)
     np.testing.assert_array_equal(one.curves.loss_nats, two.curves.loss_nats)
 
@@ -78,11 +85,11 @@ def test_a_metric_named_loss_is_the_loss() -> None:
 def test_skills_of_a_sweep_are_those_of_each_loss_alone() -> None:
     names = ("loss", "eval.code", "eval.facts")
     settings = replace(QUICK, metrics=names)
-    skills = analyze(observations_of_sweep(RECORDS, settings), settings).skills
+    skills = analyze(observations_of_sweep(records(), settings), settings).skills
     assert skills is not None
     for skill, law in zip(skills.columns, (QUICKSTART_LAW, CODE, FACTS)):
         alone = replace(QUICK, metric=skill.column)
-        wanted = analyze(observations_of_sweep(RECORDS, alone), alone)
+        wanted = analyze(observations_of_sweep(records(), alone), alone)
         for one, other in zip(skill.estimates, wanted.estimates):
             assert one.frontier is not None
             assert other.frontier is not None
@@ -99,19 +106,21 @@ def test_skills_of_a_sweep_are_those_of_each_loss_alone() -> None:
 
 
 def test_runs_without_the_metric_are_dropped_with_the_reason() -> None:
-    lacking = [replace(r, metrics={}) if i < 2 else r for i, r in enumerate(RECORDS)]
+    lacking = [replace(r, metrics={}) if i < 2 else r for i, r in enumerate(records())]
     found = observations_of_sweep(lacking, replace(QUICK, metric="eval.code"))
-    assert [(d.run_id, d.reason) for d in found.dropped] == [(r.run_id, "no eval.code") for r in RECORDS[:2]]
-    assert found.n_runs == len(RECORDS) - 2
+    assert [(d.run_id, d.reason) for d in found.dropped] == [
+        (r.run_id, "no eval.code") for r in records()[:2]
+    ]
+    assert found.n_runs == len(records()) - 2
     settings = replace(QUICK, metrics=("eval.code",))
     skills = analyze(observations_of_sweep(lacking, settings), settings).skills
     assert skills is not None
-    assert (skills.columns[0].n_runs, skills.columns[0].n_left_out) == (len(RECORDS) - 2, 2)
+    assert (skills.columns[0].n_runs, skills.columns[0].n_left_out) == (len(records()) - 2, 2)
 
 
 def test_a_loss_that_was_evaluated_at_the_end_alone_has_no_curves_of_its_own() -> None:
     ends = [
-        replace(r, curve=tuple(replace(p, evals=None) for p in r.curve), metrics=r.metrics) for r in RECORDS
+        replace(r, curve=tuple(replace(p, evals=None) for p in r.curve), metrics=r.metrics) for r in records()
     ]
     found = observations_of_sweep(ends, replace(QUICK, metric="eval.code"))
     assert found.separate_curves is None
@@ -138,15 +147,15 @@ def test_a_loss_that_was_evaluated_at_the_end_alone_has_no_curves_of_its_own() -
 )  # fmt: skip
 def test_what_is_no_loss_of_the_sweep_is_one_clear_error(option: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        observations_of_sweep(RECORDS, replace(QUICK, **option))  # type: ignore[arg-type]
+        observations_of_sweep(records(), replace(QUICK, **option))  # type: ignore[arg-type]
 
 
 def test_tuning_debt_is_of_the_same_loss() -> None:
-    tuned = TunedRecords(tuple(RECORDS), tuple(RECORDS[:3])).with_loss("eval.code")
-    for part, originals in ((tuned.sweep, RECORDS), (tuned.tuned, RECORDS[:3])):
+    tuned = TunedRecords(tuple(records()), tuple(records()[:3])).with_loss("eval.code")
+    for part, originals in ((tuned.sweep, records()), (tuned.tuned, records()[:3])):
         assert [r.final_val_loss_nats for r in part] == [r.metrics["eval.code"] for r in originals]
     with pytest.raises(UserError, match=r"metric \(with tuning\)='eval.code' is not known"):
-        TunedRecords(tuple(RECORDS), tuple(PLAIN)).with_loss("eval.code")
+        TunedRecords(tuple(records()), tuple(plain())).with_loss("eval.code")
 
 
 def test_the_data_constrained_law_sees_a_sweeps_unique_tokens() -> None:
@@ -171,14 +180,14 @@ def test_the_data_constrained_law_sees_a_sweeps_unique_tokens() -> None:
     assert fit["R_D_star"] == pytest.approx(truth.example["R_D_star"], rel=0.02)
     assert fit["E"] == pytest.approx(truth.example["E"], abs=0.05)
     with pytest.raises(UserError, match="unique_tokens"):
-        analyze(observations_of_sweep(PLAIN, settings), settings)
+        analyze(observations_of_sweep(plain(), settings), settings)
 
 
 def test_losses_are_told_from_scores() -> None:
-    assert loss_names(RECORDS) == ("loss", "eval.code", "eval.facts", "value_loss_nats")
+    assert loss_names(records()) == ("loss", "eval.code", "eval.facts", "value_loss_nats")
     assert not is_loss("exact_match")
-    same = with_loss(with_loss(RECORDS[0], "eval.code"), "eval.code")
-    assert same == with_loss(RECORDS[0], "eval.code")
+    same = with_loss(with_loss(records()[0], "eval.code"), "eval.code")
+    assert same == with_loss(records()[0], "eval.code")
     assert {p.train_loss_nats for p in same.curve} == {None}
 
 
@@ -190,7 +199,7 @@ def test_from_the_command_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
     store = RunStore.for_sweep("results", "synthetic")
-    for record in RECORDS:
+    for record in records():
         claim = store.claim(record.spec)
         assert claim is not None
         store.start_curve(record.run_id, record.curve).close()
@@ -200,8 +209,8 @@ def test_from_the_command_line(
     common = ["analyze", "sweep=synthetic", *quick]
     assert main([*common, "metric=eval.facts", "metrics=[eval.code,value_loss_nats]"]) == 0
     found = json.loads(capsys.readouterr().out)
-    wanted = observations_of_sweep(RECORDS, replace(QUICK, metric="eval.facts"))
-    assert found["observations"]["n_runs"] == wanted.n_runs == len(RECORDS)
+    wanted = observations_of_sweep(records(), replace(QUICK, metric="eval.facts"))
+    assert found["observations"]["n_runs"] == wanted.n_runs == len(records())
     alone = analyze(wanted, replace(QUICK, metric="eval.facts"))
     for told, estimate in zip(found["estimates"], alone.estimates):
         assert estimate.frontier is not None
