@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scaling_lab.api.analyze import analyze, load, predict, report
+    from scaling_lab.api.fit import fit
+    from scaling_lab.api.reproduce import reproduce
     from scaling_lab.api.tables import read_table
     from scaling_lab.core.errors import UserError
 
@@ -25,13 +27,15 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "UserError": "core.errors",
     "analyze": "api.analyze",
+    "fit": "api.fit",
     "load": "api.analyze",
     "predict": "api.analyze",
     "read_table": "api.tables",
     "report": "api.analyze",
+    "reproduce": "api.reproduce",
 }
 
-__all__ = ["UserError", "analyze", "load", "predict", "read_table", "report"]
+__all__ = ["UserError", "analyze", "fit", "load", "predict", "read_table", "report", "reproduce"]
 
 
 def __getattr__(name: str) -> Any:

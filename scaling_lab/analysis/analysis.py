@@ -154,7 +154,7 @@ def analyze(
     """
     s = settings or AnalysisSettings()
     points = select_points(observations, s)
-    weights = _weights(points, s)
+    weights = point_weights(points, s)
     approaches: tuple[Approach, ...] = s.approach.all()
     estimates = tuple(a.estimate(points, weights) for a in approaches)
     bands = tuple(
@@ -259,7 +259,7 @@ def _profile(
     return profile(approach, points, parametric, settings.bootstrap.level, weights)
 
 
-def _weights(points: Observations, settings: AnalysisSettings) -> Array | None:
+def point_weights(points: Observations, settings: AnalysisSettings) -> Array | None:
     """(points,) 1 / sem^2 with mean 1, or None."""
     if settings.weights is None:
         return None

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from scaling_lab.api.values import ScalarEstimate, interval_of, scalar_of
-from scaling_lab.core.errors import UserError
+from scaling_lab.api.values import NamedScalars, ScalarEstimate, interval_of, scalar_of
 
 
 class ApproachResult:
@@ -85,7 +84,7 @@ class ApproachResult:
     def parameters(self) -> Mapping[str, ScalarEstimate]:
         """The fitted law's parameters by name, E, A, B in nats per token; empty where no law was fitted."""
         values = self._document["parameters"] or {}
-        return _Named({name: self._scalar(name, value) for name, value in values.items()}, self.message)
+        return NamedScalars({name: self._scalar(name, value) for name, value in values.items()}, self.message)
 
     @property
     def profile_intervals(self) -> Mapping[str, Any]:
@@ -110,15 +109,3 @@ class ApproachResult:
         if self.exponent.estimate is None:
             return f"{self.name}: {self.status}: {self.message}"
         return f"{self.name}: N ~ C^{self.exponent!r}, D ~ C^{self.tokens_exponent!r}; {self.status}"
-
-
-class _Named(dict[str, ScalarEstimate]):
-    """Parameters by name; an unknown name is an error that lists the others."""
-
-    def __init__(self, values: Mapping[str, ScalarEstimate], message: str) -> None:
-        super().__init__(values)
-        self._message = message
-
-    def __missing__(self, name: str) -> ScalarEstimate:
-        choices = ", ".join(self) or f"none: {self._message}"
-        raise UserError(f"the law has no parameter {name!r}. Choices: {choices}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,3 +58,15 @@ def scalar_of(node: Any, level: float | None, message: str | None = None) -> Sca
     if node is None or node["estimate"] is None:
         return ScalarEstimate(None, message=message)
     return ScalarEstimate(node["estimate"], interval_of(node["interval"]), level)
+
+
+class NamedScalars(dict[str, ScalarEstimate]):
+    """Parameters by name; an unknown name is an error that lists the others."""
+
+    def __init__(self, values: Mapping[str, ScalarEstimate], message: str) -> None:
+        super().__init__(values)
+        self._message = message
+
+    def __missing__(self, name: str) -> ScalarEstimate:
+        choices = ", ".join(self) or f"none: {self._message}"
+        raise UserError(f"the law has no parameter {name!r}. Choices: {choices}")
