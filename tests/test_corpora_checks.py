@@ -60,7 +60,7 @@ def test_a_context_longer_than_the_validation_split(folder):
     assert source.n_tokens("train") > tokens + 2
     message = refused(data=source, model=ModelSettings(context=tokens))
     assert (
-        f"data=prepared: the validation split has {tokens:,} tokens, less than one window of model.context={tokens}"
+        f"data=prepared: the validation split has {tokens:,} tokens, fewer than one window of model.context={tokens}"
         in message
     )
     # One token less fits: a window and its last target.
@@ -84,7 +84,7 @@ def test_an_evaluation_set_of_another_tokenizer(folder):
     bpe = Prepared(str(folder / "bpe"))
     for other, theirs in ((Prepared(str(folder / "smaller")), "sha256 "), (PySource(), "bytes")):
         message = refused(data=bpe, eval=sets(of(other)))
-        assert f"eval.sets: set0 has another tokenizer ({theirs}" in message
+        assert f"eval.sets: set0 has a different tokenizer ({theirs}" in message
         assert "tokenizer=FOLDER/tokenizer.json" in message
     same = Prepared(str(folder / "same"))
     assert same.tokenizer == bpe.tokenizer

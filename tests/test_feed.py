@@ -199,11 +199,11 @@ def test_too_many_passes_are_refused_with_what_is_lacking(tmp_path, capsys, comm
     assert "Traceback" not in said.err + said.out
     if command == "train":
         assert (
-            "10.0 passes over data.unique_tokens=2048, 2,048 (data.max_epochs=4): it lacks 3,072 tokens"
+            "10.0 epochs over a corpus of 2,048 (data.unique_tokens=2048, data.max_epochs=4); 3,072 more"
             in said.err
         )
     else:
-        assert "2,048 tokens of data=pysource more than data.max_epochs=4 times" in said.err
+        assert "more than data.max_epochs=4 epochs over the 2,048 tokens of data=pysource" in said.err
     assert not list(tmp_path.glob("*/runs/*/record.json"))
 
 

@@ -20,7 +20,7 @@ from scaling_lab.planning.cost import estimate_disk_bytes, estimate_plan_seconds
 from scaling_lab.planning.designs.base import RunRequest
 from scaling_lab.planning.designs.isoflop import IsoFlopDesign
 from scaling_lab.planning.designs.learning_rate import LearningRateDesign
-from scaling_lab.planning.execution import COMPILE_REPAID_FLOPS, LIBRARY_PARAMS, program_key
+from scaling_lab.planning.execution import LIBRARY_PARAMS, MIN_COMPILED_FLOPS, program_key
 from scaling_lab.planning.plan import describe, make_plan, plan_single, sweep_horizons
 from scaling_lab.planning.recipes.base import SweepHorizons, round_batch
 from scaling_lab.planning.recipes.default import DefaultRecipe
@@ -167,7 +167,7 @@ def test_multipliers_that_round_to_one_run_are_one_run():
     design = lr_design(widths=(16,), lr_multipliers=(1.0,), batch_multipliers=(0.5, 1.0, 2.0))
     plan = make_plan(settings(design=design, recipe=recipe))
     assert [r.spec.batch_tokens for r in plan.runs] == [64, 128]
-    assert any("1 x batch, 1 x LR rounds to a run that is planned already" in line for line in plan.rounding)
+    assert any("1 x batch, 1 x LR rounds to a run that is already planned" in line for line in plan.rounding)
 
 
 def test_sweep_horizons_by_hand():
@@ -189,12 +189,12 @@ def test_sweep_horizons_by_hand():
         (lambda: IsoFlopDesign(sizes_per_budget=3), "design.sizes_per_budget=3"),
         (lambda: IsoFlopDesign(noise_budget=3), "design.noise_budget=3"),
         (lambda: LearningRateDesign(), "design.horizons_tokens"),
-        (lambda: lr_design(horizons_tokens=(1e6,)), "give one of the two"),
+        (lambda: lr_design(horizons_tokens=(1e6,)), "give exactly one of the two"),
         (lambda: lr_design(lr_multipliers=(1, 1)), "design.lr_multipliers"),
         (lambda: lr_design(batch_multipliers=(0.0,)), "design.batch_multipliers"),
         (lambda: lr_design(widths=(0,)), "design.widths"),
         (lambda: lr_design(seeds=0), "design.seeds=0"),
-        (lambda: lr_design(grid_sizes=6), "neither design.widths"),
+        (lambda: lr_design(grid_sizes=6), "cannot be combined with design.widths"),
         (lambda: lr_design(grid_sizes=6, widths=(), sizes_per_budget=7), "design.sizes_per_budget=7"),
         (
             lambda: make_plan(settings(design=lr_design(budgets_flops=(), horizons_tokens=(3.0,)))),
@@ -216,7 +216,7 @@ def test_sweep_horizons_by_hand():
         ),
         (
             lambda: plan_single(settings(model=ModelSettings(width=32, depth=2)), 1e12),
-            "passes over the corpus of",
+            "epochs over a corpus of",
         ),
     ],
 )
@@ -277,7 +277,7 @@ def test_compile_rule_depends_on_the_plan_alone(monkeypatch):
     for run in plan.runs:
         flops[run.spec.shape] = flops.get(run.spec.shape, 0) + run.spec.train_flops()
     for run in plan.runs:
-        assert run.execution.compile == (flops[run.spec.shape] >= COMPILE_REPAID_FLOPS)
+        assert run.execution.compile == (flops[run.spec.shape] >= MIN_COMPILED_FLOPS)
     assert {r.execution.compile for r in plan.runs} == {True, False}
     monkeypatch.setattr("scaling_lab.planning.execution.can_compile_on_cpu", lambda: False)
     assert not any(r.execution.compile for r in make_plan(settings()).runs)

@@ -16,8 +16,14 @@ from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.context_tree import ContextTree
 from scaling_lab.core.spec import PlannedRun
 from scaling_lab.planning.cost import device_bytes, job_needs
-from scaling_lab.planning.execution import executions, machine_gb, stack_key, threads_for
-from scaling_lab.planning.memory import corpus_bytes, estimate_bytes, halved, loss_chunks, micro_batch
+from scaling_lab.planning.execution import machine_memory_gb, plan_executions, stack_key, threads_for
+from scaling_lab.planning.memory import (
+    corpus_bytes,
+    estimate_bytes,
+    loss_chunks,
+    micro_batch,
+    next_smaller_micro_batch,
+)
 from scaling_lab.planning.settings import ExecutionSettings
 from scaling_lab.training.data.feed import open_feed
 
@@ -32,7 +38,7 @@ def sweep_of_rates(count: int) -> list:
 
 
 def stacks(specs, **settings) -> list[tuple[str | None, int]]:
-    return [(e.stack, e.stack_size) for e in executions(specs, ExecutionSettings(**settings))]
+    return [(e.stack, e.stack_size) for e in plan_executions(specs, ExecutionSettings(**settings))]
 
 
 def test_seeds_and_rates_of_one_horizon_are_a_stack_on_a_gpu():
@@ -63,7 +69,7 @@ def test_on_a_cpu_a_stack_leaves_every_core_one():
 def test_planning_twice_says_the_same():
     specs = sweep_of_rates(7)
     settings = ExecutionSettings(device="cuda", memory_gb=40.0)
-    assert executions(specs, settings) == executions(list(specs), settings)
+    assert plan_executions(specs, settings) == plan_executions(list(specs), settings)
 
 
 def test_what_members_share():
@@ -80,8 +86,8 @@ def test_large_models_take_the_threads():
     large = replace(BASE, shape=GPTShape(width=512, depth=6, heads=8))
     assert threads_for([BASE], ExecutionSettings(cores=8)) == 1
     assert threads_for([BASE, large], ExecutionSettings(cores=8)) == 8
-    assert {e.threads for e in executions([BASE, large], ExecutionSettings(cores=8))} == {8}
-    assert {e.threads for e in executions([large], ExecutionSettings(cores=8, threads=2))} == {2}
+    assert {e.threads for e in plan_executions([BASE, large], ExecutionSettings(cores=8))} == {8}
+    assert {e.threads for e in plan_executions([large], ExecutionSettings(cores=8, threads=2))} == {2}
 
 
 def test_micro_batches_fit_the_memory():
@@ -96,10 +102,10 @@ def test_micro_batches_fit_the_memory():
     assert 480 % size == 0
     assert estimate_bytes(large, "cuda", size, 1e8) <= 24e9
     assert micro_batch(large, "cuda", 1e9, 1e8) == 1  # nothing fits: single sequences, and the run will say
-    (execution,) = executions([large], ExecutionSettings(device="cuda", memory_gb=24.0))
+    (execution,) = plan_executions([large], ExecutionSettings(device="cuda", memory_gb=24.0))
     assert execution.micro_batch_sequences is not None
     assert execution.micro_batch_sequences <= size
-    assert executions([large], ExecutionSettings(device="cuda"))[0].micro_batch_sequences is None
+    assert plan_executions([large], ExecutionSettings(device="cuda"))[0].micro_batch_sequences is None
 
 
 def test_on_a_cpu_runs_side_by_side_share_the_machines_memory(monkeypatch):
@@ -110,9 +116,9 @@ def test_on_a_cpu_runs_side_by_side_share_the_machines_memory(monkeypatch):
     needed = estimate_bytes(wide, "cpu", 256, 1e7) / 1e9
     assert 3 < needed < 12
 
-    def micro(machine_gb, spec=wide, **settings):
-        monkeypatch.setattr("scaling_lab.planning.execution.machine_gb", lambda: machine_gb)
-        (execution,) = executions([spec], ExecutionSettings(**settings))
+    def micro(machine_memory_gb, spec=wide, **settings):
+        monkeypatch.setattr("scaling_lab.planning.execution.machine_memory_gb", lambda: machine_memory_gb)
+        (execution,) = plan_executions([spec], ExecutionSettings(**settings))
         return execution.micro_batch_sequences
 
     assert micro(64, cores=2) is None
@@ -129,14 +135,14 @@ def test_on_a_cpu_runs_side_by_side_share_the_machines_memory(monkeypatch):
 
 def test_memory_of_this_machine_or_of_its_container(tmp_path, monkeypatch):
     monkeypatch.setattr("scaling_lab.planning.execution.CONTAINER_LIMITS", (str(tmp_path / "none"),))
-    whole = machine_gb()
+    whole = machine_memory_gb()
     assert whole is not None
     assert whole == int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 1e9)
     limit = tmp_path / "memory.max"
     monkeypatch.setattr("scaling_lab.planning.execution.CONTAINER_LIMITS", (str(limit),))
     for text, found in (("max\n", whole), ("1500000000\n", 1), (f"{2**62}\n", whole)):
         limit.write_text(text)
-        assert machine_gb() == found
+        assert machine_memory_gb() == found
 
 
 WORDS = ContextTree()
@@ -161,10 +167,10 @@ def test_tokens_on_the_device_are_those_of_the_feed(spec, members):
 
 
 def test_a_generated_corpus_costs_neither_micro_batches_nor_a_clusters_memory(monkeypatch):
-    monkeypatch.setattr("scaling_lab.planning.execution.machine_gb", lambda: 16)
+    monkeypatch.setattr("scaling_lab.planning.execution.machine_memory_gb", lambda: 16)
     spec = replace(BASE, data=WORDS)
     for settings in (ExecutionSettings(device="cuda", memory_gb=24.0), ExecutionSettings(cores=2)):
-        (execution,) = executions([spec], settings)
+        (execution,) = plan_executions([spec], settings)
         assert execution.micro_batch_sequences is None
         run = PlannedRun(spec, execution)
         assert device_bytes(run) < 2e9
@@ -175,8 +181,8 @@ def test_a_generated_corpus_costs_neither_micro_batches_nor_a_clusters_memory(mo
 
 
 def test_halving():
-    assert [halved(12, m) for m in (None, 6, 4, 3, 2, 1)] == [6, 3, 2, 1, 1, None]
-    assert halved(7, None) == 1
+    assert [next_smaller_micro_batch(12, m) for m in (None, 6, 4, 3, 2, 1)] == [6, 3, 2, 1, 1, None]
+    assert next_smaller_micro_batch(7, None) == 1
 
 
 def test_loss_chunks():

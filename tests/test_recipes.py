@@ -123,7 +123,7 @@ def test_a_run_that_ends_within_the_warmup_ends_below_the_peak():
     half = KaplanRecipe().decide(OfSize(10**6, context=64), 1.5e6, sweep)
     assert half.warmup_fraction == 1.0
     assert half.optimizer.peak_lr == pytest.approx(whole.optimizer.peak_lr / 2)
-    assert any("ends within the recipe's warm-up" in note for note in half.notes)
+    assert any("ends during the recipe's warmup" in note for note in half.notes)
 
 
 def test_chinchilla_at_its_ends():
@@ -174,7 +174,7 @@ def test_a_field_that_is_set_replaces_its_rule(kind):
 
 def test_a_recipe_with_a_schedule_says_that_yours_is_not_used():
     plan = make_plan(settings(KaplanRecipe(), schedule=Constant()))
-    assert "recipe=kaplan has a schedule of its own (cosine): schedule=constant is not used." in plan.notes
+    assert "recipe=kaplan has its own schedule (cosine): schedule=constant is not used." in plan.notes
     assert all(run.spec.schedule.kind == "cosine" for run in plan.runs)
     assert not any("not used" in note for note in make_plan(settings(KaplanRecipe())).notes)
     constant = make_plan(settings(PorianRecipe(), schedule=Constant()))

@@ -22,7 +22,7 @@ from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.spec import EvalSpec, Plan, PlannedRun, RunSpec
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching.worker import failed_record, train_pending
-from scaling_lab.planning.cooldown import stretch
+from scaling_lab.planning.cooldown import horizon_in_steps
 from scaling_lab.planning.designs.isoflop import IsoFlopDesign
 from scaling_lab.planning.designs.trunk_cooldown import TrunkCooldownDesign
 from scaling_lab.planning.plan import make_plan
@@ -83,7 +83,7 @@ def branches(plan: Plan) -> list[PlannedRun]:
 
 def test_whole_steps_of_a_horizon_by_hand():
     """1000 tokens in steps of 10 are 100 steps, of which 20 cool down; 3 steps leave one for the cooldown."""
-    found = [stretch(t, 10, 0.2) for t in (1000.0, 30.0, 20.0)]
+    found = [horizon_in_steps(t, 10, 0.2) for t in (1000.0, 30.0, 20.0)]
     assert [(s.steps, s.branch_step) for s in found] == [(100, 80), (3, 2), (2, 1)]
 
 
@@ -173,7 +173,7 @@ def test_a_warmup_in_tokens_is_as_long_as_the_recipe_says(recipe):
         ours = np.float32([branch.learning_rate(s) for s in steps])
         theirs = np.float32([trunk.learning_rate(s) for s in steps])
         np.testing.assert_allclose(ours, theirs, rtol=2e-7)
-        said = [note for note in plan.notes if run.run_id in note and "within the recipe's warm-up" in note]
+        said = [note for note in plan.notes if run.run_id in note and "during the recipe's warmup" in note]
         early = branch.optimizer.peak_lr < trunk.optimizer.peak_lr
         assert len(said) == early
         within += early
@@ -204,7 +204,10 @@ def test_a_horizon_beyond_the_corpus_does_not_lengthen_the_trunk():
         (lambda: TrunkCooldownDesign(cooldown="cosine"), "design.cooldown='cosine'"),
         (lambda: TrunkCooldownDesign(lr_ratio=0), "design.lr_ratio=0"),
         (lambda: TrunkCooldownDesign(budgets_flops=()), "design.budgets_flops"),
-        (lambda: make_plan(settings(TrunkCooldownDesign((1e7, 2e7)))), "a trunk and a cooldown need 2"),
+        (
+            lambda: make_plan(settings(TrunkCooldownDesign((1e7, 2e7)))),
+            "a trunk and a cooldown need at least 2",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(make, named):

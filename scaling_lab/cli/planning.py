@@ -16,7 +16,7 @@ from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Plan, PlannedRun
 from scaling_lab.core.storage.serialization import to_dict
 from scaling_lab.core.storage.store import RunStore
-from scaling_lab.planning.execution import executions
+from scaling_lab.planning.execution import plan_executions
 from scaling_lab.planning.plan import make_plan
 from scaling_lab.planning.settings import SweepSettings
 
@@ -49,7 +49,7 @@ def make_merged_plan(trees: Sequence[Mapping[str, Any]], device: str | None = No
     if all(s.execution == settings[0].execution for s in settings):
         # Together, not each on its own: runs of several combinations may make a stack, or repay a compilation.
         specs = [run.spec for run in runs.values()]
-        planned = zip(specs, executions(specs, settings[0].execution), strict=True)
+        planned = zip(specs, plan_executions(specs, settings[0].execution), strict=True)
         runs = {spec.run_id(): PlannedRun(spec, execution) for spec, execution in planned}
     return replace(
         plans[0],

@@ -1,1 +1,1 @@
-"""Planning: sizes, recipes, designs and costs. From a few options to a `Plan`; trains nothing, imports no torch."""
+"""From options to a `Plan`: sizes, recipes, designs, execution and cost estimates. Does not import torch."""

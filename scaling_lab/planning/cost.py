@@ -1,6 +1,6 @@
-"""Owns the estimate of what a plan costs in time, memory and disk before anything is measured. A guess, and labelled so.
+"""Rough estimates of a plan's time, memory and disk use, before anything is measured.
 
-Once runs are under way the live table measures: its ETA comes from FLOPs done over time, not from here.
+Once runs are in progress, the ETA of the live table comes from measured throughput instead.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ from scaling_lab.core.spec import PlannedRun
 from scaling_lab.planning.execution import program_key
 from scaling_lab.planning.memory import corpus_bytes, estimate_bytes
 
-# FLOP/s of one CPU core in the training of tiny models, eager and compiled, at 7k and at 200k parameters, and the cost
-# of compiling one shape (2026, one core of a server processor; results/LOG.md).
+# FLOP/s of one CPU core when training models of 7k and of 200k parameters, eager and compiled, and the time to compile one
+# shape (2026, one core of a server processor; results/LOG.md).
 CPU_EAGER_FLOPS_PER_S = (6e9, 16e9)
 CPU_COMPILED_FLOPS_PER_S = (20e9, 45e9)
 CPU_COMPILE_S = 15.0
-# Importing torch and reading the corpus, once a worker.
+# Importing torch and reading the corpus, once per worker.
 WORKER_START_S = 5.0
 CURVE_LINE_BYTES = 170
 # Parameters and AdamW's two moments, float32.
 CHECKPOINT_BYTES_PER_PARAM = 12
-# What `job_needs` assumes of a device that no table knows. Assumed, not measured, and meant to be low: tiny models are
-# bound by launching kernels (some hundred a layer and step, about 10 us each), larger ones by a GPU of several years ago.
+# Assumptions of `job_needs` for devices without measurements, deliberately pessimistic: small models are limited by kernel
+# launches (several hundred per layer and step, 10 us each), larger ones by the throughput of a GPU several years old.
 UNKNOWN_FLOPS_PER_S = 1e12
-UNKNOWN_STEP_S = (5e-3, 5e-3)  # a step of any model, and a step's share of each layer
+UNKNOWN_STEP_S = (5e-3, 5e-3)  # per step, and per step and layer
 UNKNOWN_COMPILE_S = 60.0
-# The compiler's processes beside a worker (2026, torch 2.13 on Linux: 670 MB in all against 240 MB eager), the host's side
-# of a worker on a GPU (CUDA's libraries and pinned memory; assumed), and the process of a cluster job that watches them.
+# Host memory of the compiler's processes (2026, torch 2.13 on Linux: a worker takes 670 MB in all, 240 MB eager), of a GPU
+# worker (CUDA libraries and pinned memory; assumed), and of the process of a cluster job that supervises workers.
 COMPILER_BYTES, GPU_HOST_BYTES, JOB_BYTES = 0.45e9, 4e9, 0.15e9
 
 
 def cpu_flops_per_s(n_params: float, compiled: bool) -> float:
-    """Speed of one core, interpolated in N between the two measured sizes and held outside them."""
+    """FLOP/s of one core, interpolated in N between the two measured sizes and constant outside them."""
     low, high = CPU_COMPILED_FLOPS_PER_S if compiled else CPU_EAGER_FLOPS_PER_S
     share = min(1.0, max(0.0, (n_params - 7e3) / (200e3 - 7e3)))
     return low + share * (high - low)
 
 
 def estimate_seconds(run: PlannedRun) -> float | None:
-    """Seconds of one worker for one run, compilation left out; None for a device without a measured table."""
+    """Seconds for one worker to train one run, without compilation; None for a device without measurements."""
     if run.execution.device != "cpu":
         return None
     n = run.spec.n_params()
@@ -50,7 +50,7 @@ def estimate_seconds(run: PlannedRun) -> float | None:
 
 
 def estimate_plan_seconds(runs: Iterable[PlannedRun], workers: int) -> float | None:
-    """Seconds until the last of `runs` is done by `workers` side by side."""
+    """Seconds until `workers` parallel workers have finished `runs`; None if the speed of a device is unknown."""
     runs = list(runs)
     seconds = [estimate_seconds(run) for run in runs]
     known = [s for s in seconds if s is not None]
@@ -62,7 +62,7 @@ def estimate_plan_seconds(runs: Iterable[PlannedRun], workers: int) -> float | N
 
 
 def estimate_disk_bytes(runs: Iterable[PlannedRun]) -> int:
-    """Bytes of the curves, of one checkpoint a run, and of those kept for others: what a sweep leaves behind."""
+    """Disk space of a finished sweep: curves, one checkpoint per run, and checkpoints kept for other runs."""
     return sum(
         min(run.spec.steps, MAX_CURVE_POINTS) * CURVE_LINE_BYTES
         + CHECKPOINT_BYTES_PER_PARAM * run.spec.count().params.total * (1 + len(run.spec.keep_steps))
@@ -72,16 +72,16 @@ def estimate_disk_bytes(runs: Iterable[PlannedRun]) -> int:
 
 @dataclass(frozen=True)
 class JobNeeds:
-    """What to ask of a cluster for one job, before any safety factor."""
+    """Time and memory to request from a cluster for one job, before any safety factor."""
 
     seconds: float
     host_bytes: float
     known: bool
-    """Whether the time comes from measured speeds; else from assumed ones, low for any GPU."""
+    """Whether the time is based on measured speeds; otherwise on assumed ones, which are low for any GPU."""
 
 
 def job_needs(runs: Sequence[PlannedRun], workers: int = 1) -> JobNeeds:
-    """Time and host memory of a job that trains `runs`, `workers` of them side by side, from its start to its end."""
+    """Total time and host memory of a job that trains `runs` with `workers` parallel workers."""
     seconds = [estimate_seconds(run) for run in runs]
     filled = [s if s is not None else _assumed_seconds(run) for run, s in zip(runs, seconds)]
     compiling = sum(
@@ -102,7 +102,7 @@ def _assumed_seconds(run: PlannedRun) -> float:
 
 
 def _worker_bytes(run: PlannedRun) -> float:
-    """Host memory of one worker: models live there on a CPU only; the corpus passes through it on any device."""
+    """Host memory of one worker: includes the model only on a CPU, the corpus on any device."""
     compiler = COMPILER_BYTES if run.execution.compile else 0.0
     on_cpu = run.execution.device == "cpu"
     return compiler + (device_bytes(run) if on_cpu else GPU_HOST_BYTES + _corpus_copies_bytes(run))
@@ -117,7 +117,7 @@ def device_bytes(run: PlannedRun) -> float:
 
 
 def _corpus_copies_bytes(run: PlannedRun) -> float:
-    """Two copies of the training tokens that a run holds; 0 where the data are not on this machine."""
+    """Twice the size of a run's training tokens; 0 if the data are not on this machine."""
     try:
         return 2.0 * corpus_bytes(run.spec, run.execution.stack_size)
     except (UserError, OSError):

@@ -1,5 +1,8 @@
-"""Owns how runs are computed: compiled or not, threads, micro-batches, stacks. Rules that depend on the plan and the kind of
-machine alone, so that planning twice says the same; what they say is in plan.json, and nothing changes it afterwards."""
+"""How runs are computed: compilation, threads, micro-batches, stacks.
+
+These rules depend only on the plan and the type of machine, so that planning is reproducible. Their result is written to
+plan.json and is not changed afterwards.
+"""
 
 from __future__ import annotations
 
@@ -21,44 +24,44 @@ from scaling_lab.planning.memory import corpus_bytes, estimate_bytes, micro_batc
 from scaling_lab.planning.settings import ExecutionSettings
 
 # On a CPU, compiling a tiny model's whole step costs 10-25 s of one core and makes it about 2.5 times faster than the
-# eager 10-15 GFLOP/s (measured, results/LOG.md): it is repaid above about this many FLOPs of one program.
-COMPILE_REPAID_FLOPS = 2e11
-# Up to here a compiled step serves every batch of its shape (training/engine/library.py, which keeps constants of this length).
+# eager 10-15 GFLOP/s (measured, results/LOG.md): it pays off if one program computes more than about this many FLOPs.
+MIN_COMPILED_FLOPS = 2e11
+# Up to this size a compiled step works for every batch size (training/engine/library.py embeds constants of this length).
 LIBRARY_PARAMS = 2e6
-# From here on a step's matrices are large enough to keep several threads busy, and one process a core would hold as many
-# copies of parameters and activations: runs take all cores, one after the other. Below, one-thread workers win clearly
+# From this size a step's matrices keep several threads busy, and one process per core would hold that many copies of
+# parameters and activations: runs use all cores, one run at a time. Below, one-thread workers are clearly faster
 # (results/LOG.md: 2.5 times at 33k parameters).
 THREADED_PARAMS = 1e7
-# Above this a GPU is busy with one run; below, its kernels are too short and a stack fills it.
+# Larger models fill a GPU by themselves; smaller ones have kernels too short to do so, and are stacked.
 STACKED_PARAMS = 1e7
 MAX_STACK = {"cuda": 64, "cpu": 8, "mps": 1}
-# On a CPU a stack takes runs from other workers and gains 1.2-1.4 times, compiled: only where every core has one.
+# On a CPU a stack takes runs from other workers and speeds up compiled steps 1.2-1.4 times: only if every core has a stack.
 MIN_CPU_STACK = 2
-# Members of one stack may end so much earlier than the longest: a slot at rest still computes.
+# Maximum ratio of the horizons in a stack: a finished member's slot still costs compute.
 MAX_HORIZON_RATIO = 1.25
-# A run below this much memory is not divided for the sake of a CPU's neighbours: what it takes is mostly the process itself.
+# Runs on a CPU may always use this much: below it, memory is mostly the process itself, which micro-batches do not reduce.
 SMALL_RUN_GB = 2.0
-# Share of the device's memory that is planned with.
+# Fraction of the device's memory that plans may use.
 USABLE_MEMORY = 0.85
-# Of control groups, version 2 and 1.
+# Control groups, version 2 and 1.
 CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def executions(specs: list[RunSpec], settings: ExecutionSettings) -> list[Execution]:
+def plan_executions(specs: list[RunSpec], settings: ExecutionSettings) -> list[Execution]:
     """How each run is computed.
 
-    On a CPU a program is compiled where all its runs together repay it and a C++ compiler is there.
+    On a CPU a program is compiled if its runs together are long enough to pay for it and a C++ compiler is available.
     """
-    group_flops: dict[Any, float] = defaultdict(float)
+    program_flops: dict[Any, float] = defaultdict(float)
     for spec in specs:
-        group_flops[program_key(spec)] += spec.own_train_flops()
+        program_flops[program_key(spec)] += spec.own_train_flops()
     threads = settings.threads or threads_for(specs, settings)
     if settings.memory_gb is None and settings.device == "cpu":
-        settings = replace(settings, memory_gb=share_of_memory_gb(settings, threads))
+        settings = replace(settings, memory_gb=memory_per_run_gb(settings, threads))
 
-    @cache  # asked for thousands of runs
+    @cache  # called for thousands of runs
     def can_compile() -> bool:
-        # On CUDA Triton builds its launcher with a C compiler.
+        # Triton builds its CUDA launcher with a C compiler.
         return has_compiler("cc", "gcc", "clang") if settings.device == "cuda" else can_compile_on_cpu()
 
     def compiled(spec: RunSpec) -> bool:
@@ -66,21 +69,21 @@ def executions(specs: list[RunSpec], settings: ExecutionSettings) -> list[Execut
             return settings.compile == "true"
         if settings.device == "cuda":
             return can_compile()
-        repaid = group_flops[program_key(spec)] >= COMPILE_REPAID_FLOPS
-        return settings.device == "cpu" and repaid and can_compile()
+        pays_off = program_flops[program_key(spec)] >= MIN_COMPILED_FLOPS
+        return settings.device == "cpu" and pays_off and can_compile()
 
-    alone = [Execution(settings.device, compiled(s), threads, settings.deterministic) for s in specs]
-    return fitted(specs, stacked(specs, alone, settings), settings)
+    unstacked = [Execution(settings.device, compiled(s), threads, settings.deterministic) for s in specs]
+    return with_micro_batches(specs, with_stacks(specs, unstacked, settings), settings)
 
 
 def program_key(spec: RunSpec) -> Any:
-    """Runs with the same key share one compiled program on a CPU: those of a shape, or of a shape and batch."""
+    """Runs with the same key share one compiled program on a CPU: same shape, and for larger models same batch."""
     small = spec.count().params.total <= LIBRARY_PARAMS
     return (spec.shape,) if small else (spec.shape, spec.batch_tokens)
 
 
 def threads_for(specs: Sequence[RunSpec], settings: ExecutionSettings) -> int:
-    """One thread a run, or all cores where the plan's largest model can use them. One number for a whole plan: its
+    """One thread per run, or all cores if the plan's largest model can use them. The same for the whole plan, since its
     workers share the machine."""
     if settings.device != "cpu":
         return 1
@@ -88,20 +91,20 @@ def threads_for(specs: Sequence[RunSpec], settings: ExecutionSettings) -> int:
     return (settings.cores or usable_cores()) if largest >= THREADED_PARAMS else 1
 
 
-def stacked(
-    specs: Sequence[RunSpec], alone: Sequence[Execution], settings: ExecutionSettings
+def with_stacks(
+    specs: Sequence[RunSpec], unstacked: Sequence[Execution], settings: ExecutionSettings
 ) -> list[Execution]:
-    """`alone`, and the runs that go together in stacks named."""
-    out = list(alone)
+    """The executions, with runs that train together assigned to named stacks."""
+    out = list(unstacked)
     if settings.stack == "false" or MAX_STACK[settings.device] < 2:
         return out
-    alike: dict[Any, list[int]] = defaultdict(list)
+    compatible: dict[Any, list[int]] = defaultdict(list)
     for k, spec in enumerate(specs):
         small = spec.count().n_params(Convention.SIX_N_WITH_HEAD) <= STACKED_PARAMS
-        # A run that continues another one cannot begin with the rest.
-        if small and spec.parent is None and (settings.device == "cuda" or alone[k].compile):
-            alike[stack_key(spec)].append(k)
-    for members in alike.values():
+        # A run that continues another one cannot start together with the rest.
+        if small and spec.parent is None and (settings.device == "cuda" or unstacked[k].compile):
+            compatible[stack_key(spec)].append(k)
+    for members in compatible.values():
         members.sort(key=lambda k: (-specs[k].steps, k))
         for part in split_stack(members, specs, settings):
             name = f"{specs[part[0]].run_id()}x{len(part)}"
@@ -111,7 +114,7 @@ def stacked(
 
 
 def stack_key(spec: RunSpec) -> Any:
-    """What the members of a stack have in common; LR, schedule, clipping, decay, seeds and horizon are each one's own."""
+    """What all members of a stack share; LR, schedule, clipping, decay, seeds and horizon may differ."""
     optimizer = spec.optimizer
     return (
         spec.shape, spec.parametrization, spec.data, spec.batch_tokens, spec.dtype, spec.eval,
@@ -122,15 +125,15 @@ def stack_key(spec: RunSpec) -> Any:
 def split_stack(
     members: Sequence[int], specs: Sequence[RunSpec], settings: ExecutionSettings
 ) -> list[list[int]]:
-    """Runs alike, longest first, in parts of nearly equal horizon that fit the device; single runs are left out."""
-    near: list[list[int]] = []
+    """Split compatible runs, longest first, into stacks of similar horizon that fit the device; single runs are omitted."""
+    similar: list[list[int]] = []
     for k in members:
-        if near and specs[near[-1][0]].steps <= MAX_HORIZON_RATIO * specs[k].steps:
-            near[-1].append(k)
+        if similar and specs[similar[-1][0]].steps <= MAX_HORIZON_RATIO * specs[k].steps:
+            similar[-1].append(k)
         else:
-            near.append([k])
+            similar.append([k])
     parts = []
-    for group in near:
+    for group in similar:
         most = MAX_STACK[settings.device]
         if settings.device == "cpu":
             most = min(most, len(group) // (settings.cores or usable_cores()))
@@ -144,20 +147,20 @@ def split_stack(
             > limit
         ):
             most -= 1
-        # Parts of equal size, so that none is a straggler.
+        # Equal sizes, so that no small stack is left over.
         count = -(-len(group) // max(1, most))
         parts += [group[i::count] for i in range(count)]
     return [part for part in parts if len(part) > 1]
 
 
-def fitted(
+def with_micro_batches(
     specs: Sequence[RunSpec], planned: Sequence[Execution], settings: ExecutionSettings
 ) -> list[Execution]:
-    """Micro-batches for the runs whose whole batch would not fit the device's memory."""
+    """The executions, with micro-batches for runs whose whole batch would not fit in the device's memory."""
     limit = usable_bytes(settings)
     if limit is None:
         return list(planned)
-    known: dict[Any, int | None] = {}  # of thousands of runs few differ in what decides
+    known: dict[Any, int | None] = {}  # thousands of runs share few distinct keys
 
     def size(spec: RunSpec, members: int) -> int | None:
         key = (spec.shape, spec.data, spec.batch_tokens, spec.dtype, spec.unique_tokens, members)
@@ -173,17 +176,17 @@ def fitted(
     ]
 
 
-def share_of_memory_gb(settings: ExecutionSettings, threads: int) -> float | None:
-    """What each of the runs side by side on a CPU may take, of all that its machine has; None where nobody knows."""
-    total = machine_gb()
+def memory_per_run_gb(settings: ExecutionSettings, threads: int) -> float | None:
+    """Memory available to each of the runs that share a CPU machine; None if the machine's memory is unknown."""
+    total = machine_memory_gb()
     if total is None:
         return None
-    side_by_side = max(1, (settings.cores or usable_cores()) // threads)
-    return max(SMALL_RUN_GB, total / side_by_side)
+    parallel_runs = max(1, (settings.cores or usable_cores()) // threads)
+    return max(SMALL_RUN_GB, total / parallel_runs)
 
 
-def machine_gb() -> int | None:
-    """Memory of this machine in whole GB, so that machines of one kind plan alike, or less where a container has less."""
+def machine_memory_gb() -> int | None:
+    """Memory of this machine, or of its container if that is limited, in whole GB so that similar machines plan alike."""
     limits = []
     with suppress(AttributeError, ValueError, OSError):
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -194,21 +197,21 @@ def machine_gb() -> int | None:
 
 
 def usable_bytes(settings: ExecutionSettings) -> float | None:
-    """What one run may take; None where the device's memory is not known."""
+    """Memory that one run may use; None if the device's memory is unknown."""
     return None if settings.memory_gb is None else USABLE_MEMORY * settings.memory_gb * 1e9
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def can_compile_on_cpu() -> bool:
-    """Whether torch.compile has what it needs here: a C++ compiler and Python's headers (on Linux; elsewhere more)."""
+    """Whether torch.compile works here: needs Linux, a C++ compiler and Python's headers."""
     return sys.platform == "linux" and has_compiler("g++", "clang++", "c++")
 
 
 def has_compiler(*names: str) -> bool:
-    """A compiler of one of these names, and the headers that what torch.compile writes includes."""
+    """Whether one of these compilers is installed, and Python's headers, which code generated by torch.compile includes."""
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     return headers.exists() and any(shutil.which(name) for name in names)

@@ -1,6 +1,6 @@
-"""Owns the estimate of a run's memory before it is launched, and the micro-batch that fits. No torch.
+"""Estimates of a run's memory before launch, and the micro-batch that fits. Does not import torch.
 
-The estimate is meant to be too large rather than too small (scripts/bench_train.py prints it beside the measured peak).
+The estimates are intended as upper bounds; tests/test_plan_execution.py compares them with a measured peak.
 """
 
 from __future__ import annotations
@@ -10,40 +10,40 @@ from typing import Any
 
 from scaling_lab.core.spec import RunSpec
 
-# Logits of one chunk of the loss, in elements: 2^25 are 128 MB in float32. A byte vocabulary reaches it at 131,072 tokens
-# a micro-batch, one of 50,257 at 668 tokens.
+# Logits in one chunk of the loss: 2^25 take 128 MB in float32. With a byte vocabulary that is 131,072 tokens per
+# micro-batch, with a vocabulary of 50,257 it is 668 tokens.
 LOGITS_AT_ONCE = 2**25
-# float32 values for each parameter during a step: the parameter, two moments, the gradient, its copy as one vector, and
-# the update's temporaries.
+# float32 values per parameter during a step: the parameter, two moments, the gradient, its flattened copy, and the
+# temporaries of the update.
 FLOATS_PER_PARAM = 7
-# Values that a step holds at its peak, per token and layer, in units of the width: 62 were measured of an eager float32
-# step (`gpt`, width 64, depth 4, head dimension 16; RoPE and QK-norm make it more than the 17 of Korthikanti et al. 2022,
-# arXiv 2205.05198, without the attention matrix); a compiled step holds fewer.
+# Peak number of activations per token and layer, in units of the width: 62 were measured in an eager float32 step (`gpt`,
+# width 64, depth 4, head dimension 16; RoPE and QK-norm need more than the 17 of Korthikanti et al. 2022, arXiv 2205.05198,
+# without the attention matrix); a compiled step needs fewer.
 ACTIVATIONS_PER_WIDTH = 80
-# Logits, their softmax and the gradient of both, in float32.
+# Logits, their softmax and the gradients of both, in float32.
 FLOATS_PER_LOGIT = 4
-# Python, torch, its kernels' workspaces and the allocator's slack.
+# Python, torch, kernel workspaces and allocator overhead.
 PROCESS_BYTES = {"cpu": 400e6, "cuda": 1.5e9, "mps": 1e9}
 
 
-# A corpus of up to this many tokens lies on the device whole.
+# A corpus of up to this many tokens is kept on the device.
 RESIDENT_TOKENS = 200_000_000
-# Of a larger or a generated one two chunks do: tokens of a chunk, as far as one step's batch allows ...
+# Of a larger or a generated corpus the device holds two chunks. Tokens per chunk, unless one step's batch is larger.
 CHUNK_TOKENS = 1 << 22
-# ... and steps that a loop does at once at most, which is the longest chunk.
+# Maximum number of steps that the training loop does at once, and so the maximum length of a chunk.
 BLOCK_STEPS = 64
 
 
 def loss_chunks(tokens: int, vocab_size: int) -> int:
-    """Parts in which a micro-batch's logits are computed: 1 where they are small. A pure function of its arguments."""
+    """Number of chunks in which a micro-batch's logits are computed: 1 if they are small."""
     return min(tokens, math.ceil(tokens * vocab_size / LOGITS_AT_ONCE))
 
 
 def corpus_bytes(spec: RunSpec, members: int = 1) -> float:
-    """Bytes of training tokens on the device of a run (or of a stack of `members`): the corpus whole, or two chunks of it
-    for each member (`training/data/feed.py`). Raises what the source raises where its data are not on this machine."""
+    """Bytes of training tokens on the device for a run (or a stack of `members`): the whole corpus, or two chunks of it per
+    member (`training/data/feed.py`). If the data are not on this machine, the source's exception propagates."""
     source, generated = spec.data, hasattr(spec.data, "documents")
-    # uint8, int32 or int64: the smallest that torch indexes with, of what the files hold.
+    # uint8, int32 or int64: the smallest type that holds the tokens and that torch can index with.
     width = 1 if source.vocab_size <= 256 and not generated else 4 if source.vocab_size <= 65_536 else 8
     used = source.n_tokens("train") if spec.unique_tokens is None else spec.unique_tokens + 1
     if not generated and used <= RESIDENT_TOKENS:
@@ -54,12 +54,12 @@ def corpus_bytes(spec: RunSpec, members: int = 1) -> float:
 
 
 def state_bytes(shape: Any, members: int = 1) -> float:
-    """Bytes of parameters, moments, gradient and temporaries."""
+    """Bytes of parameters, optimizer moments, gradients and temporaries."""
     return 4.0 * FLOATS_PER_PARAM * shape.count().params.total * members
 
 
 def activation_bytes(shape: Any, tokens: int, dtype: str = "float32", members: int = 1) -> float:
-    """Bytes of activations and logits of a micro-batch of `tokens` tokens a member."""
+    """Bytes of activations and logits for a micro-batch of `tokens` tokens per member."""
     size = 2 if dtype == "bfloat16" else 4
     hidden = ACTIVATIONS_PER_WIDTH * shape.width * (shape.depth + 1) * size
     logits = FLOATS_PER_LOGIT * 4.0 * shape.vocab_size / loss_chunks(tokens, shape.vocab_size)
@@ -69,7 +69,7 @@ def activation_bytes(shape: Any, tokens: int, dtype: str = "float32", members: i
 def estimate_bytes(
     spec: RunSpec, device: str, micro_sequences: int, corpus_bytes: float, members: int = 1
 ) -> float:
-    """Peak bytes of a run (or of a stack of `members`) on its device, the corpus on it included."""
+    """Peak memory of a run (or a stack of `members`) on its device in bytes, including the corpus."""
     tokens = micro_sequences * spec.shape.context
     return (
         PROCESS_BYTES[device]
@@ -82,9 +82,9 @@ def estimate_bytes(
 def micro_batch(
     spec: RunSpec, device: str, limit_bytes: float, corpus_bytes: float, members: int = 1
 ) -> int | None:
-    """The largest equal parts of the batch, in sequences, that fit into `limit_bytes`; None: the whole batch fits.
+    """The largest micro-batch in sequences, dividing the batch, that fits in `limit_bytes`; None if the whole batch fits.
 
-    Where not even single sequences fit, single sequences: the estimate may be wrong, and the run will say so.
+    1 if not even a single sequence fits: the estimate may be wrong, and the run itself would report it.
     """
     if estimate_bytes(spec, device, spec.batch_sequences, corpus_bytes, members) <= limit_bytes:
         return None
@@ -96,12 +96,12 @@ def micro_batch(
     return max(fitting, default=1)
 
 
-def halved(batch_sequences: int, micro_sequences: int | None) -> int | None:
-    """The next smaller micro-batch after one that did not fit: at most half of it; None where there is none."""
-    now = micro_sequences or batch_sequences
-    return max((size for size in divisors(batch_sequences) if size <= now // 2), default=None)
+def next_smaller_micro_batch(batch_sequences: int, micro_sequences: int | None) -> int | None:
+    """The micro-batch to try after one that did not fit, at most half of it; None if it cannot be smaller."""
+    current = micro_sequences or batch_sequences
+    return max((size for size in divisors(batch_sequences) if size <= current // 2), default=None)
 
 
 def divisors(n: int) -> list[int]:
-    """Ascending."""
+    """Divisors of n, ascending."""
     return [k for k in range(1, n + 1) if n % k == 0]

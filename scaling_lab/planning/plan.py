@@ -1,4 +1,4 @@
-"""Owns `make_plan`: from settings to a `Plan` whose every rounding, omission and execution is stated."""
+"""`make_plan`: from settings to a `Plan` that lists every rounding, omission and execution."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from scaling_lab.core.storage.serialization import to_dict
 from scaling_lab.planning.cooldown import cooldown_spec, saved_note, warmup_note
 from scaling_lab.planning.corpus import check_corpus
 from scaling_lab.planning.designs.base import RunRequest
-from scaling_lab.planning.execution import executions
+from scaling_lab.planning.execution import plan_executions
 from scaling_lab.planning.recipes.base import Hyperparameters, SweepHorizons, decide, round_batch
 from scaling_lab.planning.settings import SweepSettings
 from scaling_lab.planning.sizes import SizeLadder
 
-# A run that misses its budget by more than this through rounding to whole steps is named in the plan.
+# Runs that miss their budget by more than this fraction, because of whole steps, are listed in the plan.
 ROUNDING_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
 class GridRow:
-    """One run as the printed plan shows it."""
+    """One run in the printed plan."""
 
     run_id: str
     budget_flops: float
@@ -47,11 +47,11 @@ class GridRow:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Sizes as shapes of the plan's family, vocabulary and context (`designs.base.ShapeMaker`)."""
+    """Makes shapes with the plan's model family, vocabulary and context (implements `designs.base.ShapeMaker`)."""
 
     settings: SweepSettings
     _ladders: dict[SizeLadder, list[Any]] = field(default_factory=dict, compare=False, repr=False)
-    """Made once: designs ask for the same ladder at every budget."""
+    """A cache: designs use the same ladder at every budget."""
 
     @property
     def convention(self) -> Convention:
@@ -69,7 +69,7 @@ class Shapes:
 
 
 def make_plan(settings: SweepSettings) -> Plan:
-    """Everything that the sweep will train. Raises `UserError` for what cannot be planned; nothing is launched."""
+    """All runs of the sweep. Raises `UserError` for settings that cannot be planned; launches nothing."""
     check_corpus(settings)
     design = settings.design
     shapes = Shapes(settings)
@@ -78,47 +78,50 @@ def make_plan(settings: SweepSettings) -> Plan:
     notes: list[str] = []
     batches: list[float] = []
     specs: dict[str, RunSpec] = {}
-    said_of: set[RunRequest] = set()
+    reported: set[RunRequest] = set()
     for label, same in groupby(design.requests(shapes), key=lambda request: request.label):
         planned: set[Any] = set()
         kept: set[Any] = set()
         for request in same:
             planned.add(request.shape)
-            spec, said = plan_run(settings, request, horizons)
+            spec, remarks = plan_run(settings, request, horizons)
             if (reason := too_many_epochs(settings, spec, label)) is not None:
                 notes += [reason] if reason not in notes else []
                 continue
             kept.add(request.shape)
             if (run_id := spec.run_id()) in specs:
-                rounding.append(f"{run_id}: {multiplied(request)} rounds to a run that is planned already.")
+                rounding.append(
+                    f"{run_id}: {multipliers_text(request)} rounds to a run that is already planned."
+                )
                 continue
             specs[run_id] = spec
-            # What holds for every seed is said once.
-            if (any_seed := replace(request, seed=0, role="")) not in said_of:
-                said_of.add(any_seed)
-                rounding += said.rounding
-                batches.append(said.batch_off)
-                notes += [note for note in said.notes if note not in notes]
+            # Remarks are the same for every seed: report them once.
+            if (any_seed := replace(request, seed=0, role="")) not in reported:
+                reported.add(any_seed)
+                rounding += remarks.rounding
+                batches.append(remarks.batch_off)
+                notes += [note for note in remarks.notes if note not in notes]
         if len(kept) < len(planned):
             remark = design.remark(label, len(planned), len(kept))
             notes += [remark] if remark else []
     if not specs:
         raise UserError(
-            f"design={design.kind}: no run is left, every one would pass over the "
-            f"{settings.corpus_tokens():,} tokens of data={settings.data.kind} more than "
-            f"data.max_epochs={settings.max_epochs:g} times."
+            f"design={design.kind}: no run is left, because each would need more than "
+            f"data.max_epochs={settings.max_epochs:g} epochs over the {settings.corpus_tokens():,} tokens of "
+            f"data={settings.data.kind}."
         )
     if settings.unique_tokens not in (None, settings.corpus_tokens()):
         rounding.insert(
             0,
-            f"data.unique_tokens={settings.unique_tokens:,} are {settings.corpus_tokens():,} in whole windows.",
+            f"data.unique_tokens={settings.unique_tokens:,} is rounded to {settings.corpus_tokens():,}, a whole number of "
+            "windows.",
         )
     return Plan(
         sweep=settings.sweep,
         runs=tuple(
             PlannedRun(spec, execution)
             for spec, execution in zip(
-                specs.values(), executions(list(specs.values()), settings.execution), strict=True
+                specs.values(), plan_executions(list(specs.values()), settings.execution), strict=True
             )
         ),
         convention=settings.convention,
@@ -130,17 +133,17 @@ def make_plan(settings: SweepSettings) -> Plan:
 
 
 def sweep_horizons(requests: Sequence[RunRequest], convention: Convention) -> SweepHorizons:
-    """What a recipe may know of the other runs. Raises `UserError` where the design asks for none."""
+    """What a recipe may know about the other runs. Raises `UserError` if the design has no runs."""
     if not requests:
-        raise UserError("the design asks for no run: give it sizes and budgets.")
+        raise UserError("the design has no runs: give it sizes and budgets.")
     tokens = [request.tokens(convention) for request in requests]
-    by_label = [
+    by_budget = [
         (request.budget_flops if request.budget_flops is not None else request.train_tokens or 0.0, t)
         for request, t in zip(requests, tokens, strict=True)
     ]
-    smallest = min(spend for spend, _ in by_label)
+    smallest = min(budget for budget, _ in by_budget)
     return SweepHorizons(
-        smallest_budget_tokens=geometric_mean([t for spend, t in by_label if spend == smallest]),
+        smallest_budget_tokens=geometric_mean([t for budget, t in by_budget if budget == smallest]),
         longest_tokens=max(tokens),
     )
 
@@ -150,62 +153,62 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def too_many_epochs(settings: SweepSettings, spec: RunSpec, label: str) -> str | None:
-    """Why the run is not planned, if it would pass over its corpus too often."""
-    if (over := epochs_over(settings, spec)) is None:
+    """Why the run is not planned, if it needs too many epochs over its corpus; else None."""
+    if (excess := excess_epochs(settings, spec)) is None:
         return None
-    return f"not planned: width {spec.shape.width}, depth {spec.shape.depth} at {label} needs {over}."
+    return f"not planned: width {spec.shape.width}, depth {spec.shape.depth} at {label}: {excess}."
 
 
-def epochs_over(settings: SweepSettings, spec: RunSpec) -> str | None:
-    """In how far the run would pass over its corpus too often, and what it lacks; None where it would not."""
+def excess_epochs(settings: SweepSettings, spec: RunSpec) -> str | None:
+    """The run's number of epochs and how many tokens the corpus lacks, if it exceeds data.max_epochs; else None."""
     corpus_tokens = settings.corpus_tokens()
     epochs = spec.train_tokens / corpus_tokens
     if epochs <= settings.max_epochs:
         return None
-    lacks = math.ceil(spec.train_tokens / settings.max_epochs) - corpus_tokens
-    which = (
-        "the corpus of" if settings.unique_tokens is None else f"data.unique_tokens={settings.unique_tokens},"
-    )
+    missing = math.ceil(spec.train_tokens / settings.max_epochs) - corpus_tokens
+    unique = "" if settings.unique_tokens is None else f"data.unique_tokens={settings.unique_tokens}, "
     return (
-        f"{spec.train_tokens:,} tokens, {epochs:.1f} passes over {which} {corpus_tokens:,} "
-        f"(data.max_epochs={settings.max_epochs:g}): it lacks {lacks:,} tokens"
+        f"{spec.train_tokens:,} tokens are {epochs:.1f} epochs over a corpus of {corpus_tokens:,} "
+        f"({unique}data.max_epochs={settings.max_epochs:g}); {missing:,} more corpus tokens would be enough"
     )
 
 
 @dataclass(frozen=True)
-class Said:
-    """What had to be said about one planned run."""
+class RunRemarks:
+    """Remarks on one planned run."""
 
     rounding: tuple[str, ...]
     notes: tuple[str, ...]
     batch_off: float
-    """The batch over what the recipe's rule gives, less 1."""
+    """Relative difference of the batch from the recipe's rule."""
 
 
-def plan_run(settings: SweepSettings, request: RunRequest, horizons: SweepHorizons) -> tuple[RunSpec, Said]:
-    """The run that `request` asks for, tuned by the recipe and rounded to whole steps, and what the rounding did."""
+def plan_run(
+    settings: SweepSettings, request: RunRequest, horizons: SweepHorizons
+) -> tuple[RunSpec, RunRemarks]:
+    """The requested run with the recipe's hyperparameters, rounded to whole steps, and remarks on the rounding."""
     shape = request.shape
     per_token = shape.count().flops_per_token(settings.convention)
-    wanted = request.tokens(settings.convention)
-    # Runs that share a trunk share its batch, LR and warm-up: those of their middle horizon.
-    tuned_for = wanted if request.cooldown is None else geometric_mean(request.cooldown.horizons_tokens)
+    requested = request.tokens(settings.convention)
+    # Runs on a trunk share its batch, LR and warmup, decided for the geometric mean of their horizons.
+    tuned_for = requested if request.cooldown is None else geometric_mean(request.cooldown.horizons_tokens)
     chosen = decide(settings.recipe, settings.parametrization, shape, tuned_for, horizons)
     if request.cooldown is not None and chosen.warmup_in_tokens:
         longest = max(request.cooldown.horizons_tokens)
         chosen = decide(settings.recipe, settings.parametrization, shape, longest, horizons)
-    chosen = scaled(chosen, request, shape.context)
-    steps = whole_steps(wanted, chosen.batch_tokens)
+    chosen = apply_multipliers(chosen, request, shape.context)
+    steps = whole_steps(requested, chosen.batch_tokens)
     if steps < 1:
         raise UserError(
-            f"{too_little(request, wanted)} less than one step of {chosen.batch_tokens} tokens. Raise it, or lower the "
-            "batch (recipe.batch_tokens) or the size."
+            f"{horizon_text(request, requested)} less than one step of {chosen.batch_tokens} tokens. Raise it, or lower the "
+            "batch (recipe.batch_tokens) or the model size."
         )
     train_tokens = steps * chosen.batch_tokens
     budget = request.budget_flops
     seed = settings.seed + request.seed
     if request.cooldown is not None:
         spec = cooldown_spec(settings, request, chosen)
-        return spec, said_of_run(settings, request, spec, chosen)
+        return spec, remarks_on_run(settings, request, spec, chosen)
     spec = RunSpec(
         sweep=settings.sweep, role=request.role,
         budget_flops=float(budget) if budget is not None else train_flops(per_token, train_tokens),
@@ -217,23 +220,26 @@ def plan_run(settings: SweepSettings, request: RunRequest, horizons: SweepHorizo
         parametrization=settings.parametrization, noise=settings.noise,
         unique_tokens=None if settings.unique_tokens is None else settings.corpus_tokens(),
     )  # fmt: skip
-    return spec, said_of_run(settings, request, spec, chosen)
+    return spec, remarks_on_run(settings, request, spec, chosen)
 
 
-def said_of_run(settings: SweepSettings, request: RunRequest, spec: RunSpec, chosen: Hyperparameters) -> Said:
-    """What rounding did to a run, and the recipe's notes."""
+def remarks_on_run(
+    settings: SweepSettings, request: RunRequest, spec: RunSpec, chosen: Hyperparameters
+) -> RunRemarks:
+    """The effect of rounding on a run, and the recipe's notes."""
     rounding: tuple[str, ...] = ()
     off = spec.train_tokens / request.tokens(settings.convention) - 1
     # A trunk's length is its last branch point.
     if abs(off) > ROUNDING_TOLERANCE and request.role != "trunk":
-        of_what = "budget" if request.budget_flops is not None else "horizon"
-        rounding = (f"{spec.run_id()}: {spec.steps} whole steps spend {off:+.1%} of the {of_what}.",)
+        target = "budget" if request.budget_flops is not None else "horizon"
+        rounding = (f"{spec.run_id()}: {spec.steps} whole steps, {off:+.1%} off the {target}.",)
     notes = (*chosen.notes, *schedule_note(settings, chosen), *warmup_note(spec, chosen))
-    return Said(rounding, notes, chosen.batch_tokens / (chosen.rule_batch_tokens or chosen.batch_tokens) - 1)
+    batch_off = chosen.batch_tokens / (chosen.rule_batch_tokens or chosen.batch_tokens) - 1
+    return RunRemarks(rounding, notes, batch_off)
 
 
 def batch_rounding(off: Sequence[float]) -> tuple[str, ...]:
-    """How far the batches lie from what the recipe's rule gives."""
+    """How far the rounded batches differ from the recipe's rule."""
     if not off or max(map(abs, off)) <= ROUNDING_TOLERANCE:
         return ()
     return (
@@ -242,80 +248,82 @@ def batch_rounding(off: Sequence[float]) -> tuple[str, ...]:
 
 
 def schedule_note(settings: SweepSettings, chosen: Hyperparameters) -> tuple[str, ...]:
-    """That the recipe's schedule takes the place of one that the user chose."""
+    """A note if the design's or the recipe's schedule overrides the user's."""
     if settings.design is not None and settings.design.kind == "trunk_cooldown":
         if chosen.schedule is None and settings.schedule == Cosine():
             return ()
         return (
-            "design=trunk_cooldown has schedules of its own: neither schedule= nor the recipe's is used.",
+            "design=trunk_cooldown has its own schedules: neither schedule= nor the recipe's schedule is used.",
         )
     if chosen.schedule is None or settings.schedule == Cosine():
         return ()
     return (
-        f"recipe={settings.recipe.kind} has a schedule of its own ({chosen.schedule.kind}): "
+        f"recipe={settings.recipe.kind} has its own schedule ({chosen.schedule.kind}): "
         f"schedule={settings.schedule.kind} is not used.",
     )
 
 
-def scaled(chosen: Hyperparameters, request: RunRequest, context: int) -> Hyperparameters:
-    """The recipe's choice under the request's multipliers."""
+def apply_multipliers(chosen: Hyperparameters, request: RunRequest, context: int) -> Hyperparameters:
+    """The recipe's choice with the request's multipliers applied."""
     if request.lr_multiplier == 1 and request.batch_multiplier == 1:
         return chosen
     batch = chosen.batch_tokens
     if request.batch_multiplier != 1:
-        wanted = batch * request.batch_multiplier
-        chosen = replace(chosen, rule_batch_tokens=wanted)
-        batch = round_batch(wanted, context)
+        exact = batch * request.batch_multiplier
+        chosen = replace(chosen, rule_batch_tokens=exact)
+        batch = round_batch(exact, context)
     optimizer = replace(chosen.optimizer, peak_lr=chosen.optimizer.peak_lr * request.lr_multiplier)
     return replace(chosen, batch_tokens=batch, optimizer=optimizer)
 
 
-def multiplied(request: RunRequest) -> str:
-    """The request's multipliers in words."""
+def multipliers_text(request: RunRequest) -> str:
+    """The request's multipliers as text."""
     return f"{request.batch_multiplier:g} x batch, {request.lr_multiplier:g} x LR"
 
 
-def too_little(request: RunRequest, tokens: float) -> str:
-    """The beginning of the sentence that refuses a horizon below one step."""
+def horizon_text(request: RunRequest, tokens: float) -> str:
+    """The subject and verb of the error about a horizon shorter than one step."""
     if request.train_tokens is not None:
         option = "train_tokens" if request.role == "single" else "design.horizons_tokens:"
         return f"{option}={tokens:.0f} is" if request.role == "single" else f"{option} {tokens:.0f} is"
     return (
-        f"design.budgets_flops: {request.label} buy {tokens:.0f} tokens at width {request.shape.width}, depth "
+        f"design.budgets_flops: {request.label} pay for only {tokens:.0f} tokens at width {request.shape.width}, depth "
         f"{request.shape.depth},"
     )
 
 
 def plan_single(settings: SweepSettings, train_tokens: float) -> PlannedRun:
-    """One run outside a sweep: the shape from `settings.model` (without a depth the ladder's own), the horizon in tokens,
-    rounded to whole steps. `single_notes` has what must be said about it."""
+    """One run outside a sweep: the shape from `settings.model` (default depth: the ladder's), the horizon in tokens, rounded
+    to whole steps. `single_notes` returns the remarks on it."""
     return _single(settings, train_tokens)[0]
 
 
 def single_notes(settings: SweepSettings, train_tokens: float) -> tuple[str, ...]:
-    """What rounding did to the run of `plan_single`, and the recipe's notes."""
-    said = _single(settings, train_tokens)[1]
-    return (*said.rounding, *batch_rounding([said.batch_off]), *said.notes)
+    """The effect of rounding on the run of `plan_single`, and the recipe's notes."""
+    remarks = _single(settings, train_tokens)[1]
+    return (*remarks.rounding, *batch_rounding([remarks.batch_off]), *remarks.notes)
 
 
-def _single(settings: SweepSettings, train_tokens: float) -> tuple[PlannedRun, Said]:
+def _single(settings: SweepSettings, train_tokens: float) -> tuple[PlannedRun, RunRemarks]:
     model = settings.model
     if model.width is None:
-        raise UserError("model.width is missing: one run needs a width, for example model.width=64.")
+        raise UserError("model.width is missing: a single run needs a width, for example model.width=64.")
     depth = SizeLadder().depth(model.width) if model.depth is None else model.depth
     if not train_tokens > 0:
         raise UserError(f"train_tokens={train_tokens!r} must be positive.")
     check_corpus(settings)
     shape = model.shape(model.width, depth, settings.data.vocab_size)
     request = RunRequest(shape, train_tokens=float(train_tokens), role="single")
-    spec, said = plan_run(settings, request, SweepHorizons(train_tokens, train_tokens))
-    if (over := epochs_over(settings, spec)) is not None:
-        raise UserError(f"train_tokens={spec.train_tokens} of data={settings.data.kind}: a run of {over}.")
-    return PlannedRun(spec, executions([spec], settings.execution)[0]), said
+    spec, remarks = plan_run(settings, request, SweepHorizons(train_tokens, train_tokens))
+    if (excess := excess_epochs(settings, spec)) is not None:
+        raise UserError(
+            f"train_tokens={spec.train_tokens} is too many for data={settings.data.kind}: {excess}."
+        )
+    return PlannedRun(spec, plan_executions([spec], settings.execution)[0]), remarks
 
 
 def describe(plan: Plan, corpus_tokens: int | None = None) -> list[GridRow]:
-    """The grid as rows, in the plan's order; epochs need the corpus's size (else they are NaN)."""
+    """The grid as rows, in the plan's order; epochs are NaN if the corpus's size is not given."""
     rows = []
     for run in plan.runs:
         spec, n = run.spec, run.spec.n_params()

@@ -1,4 +1,4 @@
-"""Owns what a user chooses about a sweep, as frozen values: the CLI fills them, `make_plan` reads them."""
+"""The user's choices for a sweep as frozen dataclasses: filled by the CLI, read by `make_plan`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ COMPILE_CHOICES = ("auto", "true", "false")
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """A model family and what of its shape does not follow from the size. A single run names width and depth too."""
+    """A model family and the fields of its shape that are not set by a design; a single run also sets width and depth."""
 
     kind: str = "gpt"
     width: int | None = None
     depth: int | None = None
     heads: int | None = None
-    """None: as many heads as bring the head dimension nearest to `head_dim`."""
+    """None: the number of heads that brings the head dimension closest to `head_dim`."""
     head_dim: int = 16
     context: int = 64
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the family's own, such as mlp or tied_head."""
+    """Fields specific to the family, such as mlp or tied_head."""
 
     def shape(self, width: int, depth: int, vocab_size: int) -> Any:
-        """The family's shape at a size. Raises `UserError` for sizes that do not fit together and unknown options."""
+        """The family's shape at a size. Raises `UserError` for inconsistent sizes and unknown options."""
         cls = shape_class(self.kind)
         known = {f.name for f in fields(cls)} - {"width", "depth", "heads", "context", "vocab_size"}
         for name in self.options:
@@ -48,35 +48,35 @@ class ModelSettings:
 
 
 def heads_for(width: int, head_dim: int) -> int:
-    """The number of heads that divides `width` into even parts as near to `head_dim` as can be, in ratio."""
+    """The number of heads that divides `width` into even head dimensions closest to `head_dim` in ratio."""
     if width < 1 or head_dim < 1:
         raise UserError(f"model.width={width} and model.head_dim={head_dim} must be at least 1.")
     choices = [heads for heads in range(1, width + 1) if width % heads == 0 and (width // heads) % 2 == 0]
     if not choices:
         raise UserError(
-            f"model.width={width} is odd: heads need an even dimension. Choices: {width - 1} or {width + 1}."
+            f"model.width={width} is odd, but head dimensions must be even. Choices: {width - 1} or {width + 1}."
         )
     return min(choices, key=lambda heads: (abs(math.log(width / heads / head_dim)), heads))
 
 
 @dataclass(frozen=True)
 class ExecutionSettings:
-    """How runs are to be computed; `make_plan` turns it into each run's `Execution` by a fixed rule."""
+    """How runs should be computed; `make_plan` derives each run's `Execution` from it by a fixed rule."""
 
     device: str = "cpu"
     """Already resolved (cpu, cuda or mps): planning does not import torch."""
     compile: str = "auto"
-    """auto: compile where the plan trains a shape for long enough to repay it."""
+    """auto: compile if the plan trains a shape for long enough that it pays off."""
     threads: int | None = None
-    """CPU threads of one run; None: one for small models, all cores for large ones."""
+    """CPU threads per run; None: one for small models, all cores for large ones."""
     deterministic: bool = True
     stack: str = "auto"
-    """auto: runs of one shape, batch and horizon (seeds, learning rates) are trained as one program where it pays."""
+    """auto: train runs of the same shape, batch and horizon (seeds, learning rates) as one program if that is faster."""
     memory_gb: float | None = None
-    """Memory that one run may take on its device, GB; None: of a CPU its machine's, shared by the runs side by side; of
-    another device not known, and batches are not divided."""
+    """Memory that one run may use on its device, GB. None: on a CPU the machine's memory, shared by the runs in parallel;
+    on other devices unknown, and batches are not split."""
     cores: int | None = None
-    """Cores of the machine that trains; None: of this one."""
+    """Number of cores of the machine that trains; None: of this machine."""
 
     def __post_init__(self) -> None:
         if self.stack not in ("auto", "false"):
@@ -91,14 +91,14 @@ class ExecutionSettings:
 
 @dataclass(frozen=True)
 class CorpusUse:
-    """How a corpus is trained on, whichever it is."""
+    """How any corpus is used for training."""
 
     max_epochs: float = 4.0
-    """A run that would pass over its corpus more often is not planned"""
+    """Runs that would need more epochs over the corpus are not planned"""
     unique_tokens: int | None = None
-    """Train on this many tokens of the corpus, again and again; null: on all of it"""
+    """Train repeatedly on only this many tokens of the corpus; null: on all of it"""
     noise: float = 0.0
-    """Share of the training tokens that are replaced by random ones; validation stays clean"""
+    """Fraction of the training tokens that are replaced by random ones; validation stays clean"""
 
     def __post_init__(self) -> None:
         if not self.max_epochs > 0:
@@ -111,7 +111,7 @@ class CorpusUse:
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """Everything that a plan is made from."""
+    """All inputs of a plan."""
 
     sweep: str
     design: Any
@@ -121,17 +121,17 @@ class SweepSettings:
     schedule: Any
     eval: EvalSpec = field(default_factory=EvalSpec)
     max_epochs: float = 4.0
-    """A run that would pass over its corpus more often is not planned."""
+    """Runs that would need more epochs over the corpus are not planned."""
     convention: Convention = Convention.SIX_N_WITH_HEAD
-    """What budgets count."""
+    """The convention of FLOP budgets."""
     seed: int = 0
     dtype: str = "float32"
     execution: ExecutionSettings = field(default_factory=ExecutionSettings)
     parametrization: Any = field(default_factory=Standard)
     unique_tokens: int | None = None
-    """Train on this many tokens of the corpus; None: on all of it."""
+    """Train repeatedly on only this many tokens of the corpus; None: on all of it."""
     noise: float = 0.0
-    """Share of the training tokens that are random."""
+    """Fraction of the training tokens that are replaced by random ones."""
 
     def __post_init__(self) -> None:
         CorpusUse(self.max_epochs, self.unique_tokens, self.noise)
@@ -139,21 +139,21 @@ class SweepSettings:
             raise unknown("dtype", self.dtype, DTYPES)
         if self.dtype == "tf32" and self.execution.device != "cuda":
             raise UserError(
-                f"dtype=tf32 needs device=cuda, not {self.execution.device}. Choices: float32, bfloat16."
+                f"dtype=tf32 requires device=cuda, not {self.execution.device}. Choices: float32, bfloat16."
             )
 
     def corpus_tokens(self) -> int:
-        """How many different tokens a run trains on at most. Raises `UserError` where the corpus has too few."""
+        """Number of distinct training tokens available to a run. Raises `UserError` if the corpus has too few."""
         available = int(self.data.n_tokens("train"))
         if self.unique_tokens is None:
             return available
         if self.unique_tokens > available:
             raise UserError(
-                f"data.unique_tokens={self.unique_tokens:,} is more than the {available:,} tokens of data={self.data.kind}: "
-                f"it lacks {self.unique_tokens - available:,}."
+                f"data.unique_tokens={self.unique_tokens:,} exceeds the {available:,} tokens of data={self.data.kind} by "
+                f"{self.unique_tokens - available:,}."
             )
         return self.unique_windows() * self.model.context
 
     def unique_windows(self) -> int:
-        """`unique_tokens` in whole windows of the context, to nearest and at least one."""
+        """`unique_tokens` as a number of windows of the context, rounded to nearest and at least one."""
         return max(1, round((self.unique_tokens or 0) / self.model.context))

@@ -1,4 +1,4 @@
-"""Owns the ladder of sizes: geometrically spaced widths, depth by a rule."""
+"""The ladder of model sizes: geometrically spaced widths, with depth given by a rule."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ class SizeLadder:
     width_multiple: int = 4
     aspect_ratio: float = 40.0
     min_depth: int = 2
-    """One-layer models leave the trend (Kaplan et al. 2020, figure 6)."""
+    """One-layer models deviate from the trend (Kaplan et al. 2020, figure 6)."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_width <= self.max_width:
             raise UserError(
-                f"design.sizes.min_width={self.min_width} and design.sizes.max_width={self.max_width}: needed 1 <= min <= max."
+                f"design.sizes.min_width={self.min_width} and design.sizes.max_width={self.max_width} must satisfy "
+                "1 <= min <= max."
             )
         if not self.width_ratio > 1:
             raise UserError(f"design.sizes.width_ratio={self.width_ratio!r} must be above 1.")
@@ -38,11 +39,11 @@ class SizeLadder:
             )
 
     def depth(self, width: int) -> int:
-        """The rule's depth at a width."""
+        """Depth at a width."""
         return max(self.min_depth, round(width / self.aspect_ratio))
 
     def sizes(self) -> list[tuple[int, int]]:
-        """(width, depth) ascending, without repetitions."""
+        """Distinct (width, depth), ascending."""
         found: list[tuple[int, int]] = []
         width = float(self.min_width)
         while width <= self.max_width * (1 + 1e-9) and len(found) < MAX_LADDER_SIZES:

@@ -1,1 +1,1 @@
-"""Designs: which sizes are trained at which budgets or horizons. One design a file."""
+"""Designs: which model sizes are trained at which budgets or horizons. One design per file."""

@@ -1,4 +1,4 @@
-"""Owns what a design is: which runs it asks for, before a recipe decides how each is trained and steps are rounded."""
+"""The `Design` protocol: a design requests runs; the recipe then sets their hyperparameters, and steps are rounded."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from scaling_lab.planning.sizes import SizeLadder
 
 @dataclass(frozen=True)
 class Cooldown:
-    """How runs of one size share a constant-LR trunk."""
+    """How the runs of one size share a constant-LR trunk."""
 
     horizons_tokens: tuple[float, ...]
-    """Of all runs of the size, ascending, not yet rounded."""
+    """Horizons of all runs of the size, ascending, not yet rounded."""
     decay_fraction: float
-    """Share of a run that its cooldown takes."""
+    """Fraction of a run taken by its cooldown."""
     shape: str
     """sqrt or linear."""
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """One run that a design asks for: a shape and what it may spend, as a budget or as a horizon."""
+    """One run requested by a design: a shape with either a budget or a horizon."""
 
     shape: Any
     budget_flops: float | None = None
     """Under the plan's convention. Exactly one of this and `train_tokens` is given."""
     train_tokens: float | None = None
-    """A horizon; the run's budget is then what it spends."""
+    """A horizon; the run's budget is then the FLOPs that it spends."""
     role: str = "isoflop"
     seed: int = 0
     """Added to the plan's seed."""
     lr_multiplier: float = 1.0
-    """Times the recipe's peak LR."""
+    """Multiplies the recipe's peak LR."""
     batch_multiplier: float = 1.0
-    """Times the recipe's batch, then rounded as the recipe rounds."""
+    """Multiplies the recipe's batch, before rounding."""
     cooldown: Cooldown | None = None
-    """A trunk (role "trunk") or a branch of one; the recipe decides once for all runs of the size."""
+    """Set for a trunk (role "trunk") and its branches, for which the recipe decides once per size."""
 
     def __post_init__(self) -> None:
         if (self.budget_flops is None) == (self.train_tokens is None):
-            raise ValueError("a run is asked for by its budget or by its horizon, one of the two")
+            raise ValueError("a run request needs exactly one of budget_flops and train_tokens")
 
     def tokens(self, convention: Convention) -> float:
         """The horizon in tokens, not yet rounded to whole steps."""
@@ -56,14 +56,14 @@ class RunRequest:
 
     @property
     def label(self) -> str:
-        """What the run may spend, in words."""
+        """The run's budget or horizon as text."""
         if self.budget_flops is not None:
             return f"{self.budget_flops:.3g} FLOPs"
         return f"{self.train_tokens:,.0f} tokens"
 
 
 class ShapeMaker(Protocol):
-    """Sizes as shapes of the plan's family, vocabulary and context."""
+    """Makes shapes with the plan's model family, vocabulary and context from sizes."""
 
     convention: Convention
 
@@ -77,20 +77,20 @@ class Design(Protocol):
     kind: ClassVar[str]
 
     def requests(self, shapes: ShapeMaker) -> Iterable[RunRequest]:
-        """Every run, in the plan's order: runs that may spend the same stand together, ascending."""
+        """All runs in the plan's order: ascending by budget or horizon, equal ones contiguous."""
         ...
 
     def sweep(self, shapes: ShapeMaker) -> Iterable[RunRequest]:
-        """The runs that recipes take for their sweep (shortest and longest horizon): all runs, unless the design belongs
-        to another's sweep."""
+        """The runs that define the sweep's shortest and longest horizon for recipes: all runs, unless this design tunes
+        the recipe of another sweep."""
         ...
 
     def remark(self, label: str, planned: int, kept: int) -> str | None:
-        """What it means that of `planned` sizes that may spend `label` only `kept` are planned, if that needs saying."""
+        """A note on the consequences if only `kept` of `planned` sizes remain at the budget or horizon `label`."""
         ...
 
 
 def check_budgets(option: str, values: Sequence[float], unit: str) -> None:
-    """Raises `UserError` unless `values` are distinct and positive, and there are some."""
+    """Raise `UserError` unless `values` are distinct, positive and not empty."""
     if not values or any(not (v > 0 and math.isfinite(v)) for v in values) or len(set(values)) < len(values):
-        raise UserError(f"{option}={list(values)} must be distinct positive numbers of {unit}.")
+        raise UserError(f"{option}={list(values)} must be a list of distinct positive numbers of {unit}.")

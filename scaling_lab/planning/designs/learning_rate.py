@@ -1,4 +1,4 @@
-"""Owns the `learning_rate` design: learning rates (and batches) around the recipe's, at chosen sizes and horizons."""
+"""The `learning_rate` design: learning rates (and batch sizes) around the recipe's, at chosen sizes and horizons."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ ROLE = "lr_sweep"
 class LearningRateDesign:
     """At each size and budget (or horizon) the recipe's LR times each of `lr_multipliers`, for `seeds` seeds.
 
-    With `batch_multipliers` every pair of multipliers is trained: the best LR depends on the batch. The run with both
-    multipliers 1 is the one that an IsoFLOP sweep of the same budget trains, with the same run id.
+    With `batch_multipliers` every pair of multipliers is trained, since the best LR depends on the batch. The run with both
+    multipliers 1 has the same run id as in an IsoFLOP sweep of the same budget.
     """
 
     kind: ClassVar[str] = "learning_rate"
 
     budgets_flops: tuple[float, ...] = ()
-    """Either these or `horizons_tokens`."""
+    """Exactly one of this and `horizons_tokens` is given."""
     horizons_tokens: tuple[float, ...] = ()
     """The same number of tokens for every size."""
     grid_sizes: int | None = None
-    """Sizes of an IsoFLOP grid of the same budgets (its design.sizes_per_budget): `sizes_per_budget` of them, evenly
-    spaced from its smallest to its largest, are trained. None: `widths`."""
+    """Take sizes from an IsoFLOP grid of the same budgets with this many sizes per budget (its design.sizes_per_budget):
+    `sizes_per_budget` of them, evenly spaced from smallest to largest. None: use `widths`."""
     sizes_per_budget: int = 3
     n_opt_at_1e12: float = 75e3
-    """Of that grid, as the next one."""
+    """Of that grid, like `n_opt_exponent`."""
     n_opt_exponent: float = 0.5
     widths: tuple[int, ...] = ()
-    """Empty: the ladder's smallest, middle and largest."""
+    """Empty: the ladder's smallest, middle and largest width."""
     depths: tuple[int, ...] = ()
-    """Empty: the ladder's depth at each width; else every width is trained at each of these depths."""
+    """Empty: the ladder's depth at each width; otherwise every width is trained at each of these depths."""
     lr_multipliers: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
     batch_multipliers: tuple[float, ...] = (1.0,)
     seeds: int = 1
@@ -50,7 +50,7 @@ class LearningRateDesign:
         if bool(self.budgets_flops) == bool(self.horizons_tokens):
             raise UserError(
                 f"design.budgets_flops={list(self.budgets_flops)} and design.horizons_tokens={list(self.horizons_tokens)}: "
-                "give one of the two."
+                "give exactly one of the two."
             )
         if self.budgets_flops:
             check_budgets("design.budgets_flops", self.budgets_flops, "FLOPs")
@@ -65,23 +65,23 @@ class LearningRateDesign:
                 or any(not v > 0 or math.isinf(v) for v in values)
                 or len(set(values)) < len(values)
             ):
-                raise UserError(f"design.{name}={list(values)} must be distinct positive numbers.")
+                raise UserError(f"design.{name}={list(values)} must be a list of distinct positive numbers.")
         for name in ("widths", "depths"):
             values = getattr(self, name)
             if any(v < 1 for v in values) or len(set(values)) < len(values):
-                raise UserError(f"design.{name}={list(values)} must be distinct and at least 1.")
+                raise UserError(f"design.{name}={list(values)} must be distinct integers of at least 1.")
         if self.seeds < 1:
             raise UserError(f"design.seeds={self.seeds} must be at least 1.")
 
     def _check_grid(self, grid_sizes: int) -> None:
         if not self.budgets_flops or self.widths or self.depths:
             raise UserError(
-                f"design.grid_sizes={grid_sizes} takes its sizes from an IsoFLOP grid of design.budgets_flops: give "
-                "neither design.widths, design.depths nor design.horizons_tokens with it."
+                f"design.grid_sizes={grid_sizes} takes its sizes from an IsoFLOP grid of design.budgets_flops: it cannot be "
+                "combined with design.widths, design.depths or design.horizons_tokens."
             )
         if not 1 <= self.sizes_per_budget <= grid_sizes:
             raise UserError(
-                f"design.sizes_per_budget={self.sizes_per_budget} must be from 1 to design.grid_sizes={grid_sizes}."
+                f"design.sizes_per_budget={self.sizes_per_budget} must be between 1 and design.grid_sizes={grid_sizes}."
             )
         self._grid(grid_sizes)
 
@@ -91,7 +91,7 @@ class LearningRateDesign:
         )
 
     def shapes(self, shapes: ShapeMaker, budget_flops: float | None) -> list[Any]:
-        """The sizes of one budget (None: of a horizon) as shapes."""
+        """The shapes trained at one budget (None: at a horizon)."""
         if self.grid_sizes is not None and budget_flops is not None:
             window = self._grid(self.grid_sizes).window_shapes(shapes, budget_flops)
             gaps = max(1, self.sizes_per_budget - 1)
@@ -117,10 +117,10 @@ class LearningRateDesign:
                 yield RunRequest(shape, budget, horizon, ROLE, seed, lr, batch)
 
     def sweep(self, shapes: ShapeMaker) -> Iterator[RunRequest]:
-        """Of the grid, if there is one: its recipe is what is tuned here."""
+        """The grid's runs if there is a grid, since this design tunes the grid's recipe."""
         if self.grid_sizes is None:
             return self.requests(shapes)
         return self._grid(self.grid_sizes).sweep(shapes)
 
     def remark(self, label: str, planned: int, kept: int) -> str | None:
-        """Sizes stand alone here: what is not planned is named, and takes nothing from the others."""
+        """None: sizes are independent here, so a missing one does not affect the others."""

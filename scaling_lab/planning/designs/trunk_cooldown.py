@@ -1,4 +1,4 @@
-"""Owns the `trunk_cooldown` design: one constant-LR trunk a size, and a cooldown branch for each of its budgets."""
+"""The `trunk_cooldown` design: one constant-LR trunk per size, with a cooldown branch for each of its budgets."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from scaling_lab.planning.sizes import SizeLadder
 
 @dataclass(frozen=True)
 class TrunkCooldownDesign:
-    """An IsoFLOP grid whose runs share what they have in common: each size trains once at a constant LR, and each budget's
-    run leaves this trunk for its own cooldown. Haegele et al. 2024 (arXiv 2405.18392): as good as a matched cosine.
+    """An IsoFLOP grid with shared training: each size trains once at a constant LR, and each budget's run branches off this
+    trunk into its own cooldown. Haegele et al. 2024 (arXiv 2405.18392): as good as a matched cosine.
 
-    It saves the more, the more budgets a size has: half of the compute with budgets a factor of sqrt(2) apart. The trunk's
-    checkpoints at the branch points are kept, so the branches need no step twice.
+    The more budgets a size has, the more it saves: half the compute with budgets a factor of sqrt(2) apart. The trunk's
+    checkpoints at the branch points are kept, so no step is computed twice.
     """
 
     kind: ClassVar[str] = "trunk_cooldown"
@@ -31,11 +31,11 @@ class TrunkCooldownDesign:
     n_opt_at_1e12: float = 75e3
     n_opt_exponent: float = 0.5
     decay_fraction: float = 0.2
-    """Share of a run that its cooldown takes: more than 20% gains nothing (same paper, section 3)."""
+    """Fraction of a run taken by its cooldown: more than 20% does not help (same paper, section 3)."""
     cooldown: str = "sqrt"
     """sqrt (1 - sqrt, which the paper finds better) or linear."""
     lr_ratio: float = 0.5
-    """Constant LR over the recipe's peak LR, which is a cosine's: about half (same paper, section 3)."""
+    """Constant LR over the recipe's peak LR, which is meant for a cosine: about half (same paper, section 3)."""
 
     def __post_init__(self) -> None:
         self._grid()
@@ -76,9 +76,9 @@ class TrunkCooldownDesign:
             )  # fmt: skip
 
     def sweep(self, shapes: ShapeMaker) -> Iterator[RunRequest]:
-        """The branches: what an IsoFLOP sweep of the same budgets trains."""
+        """The branches: the runs of an IsoFLOP sweep of the same budgets."""
         return self._grid().requests_of_seeds(shapes, seeds=1)
 
     def remark(self, label: str, planned: int, kept: int) -> str | None:
-        """As for an IsoFLOP grid; a trunk goes to the longest horizon that is planned."""
+        """As for an IsoFLOP grid; none for trunks, which end at the longest planned horizon."""
         return self._grid().remark(label, planned, kept) if label.endswith("FLOPs") else None

@@ -1,1 +1,1 @@
-"""Recipes: batch, learning rate, betas, weight decay and warm-up from a size and a horizon. One recipe a file."""
+"""Recipes: batch, learning rate, betas, weight decay and warmup from a model size and a horizon. One recipe per file."""

@@ -1,4 +1,4 @@
-"""Owns what a recipe is: a pure function from (shape, horizon, the sweep's horizons) to everything that is tuned."""
+"""The `Recipe` protocol: a pure function from (shape, horizon, the sweep's horizons) to all tuned hyperparameters."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from scaling_lab.core.spec import OptimizerSpec
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What a recipe decides for one run."""
+    """A recipe's decision for one run."""
 
     batch_tokens: int
     optimizer: OptimizerSpec
     warmup_fraction: float
-    """Of the run's own horizon."""
+    """Fraction of the run's own horizon."""
     notes: tuple[str, ...] = ()
     """Roundings and warnings, for the plan."""
     rule_batch_tokens: float | None = None
-    """The batch before it was rounded; None where it was given."""
+    """The batch before rounding; None if it was given."""
     schedule: Any = None
-    """A schedule that belongs to the recipe; None: the sweep's own."""
+    """The recipe's own schedule; None: use the sweep's."""
     warmup_in_tokens: bool = False
-    """Whether the warm-up is the same number of tokens at every horizon, and no share of it."""
+    """Whether the warmup is a fixed number of tokens instead of a fraction of the horizon."""
 
 
 @dataclass(frozen=True)
 class SweepHorizons:
-    """What a recipe may know of the other runs of its sweep, in tokens. A run alone has its own horizon in both."""
+    """What a recipe may know about the other runs of its sweep, in tokens; for a single run, both are its own horizon."""
 
     smallest_budget_tokens: float
     """Geometric mean over the runs of the smallest budget."""
@@ -39,8 +39,8 @@ class SweepHorizons:
 
 
 @dataclass(frozen=True)
-class FieldsThatReplaceRules:
-    """What a user may fix in every published recipe; None leaves it to the rule."""
+class RuleOverrides:
+    """Values that a user may fix in every published recipe; None: the recipe's rule decides."""
 
     peak_lr: float | None = None
     batch_tokens: int | None = None
@@ -52,29 +52,29 @@ class FieldsThatReplaceRules:
         if self.warmup_fraction is not None and not 0 <= self.warmup_fraction <= 1:
             raise UserError(f"recipe.warmup_fraction={self.warmup_fraction!r} must be in [0, 1].")
 
-    def batch(self, rule_tokens: float, context: int) -> tuple[int, float | None]:
-        """(the fixed batch or the rule's in whole sequences, the rule's before). Raises `UserError` where the context does
-        not divide it."""
+    def resolve_batch(self, rule_tokens: float, context: int) -> tuple[int, float | None]:
+        """(batch in tokens, the rule's batch before rounding or None if the batch is fixed). Raises `UserError` if a fixed
+        batch is not a multiple of the context."""
         if self.batch_tokens is None:
             return round_batch(rule_tokens, context), rule_tokens
         return check_batch(self.batch_tokens, context), None
 
-    def warmed_up(
+    def resolve_warmup(
         self, peak_lr: float, warmup_tokens: float, train_tokens: float
     ) -> tuple[float, float, tuple[str, ...]]:
-        """(peak LR, warm-up as a share of the run, notes). A warm-up longer than the run ends below the peak: the run
-        is all warm-up, to the LR that it has reached at its end."""
+        """(peak LR, warmup as a fraction of the run, notes). If the warmup is longer than the run, the whole run is warmup
+        and the peak LR is the LR reached at its end."""
         peak_lr = peak_lr if self.peak_lr is None else self.peak_lr
         if self.warmup_fraction is not None:
             return peak_lr, self.warmup_fraction, ()
-        share = warmup_tokens / train_tokens
-        if share <= 1:
-            return peak_lr, share, ()
+        fraction = warmup_tokens / train_tokens
+        if fraction <= 1:
+            return peak_lr, fraction, ()
         note = (
-            f"a run of {train_tokens:,.0f} tokens ends within the recipe's warm-up of {warmup_tokens:,.0f} tokens, at "
-            f"{1 / share:.0%} of its peak LR."
+            f"a run of {train_tokens:,.0f} tokens ends during the recipe's warmup of {warmup_tokens:,.0f} tokens, at "
+            f"{1 / fraction:.0%} of its peak LR."
         )
-        return peak_lr / share, 1.0, (note,)
+        return peak_lr / fraction, 1.0, (note,)
 
 
 class Recipe(Protocol):
@@ -86,11 +86,11 @@ class Recipe(Protocol):
 def decide(
     recipe: Recipe, parametrization: Parametrization, shape: Any, train_tokens: float, sweep: SweepHorizons
 ) -> Hyperparameters:
-    """What `recipe` decides for a run of `shape` under a parametrisation.
+    """The decision of `recipe` for a run of `shape` under a parametrization.
 
-    LR and weight decay are the recipe's for the parametrisation's base shape at the run's own horizon: from there on the
-    parametrisation scales them, once. Batch, warm-up, betas and clipping are the recipe's for the run's own shape. Under
-    `standard` every shape is its own base, and the recipe alone decides.
+    LR and weight decay are the recipe's values for the parametrization's base shape at the run's own horizon; training then
+    scales them to the run's shape. Batch, warmup, betas and clipping are the recipe's values for the run's own shape. Under
+    `standard` every shape is its own base shape, so the recipe alone decides.
     """
     chosen = recipe.decide(shape, train_tokens, sweep)
     base = parametrization.base_shape(shape)
@@ -106,9 +106,9 @@ def decide(
 
 
 def round_batch(tokens: float, context: int) -> int:
-    """`tokens` as whole sequences of four significant bits, at least one: within 7% of what was wanted from 8 on.
+    """`tokens` rounded to whole sequences with four significant bits, at least one: within 7% from 8 sequences on.
 
-    Powers of two would be off by up to 41%, and neighbouring sizes by a factor of 2: a step in every valley.
+    Powers of two would be off by up to 41% and differ by a factor of 2 between adjacent sizes: a step in every valley.
     """
     sequences = max(1.0, tokens / context)
     quantum = 2.0 ** max(0, math.floor(math.log2(sequences)) - 3)
@@ -116,7 +116,7 @@ def round_batch(tokens: float, context: int) -> int:
 
 
 def check_batch(batch_tokens: int, context: int) -> int:
-    """Raises `UserError` unless the batch is a whole number of sequences."""
+    """Raise `UserError` unless the batch is a whole number of sequences."""
     if batch_tokens < context or batch_tokens % context:
         raise UserError(
             f"recipe.batch_tokens={batch_tokens} must be a positive multiple of model.context={context}."
@@ -124,8 +124,8 @@ def check_batch(batch_tokens: int, context: int) -> int:
     return batch_tokens
 
 
-def outside(kind: str, what: str, value: float, low: float, high: float) -> tuple[str, ...]:
-    """The note that a recipe is used outside of where it was fitted (to a factor of 2); the same for all such runs."""
+def extrapolation_note(kind: str, what: str, value: float, low: float, high: float) -> tuple[str, ...]:
+    """A note if a recipe is used outside the range it was fitted in (by a factor of 2); the same for all such runs."""
     if low / 2 <= value <= high * 2:
         return ()
     return (

@@ -1,7 +1,7 @@
-"""Owns the `default` recipe: ours, tuned on the tiny models that a laptop trains.
+"""The `default` recipe: our own, tuned on tiny models that train on a laptop.
 
-The evidence: results/published/recipe_default.txt (`scripts/recipe_evidence.py`), at the ends of the quickstart's grid the
-best LR within a factor of 2 of this rule's and the loss within 0.5% of the best; results/LOG.md for batch and the rest.
+Evidence: results/published/recipe_default.txt (`scripts/recipe_evidence.py`). At both ends of the quickstart's grid the best
+LR is within a factor of 2 of this rule's and the loss within 0.5% of the best. See results/LOG.md for batch and the rest.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from scaling_lab.planning.recipes.base import (
     Hyperparameters,
     SweepHorizons,
     check_batch,
-    outside,
+    extrapolation_note,
     round_batch,
 )
 
-# Where the rules below were measured (results/published/recipe_default.txt; results/LOG.md, 2026-11-22: width 92, depth 3, and
-# 145k tokens at width 64): parameters (six_n_with_head) and horizons.
+# Ranges in which the rules below were measured: parameters (six_n_with_head) and horizons (results/published/
+# recipe_default.txt; results/LOG.md, 2026-11-22: width 92, depth 3, and 145k tokens at width 64).
 CALIBRATED_PARAMS = (6.6e3, 3.3e5)
 CALIBRATED_TOKENS = (1.4e5, 6.6e6)
 
 
 @dataclass(frozen=True)
 class DefaultRecipe:
-    """LR ~ width^-0.67, batch ~ D^0.4, warm-up a fixed share of the horizon. A field that is set replaces its rule."""
+    """LR ~ width^-0.67, batch ~ D^0.4, warmup a fixed fraction of the horizon. Setting a field overrides its rule."""
 
     kind: ClassVar[str] = "default"
 
@@ -40,7 +40,7 @@ class DefaultRecipe:
     head_lr_ratio: float = 1.0
     batch_tokens: int | None = None
     """None: `batch_at_1m_tokens` * (D / 1e6)^`batch_exponent` (Bergsma et al. 2025, arXiv 2505.13738, find D^0.383).
-    A batch that is the same for all sizes of a budget is too large for the large ones, and shifts the valley."""
+    The same batch for all sizes of a budget would be too large for the large ones and shift the valley."""
     batch_at_1m_tokens: float = 512.0
     batch_exponent: float = 0.4
     warmup_fraction: float = 0.05
@@ -50,20 +50,20 @@ class DefaultRecipe:
     clip_norm: float = 1.0
 
     def decide(self, shape: Any, train_tokens: float, sweep: SweepHorizons) -> Hyperparameters:
-        """Raises `UserError` for a batch that the context does not divide."""
+        """Raises `UserError` for a batch that is not a multiple of the context."""
         n = shape.count().n_params(Convention.SIX_N_WITH_HEAD)
-        batch, wanted = self.batch_tokens, None
+        batch, rule_batch = self.batch_tokens, None
         if batch is None:
-            wanted = self.batch_at_1m_tokens * (train_tokens / 1e6) ** self.batch_exponent
-            batch = round_batch(wanted, shape.context)
+            rule_batch = self.batch_at_1m_tokens * (train_tokens / 1e6) ** self.batch_exponent
+            batch = round_batch(rule_batch, shape.context)
         else:
             check_batch(batch, shape.context)
         lr = self.peak_lr
         if lr is None:
             lr = self.lr_at_width_64 * (64 / shape.width) ** self.lr_width_exponent
         notes = (
-            *outside(self.kind, "parameters", n, *CALIBRATED_PARAMS),
-            *outside(self.kind, "training tokens a run", train_tokens, *CALIBRATED_TOKENS),
+            *extrapolation_note(self.kind, "parameters", n, *CALIBRATED_PARAMS),
+            *extrapolation_note(self.kind, "training tokens a run", train_tokens, *CALIBRATED_TOKENS),
         )
         optimizer = OptimizerSpec(
             peak_lr=lr,
@@ -74,4 +74,4 @@ class DefaultRecipe:
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
         )
-        return Hyperparameters(batch, optimizer, self.warmup_fraction, notes, wanted)
+        return Hyperparameters(batch, optimizer, self.warmup_fraction, notes, rule_batch)

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Execution, RunSpec
-from scaling_lab.planning.memory import divisors, halved
+from scaling_lab.planning.memory import divisors, next_smaller_micro_batch
 from scaling_lab.training.engine.gradient import WithLoss, autocast
 from scaling_lab.training.engine.memory import is_out_of_memory, note_smaller_parts
 from scaling_lab.training.engine.optimizer import FlatLayout, GroupVectors, adamw_update, clip_scale
@@ -169,7 +169,7 @@ class ShardedStep:
             yield
         except Exception as error:
             if is_out_of_memory(error):
-                smaller = halved(self._mine.stop - self._mine.start, self.micro)
+                smaller = next_smaller_micro_batch(self._mine.stop - self._mine.start, self.micro)
                 if smaller is not None and self._team.run_folder is not None:
                     # A disk that refuses it must not keep this process from ending: the others wait for it.
                     with suppress(OSError):

@@ -17,7 +17,7 @@ from scaling_lab.core.record import RunRecord
 from scaling_lab.core.spec import PlannedRun
 from scaling_lab.core.storage.claims import Claim
 from scaling_lab.core.storage.store import RunStore
-from scaling_lab.planning.memory import halved
+from scaling_lab.planning.memory import next_smaller_micro_batch
 from scaling_lab.tracking.sink.trackers import NoTracker, Tracker
 from scaling_lab.training.data.feed import BLOCK_STEPS
 from scaling_lab.training.engine.memory import is_out_of_memory, noted_parts, release_memory
@@ -227,7 +227,7 @@ def separately(member: Member) -> Iterator[None]:
 def take_smaller_parts(members: Sequence[Member]) -> bool:
     """Halve the micro-batch of those that are not over; False where it is a single sequence already."""
     for member in running(members):
-        smaller = halved(member.spec.batch_sequences, member.micro)
+        smaller = next_smaller_micro_batch(member.spec.batch_sequences, member.micro)
         if smaller is None:
             return False
         log.warning(
