@@ -42,7 +42,7 @@ from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.sources.zipf_facts import ZipfFacts
 from scaling_lab.core.spec import Execution, RunSpec
 from scaling_lab.corpora.documents import LocalText
-from scaling_lab.corpora.pipeline import PrepareSettings, _batches, prepare
+from scaling_lab.corpora.pipeline import PrepareSettings, document_batches, prepare
 from scaling_lab.corpora.tokenizing import TokenizerTokens, train_bpe
 from scaling_lab.planning.designs.isoflop import IsoFlopDesign
 from scaling_lab.planning.plan import make_plan
@@ -114,7 +114,7 @@ def bench_prepare(folder: Path, text_mb: float) -> None:
     )
     tokenizer = folder / "tokenizer.json"
     train_bpe(LocalText(path).documents(), BPE_VOCABULARY, min(TOKENIZER_MB, text_mb), tokenizer)
-    batches = list(_batches(LocalText(path).documents()))
+    batches = list(document_batches(LocalText(path).documents()))
     settings = replace(SETTINGS, tokenizer=str(tokenizer))
     alone, ours = [], []
     for turn in range(3):

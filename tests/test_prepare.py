@@ -84,7 +84,7 @@ def test_the_hubs_loader_gives_the_same_tokens_as_the_file(tmp_path):
     ours = prepare(LocalText(path), tmp_path / "a", PrepareSettings())
     theirs = prepare(hub, tmp_path / "b", PrepareSettings())
     assert ours["content_sha256"] == theirs["content_sha256"]
-    with pytest.raises(UserError, match="text_column='body' is no text in .*row 0. It has: n, text"):
+    with pytest.raises(UserError, match="text_column='body' has no text in .*row 0. The row has: n, text"):
         list(HubText(str(tmp_path / "hub"), None, "body").documents())
 
 
@@ -174,7 +174,7 @@ def test_interrupted_between_batches_is_the_same_bytes(tmp_path, monkeypatch):
 
         def stop_at_second(stage):
             nonlocal calls
-            calls += stage.doing == pipeline.TOKENISING
+            calls += stage.doing == pipeline.TOKENIZING
             if calls == 2:
                 raise Stop
 
@@ -217,7 +217,7 @@ def test_another_command_does_not_go_on_with_it(tmp_path):
     source = LocalText(jsonl(tmp_path / "a.jsonl", TEXTS))
     out = tmp_path / "out"
     prepare(source, out, PrepareSettings())
-    with pytest.raises(UserError, match="finished preparation already"):
+    with pytest.raises(UserError, match="already contains a finished preparation"):
         prepare(source, out, PrepareSettings())
     (out / "meta.json").unlink()
     (tmp_path / "other").mkdir()
@@ -273,13 +273,13 @@ def mixed_encodings(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (bad_utf8, "not UTF-8.*0xff near byte 134"),
-        (half_json, "line 2 is not a JSON object"),
-        (no_column, "text_column='text' is no text.*It has: body"),
+        (bad_utf8, "not UTF-8.*0xff near offset 134"),
+        (half_json, "line 2 is not valid JSON"),
+        (no_column, "text_column='text' has no text.*The row has: body"),
         (not_parquet, "cannot be read as Parquet"),
-        (empty_file, "0 documents|leave the train split empty"),
-        (blank_file, "leave the train split empty"),
-        (empty_folder, "holds no file that ends in"),
+        (empty_file, "the train split is empty after"),
+        (blank_file, "the train split is empty after"),
+        (empty_folder, "contains no file that ends in"),
         (mixed_encodings, "b.txt' is not UTF-8"),
         (lambda path: path / "missing.txt", "there is no such file"),
     ],

@@ -60,8 +60,8 @@ def test_rows_whose_text_is_null_are_left_out_and_counted(tmp_path, form):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": 3}, {"text": 4}], r"text_column='text' is no text in '.*', row 0\. It has: text"),
-        ([{"body": "a"}], r"text_column='text' is no text in '.*', row 0\. It has: body"),
+        ([{"text": 3}, {"text": 4}], r"text_column='text' has no text in '.*', row 0\. The row has: text"),
+        ([{"body": "a"}], r"text_column='text' has no text in '.*', row 0\. The row has: body"),
     ],
 )
 def test_rows_of_the_hub_without_such_a_text_are_one_clear_line(tmp_path, rows, message):
@@ -73,7 +73,7 @@ def test_rows_of_the_hub_without_such_a_text_are_one_clear_line(tmp_path, rows, 
 def test_the_row_that_is_no_text_is_named_beyond_the_first_thousand(tmp_path):
     table = pa.table({"text": pa.array([b"x"] * 2000 + [b"y"], pa.binary())})
     pq.write_table(table, tmp_path / "b.parquet")
-    with pytest.raises(UserError, match="row 0. It has: text"):
+    with pytest.raises(UserError, match="row 0. The row has: text"):
         list(LocalText(tmp_path / "b.parquet").documents())
     rows = [{"text": "x"}] * 2000 + [{"text": 5}]
     with pytest.raises(UserError, match="line 2001. It has: text"):
@@ -131,7 +131,7 @@ def test_a_byte_order_mark_before_json_lines_is_no_text(tmp_path):
 
 def test_a_file_that_ends_within_a_character_is_one_clear_line(tmp_path):
     (tmp_path / "a.txt").write_bytes("abc caf\u00e9".encode()[:-1])
-    with pytest.raises(UserError, match="not UTF-8 .*0xc3 near byte 7"):
+    with pytest.raises(UserError, match="not UTF-8 .*0xc3 near offset 7"):
         list(LocalText(tmp_path / "a.txt").documents())
 
 
@@ -168,7 +168,7 @@ def interrupted(source: LocalText, out: Path, settings: PrepareSettings) -> None
     """A preparation stopped after its first batch, with that progress saved."""
 
     def stop(stage):
-        if stage.doing == pipeline.TOKENISING:
+        if stage.doing == pipeline.TOKENIZING:
             raise Stop
 
     with pytest.raises(Stop):
@@ -185,10 +185,10 @@ def small_batches(monkeypatch):
 def test_an_interrupted_preparation_does_not_go_on_with_other_text(tmp_path):
     path, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
     interrupted(LocalText(path), out, PrepareSettings())
-    with pytest.raises(UserError, match="begun with text_column='text', now it is 'body'"):
+    with pytest.raises(UserError, match="started with text_column='text', but now it is 'body'"):
         prepare(LocalText(path, "body"), out, PrepareSettings())
     jsonl(path, TEXTS[1:])
-    with pytest.raises(UserError, match=r"begun when the files of a.jsonl were others"):
+    with pytest.raises(UserError, match=r"started before the files of a.jsonl were changed"):
         prepare(LocalText(path), out, PrepareSettings())
 
 
@@ -230,7 +230,7 @@ def test_the_share_done_is_that_of_the_files_bytes(tmp_path, form):
     stages: list[Stage] = []
     settings = PrepareSettings(validation_fraction=0.9)
     prepare(LocalText(tmp_path / f"a.{form}"), tmp_path / "out", settings, stages.append)
-    shares = [s.share for s in stages if s.doing == pipeline.TOKENISING]
+    shares = [s.share for s in stages if s.doing == pipeline.TOKENIZING]
     assert len(shares) == 40
     assert shares[-1] == 1.0
     if form == "jsonl":
@@ -241,12 +241,18 @@ def test_the_share_done_is_that_of_the_files_bytes(tmp_path, form):
 def test_a_bpe_under_way_is_told(tmp_path, monkeypatch):
     from scaling_lab.corpora import tokenizing
 
-    monkeypatch.setattr(tokenizing, "TELL_EVERY_BYTES", 5000)
+    monkeypatch.setattr(tokenizing, "PROGRESS_EVERY_BYTES", 5000)
     source, stages = LocalText(jsonl(tmp_path / "a.jsonl", TEXTS)), []
     settings = PrepareSettings(tokenizer="bpe", vocab_size=300, tokenizer_mb=0.02, validation_fraction=0.2)
     prepare(source, tmp_path / "out", settings, stages.append)
     names = [name for name, _ in itertools.groupby(stage.doing for stage in stages)]
-    assert names == ["reading", "reading for the BPE", "training the BPE", "tokenising", "writing checksums"]
+    assert names == [
+        "reading",
+        "reading text to train the BPE",
+        "training the BPE",
+        "tokenizing",
+        "writing checksums",
+    ]
     shares = [s.share for s in stages if s.doing == pipeline.READING_FOR_BPE]
     assert shares[0] == pytest.approx(0.25, abs=0.05)
 
@@ -270,16 +276,16 @@ STAGES = [
     Stage(pipeline.OPENING),
     Stage(pipeline.READING_FOR_BPE, 0, 0.5),
     Stage(pipeline.TRAINING_BPE),
-    Stage(pipeline.TOKENISING, 1_000_000, 0.25),
-    Stage(pipeline.TOKENISING, 2_000_000, 0.5),
-    Stage(pipeline.SUMMING, 4_000_000),
+    Stage(pipeline.TOKENIZING, 1_000_000, 0.25),
+    Stage(pipeline.TOKENIZING, 2_000_000, 0.5),
+    Stage(pipeline.CHECKSUMS, 4_000_000),
 ]
 
 
 def test_a_terminal_sees_a_bar_with_speed_and_time_left():
     text = shown(STAGES[:-1], terminal=True)
     assert "\u2501" in text
-    for word in ("books: tokenising", "50%", "2M tokens", "tokens/s", "ETA"):
+    for word in ("books: tokenizing", "50%", "2M tokens", "tokens/s", "ETA"):
         assert word in text, word
     # Nothing is known of how much is left: no number may be shown for it.
     assert "%" not in shown(STAGES, terminal=True).split("writing checksums")[-1]
@@ -295,7 +301,7 @@ def test_elsewhere_are_few_plain_lines(monkeypatch):
     lines = shown(STAGES, terminal=False).splitlines()
     assert len(lines) == len(STAGES)
     assert "\x1b" not in "".join(lines)
-    assert lines[4].startswith("books: tokenising 50%, 2M tokens, ")
+    assert lines[4].startswith("books: tokenizing 50%, 2M tokens, ")
     assert "ETA" in lines[4]
 
 

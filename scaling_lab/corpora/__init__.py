@@ -1,1 +1,1 @@
-"""From text, local or on the Hugging Face hub, to token files that `data=prepared` trains on. No torch."""
+"""From text, local or on the Hugging Face Hub, to token files for `data=prepared`. Does not import torch."""

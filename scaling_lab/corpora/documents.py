@@ -1,4 +1,4 @@
-"""Owns where documents come from: files and folders of text, JSON lines and Parquet, or a data set of the hub, in a fixed order."""
+"""Document sources, in a fixed order: files and folders of text, JSON Lines and Parquet, or a dataset on the Hub."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 
 from scaling_lab.core.errors import UserError, unknown
 from scaling_lab.corpora.reading import (
-    Meter,
-    characters,
-    cut,
+    ReadProgress,
+    join_parts,
     json_rows,
     parquet_rows,
-    split_text,
+    read_characters,
+    split_documents,
+    split_long,
     text_of,
-    whole,
 )
 
-# Data sets by a short name: (repository, configuration, column of the text).
+# Datasets with a short name: (repository, configuration, text column).
 PRESETS: dict[str, tuple[str, str | None, str]] = {
     "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "text"),
     "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT", "text"),
@@ -31,7 +31,7 @@ PRESETS: dict[str, tuple[str, str | None, str]] = {
     "tinystories": ("roneneldan/TinyStories", None, "text"),
     "wikitext103": ("Salesforce/wikitext", "wikitext-103-raw-v1", "text"),
 }
-ENDINGS = {
+FORMATS = {
     ".txt": "text",
     ".md": "text",
     ".py": "text",
@@ -46,7 +46,7 @@ ENCODING_ERRORS = ("strict", "replace")
 
 @dataclass(frozen=True)
 class LocalText:
-    """Documents of a file, or of all files of a folder in the order of their names."""
+    """Documents of a file, or of all files in a folder in the order of their names."""
 
     path: Path
     text_column: str = "text"
@@ -59,49 +59,49 @@ class LocalText:
             raise UserError(f"path={str(self.path)!r}: there is no such file or folder.")
         if self.path.is_file() and self.path.suffix.lower() in COMPRESSED:
             raise UserError(
-                f"path={str(self.path)!r} is compressed: unpack it first. Choices: {', '.join(ENDINGS)}."
+                f"path={str(self.path)!r} is compressed: unpack it first. Choices: {', '.join(FORMATS)}."
             )
         if not self.files():
-            raise UserError(f"path={str(self.path)!r} holds no file that ends in {', '.join(ENDINGS)}.")
+            raise UserError(f"path={str(self.path)!r} contains no file that ends in {', '.join(FORMATS)}.")
 
     @property
     def name(self) -> str:
-        # Of `.` and `..` too.
+        # `.` and `..` have no name until resolved.
         return self.path.name or self.path.resolve().name
 
     def files(self) -> list[Path]:
         if self.path.is_file():
             return [self.path]
-        return sorted(p for p in self.path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+        return sorted(p for p in self.path.rglob("*") if p.suffix.lower() in FORMATS and p.is_file())
 
     def identity(self) -> dict[str, Any]:
-        """What must be as it was for an interrupted preparation to go on: the column, and the files as they stand."""
+        """What must be unchanged to resume an interrupted preparation: the column and the state of the files."""
         stats = [(path, path.stat()) for path in self.files()]
         listed = [(str(path.relative_to(self.path)), s.st_size, s.st_mtime_ns) for path, s in stats]
         return {"text_column": self.text_column, "files": hashlib.sha256(repr(listed).encode()).hexdigest()}
 
-    def documents(self, skip: int = 0, meter: Meter | None = None) -> Iterator[str | None]:
-        """Every document after the first `skip`, None for a row without text; `meter` is kept at the bytes read.
+    def documents(self, skip: int = 0, meter: ReadProgress | None = None) -> Iterator[str | None]:
+        """All documents after the first `skip`, None for a row without text; updates `meter` with the bytes read.
 
-        Raises `UserError` naming the file and the place of what cannot be read.
+        Raises `UserError` naming the file and the position of text that cannot be read.
         """
-        return itertools.islice(self._all(meter or Meter()), skip, None)
+        return itertools.islice(self._read(meter or ReadProgress()), skip, None)
 
-    def _all(self, meter: Meter) -> Iterator[str | None]:
+    def _read(self, meter: ReadProgress) -> Iterator[str | None]:
         single = self.path.is_file()
         sizes = {path: path.stat().st_size for path in self.files()}
         meter.total = sum(sizes.values())
         for path, size in sizes.items():
             before = meter.done
-            yield from self._of_file(path, single, meter)
+            yield from self._read_file(path, single, meter)
             meter.done = before + size
 
-    def _of_file(self, path: Path, single: bool, meter: Meter) -> Iterator[str | None]:
-        form = ENDINGS.get(path.suffix.lower(), TEXT)
+    def _read_file(self, path: Path, single: bool, meter: ReadProgress) -> Iterator[str | None]:
+        form = FORMATS.get(path.suffix.lower(), TEXT)
         if form == TEXT:
-            parts = characters(path, self.errors, meter)
-            # In a folder a text file is a document; alone it holds many.
-            yield from split_text(parts) if single else whole(parts)
+            parts = read_characters(path, self.errors, meter)
+            # In a folder each text file is one document; a single file contains many.
+            yield from split_documents(parts) if single else join_parts(parts)
             return
         rows = (
             parquet_rows(path, self.text_column, meter)
@@ -110,12 +110,12 @@ class LocalText:
         )
         for where, row in rows:
             text = text_of(row, self.text_column, str(path), where)
-            yield from (None,) if text is None else cut(text)
+            yield from (None,) if text is None else split_long(text)
 
 
 @dataclass(frozen=True)
 class HubText:
-    """A data set of the Hugging Face hub, streamed: nothing is downloaded but what is read."""
+    """A dataset on the Hugging Face Hub, streamed: only what is read is downloaded."""
 
     repository: str
     configuration: str | None
@@ -127,52 +127,52 @@ class HubText:
         return "/".join(part for part in (self.repository, self.configuration) if part)
 
     def identity(self) -> dict[str, Any]:
-        """What must be as it was for an interrupted preparation to go on."""
+        """What must be unchanged to resume an interrupted preparation."""
         return {"text_column": self.text_column, "split": self.split}
 
-    def documents(self, skip: int = 0, meter: Meter | None = None) -> Iterator[str | None]:
-        """Every document after the first `skip`, None for a row without text; `meter` is kept at the rows read.
+    def documents(self, skip: int = 0, meter: ReadProgress | None = None) -> Iterator[str | None]:
+        """All documents after the first `skip`, None for a row without text; updates `meter` with the rows read.
 
-        Raises `UserError` in one line where the hub cannot be reached, and where a row has no such column.
+        Raises `UserError` if the Hub cannot be reached or a row does not have the text column.
         """
-        return itertools.islice(self._all(meter or Meter()), skip, None)
+        return itertools.islice(self._read(meter or ReadProgress()), skip, None)
 
-    def _all(self, meter: Meter) -> Iterator[str | None]:
+    def _read(self, meter: ReadProgress) -> Iterator[str | None]:
         try:
             import datasets
 
-            # Its retries are many lines about what the one error says.
+            # It logs each retry; the final error says it all.
             logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
             stream = datasets.load_dataset(
                 self.repository, self.configuration, split=self.split, streaming=True
             )
-            meter.total = rows_of(stream, self.split)
+            meter.total = row_count(stream, self.split)
             for number, row in enumerate(stream):
                 meter.done += 1
                 text = text_of(row, self.text_column, self.name, f"row {number}")
-                yield from (None,) if text is None else cut(text)
+                yield from (None,) if text is None else split_long(text)
         except UserError:
             raise
-        except Exception as error:  # the hub's client has many kinds; all mean that the text did not come
+        except Exception as error:  # the Hub's client raises many types
             what = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"source={self.name!r} could not be read from the Hugging Face hub ({type(error).__name__}: {what[:160]}). "
-                "Without a network use a local file: scaling-lab prepare-data path=FILE (text, JSON lines or Parquet)."
+                f"source={self.name!r} could not be read from the Hugging Face Hub ({type(error).__name__}: {what[:160]}). "
+                "Without a network use a local file: scaling-lab prepare-data path=FILE (text, JSON Lines or Parquet)."
             ) from None
 
 
-def rows_of(stream: Any, split: str) -> int | None:
-    """How many rows a streamed data set says that it has."""
+def row_count(stream: Any, split: str) -> int | None:
+    """Number of rows of a streamed dataset according to its metadata; None if it does not say."""
     splits = getattr(getattr(stream, "info", None), "splits", None) or {}
     return getattr(splits.get(split), "num_examples", None) or None
 
 
 def hub_text(source: str, text_column: str | None) -> HubText:
-    """A preset, or OWNER/NAME[:CONFIGURATION] of the hub."""
+    """A preset, or OWNER/NAME[:CONFIGURATION] on the Hub."""
     if source in PRESETS:
         repository, configuration, column = PRESETS[source]
         return HubText(repository, configuration, text_column or column)
     if "/" not in source:
-        raise unknown("source", source, [*PRESETS, "OWNER/NAME of the hub"])
+        raise unknown("source", source, [*PRESETS, "OWNER/NAME on the Hub"])
     repository, _, configuration = source.partition(":")
     return HubText(repository, configuration or None, text_column or "text")

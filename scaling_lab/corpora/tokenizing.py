@@ -1,4 +1,4 @@
-"""Owns turning documents into tokens: bytes, a BPE trained here, or a published tokenizer; and which one it was."""
+"""Tokenizers: bytes, a BPE trained on the corpus, or a published tokenizer."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ BYTES, BPE = "bytes", "bpe"
 SEPARATOR_NAME = "<|endoftext|>"
 # 256 bytes and the separator.
 SMALLEST_BPE = 257
-# While text for a BPE is read.
-TELL_EVERY_BYTES = 1_000_000
+# How often progress is reported while reading text to train a BPE.
+PROGRESS_EVERY_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
 class ByteTokens:
-    """One byte, one token; 256 separates documents."""
+    """One token per byte; token 256 separates documents."""
 
     name: str = BYTES
 
@@ -42,12 +42,12 @@ class ByteTokens:
         return hashlib.sha256(b"bytes, 256 separates documents").hexdigest()
 
     def encode(self, texts: Sequence[str]) -> Sequence[Any]:
-        """Each document's tokens, in a form that `flat` takes."""
-        # Half of a surrogate pair (JSON may hold one) has no UTF-8: it becomes a question mark.
+        """Each document's tokens, in a form accepted by `flat`."""
+        # A lone surrogate (possible in JSON) has no UTF-8 encoding and becomes a question mark.
         return [text.encode("utf-8", "replace") for text in texts]
 
     def flat(self, encoded: Sequence[Any], dtype: Any) -> NDArray[np.integer]:
-        """All documents one after the other, each after a separator."""
+        """All documents concatenated, with a separator before each."""
         parts: list[NDArray[np.integer]] = []
         for document in encoded:
             parts.append(np.array([self.separator], dtype=dtype))
@@ -67,30 +67,30 @@ class TokenizerTokens:
             raise UserError(
                 f"tokenizer={name!r} cannot be read as a tokenizer.json: {' '.join(str(error).split())}."
             ) from None
-        # A published file may say how its model's inputs are cut and filled up: documents are neither.
+        # A published tokenizer may truncate or pad its model's inputs: documents need neither.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.name, self._hash = name, hashlib.sha256(file.read_bytes()).hexdigest()
         special = [SEPARATOR_NAME, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>"]
         found = [i for token in special if (i := self._tokenizer.token_to_id(token)) is not None]
-        # Not their number: a published vocabulary may have holes.
+        # The largest id, not the number of ids: a published vocabulary may have gaps.
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         largest = max(ids, default=-1)
         self.separator = found[0] if found else largest + 1
         self.vocab_size = max(largest, self.separator) + 1
-        """With the separator, where the tokenizer has none of its own."""
+        """Includes the separator, which is added if the tokenizer has none."""
 
     def hash(self) -> str:
         return self._hash
 
     def encode(self, texts: Sequence[str]) -> Sequence[Any]:
-        """Each document's tokens, in a form that `flat` takes; on all cores, and Python is free meanwhile."""
+        """Each document's tokens, in a form accepted by `flat`; uses all cores and releases the GIL."""
         clean = [text.encode("utf-8", "replace").decode() for text in texts]
         encoded: Sequence[Any] = self._tokenizer.encode_batch_fast(clean, add_special_tokens=False)
         return encoded
 
     def flat(self, encoded: Sequence[Any], dtype: Any) -> NDArray[np.integer]:
-        """All documents one after the other, each after a separator."""
+        """All documents concatenated, with a separator before each."""
         flat = itertools.chain.from_iterable([self.separator, *each.ids] for each in encoded)
         return np.fromiter(flat, dtype=dtype)
 
@@ -107,7 +107,7 @@ def train_bpe(
 ) -> None:
     """Train a byte-level BPE on the first `train_mb` MB of the documents and write its tokenizer.json.
 
-    `progress` is told the share of that text that was read, and None when it is over and merges are being found.
+    `progress` is called with the fraction of that text that was read, and with None when training starts.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -120,25 +120,25 @@ def train_bpe(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(up_to(documents, train_mb * 1e6, progress), trainer)
+    tokenizer.train_from_iterator(take_bytes(documents, train_mb * 1e6, progress), trainer)
     temporary = file.with_suffix(".tmp")
     tokenizer.save(str(temporary))
     temporary.replace(file)
 
 
-def up_to(
+def take_bytes(
     documents: Iterable[str],
     limit_bytes: float,
     progress: Callable[[float | None], None] = lambda share: None,
 ) -> Iterator[str]:
-    """Documents until so many bytes are reached."""
-    total, told = 0, 0
+    """Documents up to a total of `limit_bytes`."""
+    total, reported = 0, 0
     for document in documents:
         text = document.encode("utf-8", "replace")
         yield text.decode()
         total += len(text)
-        if total - told >= TELL_EVERY_BYTES:
-            told = total
+        if total - reported >= PROGRESS_EVERY_BYTES:
+            reported = total
             progress(min(1.0, total / limit_bytes))
         if total >= limit_bytes:
             break
@@ -146,7 +146,7 @@ def up_to(
 
 
 def published_tokenizer(name: str, file: Path) -> None:
-    """Write the tokenizer.json of a file or of a name on the hub to `file`. Raises `UserError` in one line."""
+    """Copy the tokenizer.json of a local file or of a tokenizer on the Hub to `file`. Raises `UserError`."""
     local = Path(name).expanduser()
     if local.is_file():
         file.write_bytes(local.read_bytes())
@@ -154,12 +154,12 @@ def published_tokenizer(name: str, file: Path) -> None:
     try:
         from tokenizers import Tokenizer
 
-        # Its retries are many lines about what the one error says.
+        # It logs each retry; the final error says it all.
         logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
         Tokenizer.from_pretrained(name).save(str(file))
-    except Exception as error:  # the hub's client has many kinds
+    except Exception as error:  # the Hub's client raises many types
         what = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"tokenizer={name!r} is no file and could not be read from the hub ({shorten(what, 160, placeholder=' ...')}). "
-            "Choices: bytes, bpe, a tokenizer.json, or a name on the hub."
+            f"tokenizer={name!r} is not a file and could not be read from the Hub ({shorten(what, 160, placeholder=' ...')}). "
+            "Choices: bytes, bpe, a tokenizer.json, or the name of a tokenizer on the Hub."
         ) from None

@@ -1,7 +1,7 @@
-"""Owns the files of a preparation: shards that are appended to, and the progress from which an interrupted one goes on.
+"""Files of a preparation: shards, which are appended to, and saved progress, from which an interrupted one resumes.
 
-Progress says how far each shard file counts. What was written after it is cut off on resuming, so that an interrupted
-preparation ends in the same bytes as an undisturbed one.
+On resuming, shards are truncated to the last saved progress, so that an interrupted preparation produces the same bytes as
+an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from scaling_lab.core.storage.files import write_atomic
 from scaling_lab.core.storage.serialization import dumps
 
 PROGRESS = "progress.json"
-# Of what `documents_read` counts: it changes where the same text would be other documents.
+# Raise it when the same text would be split into different documents, since `documents_read` counts them.
 PROGRESS_VERSION = 2
 SPLITS = ("train", "validation")
 
 
 @dataclass
 class SplitCount:
-    """What a split holds so far."""
+    """Content of a split so far."""
 
     documents: int = 0
     bytes: int = 0
@@ -37,19 +37,19 @@ class SplitCount:
 
 @dataclass
 class Counts:
-    """How far a preparation is; everything in it is decided by the documents read."""
+    """Progress of a preparation; a function of the documents read."""
 
     documents_read: int = 0
     duplicates: int = 0
-    """Validation documents that came again: left out."""
+    """Duplicate validation documents, which are dropped."""
     without_text: int = 0
-    """Rows whose text is null: left out."""
+    """Rows whose text is null, which are dropped."""
     train: SplitCount = field(default_factory=SplitCount)
     validation: SplitCount = field(default_factory=SplitCount)
 
     @property
     def tokens(self) -> int:
-        """Of both splits."""
+        """Tokens of both splits."""
         return self.train.tokens + self.validation.tokens
 
     def split(self, name: str) -> SplitCount:
@@ -57,7 +57,7 @@ class Counts:
 
 
 class ShardWriter:
-    """Appends tokens to <split>-<k>.bin, each full shard of exactly `shard_tokens`."""
+    """Appends tokens to <split>-<k>.bin; each full shard has exactly `shard_tokens` tokens."""
 
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int, written: int) -> None:
         self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
@@ -70,7 +70,7 @@ class ShardWriter:
         return self._folder / f"{self._split}-{shard:05d}.bin"
 
     def _truncate(self) -> None:
-        """Cut off what an interrupted preparation wrote after its last progress."""
+        """Remove what an interrupted preparation wrote after its last saved progress."""
         current = self._written // self._shard_tokens
         for path in self._folder.glob(f"{self._split}-*.bin"):
             if path.name > self._path(current).name:
@@ -95,7 +95,7 @@ class ShardWriter:
         os.fsync(self._file.fileno())
 
     def close(self) -> list[dict[str, Any]]:
-        """Name, tokens and checksum of every shard."""
+        """Finish writing; returns name, tokens and checksum of every shard."""
         self.flush()
         self._file.close()
         found = []
@@ -109,15 +109,15 @@ class ShardWriter:
 
 
 def save_progress(folder: Path, counts: Counts, settings: dict[str, Any], identity: dict[str, Any]) -> None:
-    """`settings` go into the sidecar in the end, what identifies the text does not: a copy of it is as good."""
+    """Save progress. `identity` is only needed to resume; unlike `settings` it does not become part of the metadata."""
     data = {"version": PROGRESS_VERSION, "settings": settings, "identity": identity, "counts": asdict(counts)}
     write_atomic(folder / PROGRESS, dumps(data))
 
 
 def load_progress(folder: Path) -> tuple[Counts, dict[str, Any]] | None:
-    """What an interrupted preparation had done, and its settings and text; None where there is none.
+    """Counts, and settings with identity, of an interrupted preparation; None if there is none.
 
-    Raises `UserError` where another version of this package cut the same text into other documents.
+    Raises `UserError` if it was made by a version of this package that splits text into documents differently.
     """
     try:
         data = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
@@ -129,7 +129,7 @@ def load_progress(folder: Path) -> tuple[Counts, dict[str, Any]] | None:
         return None
     if version != PROGRESS_VERSION:
         raise UserError(
-            f"out={str(folder)!r} was begun by another version of scaling_lab. Give another folder, or remove it."
+            f"out={str(folder)!r} was started by another version of scaling_lab. Give another folder, or remove it."
         )
     return counts, begun_with
 
@@ -143,7 +143,7 @@ def write_meta(
     dtype: str,
     shard_tokens: int,
 ) -> dict[str, Any]:
-    """The sidecar, written when everything else is there."""
+    """Write the metadata, when everything else is complete, and return it."""
     meta: dict[str, Any] = {
         "format_version": META_VERSION,
         "source": settings["source"],
