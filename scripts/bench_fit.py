@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Owns the benchmark of the fitting engine against the way the field fits Approach 3 today, in one run.
+"""Benchmark of the fitting engine against the standard way to fit Approach 3, in one run.
 
-The field's way (Hoffmann et al. 2022; Besiroglu et al. 2024): SciPy's L-BFGS-B with numerical gradients from the paper's
-4,500 starts, then one refit of each of 4,000 bootstrap resamples from the optimum. It is run twice: with SciPy's default
-tolerances, which are meant for objectives near 1 and stop the refits almost where they start, and with tolerances under
-which the refits move as far as they should. The headline is the ratio to the cheaper of the two. Ours: `fit` from the law's own starts
-and `fit_many` of the same 4,000 resamples. Data: the 240 Chinchilla rows of Besiroglu et al., Huber delta 1e-3 on log loss.
+The baseline (Hoffmann et al. 2022; Besiroglu et al. 2024): SciPy's L-BFGS-B with numerical gradients from the 4,500 starts
+of the paper, then one refit of each of 4,000 bootstrap resamples from the optimum. It runs twice: with SciPy's default
+tolerances, which suit objectives near 1 and stop the refits almost where they start, and with tolerances at which the
+refits converge. The headline is the ratio to the cheaper of the two. Ours: `fit` from the law's own starts and `fit_many`
+of the same 4,000 resamples. Data: the 240 Chinchilla rows of Besiroglu et al., Huber delta 1e-3 on log loss.
 
     scripts/bench_fit.py                 everything, about 10 CPU minutes
-    scripts/bench_fit.py --quick         1 start in 50 and 1 resample in 50 of the field's way, extrapolated (and labelled so)
-    scripts/bench_fit.py --out FILE      also writes what it prints
+    scripts/bench_fit.py --quick         1 in 50 starts and resamples of the baseline, extrapolated (and labeled so)
+    scripts/bench_fit.py --out FILE      also write the report to FILE
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from scaling_lab.analysis.laws.chinchilla import Chinchilla
 
 RESAMPLES = 4000
 DELTA = 1e-3
-# The objective is near 1e-3, and L-BFGS-B compares its decrease with max(|f|, 1).
+# The objective is near 1e-3, but L-BFGS-B compares its decrease with max(|f|, 1).
 TIGHT = {"ftol": 1e-13, "gtol": 1e-8, "maxiter": 2000, "maxfun": 100_000}
-# The objective at the optimum is .001018274018 (Besiroglu et al. 2024's data and objective).
+# The objective at the optimum is .001018274018 (data and objective of Besiroglu et al. 2024).
 TARGET_OBJECTIVE = 0.001018275
 
 
@@ -56,8 +56,10 @@ def chinchilla_rows() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(np.array([float(r[c]) for r in rows]) for c in ("params", "tokens", "loss"))  # type: ignore[return-value]
 
 
-def field_objective(theta: np.ndarray, log_n: np.ndarray, log_d: np.ndarray, log_loss: np.ndarray) -> float:
-    """sum Huber(LSE(a - alpha ln N, b - beta ln D, e) - ln L), theta = (a, b, e, alpha, beta), in plain fast NumPy."""
+def baseline_objective(
+    theta: np.ndarray, log_n: np.ndarray, log_d: np.ndarray, log_loss: np.ndarray
+) -> float:
+    """sum Huber(LSE(a - alpha ln N, b - beta ln D, e) - ln L) with theta = (a, b, e, alpha, beta), in plain fast NumPy."""
     a, b, e, alpha, beta = theta
     size, data = a - alpha * log_n, b - beta * log_d
     top = np.maximum(np.maximum(size, data), e)
@@ -74,8 +76,8 @@ def cpu_seconds(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 @dataclass(frozen=True)
-class Field:
-    """What the field's way found and what it cost, CPU seconds (scaled up by `every` where it was sampled)."""
+class Baseline:
+    """Results of the baseline and its CPU seconds (scaled up if only a sample was run)."""
 
     title: str
     starts: int
@@ -93,26 +95,26 @@ class Field:
 
     def lines(self) -> list[str]:
         return [
-            f"the field's way, {self.title}",
+            f"baseline, {self.title}",
             f"  search     {self.search_s:9.2f} s   {self.starts} starts, objective {self.objective:.12f}, a {self.exponent:.5f}",
             f"  bootstrap  {self.refit_s:9.2f} s   {self.refits} refits, SD(a) {self.resampled_exponents.std(ddof=1):.4f}",
             f"  together   {self.total_s:9.2f} s",
         ]
 
 
-def run_field(
+def run_baseline(
     title: str, logs: tuple[np.ndarray, ...], indices: np.ndarray, every: int, settings: dict[str, float]
-) -> Field:
-    """L-BFGS-B from every start, the lowest objective wins; then one L-BFGS-B a resample, from that optimum."""
+) -> Baseline:
+    """L-BFGS-B from every start; then from the best optimum, one L-BFGS-B refit per resample."""
 
-    def minimise(start: np.ndarray, *data: np.ndarray) -> Any:
-        return minimize(field_objective, start, args=data, method="L-BFGS-B", options=settings)
+    def lbfgs(start: np.ndarray, *data: np.ndarray) -> Any:
+        return minimize(baseline_objective, start, args=data, method="L-BFGS-B", options=settings)
 
     starts, sample = hoffmann_starts()[::every], indices[::every]
-    found, search_s = cpu_seconds(lambda: [minimise(s, *logs) for s in starts])
+    found, search_s = cpu_seconds(lambda: [lbfgs(s, *logs) for s in starts])
     best = min(found, key=lambda r: r.fun)
-    refits, refit_s = cpu_seconds(lambda: [minimise(best.x, *(v[rows] for v in logs)) for rows in sample])
-    return Field(
+    refits, refit_s = cpu_seconds(lambda: [lbfgs(best.x, *(v[rows] for v in logs)) for rows in sample])
+    return Baseline(
         title=title
         + (f" (1 in {every} run, {search_s + refit_s:.1f} s; times EXTRAPOLATED)" if every > 1 else ""),
         starts=len(starts),
@@ -127,11 +129,11 @@ def run_field(
 
 
 def hoffmann_starts() -> np.ndarray:
-    """(4500, 5) in the order of `field_objective`, from the paper's grid as the law states it."""
+    """(4500, 5) in the parameter order of `baseline_objective`: the paper's grid."""
     law = Chinchilla()
     unit = {"n_params": np.ones(2), "n_tokens": np.ones(2)}
-    design = law.prepare(unit, np.ones(2))  # all centres are 0: the paper's own coordinates
-    natural = law.to_natural(law.hoffmann_starts(design), design)
+    inputs = law.prepare(unit, np.ones(2))  # all centers are 0: the coordinates of the paper
+    natural = law.to_natural(law.hoffmann_starts(inputs), inputs)
     return np.stack(
         [*(np.log(natural[k]) for k in ("A", "B", "E")), natural["alpha"], natural["beta"]], axis=1
     )
@@ -141,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="The fitting engine against 4500 L-BFGS-B starts and 4000 refits."
     )
-    parser.add_argument("--quick", action="store_true", help="a fiftieth of the field's way, extrapolated")
+    parser.add_argument("--quick", action="store_true", help="run 1/50 of the baseline and extrapolate")
     parser.add_argument("--out", type=Path, help="also write the report to this file")
     options = parser.parse_args()
     report = run(quick=options.quick)
@@ -162,12 +164,12 @@ def run(quick: bool) -> str:
             law, data, loss_nats=loss, weights=weights_from_indices(indices, len(n)), huber_delta=DELTA
         )
     )
-    paper_starts = law.hoffmann_starts(make_objective(law, data, loss, None, DELTA, "huber_log")[0].design)
+    paper_starts = law.hoffmann_starts(make_objective(law, data, loss, None, DELTA, "huber_log")[0].inputs)
     same_starts, same_s = cpu_seconds(lambda: fit(law, data, loss_nats=loss, starts=paper_starts))
 
     every = 50 if quick else 1
-    default = run_field("SciPy's default tolerances", logs, indices, every, {})
-    tight = run_field("tolerances under which refits converge", logs, indices, every, TIGHT)
+    default = run_baseline("SciPy's default tolerances", logs, indices, every, {})
+    tight = run_baseline("tolerances under which refits converge", logs, indices, every, TIGHT)
 
     frontier = batch.frontier()
     assert frontier is not None
@@ -191,7 +193,7 @@ def run(quick: bool) -> str:
             f"ratio of CPU time, default tolerances{note}: {default.total_s / total:.0f}x; converged refits{note}: {tight.total_s / total:.0f}x"
             "   (target 15x, goal 50x)",
             f"objective at or below {TARGET_OBJECTIVE}: {'yes' if ours.objective <= TARGET_OBJECTIVE else 'NO'}",
-            f"resamples where ours is lower than the converged refit by over 1e-6 relative: {np.mean(lower > 1e-6):.1%}; higher: {np.mean(lower < -1e-6):.2%}",
+            f"resamples where our objective is lower than the converged refit's by more than 1e-6 (relative): {np.mean(lower > 1e-6):.1%}; higher: {np.mean(lower < -1e-6):.2%}",
         ]
     )
 
@@ -201,7 +203,7 @@ def params_exponent(parameters: Any) -> float:
 
 
 def heading(quick: bool) -> list[str]:
-    """What, when and on what: date, revision, processor, versions."""
+    """Date, revision, processor and versions."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""Owns the benchmark of large ledgers: 10,000 runs of 1,000 points read and analysed, as a run store and as a table.
+"""Benchmark of large sweeps: read and analyze 10,000 runs of 1,000 points, from a run store and from tables.
 
-The store is real: every run's spec.json, curve.jsonl and record.json are written by the project's own writers (their
-fsync switched off). Runs are IsoFLOP grids of one size by budget by seed from a known law with noise. Each measurement is
-a process of its own, single-threaded, with the files in the page cache: CPU and wall seconds, and the process's peak
-resident memory. "half" is the same with the first half of the runs; the ratio says whether the time grows linearly.
+The store is real: the project's own code writes the spec.json, curve.jsonl and record.json of every run (with fsync
+disabled). The runs are IsoFLOP grids over sizes, budgets and seeds, from a known law with noise. Each measurement runs in
+its own single-threaded process with the files in the page cache: CPU and wall seconds and peak resident memory. It is
+repeated with half the runs; the ratio of CPU seconds shows whether the time grows linearly.
 
-The baseline is what a study without a library does: json.loads on every line and a pandas frame a run, concatenated.
+The baseline is what one would write without a library: json.loads on every line, one pandas frame per run, concatenated.
 
-    scripts/bench_store.py                 everything; writes 2 GB under --folder and takes about 10 minutes
+    scripts/bench_store.py                 everything; writes 2 GB to --folder and takes about 10 minutes
     scripts/bench_store.py --runs 1000     a tenth of it
-    scripts/bench_store.py --out FILE      also writes what it prints
+    scripts/bench_store.py --out FILE      also write the report to FILE
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ SIZES = 10
 SPAN = 16.0
 NOISE = 0.004
 STEP_NOISE = 0.03
-# The law of tests/helpers/synthetic.py, which goes through the quickstart's losses: E, A, B, alpha, beta.
+# The law of tests/helpers/synthetic.py, fitted to the quickstart's losses: E, A, B, alpha, beta.
 E, A, B, ALPHA, BETA = 1.08, 55.3, 965.0, 0.50, 0.57
 TARGET_S, TARGET_GIB = 60.0, 4.0
 MEASUREMENTS = {
-    "baseline store": "json.loads a line + a pandas frame a run, read only",
+    "baseline store": "json.loads per line, pandas frame per run; no analysis",
     "store": "RunStore, curves on the validation set",
     "store train": "RunStore, curves of training loss, smoothed",
     "parquet": "Parquet",
@@ -59,10 +59,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=int, default=10_000)
     parser.add_argument(
-        "--folder", type=Path, help="where the ledgers are written (default: a temporary folder)"
+        "--folder", type=Path, help="where to write the runs and tables (default: a temporary folder)"
     )
     parser.add_argument("--only", nargs="*", choices=list(MEASUREMENTS), default=list(MEASUREMENTS))
-    parser.add_argument("--out", type=Path, help="also write the report here")
+    parser.add_argument("--out", type=Path, help="also write the report to this file")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--write", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def run(folder: Path, n_runs: int, only: list[str]) -> str:
-    """Write both ledgers, half and whole, and measure each reader on both."""
+    """Write the store and the tables, first half of the runs and then all, and measure each reader on both."""
     lines: list[str] = []
 
     def say(text: str = "") -> None:
@@ -93,7 +93,7 @@ def run(folder: Path, n_runs: int, only: list[str]) -> str:
     for first, last in ((0, n_runs // 2), (n_runs // 2, n_runs)):
         child("--write", str(folder), str(first), str(last))
         if last == n_runs:
-            print(f"(ledgers written in {time.time() - start:.0f} s)", file=sys.stderr)
+            print(f"(written in {time.time() - start:.0f} s)", file=sys.stderr)
         for name in only:
             results[name].append(child("--measure", name, str(folder), str(last)))
             print(f"({name}, {last} runs: {results[name][-1]})", file=sys.stderr, flush=True)
@@ -107,23 +107,23 @@ def run(folder: Path, n_runs: int, only: list[str]) -> str:
     for name, (_, whole) in results.items():
         if "exponents" in whole:
             say(
-                f"{MEASUREMENTS[name]}: exponent of N {whole['exponents']} (the law's: {BETA / (ALPHA + BETA):.4f})"
+                f"{MEASUREMENTS[name]}: exponent of N {whole['exponents']} (true value: {BETA / (ALPHA + BETA):.4f})"
             )
     ours = [w for n, (_, w) in results.items() if not n.startswith("baseline")]
     slowest, heaviest = max(w["wall_s"] for w in ours), max(w["peak_gib"] for w in ours)
     met = "met" if slowest < TARGET_S and heaviest < TARGET_GIB else "MISSED"
     say()
     say(
-        f"target ({TARGET_S:g} s, {TARGET_GIB:g} GiB): {met} by all of ours (at most {slowest:.1f} s of wall time, {heaviest:.2f} GiB)"
+        f"target ({TARGET_S:g} s, {TARGET_GIB:g} GiB): {met} by all our readers (at most {slowest:.1f} s of wall time, {heaviest:.2f} GiB)"
     )
     if "baseline store" in results and "store" in results:
         ratio = results["baseline store"][1]["read_s"] / results["store"][1]["read_s"]
-        say(f"reading the store against the baseline's reading: {ratio:.1f}x faster")
+        say(f"reading the store is {ratio:.1f}x faster than the baseline")
     return "\n".join(lines)
 
 
 def child(*arguments: str) -> dict[str, float]:
-    """One step in a process of its own, so that its peak memory is its own."""
+    """Run one step in its own process, so that peak memory is measured for that step alone."""
     done = subprocess.run(
         [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True
     )
@@ -134,7 +134,7 @@ def child(*arguments: str) -> dict[str, float]:
 
 
 def measured(name: str, folder: str, n_runs: str) -> dict[str, Any]:
-    """Seconds and memory of reading one ledger and analysing it without bootstrap."""
+    """Seconds and memory of reading one store or table and analyzing it without bootstrap."""
     from scaling_lab.analysis.analysis import AnalysisSettings, analyze
     from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 
@@ -168,7 +168,7 @@ def measured(name: str, folder: str, n_runs: str) -> dict[str, Any]:
 
 
 def reader(name: str, folder: Path, settings: Any) -> Callable[[], Any]:
-    """Ledger on disk -> Observations, as `scaling-lab analyze` does it."""
+    """A function that reads the observations as `scaling-lab analyze` does."""
     from dataclasses import replace
 
     from scaling_lab.analysis.analysis import observations_of_sweep, read_observations
@@ -190,7 +190,7 @@ def reader(name: str, folder: Path, settings: Any) -> Callable[[], Any]:
 
 
 def baseline(store: Path, n_runs: int) -> int:
-    """Points read the plain way."""
+    """Number of points read, in the obvious way."""
     import pandas as pd
 
     frames = []
@@ -204,7 +204,7 @@ def baseline(store: Path, n_runs: int) -> int:
 
 
 def peak_gib() -> float:
-    """Peak resident memory of this process. On Linux ru_maxrss may be the parent's; VmHWM is not."""
+    """Peak resident memory of this process. On Linux ru_maxrss may include the parent's; VmHWM does not."""
     status = Path("/proc/self/status")
     if status.exists():
         found = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
@@ -216,10 +216,10 @@ def peak_gib() -> float:
 
 
 def write(folder: Path, first: int, last: int) -> None:
-    """Runs first to last of the store, and a table of runs 0 to last in each format."""
+    """Write runs first to last to the store, and a table of runs 0 to last in each format."""
     from scaling_lab.core.storage.store import RunStore
 
-    os.fsync = lambda _: None  # a benchmark's files need not survive a power cut
+    os.fsync = lambda _: None  # a benchmark's files need not survive a power failure
     store = RunStore(folder / "store")
     for spec, curve in runs(first, last):
         record = record_of(spec, curve)
@@ -233,7 +233,7 @@ def write(folder: Path, first: int, last: int) -> None:
 
 
 def runs(first: int, last: int) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
-    """(spec, curve) of every run: budgets vary fastest, then sizes, then seeds."""
+    """(spec, curve) of each run: budgets vary fastest, then sizes, then seeds."""
     from scaling_lab.core.counts import Convention
     from scaling_lab.core.schedules import Cosine
     from scaling_lab.core.shapes.gpt import GPTShape
@@ -259,7 +259,7 @@ def runs(first: int, last: int) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
 
 
 def curve_of(n_params: float, batch: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Losses at every step: the law, annealing still to come, and noise of the run and of each step."""
+    """Losses at every step: the law, the excess before annealing, and noise per run and per step."""
     step = np.arange(1, POINTS + 1)
     data = B * (step * batch) ** -BETA
     cosine = 0.5 * (1 + np.cos(np.pi * step / POINTS))
@@ -298,7 +298,7 @@ def record_of(spec: Any, curve: dict[str, np.ndarray]) -> Any:
 
 
 def write_tables(folder: Path, n_runs: int) -> None:
-    """The same runs as one table, a row a step."""
+    """The same runs as one table, one row per step."""
     import pyarrow as pa
     import pyarrow.csv
     import pyarrow.parquet
@@ -334,7 +334,7 @@ def write_tables(folder: Path, n_runs: int) -> None:
 
 
 def heading(n_runs: int) -> list[str]:
-    """What, when and on what."""
+    """Date, revision, processor and versions."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = [
@@ -355,7 +355,7 @@ def heading(n_runs: int) -> list[str]:
     )
     dirty = "-dirty" if changed.stdout.strip() else ""
     return [
-        f"bench_store: {n_runs:,} runs x {POINTS:,} points read and analysed without bootstrap, sensitivity and backtest on",
+        f"bench_store: {n_runs:,} runs x {POINTS:,} points read and analyzed without bootstrap, with sensitivity and backtest",
         f"{datetime.date.today()}  revision {revision or 'unknown'}{dirty}  {cpu}  Python {platform.python_version()}, NumPy {np.__version__}",
         "",
     ]  # fmt: skip

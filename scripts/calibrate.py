@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Measures whether the intervals that an analysis prints cover: simulates studies from known laws and counts.
+"""Measure the coverage of the intervals of an analysis on studies simulated from known laws.
 
-    scripts/calibrate.py                              # 500 studies a cell, every cell: about half an hour of one core
-    scripts/calibrate.py --studies 50                 # a quick look, as CI takes it
+    scripts/calibrate.py                              # all cells, 500 studies each: about half an hour on one core
+    scripts/calibrate.py --studies 50                 # a quick check, as in CI
     scripts/calibrate.py --cells "paper chinchilla"   # only cells whose name contains this
-    scripts/calibrate.py --state build/calibration    # keeps the studies; stopped and run again, it resumes
+    scripts/calibrate.py --state build/calibration    # keep the studies; a later call resumes
     scripts/calibrate.py --out results/calibration.txt
 
-Cells, laws and the rule of passing are in scaling_lab/analysis/inference/calibration.py. Median widths are printed too: wide
-intervals cover easily. The exit status is 1 if a cell fails that its approach claims to serve.
+Cells, laws and the pass criterion are in scaling_lab/analysis/inference/calibration.py. The table includes median widths,
+because wide intervals cover easily. The exit status is 1 if a cell fails for which its approach claims calibration.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ def revision() -> str:
 
 @dataclass
 class Progress:
-    """Seconds a study of each cell has taken, and from them the time left."""
+    """Seconds per study of each cell, and an estimate of the time left."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def say(self, cell: Cell, done: int, missing: dict[str, int]) -> None:
+    def report(self, cell: Cell, done: int, missing: dict[str, int]) -> None:
         known = list(self.seconds.values()) or [0.0]
         typical = sum(known) / len(known)
         left = sum(n * self.seconds.get(name, typical) for name, n in missing.items())
@@ -76,22 +76,22 @@ class Progress:
 
 @dataclass
 class Results:
-    """Studies done so far, cell by cell, kept in a folder if there is one: one JSON file a cell."""
+    """The studies done so far, by cell; saved in a folder, if there is one, as one JSON file per cell."""
 
     folder: Path | None
     resamples: int
     now: str
-    """The git revision of studies computed now."""
+    """The git revision of new studies."""
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def load(self, cell: Cell) -> None:
-        """What was saved of a cell, if its first study still comes out the same; else nothing."""
+        """Load the saved studies of a cell if its first study still gives the same result; else start empty."""
         fresh: dict[str, Any] = {"resamples": self.resamples, "revisions": [], "studies": []}
         file = self._file(cell)
         saved = json.loads(file.read_text()) if file is not None and file.exists() else fresh
-        self.kept[cell.name] = saved if self._still_true(cell, saved) else fresh
+        self.kept[cell.name] = saved if self._reproduces(cell, saved) else fresh
 
-    def _still_true(self, cell: Cell, saved: dict[str, Any]) -> bool:
+    def _reproduces(self, cell: Cell, saved: dict[str, Any]) -> bool:
         if saved["resamples"] != self.resamples or not saved["studies"]:
             return False
         now, then = run_study(cell, 0, resamples=self.resamples), saved["studies"][0]
@@ -121,7 +121,7 @@ class Results:
 
 
 def run(cells: Sequence[Cell], studies: int, workers: int, results: Results) -> None:
-    """Every cell to so many studies, in rounds over all cells, so that an interrupted run has something of each."""
+    """Run `studies` studies of each cell, in rounds over all cells, so that an interrupted run has some of each."""
     progress = Progress()
     one_round = min(50, studies)
     with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
@@ -135,7 +135,7 @@ def run(cells: Sequence[Cell], studies: int, workers: int, results: Results) -> 
                 results.add(cell, list(map(one, todo) if pool is None else pool.map(one, todo, chunksize=2)))
                 progress.seconds[cell.name] = (time.monotonic() - began) / len(todo)
                 missing = {c.name: max(studies - results.count(c), 0) for c in cells}
-                progress.say(cell, results.count(cell), missing)
+                progress.report(cell, results.count(cell), missing)
 
 
 def verdict(c: Coverage, claimed: bool) -> str:
@@ -146,7 +146,7 @@ def verdict(c: Coverage, claimed: bool) -> str:
 
 
 def tables(rows: Sequence[tuple[Cell, Sequence[dict[str, Covering]]]]) -> Iterator[str]:
-    """The summary, then every quantity of every cell."""
+    """Lines of the summary, then of every quantity of every cell."""
     yield f"{'grid':18} {'law':13} {'noise':>6}  {'approach':19} {'studies':>7} {'no interval':>11}  verdict"
     found = {cell.name: coverages(studies) for cell, studies in rows}
     for cell, studies in rows:
@@ -158,7 +158,7 @@ def tables(rows: Sequence[tuple[Cell, Sequence[dict[str, Covering]]]]) -> Iterat
             f"{cell.grid:18} {cell.law:13} {cell.noise_nats:6g}  {cell.approach:19} {len(studies):7d} {none:11d}  {text}"
         )
     yield ""
-    yield "Every interval: coverage, its Wilson 99.9% interval, truths below and above, median width (* of the logarithm)"
+    yield "All intervals: coverage, its Wilson 99.9% interval, truths below and above the interval, median width (*: of the logarithm)"
     for cell, studies in rows:
         yield ""
         yield (
@@ -177,21 +177,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--studies", type=int, default=500, help="studies a cell (default 500)")
-    parser.add_argument("--resamples", type=int, default=300, help="of each bootstrap (default 300)")
+    parser.add_argument("--studies", type=int, default=500, help="studies per cell (default 500)")
+    parser.add_argument(
+        "--resamples", type=int, default=300, help="bootstrap resamples per study (default 300)"
+    )
     parser.add_argument(
         "--cells", default="", help="only cells whose name (grid law noise approach) contains this"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument(
-        "--state", type=Path, help="a folder that keeps the studies: a later call resumes from it"
+        "--state", type=Path, help="folder that keeps the studies, so that a later call resumes"
     )
-    parser.add_argument("--table-only", action="store_true", help="print what --state has; simulate nothing")
-    parser.add_argument("--out", type=Path, help="also writes the table here")
+    parser.add_argument(
+        "--table-only", action="store_true", help="print the studies in --state without simulating more"
+    )
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
     options = parser.parse_args()
     cells = [c for c in CELLS if options.cells in c.name]
     if not cells:
-        parser.error(f"--cells {options.cells!r}: no such cell; there are {', '.join(c.name for c in CELLS)}")
+        parser.error(f"--cells {options.cells!r}: no such cell. Choices: {', '.join(c.name for c in CELLS)}")
     results = Results(options.state, options.resamples, revision())
     for cell in cells:
         results.load(cell)

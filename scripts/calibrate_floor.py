@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Measures whether the fitted irreducible loss can be believed: z = (fitted E - true E) / standard error over simulated studies.
+"""Measure the calibration of the fitted irreducible loss: z = (fitted E - true E) / standard error over simulated studies.
 
-    scripts/calibrate_floor.py                    # 500 studies a cell: about six minutes of one core
+    scripts/calibrate_floor.py                    # 500 studies per noise level: about six minutes on one core
     scripts/calibrate_floor.py --workers 2 --out results/calibration_floor.txt
-    scripts/calibrate_floor.py --studies 40       # a quick look
+    scripts/calibrate_floor.py --studies 40       # a quick check
 
-Studies are those of scripts/calibrate.py: a known law on the quickstart's grid, noise from seeds. A calibrated z has mean
-0 and standard deviation 1: a cell passes where what was measured is within three of its own standard errors of both. The
-exit status is 1 if one misses.
+Studies are simulated as in scripts/calibrate.py: a known law on the quickstart's grid with seed noise. A calibrated z has
+mean 0 and standard deviation 1; a noise level passes if both are within three of their standard errors of that. The exit
+status is 1 if one fails.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from scaling_lab.analysis.settings import BootstrapSettings
 from scaling_lab.analysis.studies.known_floor import known_floor
 
 NOISES_NATS = (0.005, 0.015)
-# |mean z| and |sd z - 1| may be at most this many of their own standard errors.
+# |mean z| and |sd z - 1| must not exceed this many of their standard errors.
 TARGET_ERRORS = 3.0
 
 
 def study_z(noise_nats: float, resamples: int, study: int) -> float | None:
-    """z of one study on the quickstart's grid, through the very code that a report uses."""
+    """z of one study on the quickstart's grid, computed by the code that a report uses."""
     cell = Cell("quickstart", "quickstart", noise_nats, "parametric")
     points = simulate(cell, study).final()
     points.extra[FLOOR] = np.full(points.n_points, LAWS[cell.law].E)
@@ -56,7 +56,7 @@ def study_z(noise_nats: float, resamples: int, study: int) -> float | None:
 
 
 def all_z(noise_nats: float, studies: int, resamples: int, workers: int) -> list[float | None]:
-    """z of every study, in order, whatever the number of processes; the time left goes to stderr."""
+    """z of every study, in the same order for any number of processes; prints the time left to stderr."""
     one = partial(study_z, noise_nats, resamples)
     began, found = time.monotonic(), []
     with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
@@ -72,7 +72,7 @@ def all_z(noise_nats: float, studies: int, resamples: int, workers: int) -> list
 
 
 def line(noise_nats: float, z: np.ndarray, without: int) -> tuple[str, bool]:
-    """What is printed of a cell, and whether it passes."""
+    """The line printed for a noise level, and whether it passes."""
     n, mean, sd = z.size, float(z.mean()), float(z.std(ddof=1))
     error_of_mean, error_of_sd = sd / np.sqrt(n), sd / np.sqrt(2 * n)
     off = mean / error_of_mean, (sd - 1) / error_of_sd
@@ -99,14 +99,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--studies", type=int, default=500, help="studies a noise (default 500)")
-    parser.add_argument("--resamples", type=int, default=300, help="of each study (default 300)")
+    parser.add_argument("--studies", type=int, default=500, help="studies per noise level (default 500)")
+    parser.add_argument(
+        "--resamples", type=int, default=300, help="bootstrap resamples per study (default 300)"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes")
-    parser.add_argument("--out", type=Path, default=None, help="also writes the table here")
+    parser.add_argument("--out", type=Path, default=None, help="also write the table to this file")
     options = parser.parse_args()
     for name, least in (("studies", 2), ("resamples", 20), ("workers", 1)):
         if getattr(options, name) < least:
-            parser.error(f"--{name} {getattr(options, name)}: at least {least}")
+            parser.error(f"--{name} {getattr(options, name)}: must be at least {least}")
     lines = [
         f"z of the fitted E, quickstart's grid, {options.resamples} resamples (scripts/calibrate_floor.py).",
         f"{datetime.date.today()}, git {revision()}.",

@@ -160,7 +160,7 @@ def test_starts_of_the_paper_find_the_same_optimum(
 ) -> None:
     data, loss = chinchilla240
     problem, _ = make_objective(LAW, data, loss, None, 1e-3, "huber_log")
-    starts = LAW.hoffmann_starts(problem.design)[::15]  # type: ignore[attr-defined]
+    starts = LAW.hoffmann_starts(problem.inputs)[::15]  # type: ignore[attr-defined]
     result = fit(LAW, data, loss_nats=loss, starts=starts)
     assert result.objective == pytest.approx(0.001018274018, rel=1e-6)
     assert result.starts_tried == 300
@@ -268,7 +268,7 @@ def test_one_size_only_is_not_identified() -> None:
     result = fit(LAW, data, loss_nats=loss)
     assert result.status == FitStatus.NOT_IDENTIFIED
     assert "alpha" in result.message
-    assert "n_params has one value" in result.message
+    assert "n_params has only one value" in result.message
 
 
 def test_two_sizes_do_not_identify_three_parameters() -> None:

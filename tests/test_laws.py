@@ -36,12 +36,12 @@ def synthetic(law: LossLaw) -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 
 def perturbed(law: LossLaw, count: int = 5) -> tuple[np.ndarray, object]:
-    """Internal parameters near the truth, within the bounds, and the design."""
+    """Internal parameters near the truth, within the bounds, and the inputs."""
     columns, loss = synthetic(law)
-    design = law.prepare(columns, loss)
-    truth = law.from_natural(law.example, design)
+    inputs = law.prepare(columns, loss)
+    truth = law.from_natural(law.example, inputs)
     theta = truth + 0.05 * np.random.default_rng(1).standard_normal((count, len(truth)))
-    return np.clip(theta, *law.bounds(design)), design
+    return np.clip(theta, *law.bounds(inputs)), inputs
 
 
 def test_a_law_recovers_its_own_truth(law: LossLaw) -> None:
@@ -63,34 +63,34 @@ def test_a_law_is_close_to_its_truth_under_noise(law: LossLaw) -> None:
 
 
 def test_internal_evaluation_is_the_formula_of_the_paper(law: LossLaw) -> None:
-    theta, design = perturbed(law)
-    log_fit, _ = law.evaluate(theta, design)
+    theta, inputs = perturbed(law)
+    log_fit, _ = law.evaluate(theta, inputs)
     for row, values in zip(theta, log_fit, strict=True):
-        expected = np.log(law.loss_nats(law.to_natural(row, design), design.columns))
-        np.testing.assert_allclose(values + design.log_loss_center, expected, rtol=0, atol=1e-12)
+        expected = np.log(law.loss_nats(law.to_natural(row, inputs), inputs.columns))
+        np.testing.assert_allclose(values + inputs.log_loss_center, expected, rtol=0, atol=1e-12)
 
 
 def test_jacobian_matches_differences(law: LossLaw) -> None:
-    theta, design = perturbed(law)
-    _, jacobian = law.evaluate(theta, design)
+    theta, inputs = perturbed(law)
+    _, jacobian = law.evaluate(theta, inputs)
     h = 1e-5
     for j in range(theta.shape[1]):
         step = h * np.eye(theta.shape[1])[j]
         # Fourth-order central differences: truncation h^4, rounding 1e-16 / h.
-        one = law.evaluate(theta + step, design)[0] - law.evaluate(theta - step, design)[0]
-        two = law.evaluate(theta + 2 * step, design)[0] - law.evaluate(theta - 2 * step, design)[0]
+        one = law.evaluate(theta + step, inputs)[0] - law.evaluate(theta - step, inputs)[0]
+        two = law.evaluate(theta + 2 * step, inputs)[0] - law.evaluate(theta - 2 * step, inputs)[0]
         np.testing.assert_allclose(jacobian[:, j], (8 * one - two) / (12 * h), rtol=1e-7, atol=1e-9)
 
 
 def test_curvature_matches_differences_of_the_gradient(law: LossLaw) -> None:
-    theta, design = perturbed(law, 2)
-    v = np.random.default_rng(2).standard_normal((2, design.n_observations))
-    _, jacobian = law.evaluate(theta, design)
-    second = law.curvature(theta, design, v, jacobian) - np.einsum("bin,bn,bjn->bij", jacobian, v, jacobian)
+    theta, inputs = perturbed(law, 2)
+    v = np.random.default_rng(2).standard_normal((2, inputs.n_observations))
+    _, jacobian = law.evaluate(theta, inputs)
+    second = law.curvature(theta, inputs, v, jacobian) - np.einsum("bin,bn,bjn->bij", jacobian, v, jacobian)
     h = 1e-5
     for j in range(theta.shape[1]):
         step = h * np.eye(theta.shape[1])[j]
-        up, down = law.evaluate(theta + step, design)[1], law.evaluate(theta - step, design)[1]
+        up, down = law.evaluate(theta + step, inputs)[1], law.evaluate(theta - step, inputs)[1]
         expected = np.einsum("bin,bn->bi", (up - down) / (2 * h), v)
         np.testing.assert_allclose(
             second[:, :, j], expected, rtol=1e-4, atol=1e-4 * np.abs(second).max() + 1e-8
@@ -98,9 +98,9 @@ def test_curvature_matches_differences_of_the_gradient(law: LossLaw) -> None:
 
 
 def test_natural_and_internal_parameters_are_inverse(law: LossLaw) -> None:
-    theta, design = perturbed(law)
+    theta, inputs = perturbed(law)
     np.testing.assert_allclose(
-        law.from_natural(law.to_natural(theta, design), design), theta, rtol=1e-9, atol=1e-9
+        law.from_natural(law.to_natural(theta, inputs), inputs), theta, rtol=1e-9, atol=1e-9
     )
 
 
@@ -219,8 +219,8 @@ def test_chinchilla_frontier_numbers() -> None:
 def test_hoffmann_starts_are_the_papers_grid() -> None:
     law = get_law("chinchilla")
     columns = law.example_columns()
-    design = law.prepare(columns, law.loss_nats(law.example, columns))
-    natural = law.to_natural(law.hoffmann_starts(design), design)  # type: ignore[attr-defined]
+    inputs = law.prepare(columns, law.loss_nats(law.example, columns))
+    natural = law.to_natural(law.hoffmann_starts(inputs), inputs)  # type: ignore[attr-defined]
     assert len(natural["E"]) == 4500
     assert sorted(set(natural["alpha"].round(6))) == [0, 0.5, 1.0, 1.5, 2.0]
     assert sorted(set(np.log(natural["E"]).round(6))) == [-1, -0.5, 0, 0.5, 1]
@@ -230,10 +230,10 @@ def test_variable_projection_is_exact_for_squared_error() -> None:
     # At the true exponents, E, A and B are linear in the loss and come out exactly without noise.
     law = get_law("chinchilla")
     columns, loss = synthetic(law)
-    design = law.prepare(columns, loss)
+    inputs = law.prepare(columns, loss)
     exponents = np.array([[law.example["alpha"], law.example["beta"]]])
-    theta = law.project(exponents, design, np.log(loss) - design.log_loss_center)  # type: ignore[attr-defined]
-    natural = law.to_natural(theta[0], design)
+    theta = law.project(exponents, inputs, np.log(loss) - inputs.log_loss_center)  # type: ignore[attr-defined]
+    natural = law.to_natural(theta[0], inputs)
     for name, value in law.example.items():
         assert natural[name] == pytest.approx(value, rel=1e-5)
 

@@ -1,1 +1,1 @@
-"""Fitting a law: objective, global search, batched minimizer, status, profile intervals."""
+"""Fitting laws: objective, global search, batched minimizer, fit status, and profile intervals."""

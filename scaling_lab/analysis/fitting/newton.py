@@ -1,10 +1,11 @@
-"""Owns the batched minimiser: damped Newton steps for thousands of small problems in lockstep, with bounds.
+"""Batched minimizer with bounds: damped Newton steps for thousands of small problems in lockstep.
 
 At delta = 1e-3 the Huber objective is nearly an L1 norm: on the Chinchilla data one residual in six is inside delta.
-IRLS alone converges slowly there, and Newton's method alone overshoots, because H sees only the residuals inside. The step
-solves (H + damping M) s = -g with the exact Hessian H and the IRLS matrix M (`fitting_objective`): large damping gives a
-short IRLS step, which always descends; small damping gives Newton's, which converges quadratically once the set of inside
-residuals has settled. Because M, not the identity, is the yardstick, the path does not depend on how parameters are scaled.
+Iteratively reweighted least squares (IRLS) alone converges slowly there, and Newton's method alone overshoots because H
+contains only the residuals inside. The step solves (H + damping M) s = -g with the exact Hessian H and the IRLS matrix M
+(`fitting.objective`): large damping gives a short IRLS step, which always descends; small damping gives Newton's step,
+which converges quadratically once the set of inside residuals no longer changes. Damping with M instead of the identity
+makes the path independent of the scaling of the parameters.
 """
 
 from __future__ import annotations
@@ -15,38 +16,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling_lab.analysis.estimate import Array
-from scaling_lab.analysis.fitting.objective import Evaluation, Objective
+from scaling_lab.analysis.fitting.objective import Objective, ObjectiveValue
 
-# A problem has converged when one undamped Newton step would lower its objective by less than this fraction ...
+# A problem has converged when an undamped Newton step would lower its objective by less than this fraction ...
 _DECREMENT_TOLERANCE = 1e-11
-# ... and its gradient is this small against its own size before cancellation.
+# ... and its gradient is this small relative to its size before cancellation.
 _GRADIENT_TOLERANCE = 1e-6
-# Residuals this small (in ln L) are rounding: a sum of squares below it is an exact fit.
-_EXACT_RESIDUAL = 1e-11
+# Residuals this small (in ln L) are rounding errors: with all residuals below it a fit is exact.
+_ROUNDING_RESIDUAL = 1e-11
 
 _DAMPING_RANGE = (1e-9, 1e12)
 
 
 @dataclass(frozen=True)
 class Minima:
-    """Where each start ended: theta (P, p), value (P,), and how."""
+    """The end point of each start: theta (P, p), value (P,), and whether it is a minimum."""
 
     theta: Array
     value: Array
     converged: NDArray[np.bool_]
-    """First-order optimal within the bounds, proved on the final point (not inferred from small steps)."""
+    """First-order optimal within the bounds, checked at the final point (not inferred from small steps)."""
     scaled_gradient: Array
-    """(P,): the largest |gradient| of a free parameter against its size before cancellation."""
+    """(P,): the largest |gradient| of a free parameter relative to its size before cancellation."""
     at_bound: NDArray[np.bool_]
-    """(P, p): parameters held by a bound."""
+    """(P, p): parameters that are at a bound."""
     gram: Array
     """(P, p, p): J^T W J at theta, over all points."""
     steps: NDArray[np.intp]
 
 
-def minimise(objective: Objective, theta: Array, rows: NDArray[np.intp], max_steps: int = 200) -> Minima:
-    """Minimises problem rows[i] from start theta[i] (P, p), all in lockstep; the finished ones drop out."""
-    lower, upper = objective.law.bounds(objective.design)
+def minimize(objective: Objective, theta: Array, rows: NDArray[np.intp], max_steps: int = 200) -> Minima:
+    """Minimize problem rows[i] from start theta[i] (P, p), all in lockstep; finished problems drop out."""
+    lower, upper = objective.law.bounds(objective.inputs)
     theta = np.clip(theta, lower, upper)
     current = objective.evaluate(theta, rows)
     count = len(theta)
@@ -54,17 +55,19 @@ def minimise(objective: Objective, theta: Array, rows: NDArray[np.intp], max_ste
     steps = np.zeros(count, dtype=np.intp)
     active = np.flatnonzero(np.isfinite(current.value))
     total = objective.total_weight
-    noise = 0.5 * _EXACT_RESIDUAL**2 * (total if len(total) == 1 else total[rows]) + np.zeros(count)
+    exact_value = 0.5 * _ROUNDING_RESIDUAL**2 * (total if len(total) == 1 else total[rows]) + np.zeros(count)
     for _ in range(max_steps):
         if not len(active):
             break
         steps[active] += 1
         at = _take(current, active)
-        step, used, decrement, bending = _steps(theta[active], at, damping[active], lower, upper)
+        step, used, decrement, curvature_term = _steps(theta[active], at, damping[active], lower, upper)
         trial = np.clip(theta[active] + step, lower, upper)
-        predicted = -np.einsum("bi,bi->b", at.gradient, step) - 0.5 * bending
-        rounding = 1e-14 * at.value + 1e-6 * noise[active]
-        finishing = (decrement <= _DECREMENT_TOLERANCE * at.value + 1e-4 * noise[active]) & (used <= 1e-2)
+        predicted = -np.einsum("bi,bi->b", at.gradient, step) - 0.5 * curvature_term
+        rounding = 1e-14 * at.value + 1e-6 * exact_value[active]
+        finishing = (decrement <= _DECREMENT_TOLERANCE * at.value + 1e-4 * exact_value[active]) & (
+            used <= 1e-2
+        )
         new = objective.evaluate(trial, rows[active])
         gain = at.value - new.value
         accept = gain >= 0
@@ -81,38 +84,38 @@ def minimise(objective: Objective, theta: Array, rows: NDArray[np.intp], max_ste
             finishing
             | stuck
             | (damping[active] >= _DAMPING_RANGE[1])
-            | (current.value[active] <= 1e-8 * noise[active])
+            | (current.value[active] <= 1e-8 * exact_value[active])
         )
         active = active[~finished]
-    return _conclude(objective, theta, rows, current, noise, steps, active, lower, upper)
+    return _as_minima(objective, theta, rows, current, exact_value, steps, active, lower, upper)
 
 
-def _conclude(
+def _as_minima(
     objective: Objective,
     theta: Array,
     rows: NDArray[np.intp],
-    current: Evaluation,
-    noise: Array,
+    current: ObjectiveValue,
+    exact_value: Array,
     steps: NDArray[np.intp],
     unfinished: NDArray[np.intp],
     lower: Array,
     upper: Array,
 ) -> Minima:
     gradient, size, gram = objective.first_order(theta, rows)
-    at_bound = _held(theta, gradient, lower, upper)
+    at_bound = _held_at_bound(theta, gradient, lower, upper)
     with np.errstate(all="ignore"):
         relative = np.where(at_bound | (size == 0), 0.0, np.abs(gradient) / size)
     scaled = np.max(relative, axis=1, initial=0.0)
     done = np.ones(len(theta), dtype=bool)
     done[unfinished] = False
-    exact = current.value <= noise
+    exact = current.value <= exact_value
     converged = np.isfinite(current.value) & (exact | (done & (scaled <= _GRADIENT_TOLERANCE)))
     at_bound |= (theta <= lower) | (theta >= upper)
     return Minima(theta, current.value, converged, scaled, at_bound, gram, steps)
 
 
-def _take(evaluation: Evaluation, index: NDArray[np.intp]) -> Evaluation:
-    return Evaluation(
+def _take(evaluation: ObjectiveValue, index: NDArray[np.intp]) -> ObjectiveValue:
+    return ObjectiveValue(
         evaluation.value[index],
         evaluation.gradient[index],
         evaluation.hessian[index],
@@ -120,25 +123,25 @@ def _take(evaluation: Evaluation, index: NDArray[np.intp]) -> Evaluation:
     )
 
 
-def _held(theta: Array, gradient: Array, lower: Array, upper: Array) -> NDArray[np.bool_]:
-    """Parameters at a bound whose gradient pushes further out: the step leaves them where they are."""
+def _held_at_bound(theta: Array, gradient: Array, lower: Array, upper: Array) -> NDArray[np.bool_]:
+    """Parameters at a bound that a descent step would push further out: they are held fixed."""
     return ((theta <= lower) & (gradient > 0)) | ((theta >= upper) & (gradient < 0))
 
 
 def _steps(
-    theta: Array, at: Evaluation, damping: Array, lower: Array, upper: Array
+    theta: Array, at: ObjectiveValue, damping: Array, lower: Array, upper: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """Steps s (b, p) within the bounds, the damping that was needed (b,), s . (H + damping M) s and s . H s, each (b,).
+    """Steps s (b, p) within the bounds, the damping that was used (b,), s . (H + damping M) s and s . H s, each (b,).
 
-    A parameter whose step would leave its bounds is put on the bound, and the others are solved for again with it
-    there: merely clipping a Newton step can turn it uphill.
+    A parameter whose step would leave its bounds is set to the bound, and the step of the others is solved for again:
+    merely clipping a Newton step can turn it into an ascent direction.
     """
     diagonal = np.arange(theta.shape[1])
-    # In a direction that the data do not determine both H and M are singular: a hair of ridge keeps the system solvable.
+    # Along directions that the data do not determine, H and M are singular: a tiny ridge keeps the system solvable.
     scale = np.maximum(at.majorizer[:, diagonal, diagonal], np.finfo(np.float64).tiny)
     damping = damping.copy()
     step = np.zeros_like(theta)
-    fixed = _held(theta, at.gradient, lower, upper)
+    fixed = _held_at_bound(theta, at.gradient, lower, upper)
     system = np.empty_like(at.hessian)
     pending = np.arange(len(theta))
     for _ in range(60 + theta.shape[1]):
@@ -151,7 +154,7 @@ def _steps(
         matrix = np.where(held[:, :, None] | held[:, None, :], 0.0, matrix)
         matrix[:, diagonal, diagonal] += np.where(held, scale[pending], 0.0)
         solution, positive = solve_positive(matrix, np.where(held, 0.0, force))
-        # Not positive definite: more of M, at no cost in evaluations.
+        # Not positive definite: increase the damping, which needs no further evaluation.
         damping[pending[~positive]] = np.maximum(4.0 * damping[pending[~positive]], 1e-3)
         proposal = np.where(held, displacement, -solution)
         target = theta[pending] + proposal
@@ -169,9 +172,9 @@ def _quadratic(step: Array, matrices: Array) -> Array:
 
 
 def solve_positive(matrices: Array, vectors: Array) -> tuple[Array, NDArray[np.bool_]]:
-    """Solves A x = b for symmetric A (b, p, p) by Cholesky, across the batch; second result: A was positive definite.
+    """Solve A x = b for symmetric A (b, p, p) by Cholesky; the second result says whether each A was positive definite.
 
-    Each operation runs over the whole batch, which for p of 3 to 9 is far faster than one LAPACK call a matrix.
+    Each operation runs over the whole batch, which for p of 3 to 9 is much faster than one LAPACK call per matrix.
     """
     p = matrices.shape[1]
     a = np.ascontiguousarray(matrices.transpose(1, 2, 0))

@@ -1,4 +1,4 @@
-"""Owns the objective of a fit: its value, gradient, exact Hessian and IRLS majorizer, for a batch of problems at once.
+"""The objective of a fit: value, gradient, exact Hessian and IRLS matrix, for a batch of problems at once.
 
 With r = ln L_fit - ln L and weights w the objective is
 
@@ -6,9 +6,9 @@ With r = ln L_fit - ln L and weights w the objective is
     mse_log     sum w r^2/2
     mse         sum w (L_fit - L)^2/2
 
-Two curvature matrices are kept. H is the exact second derivative (the Huber kink included: only residuals inside delta
-count as quadratic). M is the curvature of the quadratic that touches the Huber function at r and lies above it, the
-matrix of iteratively reweighted least squares: always positive semi-definite, so a step along it always descends.
+There are two curvature matrices. H is the exact second derivative, in which only residuals inside delta contribute a
+quadratic term. M belongs to the quadratic function that touches the Huber function at r and lies above it everywhere (it
+majorizes it): the matrix of iteratively reweighted least squares (IRLS). It is positive semi-definite, so its step descends.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling_lab.analysis.estimate import Array
-from scaling_lab.analysis.laws.base import Design, LossLaw
+from scaling_lab.analysis.laws.base import LawInputs, LossLaw
 
 ObjectiveName = Literal["huber_log", "mse_log", "mse"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
 
-# Numbers evaluated at once (points x problems): temporaries of this size stay in cache.
+# Number of (point, problem) pairs evaluated at once: temporaries of this size stay in cache.
 _CHUNK_POINTS = 8_000
 
 
 class Penalty(Protocol):
-    """An extra smooth term of the objective: `__call__(theta (b, p), rows (b,))` gives value, gradient, Hessian."""
+    """A smooth term added to the objective: called with theta (b, p) and rows (b,), it returns value, gradient and Hessian."""
 
     def __call__(self, theta: Array, rows: NDArray[np.intp]) -> tuple[Array, Array, Array]: ...
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """The objective at a batch of points: value (b,), gradient (b, p), Hessian and majorizer (b, p, p)."""
+class ObjectiveValue:
+    """The objective at a batch of parameter vectors: value (b,), gradient (b, p), Hessian and majorizer (b, p, p)."""
 
     value: Array
     gradient: Array
@@ -47,12 +47,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised. Losses and weights have one row a problem, or one row that all problems share."""
+    """The function to minimize. Losses and weights have one row per problem, or one row that all problems share."""
 
     law: LossLaw
-    design: Design
+    inputs: LawInputs
     log_loss: Array
-    """(1, n) or (B, n): ln L less `design.log_loss_center`."""
+    """(1, n) or (B, n): ln L minus `inputs.log_loss_center`."""
     weights: NDArray[np.generic]
     """(1, n) or (B, n), nonnegative, any numeric type (small integers save memory)."""
     kind: ObjectiveName
@@ -69,13 +69,13 @@ class Objective:
         return np.asarray(values if len(values) == 1 else values[rows], dtype=np.float64)
 
     def chunks(self, count: int) -> list[slice]:
-        size = max(1, _CHUNK_POINTS // self.design.n_observations)
+        size = max(1, _CHUNK_POINTS // self.inputs.n_observations)
         return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
-    def evaluate(self, theta: Array, rows: NDArray[np.intp]) -> Evaluation:
-        """The objective of problem rows[i] at theta[i]. Points where the law is undefined get a value of infinity."""
+    def evaluate(self, theta: Array, rows: NDArray[np.intp]) -> ObjectiveValue:
+        """The objective of problem rows[i] at theta[i]; infinite where the law is undefined."""
         b, p = theta.shape
-        out = Evaluation(np.empty(b), np.empty((b, p)), np.empty((b, p, p)), np.empty((b, p, p)))
+        out = ObjectiveValue(np.empty(b), np.empty((b, p)), np.empty((b, p, p)), np.empty((b, p, p)))
         with np.errstate(all="ignore"):
             for part in self.chunks(b):
                 self._evaluate_chunk(theta[part], rows[part], part, out)
@@ -89,8 +89,8 @@ class Objective:
         out.value[bad] = np.inf
         return out
 
-    def _evaluate_chunk(self, theta: Array, rows: NDArray[np.intp], part: slice, out: Evaluation) -> None:
-        log_fit, jacobian = self.law.evaluate(theta, self.design)
+    def _evaluate_chunk(self, theta: Array, rows: NDArray[np.intp], part: slice, out: ObjectiveValue) -> None:
+        log_fit, jacobian = self.law.evaluate(theta, self.inputs)
         value, v, exact, upper = self._pointwise(log_fit, rows)
         b, p, n = jacobian.shape
         out.value[part] = value
@@ -99,11 +99,11 @@ class Objective:
         np.multiply(jacobian, exact[:, None, :], out=scaled[:, 0])
         np.multiply(jacobian, upper[:, None, :], out=scaled[:, 1])
         products = (scaled.reshape(b, 2 * p, n) @ jacobian.transpose(0, 2, 1)).reshape(b, 2, p, p)
-        out.hessian[part] = products[:, 0] + self.law.curvature(theta, self.design, v, jacobian)
+        out.hessian[part] = products[:, 0] + self.law.curvature(theta, self.inputs, v, jacobian)
         out.majorizer[part] = products[:, 1]
 
     def _pointwise(self, log_fit: Array, rows: NDArray[np.intp]) -> tuple[Array, Array, Array, Array]:
-        """Value (b,), and per point (b, n): d objective / d ln L, and the weights of J J^T in H and in M."""
+        """Value (b,) and, per point (b, n), d objective / d ln L and the weights of J J^T in H and in M."""
         w = self.row(self.weights, rows)
         log_loss = self.row(self.log_loss, rows)
         if self.kind == "mse":
@@ -129,13 +129,13 @@ class Objective:
     def first_order(self, theta: Array, rows: NDArray[np.intp]) -> tuple[Array, Array, Array]:
         """Gradient (b, p), its size before cancellation (b, p), and the Gram matrix J^T W J (b, p, p).
 
-        |gradient| / size is free of every unit: of N, of D, of the loss weights, of mean or sum.
+        |gradient| / size has no units: it does not depend on the units of N, D, weights, or on mean versus sum.
         """
         b, p = theta.shape
         gradient, size, gram = np.empty((b, p)), np.empty((b, p)), np.empty((b, p, p))
         with np.errstate(all="ignore"):
             for part in self.chunks(b):
-                log_fit, jacobian = self.law.evaluate(theta[part], self.design)
+                log_fit, jacobian = self.law.evaluate(theta[part], self.inputs)
                 _, v, _, _ = self._pointwise(log_fit, rows[part])
                 gradient[part] = (jacobian @ v[:, :, None])[:, :, 0]
                 size[part] = (np.abs(jacobian) @ np.abs(v)[:, :, None])[:, :, 0]

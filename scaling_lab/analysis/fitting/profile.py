@@ -1,9 +1,10 @@
-"""Owns profile intervals: how far a parameter, or the frontier's exponent, can be moved before the fit gets too bad.
+"""Profile-likelihood intervals of parameters and of the frontier's exponents.
 
-For a quantity q the profile is f(q) = min of the objective over all parameters with that q; the interval holds the q where
-f rises by less than a threshold (`fitting_scale`). It follows curved and lopsided valleys, which a standard error cannot.
+The profile of a quantity q is f(q), the minimum of the objective over all parameters with that q. The interval contains
+the q at which f exceeds its minimum by less than a threshold (`fitting.scale`). Unlike a standard error it follows curved
+and asymmetric valleys of the objective.
 
-Observations are taken as independent: for several points of one run, use the bootstrap by run.
+Observations are assumed to be independent: with several points per run, use the bootstrap by run instead.
 """
 
 from __future__ import annotations
@@ -21,30 +22,30 @@ from scaling_lab.analysis.fitting.fit import (
     make_objective,
     objective_scale,
 )
-from scaling_lab.analysis.fitting.newton import minimise
+from scaling_lab.analysis.fitting.newton import minimize
 from scaling_lab.analysis.fitting.objective import Objective, ObjectiveName
-from scaling_lab.analysis.fitting.scale import SCALES, ScaleName, threshold_rise
+from scaling_lab.analysis.fitting.scale import SCALES, ScaleName, objective_rise
 from scaling_lab.analysis.fitting.search import Starts, resolve_starts, solve_starts
-from scaling_lab.analysis.fitting.status import judge
-from scaling_lab.analysis.laws.base import Design, LossLaw
+from scaling_lab.analysis.fitting.status import assess_minima
+from scaling_lab.analysis.laws.base import LawInputs, LossLaw
 from scaling_lab.core.errors import UserError, unknown
 
 FRONTIER_QUANTITIES = ("params_exponent", "tokens_exponent")
 
-# The penalty that holds q near its target is this many times stiffer than the profile itself.
+# The penalty that keeps q near its target is this many times stiffer than the profile itself.
 _STIFFNESS = 100.0
-# A side whose profile has not risen at this many times the expected half-width is called unbounded.
-_FAR = 100.0
-# ... and so is one that moves less than a twentieth of the way asked for this many times in a row.
-_STALLED = 4
-# Steps outward before a side is called unbounded, and steps that refine a crossing.
+# A side is unbounded if the profile has not reached the threshold at this many expected half-widths ...
+_MAX_HALF_WIDTHS = 100.0
+# ... or if a step covers less than a twentieth of the requested distance this many times in a row.
+_MAX_STALLED = 4
+# Maximum number of outward steps on a side, and of steps that refine a crossing.
 _MARCH_STEPS = 60
 _REFINE_STEPS = 6
 
 
 @dataclass(frozen=True)
 class ProfileInterval:
-    """The profile of one quantity. `lo` or `hi` is None where the data do not bound it (`message` says so)."""
+    """The profile of one quantity. `lo` or `hi` is None if the data do not bound it on that side (`message` says so)."""
 
     quantity: str
     level: float
@@ -53,25 +54,25 @@ class ProfileInterval:
     hi: float | None
     scale: ScaleName
     threshold: float
-    """Rise of the objective (in its own units) at the ends."""
+    """Rise of the objective (in its own units) at the ends of the interval."""
     values: Array
     """Profiled values of the quantity, ascending."""
     rises: Array
-    """Objective above its minimum at `values`."""
+    """Objective minus its minimum, at `values`."""
     message: str
 
 
 @dataclass(frozen=True)
 class _Quantity:
-    """A scalar function of internal parameters, with gradients by central differences; log-scaled where positive."""
+    """A scalar function of the internal parameters, with gradients from central differences; its log if `logarithmic`."""
 
     law: LossLaw
-    design: Design
+    inputs: LawInputs
     name: str
     logarithmic: bool
 
     def __call__(self, theta: Array) -> Array:
-        natural = self.law.to_natural(theta, self.design)
+        natural = self.law.to_natural(theta, self.inputs)
         if self.name in natural:
             value = np.asarray(natural[self.name])
             return np.log(value) if self.logarithmic else value
@@ -86,13 +87,14 @@ class _Quantity:
             out[:, j] = (self(theta + h) - self(theta - h)) / 2e-6
         return out
 
-    def back(self, value: Any) -> Any:
+    def from_log(self, value: Any) -> Any:
+        """The quantity itself, from the value that is profiled."""
         return np.exp(value) if self.logarithmic else value
 
 
 @dataclass(frozen=True)
-class _Pull:
-    """Penalty stiffness/2 (q - target)^2. Any minimum under it is a point of the profile, at the q where it lies."""
+class _QuadraticPenalty:
+    """The penalty stiffness/2 (q - target)^2. Every minimum with the penalty is a point of the profile, at its own q."""
 
     quantities: Sequence[_Quantity]
     kinds: NDArray[np.intp]
@@ -131,17 +133,17 @@ def profile_intervals(
     scale: ScaleName = "robust",
     starts: Starts | None = None,
 ) -> list[ProfileInterval]:
-    """Profile intervals of several quantities, traced side by side.
+    """Profile intervals of several quantities, traced in lockstep.
 
     Args:
-        quantities: parameters of the law, `params_exponent` or `tokens_exponent` (where the frontier has a closed form);
+        quantities: parameters of the law, `params_exponent` or `tokens_exponent` (if the frontier has a closed form);
             by default all of them.
-        level: coverage aimed at, in (0, 1).
-        scale: how the noise is scaled (see the module).
-        starts: of the fit itself, as in `fitting.fit` (the fitted parameters save the search).
+        level: nominal coverage, in (0, 1).
+        scale: how the noise scale is estimated (see `fitting.scale`).
+        starts: starts of the fit, as in `fitting.fit` (passing the fitted parameters skips the search).
 
     Raises:
-        UserError: an unknown quantity, scale or level, and as `fitting.fit`.
+        UserError: an unknown quantity or scale, a level outside (0, 1), or as in `fitting.fit`.
     """
     if not 0 < level < 1:
         raise UserError(f"level={level!r} must be in (0, 1).")
@@ -154,23 +156,23 @@ def profile_intervals(
         if name not in known:
             raise unknown("quantity", name, known)
     problem, _ = make_objective(law, data, loss_nats, weights, huber_delta, objective)
-    theta = resolve_starts(law, problem.design, starts, problem.log_loss[0])
+    theta = resolve_starts(law, problem.inputs, starts, problem.log_loss[0])
     minima = solve_starts(problem, theta, 200)
     best = int(np.argmin(minima.value))
     one = np.zeros(1, dtype=np.intp)
-    (status,), (sentence,) = judge(problem, minima, one + best, one, 1, one + 1)
-    functions = [_Quantity(law, problem.design, n, n in law.log_scaled) for n in names]
+    (status,), (sentence,) = assess_minima(problem, minima, one + best, one, 1, one + 1)
+    functions = [_Quantity(law, problem.inputs, n, n in law.log_scaled) for n in names]
     optimum = minima.theta[best : best + 1]
-    estimates = [float(q.back(q(optimum)[0])) for q in functions]
+    estimates = [float(q.from_log(q(optimum)[0])) for q in functions]
     if status not in ("converged", "at_bound"):
         empty = np.empty(0)
         return [
             ProfileInterval(n, level, e, None, None, scale, np.nan, empty, empty, sentence)
             for n, e in zip(names, estimates)
         ]
-    threshold = threshold_rise(problem, optimum, float(minima.value[best]), level, scale)
+    threshold = objective_rise(problem, optimum, float(minima.value[best]), level, scale)
     if not threshold > 0:
-        sentence = "The law fits these observations exactly: there is no noise to scale an interval by."
+        sentence = "The law fits these observations exactly: without noise there is no scale for an interval."
         return [
             ProfileInterval(n, level, e, e, e, scale, 0.0, np.array([e]), np.zeros(1), sentence)
             for n, e in zip(names, estimates)
@@ -193,7 +195,7 @@ def _interval(
     values: Array,
     rises: Array,
 ) -> ProfileInterval:
-    """Ends where the profile crosses the threshold, by interpolation in the square root of the rise."""
+    """The interval between the crossings of the threshold, interpolated in the square root of the rise."""
     middle = int(np.argmin(rises))
     ends: list[float | None] = []
     for side in (slice(middle, None, -1), slice(middle, None)):
@@ -204,9 +206,9 @@ def _interval(
             continue
         i = int(over[0])
         t = (np.sqrt(threshold) - root[i - 1]) / (root[i] - root[i - 1])
-        ends.append(float(quantity.back(q[i - 1] + t * (q[i] - q[i - 1]))))
+        ends.append(float(quantity.from_log(q[i - 1] + t * (q[i] - q[i - 1]))))
     missing = [side for side, end in zip(("below", "above"), ends) if end is None]
-    message = "Profile interval with a fitted scale."
+    message = "Profile interval with a fitted noise scale."
     if missing:
         message = f"These data do not bound {quantity.name} from {' or '.join(missing)}."
     return ProfileInterval(
@@ -217,7 +219,7 @@ def _interval(
         ends[1],
         scale,
         threshold * unit,
-        quantity.back(values),
+        quantity.from_log(values),
         rises * unit,
         message,
     )
@@ -226,12 +228,12 @@ def _interval(
 def _trace(
     problem: Objective, functions: Sequence[_Quantity], optimum: Array, lowest: float, threshold: float
 ) -> list[tuple[Array, Array]]:
-    """Profiles of all quantities, both ways, in lockstep: (values ascending, rises) for each."""
+    """Profiles of all quantities, in both directions and in lockstep: (ascending values, rises) for each."""
     count = len(functions)
     kinds = np.tile(np.arange(count), 2)
     signs = np.repeat([-1.0, 1.0], count)
     center = np.array([q(optimum[None])[0] for q in functions])[kinds]
-    width = np.array([_width(problem, q, optimum, threshold) for q in functions])[kinds]
+    width = np.array([_expected_half_width(problem, q, optimum, threshold) for q in functions])[kinds]
     stiffness = _STIFFNESS * 2.0 * threshold / width**2
     theta = np.tile(optimum, (2 * count, 1))
     points: list[list[tuple[float, float, Array]]] = [[(c, 0.0, optimum)] for c in center]
@@ -253,12 +255,12 @@ def _trace(
             stalled[r] = stalled[r] + 1 if moved < 0.05 * step[r] else 0
             if (
                 not (np.isfinite(rise) and np.isfinite(value) and moved > 1e-9 * width[r])
-                or stalled[r] == _STALLED
+                or stalled[r] == _MAX_STALLED
             ):
-                marching[r] = False  # the quantity has met a bound of the law, or a valley too flat to follow
+                marching[r] = False  # at a bound of the law, or in a valley too flat to follow
                 continue
             points[r].append((value, rise, theta[r].copy()))
-            if rise >= 1.05 * threshold or signs[r] * (value - center[r]) > _FAR * width[r]:
+            if rise >= 1.05 * threshold or signs[r] * (value - center[r]) > _MAX_HALF_WIDTHS * width[r]:
                 marching[r] = False
             elif grew < threshold / 20:
                 step[r] *= 2.0
@@ -281,7 +283,7 @@ def _refine(
     threshold: float,
     lowest: float,
 ) -> None:
-    """Adds points about each crossing of the threshold: the profile of a near-L1 objective has kinks."""
+    """Add points near each crossing of the threshold, because the profile of a near-L1 objective has kinks."""
     targets = np.zeros(len(points))
     theta = np.stack([p[0][2] for p in points])
     for odd in (False, True) * (_REFINE_STEPS // 2):
@@ -292,7 +294,7 @@ def _refine(
                 continue
             before, after = trace[over[0] - 1], trace[over[0]]
             root = np.sqrt(np.maximum([before[1], threshold, after[1]], 0.0))
-            # Interpolation alone can creep in from one side: every second point halves the bracket.
+            # Interpolation alone may approach from one side only, so every second point bisects the bracket.
             share = 0.5 if odd else np.clip((root[1] - root[0]) / (root[2] - root[0]), 0.05, 0.95)
             targets[r] = before[0] + share * (after[0] - before[0])
             theta[r] = before[2] if share < 0.5 else after[2]
@@ -318,17 +320,17 @@ def _solve_at(
     lowest: float,
 ) -> tuple[Array, Array, Array]:
     """Profile points near `targets` for the traces `rows`: theta, the quantity there, and the rise of the objective."""
-    pull = _Pull(functions, kinds[rows], targets[rows], stiffness[rows])
-    pulled = replace(problem, penalty=pull)
+    penalty_term = _QuadraticPenalty(functions, kinds[rows], targets[rows], stiffness[rows])
+    penalized = replace(problem, penalty=penalty_term)
     index = np.arange(len(rows))
-    minima = minimise(pulled, theta[rows], index, max_steps=100)
-    penalty = pull(minima.theta, index)[0]
+    minima = minimize(penalized, theta[rows], index, max_steps=100)
+    penalty = penalty_term(minima.theta, index)[0]
     values = np.array([functions[kinds[r]](minima.theta[i : i + 1])[0] for i, r in enumerate(rows)])
     return minima.theta, values, minima.value - penalty - lowest
 
 
-def _width(problem: Objective, quantity: _Quantity, optimum: Array, threshold: float) -> float:
-    """A guess of the half-width of the interval, from the curvature at the optimum; the march corrects it."""
+def _expected_half_width(problem: Objective, quantity: _Quantity, optimum: Array, threshold: float) -> float:
+    """Approximate half-width of the interval from the curvature at the optimum; the outward steps adapt to errors in it."""
     at = problem.evaluate(optimum[None], np.zeros(1, dtype=np.intp))
     curvature = at.majorizer[0]
     size = np.sqrt(np.maximum(np.diag(curvature), np.finfo(np.float64).tiny))

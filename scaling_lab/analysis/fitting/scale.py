@@ -1,11 +1,12 @@
-"""Owns the fitted scale of the noise: how far the objective may rise before a parameter value is rejected.
+"""How far the objective may rise before a parameter value is rejected, from an estimate of the noise scale.
 
-Two ways to fit the scale:
+Two estimates of the scale:
 
-    robust      2 (f - f_min) E[psi'] / E[psi^2] against F(1, n - p): the likelihood-ratio-type test of M-estimation
-                (Schrader & Hettmansperger 1980, Biometrika 67). It assumes only that residuals are alike and symmetric.
-    likelihood  residuals taken to have the density exp(-Huber(r) / tau) / Z(tau), tau profiled out: at delta = 1e-3
-                nearly a Laplace law. Too narrow when the noise is Gaussian and far larger than delta.
+    robust      2 (f - f_min) E[psi'] / E[psi^2] compared with F(1, n - p): the likelihood-ratio-type test for M-estimators
+                (Schrader & Hettmansperger 1980, Biometrika 67). It assumes identically distributed, symmetric residuals.
+    likelihood  assumes that residuals have the density exp(-Huber(r) / tau) / Z(tau) and profiles tau out: nearly a
+                Laplace distribution at delta = 1e-3. Intervals are too narrow if the noise is Gaussian and much larger
+                than delta.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ ScaleName = Literal["robust", "likelihood"]
 SCALES: tuple[str, ...] = get_args(ScaleName)
 
 
-def threshold_rise(
+def objective_rise(
     problem: Objective, optimum: Array, lowest: float, level: float, scale: ScaleName
 ) -> float:
     """Rise of the objective at the ends of the interval."""
@@ -34,7 +35,7 @@ def threshold_rise(
     if n <= p or lowest <= 1e-20 * float(w.sum()):
         return 0.0
     quantile = float(f_distribution.ppf(level, 1, n - p))
-    log_fit, _ = problem.law.evaluate(optimum, problem.design)
+    log_fit, _ = problem.law.evaluate(optimum, problem.inputs)
     log_loss = problem.log_loss[0]
     mean_weight = float(w[used].mean())
     if problem.kind != "huber_log":
@@ -49,10 +50,10 @@ def threshold_rise(
 
 
 def _share_inside(r: Array, delta: float, p: int) -> float:
-    """E[psi'], the probability of |r| <= delta, from the density at 0 where few residuals are that small.
+    """E[psi'], the probability of |r| <= delta; estimated from the density at 0 if few residuals are that small.
 
-    The density is the inverse slope of the quantile function about the median at Hall & Sheather's bandwidth (1988,
-    J. R. Stat. Soc. B 50), as in quantile regression; residuals are inflated for the p parameters fitted to them.
+    As in quantile regression, the density is the inverse slope of the quantile function about the median, with the
+    bandwidth of Hall & Sheather (1988, J. R. Stat. Soc. B 50). Residuals are inflated to account for p fitted parameters.
     """
     n = len(r)
     inflated = r * np.sqrt(n / (n - p))
@@ -64,7 +65,7 @@ def _share_inside(r: Array, delta: float, p: int) -> float:
 
 
 def _likelihood_rise(lowest: float, n: int, delta: float, quantile: float) -> float:
-    """The rise of the objective at which twice the log-likelihood, maximised over tau, has fallen by `quantile`."""
+    """Rise of the objective at which twice the log-likelihood, maximized over tau, has dropped by `quantile`."""
 
     def log_likelihood(value: float) -> float:
         def negative(log_tau: float) -> float:

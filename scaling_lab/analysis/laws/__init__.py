@@ -1,4 +1,4 @@
-"""Loss laws, one a file. A law is found by scanning the modules of this package: there is no list to edit."""
+"""Loss laws, one per file, found by scanning the modules of this package: there is no list to edit."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pkgutil
 from functools import cache
 from typing import Any
 
-from scaling_lab.analysis.laws.base import ComputeOptimum, Design, LossLaw
+from scaling_lab.analysis.laws.base import ComputeOptimum, LawInputs, LossLaw
 from scaling_lab.core.errors import UserError, unknown
 
-__all__ = ["ComputeOptimum", "Design", "LossLaw", "get_law", "law_names"]
+__all__ = ["ComputeOptimum", "LawInputs", "LossLaw", "get_law", "law_names"]
 
 
 @cache
@@ -22,18 +22,22 @@ def _laws() -> dict[str, type[LossLaw]]:
         for value in vars(module).values():
             if isinstance(value, type) and issubclass(value, LossLaw) and value.name:
                 if found.get(value.name, value) is not value:
-                    raise RuntimeError(f"two laws are called {value.name!r}")
+                    raise RuntimeError(f"two laws are named {value.name!r}")
                 found[value.name] = value
     return dict(sorted(found.items()))
 
 
 def law_names() -> tuple[str, ...]:
-    """Short names of the laws, in alphabetical order."""
+    """Names of all laws, in alphabetical order."""
     return tuple(_laws())
 
 
 def get_law(name: str, **options: Any) -> LossLaw:
-    """The law called `name` with its options. Raises `UserError` for an unknown name or option."""
+    """The law `name` with its options.
+
+    Raises:
+        UserError: an unknown name or option.
+    """
     laws = _laws()
     if name not in laws:
         raise unknown("law", name, laws)

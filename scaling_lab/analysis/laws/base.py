@@ -1,11 +1,11 @@
-"""Owns what a loss law is: its formula, log-loss, Jacobian, curvature, starts and natural parameters.
+"""The interface of a loss law: formula, log loss, Jacobian, curvature, starting points and parameters.
 
-A law is a frozen dataclass whose fields are its options. It is fitted in *internal* coordinates that are centred and
-well scaled (so that the answer cannot depend on the unit of N or D) and reported in *natural* parameters, those of the
-paper. The engine (`scaling_lab.analysis.fitting.fit`) evaluates a law for a whole batch of parameter vectors at once.
+A law is a frozen dataclass whose fields are its options. It is fitted in *internal* parameters, which are centered and
+well scaled, so the result does not depend on the unit of N or D. It is reported in *natural* parameters, those of the
+paper. The fitting engine (`scaling_lab.analysis.fitting.fit`) evaluates a law at a batch of parameter vectors at once.
 
-To add a law: one file here with a `LossLaw` subclass that sets `name`, and `conf/law/<name>.yaml`. Laws that are sums of
-power terms derive from `sums.LogSumLaw` and only state their terms. The shared tests pick the law up.
+To add a law, write one file here with a `LossLaw` subclass that sets `name`, and `conf/law/<name>.yaml`. Laws that are
+sums of power terms derive from `sums.LogSumLaw` and only state their terms. The shared tests find the law by themselves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scaling_lab.analysis.estimate import Array
 from scaling_lab.core.errors import UserError
 
-# Ranges from which `example_columns` draws, log-uniformly: the region that published sweeps cover.
+# `example_columns` draws log-uniformly from these ranges, which published sweeps cover.
 TYPICAL_RANGES: Mapping[str, tuple[float, float]] = {
     "n_params": (2e7, 2e10),
     "n_tokens": (3e8, 1e12),
@@ -32,31 +32,31 @@ TYPICAL_RANGES: Mapping[str, tuple[float, float]] = {
     "depth": (3, 80),
 }
 
-# A bounded exponent: beyond 20 a term is a step at the smallest N or D, and exp() of it would overflow.
+# Upper bound of exponents: beyond 20 a term is a step at the smallest N or D, and its exp() would overflow.
 MAX_EXPONENT = 20.0
 
 
 @dataclass(frozen=True)
-class Design:
-    """The observations as a law sees them: built once per fit by `LossLaw.prepare`, shared by every problem of a batch."""
+class LawInputs:
+    """The columns of the observations that a law needs, in internal coordinates: built once per fit by `LossLaw.prepare`."""
 
     columns: Mapping[str, Array]
-    """The law's own columns, each (n,), float64, finite and positive."""
+    """The law's columns, each (n,), float64, finite and positive."""
     log_columns: Array
-    """(q, n): natural logs of `columns` in the law's order, each less its mean."""
+    """(q, n): natural logs of `columns` in the law's order, each minus its center."""
     log_centers: Array
-    """(q,): the means taken away."""
+    """(q,): the centers that were subtracted (means of the logs)."""
     log_loss_center: float
-    """Mean of ln L (nats): losses are divided by its exponential before the fit."""
+    """Mean of ln L: losses are divided by its exponential before the fit."""
     regressors: Array
-    """(k, n): what the law computed from `log_columns` once (see the law); may be empty."""
+    """(k, n): what the law derives from `log_columns` (see the law); may be empty."""
 
     @property
     def n_observations(self) -> int:
         return self.log_columns.shape[1]
 
-    def take(self, rows: NDArray[np.intp]) -> Design:
-        """The observations `rows`, in the same internal coordinates (the centres stay)."""
+    def take(self, rows: NDArray[np.intp]) -> LawInputs:
+        """The observations `rows`, in the same internal coordinates (with unchanged centers)."""
         return replace(
             self,
             columns={name: values[rows] for name, values in self.columns.items()},
@@ -67,7 +67,7 @@ class Design:
 
 @dataclass(frozen=True)
 class ComputeOptimum:
-    """Closed-form frontier under C = 6 N D: N_opt = params_coefficient * C**params_exponent, likewise D_opt.
+    """Closed-form frontier under C = 6 N D: N_opt = params_coefficient * C**params_exponent; D_opt likewise.
 
     Each field is a float or an array over a batch of fits.
     """
@@ -79,7 +79,7 @@ class ComputeOptimum:
 
 
 class LossLaw(ABC):
-    """One scaling law. Subclasses are frozen dataclasses; their fields are the law's options."""
+    """A scaling law. Subclasses are frozen dataclasses whose fields are the law's options."""
 
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
@@ -94,7 +94,7 @@ class LossLaw(ABC):
     @property
     @abstractmethod
     def columns(self) -> tuple[str, ...]:
-        """Observation columns that the law reads (without the loss)."""
+        """Names of the observation columns that the law reads (without the loss)."""
 
     @property
     def label(self) -> str:
@@ -108,7 +108,7 @@ class LossLaw(ABC):
 
     @property
     def log_scaled(self) -> tuple[str, ...]:
-        """Parameters that are positive scales over many decades: profiled, and best drawn, by their logarithm."""
+        """Positive parameters that span decades: their logarithm is what is profiled and plotted."""
         return ()
 
     @property
@@ -126,38 +126,42 @@ class LossLaw(ABC):
         return None
 
     # -- internal coordinates --------------------------------------------------------------------------------------
-    def prepare(self, data: Any, loss_nats: Array) -> Design:
-        """Checks and centres the columns. Raises `UserError` where one is missing, of another length or not positive."""
+    def prepare(self, data: Any, loss_nats: Array) -> LawInputs:
+        """Check and center the columns.
+
+        Raises:
+            UserError: a column is missing, has the wrong length, or is not positive.
+        """
         columns = {name: read_column(data, name, f"law={self.name}") for name in self.columns}
         for name, values in columns.items():
             if values.shape != loss_nats.shape[-1:]:
                 raise UserError(
-                    f"law={self.name}: column {name!r} has {values.size} values, the loss has {loss_nats.shape[-1]}."
+                    f"law={self.name}: column {name!r} has {values.size} values, but the loss has {loss_nats.shape[-1]}."
                 )
         logs = np.stack([np.log(v) for v in columns.values()])
-        # A column with one value has that value as its centre exactly, so that its regressor is 0 and not rounding.
+        # The center of a constant column is exactly its value, so its regressor is 0, not a rounding error.
         centers = np.where(np.ptp(logs, axis=1) == 0, logs[:, 0], logs.mean(axis=1))
-        design = Design(
+        inputs = LawInputs(
             columns=columns,
             log_columns=logs - centers[:, None],
             log_centers=centers,
             log_loss_center=float(np.mean(np.log(loss_nats))),
             regressors=np.empty((0, logs.shape[1])),
         )
-        return self._with_regressors(design)
+        return self._with_regressors(inputs)
 
-    def _with_regressors(self, design: Design) -> Design:
-        return design
+    def _with_regressors(self, inputs: LawInputs) -> LawInputs:
+        return inputs
 
     @abstractmethod
-    def evaluate(self, theta: Array, design: Design) -> tuple[Array, Array]:
+    def evaluate(self, theta: Array, inputs: LawInputs) -> tuple[Array, Array]:
         """ln L - log_loss_center (B, n) and its Jacobian (B, p, n) at internal parameters theta (B, p)."""
 
-    def curvature(self, theta: Array, design: Design, v: Array, jacobian: Array) -> Array:
+    def curvature(self, theta: Array, inputs: LawInputs, v: Array, jacobian: Array) -> Array:
         """(B, p, p): sum over points of v_i * (Hessian of L_i) / L_i, for v (B, n) and the Jacobian at theta.
 
-        In terms of f = ln L this is sum v (Hessian of f + J J^T). By default from differences of the analytic
-        Jacobian, which is enough: curvature only sets the speed of the engine, never the answer.
+        In terms of f = ln L this is sum v (Hessian of f + J J^T). The default takes finite differences of the analytic
+        Jacobian, which is accurate enough: the curvature only affects the speed of convergence, never the result.
         """
         p = theta.shape[1]
         out = np.einsum("bin,bn,bjn->bij", jacobian, v, jacobian, optimize=True)
@@ -166,31 +170,31 @@ class LossLaw(ABC):
             up, down = theta.copy(), theta.copy()
             up[:, j] += h
             down[:, j] -= h
-            difference = self.evaluate(up, design)[1] - self.evaluate(down, design)[1]
+            difference = self.evaluate(up, inputs)[1] - self.evaluate(down, inputs)[1]
             column = np.einsum("bin,bn->bi", difference, v) / (2.0 * h[:, None])
             out[:, :, j] += 0.5 * column
             out[:, j, :] += 0.5 * column
         return out
 
     @abstractmethod
-    def bounds(self, design: Design) -> tuple[Array, Array]:
+    def bounds(self, inputs: LawInputs) -> tuple[Array, Array]:
         """Lower and upper bounds (p,) of the internal parameters."""
 
     def bound_sentence(self, name: str, at_upper: bool) -> str:
-        """Why a fit that ends with parameter `name` at a bound did so."""
+        """Explain a fit that ends with parameter `name` at a bound."""
         return f"{name} ended at its {'upper' if at_upper else 'lower'} bound"
 
     @abstractmethod
-    def starts(self, design: Design, log_loss: Array) -> Array:
-        """(S, p) internal starting points for ln L - log_loss_center (n,)."""
+    def starts(self, inputs: LawInputs, log_loss: Array) -> Array:
+        """(S, p) starting points (internal parameters) for the log losses ln L - log_loss_center (n,)."""
 
     @abstractmethod
-    def to_natural(self, theta: Array, design: Design) -> dict[str, Array]:
-        """Internal (..., p) to natural parameters, each (...,)."""
+    def to_natural(self, theta: Array, inputs: LawInputs) -> dict[str, Array]:
+        """Natural parameters, each (...,), from internal ones (..., p)."""
 
     @abstractmethod
-    def from_natural(self, parameters: Mapping[str, Any], design: Design) -> Array:
-        """Natural parameters to internal (..., p)."""
+    def from_natural(self, parameters: Mapping[str, Any], inputs: LawInputs) -> Array:
+        """Internal parameters (..., p) from natural ones."""
 
     # -- examples --------------------------------------------------------------------------------------------------
     def example_columns(self, n: int = 60, seed: int = 0) -> dict[str, Array]:
@@ -201,10 +205,10 @@ class LossLaw(ABC):
 
 
 def read_column(data: Any, name: str, who: str) -> Array:
-    """Column `name` of a mapping, a DataFrame or an object with such an attribute (or `extra` column), as float64 (n,).
+    """Column `name` of a mapping, a DataFrame, or an object with that attribute (or `extra` column), as float64 (n,).
 
     Raises:
-        UserError: the column is missing, or not finite and positive throughout.
+        UserError: the column is missing, or has values that are not finite and positive.
     """
     values: Any = None
     for source in (data, getattr(data, "extra", None)):
@@ -214,7 +218,7 @@ def read_column(data: Any, name: str, who: str) -> Array:
             except (KeyError, AttributeError, IndexError, TypeError):
                 values = None
     if values is None:
-        raise UserError(f"{who} needs the column {name!r}, which these observations do not have.")
+        raise UserError(f"{who} needs the column {name!r}, which is not in these observations.")
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1:
         raise UserError(f"{who}: column {name!r} must be one-dimensional, got shape {array.shape}.")

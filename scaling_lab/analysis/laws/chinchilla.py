@@ -1,4 +1,4 @@
-"""Owns Hoffmann et al.'s parametric loss L(N, D), Approach 3."""
+"""The parametric loss L(N, D) of Hoffmann et al. (Approach 3)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from scaling_lab.analysis.estimate import Array
-from scaling_lab.analysis.laws.base import ComputeOptimum, Design
+from scaling_lab.analysis.laws.base import ComputeOptimum, LawInputs
 from scaling_lab.analysis.laws.sums import LogSumLaw, Slope, Term, chinchilla_like_optimum
 
 
@@ -33,7 +33,7 @@ class Chinchilla(LogSumLaw):
 
     @property
     def example(self) -> Mapping[str, float]:
-        # The unrounded fit of the paper, from the TeX source (Besiroglu et al. 2024, arXiv 2404.10102).
+        # The paper's unrounded fit, found in its TeX source (Besiroglu et al. 2024, arXiv 2404.10102).
         return {
             "E": np.exp(0.52672),
             "A": np.exp(6.00734),
@@ -45,9 +45,9 @@ class Chinchilla(LogSumLaw):
     def frontier(self, parameters: Mapping[str, Any]) -> ComputeOptimum:
         return chinchilla_like_optimum(*(parameters[k] for k in ("A", "B", "alpha", "beta")))
 
-    def hoffmann_starts(self, design: Design) -> Array:
-        """The paper's 4,500 starts: alpha, beta in {0, .5, .., 2}, e in {-1, -.5, .., 1}, a, b in {0, 5, .., 25}."""
+    def hoffmann_starts(self, inputs: LawInputs) -> Array:
+        """The 4,500 starts of the paper: alpha, beta in {0, .5, .., 2}, e in {-1, -.5, .., 1}, a, b in {0, 5, .., 25}."""
         exponents, logs = np.arange(0, 2.5, 0.5), np.arange(0, 30, 5.0)
         grid = np.array(list(product(np.arange(-1, 1.5, 0.5), logs, logs, exponents, exponents)))
         natural = dict(zip(self.parameters, np.concatenate([np.exp(grid[:, :3]), grid[:, 3:]], axis=1).T))
-        return np.clip(self.from_natural(natural, design), *self.bounds(design))
+        return np.clip(self.from_natural(natural, inputs), *self.bounds(inputs))

@@ -1,4 +1,4 @@
-"""Owns Gadre et al.'s law of over-training: loss as a function of compute and of tokens per parameter."""
+"""The over-training law of Gadre et al.: loss as a function of compute and tokens per parameter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOG_SIX = float(np.log(FLOPS_PER_PARAM_TOKEN))
 class Gadre(LogSumLaw):
     """L(C, M) = E + (a M^eta + b M^-eta) C^-eta with C = 6 N D and M = D / N: Chinchilla's law with alpha = beta = 2 eta.
 
-    The reducible loss falls as C^-eta at any fixed M: over-training moves the line without turning it.
+    At any fixed M the reducible loss falls as C^-eta: over-training shifts the line on log axes but keeps its slope.
     """
 
     name = "gadre"

@@ -1,4 +1,4 @@
-"""Owns a law with width and depth of the model in place of (or beside) its size: McLeish et al.'s Gemstones."""
+"""The Gemstones law of McLeish et al.: width and depth of the model instead of its size, or together with it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from scaling_lab.analysis.laws.sums import LogSumLaw, Slope, Term
 
 @dataclass(frozen=True)
 class Gemstones(LogSumLaw):
-    """L(w, d, D) = E + A / w^alpha + B / d^beta + C / D^zeta, and with `with_params` a further term P / N^gamma.
+    """L(w, d, D) = E + A / w^alpha + B / d^beta + T / D^zeta, plus P / N^gamma if `with_params`.
 
-    It has no closed-form frontier in N: the sizes that are possible depend on how width and depth make parameters.
+    It has no closed-form frontier in N, because the possible sizes depend on how width and depth determine N.
     """
 
     name = "gemstones"
@@ -40,9 +40,10 @@ class Gemstones(LogSumLaw):
 
     @property
     def example(self) -> Mapping[str, float]:
-        # Plausible values (not the paper's): each term is a tenth to a half of the loss over the typical ranges.
+        # Plausible values (not from the paper): each term is 10 to 50% of the loss over the typical ranges.
         values = {"E": 1.6, "A": 60.0, "B": 1.5, "T": 3000.0, "alpha": 0.65, "beta": 0.6, "zeta": 0.38}
         return {**values, "P": 300.0, "gamma": 0.33} if self.with_params else values
 
     def example_columns(self, n: int = 120, seed: int = 0) -> dict[str, Array]:
+        """As in the base class, with more points: the law has up to nine parameters."""
         return super().example_columns(n, seed)

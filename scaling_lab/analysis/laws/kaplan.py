@@ -1,4 +1,4 @@
-"""Owns Kaplan et al.'s joint laws: L(N, D), eq. 1.5, and L(N, S), eq. 1.6."""
+"""The joint laws of Kaplan et al.: L(N, D), eq. 1.5, and L(N, S), eq. 1.6."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from scaling_lab.analysis.estimate import Array
-from scaling_lab.analysis.laws.base import MAX_EXPONENT, ComputeOptimum, Design, LossLaw
+from scaling_lab.analysis.laws.base import MAX_EXPONENT, ComputeOptimum, LawInputs, LossLaw
 from scaling_lab.analysis.laws.sums import LogSumLaw, Slope, Term, chinchilla_like_optimum
 
 
 @dataclass(frozen=True)
 class KaplanND(LossLaw):
-    """L(N, D) = [(N_c/N)^(alpha_N/alpha_D) + D_c/D]^alpha_D, N without embeddings; no irreducible loss."""
+    """L(N, D) = [(N_c/N)^(alpha_N/alpha_D) + D_c/D]^alpha_D, with N without embeddings and no irreducible loss."""
 
     name = "kaplan_nd"
     title = "Kaplan L(N, D)"
@@ -45,15 +45,15 @@ class KaplanND(LossLaw):
         return (size + parameters["D_c"] / columns["n_tokens"]) ** parameters["alpha_D"]
 
     def frontier(self, parameters: Mapping[str, Any]) -> ComputeOptimum:
-        # The bracket is A / N^ratio + B / D, and L grows with it.
+        # L increases with the bracket, which is A / N^ratio + B / D.
         ratio = np.divide(parameters["alpha_N"], parameters["alpha_D"])
         with np.errstate(all="ignore"):
             return chinchilla_like_optimum(np.power(parameters["N_c"], ratio), parameters["D_c"], ratio, 1.0)
 
-    # Internal: p, q (ln of the two terms at the centre, before the power), alpha_D, ratio = alpha_N / alpha_D, with
-    # ln L = alpha_D ln(exp(p - ratio x) + exp(q - y)); p and q carry the mean loss too.
-    def evaluate(self, theta: Array, design: Design) -> tuple[Array, Array]:
-        x, y = design.log_columns
+    # Internal: p, q (ln of the two terms in the bracket at the center of the data), alpha_D and ratio = alpha_N / alpha_D,
+    # with ln L = alpha_D ln(exp(p - ratio x) + exp(q - y)); p and q include the scale of the mean loss.
+    def evaluate(self, theta: Array, inputs: LawInputs) -> tuple[Array, Array]:
+        x, y = inputs.log_columns
         p, q, power, ratio = (theta[:, i, None] for i in range(4))
         size, data = np.exp(p - ratio * x), np.exp(q - y)
         total = size + data
@@ -62,24 +62,24 @@ class KaplanND(LossLaw):
         jacobian = np.stack([power * share, power * (1 - share), log_total, -power * share * x], axis=1)
         return power * log_total, jacobian
 
-    def bounds(self, design: Design) -> tuple[Array, Array]:
+    def bounds(self, inputs: LawInputs) -> tuple[Array, Array]:
         return np.array([-150.0, -150.0, 1e-3, 0.0]), np.array([150.0, 150.0, MAX_EXPONENT, MAX_EXPONENT])
 
     def bound_sentence(self, name: str, at_upper: bool) -> str:
         if name == "alpha_N" and not at_upper:
-            return "alpha_N is 0: within these data the loss does not depend on N"
+            return "alpha_N is 0: in these data the loss does not depend on N"
         if name == "alpha_D" and not at_upper:
-            return "alpha_D is 0: within these data the loss shows no power law"
+            return "alpha_D is 0: in these data the loss follows no power law"
         if not at_upper and name in ("N_c", "D_c"):
-            return f"{name} vanished: within these data the loss does not depend on its term"
+            return f"{name} is at its lower bound: in these data the loss does not depend on its term"
         return super().bound_sentence(name, at_upper)
 
-    def starts(self, design: Design, log_loss: Array) -> Array:
+    def starts(self, inputs: LawInputs, log_loss: Array) -> Array:
         # Given alpha_D and the ratio, L^(1/alpha_D) is linear in the two amplitudes.
-        x, y = design.log_columns
+        x, y = inputs.log_columns
         found = []
         for power, ratio in product(np.geomspace(0.03, 1.2, 10), np.geomspace(0.25, 4.0, 8)):
-            with np.errstate(all="ignore"):  # losses over many decades leave float64 at small powers
+            with np.errstate(all="ignore"):  # at small powers, losses spanning decades overflow float64
                 relative = np.exp(-log_loss / power)
                 basis = np.stack([np.exp(-ratio * x) * relative, np.exp(-y) * relative], axis=1)
                 scale = np.sqrt(np.mean(basis**2, axis=0))
@@ -89,35 +89,36 @@ class KaplanND(LossLaw):
                     share = np.linalg.lstsq(scaled, np.ones_like(x), rcond=None)[0]
                 p, q = np.nan_to_num(np.log(np.maximum(share, 0.01) / scale))
             found.append([p, q, power, ratio])
-        return np.clip(np.array(found), *self.bounds(design))
+        return np.clip(np.array(found), *self.bounds(inputs))
 
-    def to_natural(self, theta: Array, design: Design) -> dict[str, Array]:
+    def to_natural(self, theta: Array, inputs: LawInputs) -> dict[str, Array]:
         theta = np.asarray(theta, dtype=np.float64)
         p, q, power, ratio = (theta[..., i] for i in range(4))
         with np.errstate(all="ignore"):
-            # (exp(lc / power)) is the mean loss inside the bracket.
-            inner = design.log_loss_center / power
-            n_c = np.exp((p + inner) / ratio + design.log_centers[0])
+            # exp(inner) is the mean loss inside the bracket.
+            inner = inputs.log_loss_center / power
+            n_c = np.exp((p + inner) / ratio + inputs.log_centers[0])
             return {
                 "N_c": n_c,
-                "D_c": np.exp(q + inner + design.log_centers[1]),
+                "D_c": np.exp(q + inner + inputs.log_centers[1]),
                 "alpha_N": ratio * power,
                 "alpha_D": power + 0.0,
             }
 
-    def from_natural(self, parameters: Mapping[str, Any], design: Design) -> Array:
+    def from_natural(self, parameters: Mapping[str, Any], inputs: LawInputs) -> Array:
         n_c, d_c, alpha_n, power = (np.asarray(parameters[k], dtype=np.float64) for k in self.parameters)
-        ratio, inner = alpha_n / power, design.log_loss_center / power
-        p = ratio * (np.log(n_c) - design.log_centers[0]) - inner
-        q = np.log(d_c) - design.log_centers[1] - inner
+        ratio, inner = alpha_n / power, inputs.log_loss_center / power
+        p = ratio * (np.log(n_c) - inputs.log_centers[0]) - inner
+        q = np.log(d_c) - inputs.log_centers[1] - inner
         return np.stack(np.broadcast_arrays(p, q, power, ratio), axis=-1)
 
 
 @dataclass(frozen=True)
 class KaplanNS(LogSumLaw):
-    """L(N, S_min) = (N_c/N)^alpha_N + (S_c/S_min)^alpha_S, the learning curve of a model of N parameters.
+    """L(N, S_min) = (N_c/N)^alpha_N + (S_c/S_min)^alpha_S, the learning curve of a model with N parameters.
 
-    `n_steps` is S_min, the steps at a batch far above critical: S / (1 + B_crit / B). No frontier in N and D without a batch size.
+    `n_steps` is S_min = S / (1 + B_crit / B), the steps at a batch size far above critical. Without a batch size there is
+    no frontier in N and D.
     """
 
     name = "kaplan_ns"

@@ -1,5 +1,5 @@
-"""Owns Muennighoff et al.'s data-constrained law: Chinchilla's, with the worth of repeated tokens and of excess parameters
-decaying."""
+"""The data-constrained law of Muennighoff et al.: Chinchilla's law with decaying value of repeated tokens and excess
+parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from scaling_lab.analysis.estimate import Array
-from scaling_lab.analysis.laws.base import TYPICAL_RANGES, ComputeOptimum, Design, LossLaw
+from scaling_lab.analysis.laws.base import TYPICAL_RANGES, ComputeOptimum, LawInputs, LossLaw
 from scaling_lab.analysis.laws.chinchilla import Chinchilla
 from scaling_lab.analysis.laws.sums import chinchilla_like_optimum
 
@@ -20,10 +20,10 @@ _E, _A, _B, _ALPHA, _BETA, _RD, _RN = range(7)
 
 @dataclass(frozen=True)
 class Muennighoff(LossLaw):
-    """L(N, D, U) = E + A / N'^alpha + B / D'^beta, of D tokens of which U are unique.
+    """L(N, D, U) = E + A / N'^alpha + B / D'^beta for D training tokens, U of them unique.
 
-    D' = U_D + U_D R_D* (1 - exp(-R_D / R_D*)) with U_D = min(U, D), R_D = D / U_D - 1 repetitions beyond the first pass;
-    N' likewise from U_N = min(N, N_opt of the law at the compute whose D_opt is U_D), R_N = N / U_N - 1.
+    D' = U_D + U_D R_D* (1 - exp(-R_D / R_D*)) with U_D = min(U, D) and R_D = D / U_D - 1 repetitions after the first epoch;
+    N' likewise from U_N = min(N, N_opt at the compute whose D_opt is U_D) and R_N = N / U_N - 1.
     """
 
     name = "muennighoff"
@@ -45,7 +45,7 @@ class Muennighoff(LossLaw):
 
     @property
     def example(self) -> Mapping[str, float]:
-        # The published fit on C4 (the paper's released code).
+        # The published fit on C4 (from the released code).
         return {
             "E": float(np.exp(0.6254804)),
             "A": float(np.exp(6.255414)),
@@ -57,7 +57,7 @@ class Muennighoff(LossLaw):
         }
 
     def example_columns(self, n: int = 150, seed: int = 0) -> dict[str, Array]:
-        """1 to 60 epochs and models up to 60 times the optimum for their unique tokens: both decays show."""
+        """1 to 60 epochs, and models up to 60 times the optimum for their unique tokens, so that both decays matter."""
         rng = np.random.default_rng(seed)
         lo, hi = TYPICAL_RANGES["unique_tokens"]
         unique = np.exp(rng.uniform(np.log(lo), np.log(hi), size=n))
@@ -68,7 +68,7 @@ class Muennighoff(LossLaw):
     def loss_nats(self, parameters: Mapping[str, Any], columns: Mapping[str, Any]) -> Any:
         E, A, B, alpha, beta, r_d, r_n = (parameters[k] for k in self.parameters)
         n, d = columns["n_params"], columns["n_tokens"]
-        # The frontier and the contour are those of unlimited data: where no column says otherwise, every token is unique.
+        # Without the column every token is unique: frontiers and contours are those of unlimited data.
         u_d = np.minimum(columns.get("unique_tokens", d), d)
         g = (alpha * A / (beta * B)) ** (1 / (alpha + beta))
         u_n = np.minimum(n, g * (g * u_d) ** (beta / alpha))
@@ -77,15 +77,15 @@ class Muennighoff(LossLaw):
         return E + A / worth_n**alpha + B / worth_d**beta
 
     def frontier(self, parameters: Mapping[str, Any]) -> ComputeOptimum:
-        """With unlimited unique tokens; under repetition the optimum depends on U and has no closed form."""
+        """The frontier for unlimited unique tokens; with repetition the optimum depends on U and has no closed form."""
         return chinchilla_like_optimum(*(parameters[k] for k in ("A", "B", "alpha", "beta")))
 
-    # Internal: E and ln A, ln B as in Chinchilla's law (relative to the mean loss, at the centre), exponents, ln R*.
-    def evaluate(self, theta: Array, design: Design) -> tuple[Array, Array]:
+    # Internal: E, ln A and ln B as in Chinchilla's law (relative to the mean loss, at the center of the data), exponents, ln R*.
+    def evaluate(self, theta: Array, inputs: LawInputs) -> tuple[Array, Array]:
         alpha, beta = theta[:, _ALPHA, None], theta[:, _BETA, None]
-        log_n, d_log_n = self._log_worth_n(theta, design)
-        log_d, d_log_d = self._log_worth_d(theta, design)
-        x, y = log_n - design.log_centers[0], log_d - design.log_centers[1]
+        log_n, d_log_n = self._log_worth_n(theta, inputs)
+        log_d, d_log_d = self._log_worth_d(theta, inputs)
+        x, y = log_n - inputs.log_centers[0], log_d - inputs.log_centers[1]
         size = np.exp(theta[:, _A, None] - alpha * x)
         data = np.exp(theta[:, _B, None] - beta * y)
         total = theta[:, _E, None] + size + data
@@ -98,19 +98,19 @@ class Muennighoff(LossLaw):
         jacobian[:, _BETA] -= y * data / total
         return np.log(total), jacobian
 
-    def _log_worth_d(self, theta: Array, design: Design) -> tuple[Array, Array]:
-        """ln D' (B, n) and its derivative by ln R_D*."""
-        u_d = np.minimum(design.columns["unique_tokens"], design.columns["n_tokens"])
-        repetitions = design.columns["n_tokens"] / u_d - 1
+    def _log_worth_d(self, theta: Array, inputs: LawInputs) -> tuple[Array, Array]:
+        """ln D' (B, n) and its derivative with respect to ln R_D*."""
+        u_d = np.minimum(inputs.columns["unique_tokens"], inputs.columns["n_tokens"])
+        repetitions = inputs.columns["n_tokens"] / u_d - 1
         worth, slope, _ = _saturate(repetitions, theta[:, _RD, None])
         return np.log(u_d) + np.log1p(worth), slope / (1 + worth)
 
-    def _log_worth_n(self, theta: Array, design: Design) -> tuple[Array, Array]:
-        """ln N' (B, n) and its derivative by every internal parameter (B, 7, n)."""
-        log_n = np.log(design.columns["n_params"])
-        log_unique = np.log(np.minimum(design.columns["unique_tokens"], design.columns["n_tokens"]))
+    def _log_worth_n(self, theta: Array, inputs: LawInputs) -> tuple[Array, Array]:
+        """ln N' (B, n) and its derivatives with respect to all internal parameters (B, 7, n)."""
+        log_n = np.log(inputs.columns["n_params"])
+        log_unique = np.log(np.minimum(inputs.columns["unique_tokens"], inputs.columns["n_tokens"]))
         alpha, beta = theta[:, _ALPHA, None], theta[:, _BETA, None]
-        center_n, center_d = design.log_centers[0], design.log_centers[1]
+        center_n, center_d = inputs.log_centers[0], inputs.log_centers[1]
         share = 1 / (alpha + beta)
         log_ratio = theta[:, _A, None] + alpha * center_n - theta[:, _B, None] - beta * center_d
         log_g = share * (np.log(alpha / beta) + log_ratio)
@@ -131,59 +131,61 @@ class Muennighoff(LossLaw):
         derivative[:, _RN] = by_log_r / (1 + worth)
         return log_u + np.log1p(worth), derivative
 
-    def bounds(self, design: Design) -> tuple[Array, Array]:
+    def bounds(self, inputs: LawInputs) -> tuple[Array, Array]:
         lower = np.array([0.0, np.log(1e-6), np.log(1e-6), 0.02, 0.02, np.log(1e-2), np.log(1e-2)])
         upper = np.array([1e3, 50.0, 50.0, 5.0, 5.0, np.log(1e4), np.log(1e4)])
         return lower, upper
 
     def bound_sentence(self, name: str, at_upper: bool) -> str:
         if name == "E" and not at_upper:
-            return "E is 0: within these data the loss shows no floor"
+            return "E is 0: these data show no irreducible loss"
         if name.startswith("R_"):
             what = "repeated tokens" if name == "R_D_star" else "excess parameters"
-            return f"{name}: within these data {what} are worth {'as much as new ones' if at_upper else 'nothing'}"
+            return (
+                f"{name}: in these data {what} are worth {'as much as new ones' if at_upper else 'nothing'}"
+            )
         return super().bound_sentence(name, at_upper)
 
-    def starts(self, design: Design, log_loss: Array) -> Array:
-        # Chinchilla's starts on what repeated tokens are worth under a few R*.
+    def starts(self, inputs: LawInputs, log_loss: Array) -> Array:
+        # Starts of Chinchilla's law on the effective tokens for a few values of R*.
         plain = Chinchilla()
         found = []
         for r_d, r_n in product(np.log([5.0, 40.0]), np.log([3.0, 20.0])):
             theta = np.zeros((1, 7))
             theta[0, _RD] = r_d
-            worth = np.exp(self._log_worth_d(theta, design)[0][0])
-            columns = {"n_params": design.columns["n_params"], "n_tokens": worth}
-            loss = np.exp(log_loss + design.log_loss_center)
+            worth = np.exp(self._log_worth_d(theta, inputs)[0][0])
+            columns = {"n_params": inputs.columns["n_params"], "n_tokens": worth}
+            loss = np.exp(log_loss + inputs.log_loss_center)
             inner = plain.prepare(columns, loss)
             grid = np.array(list(product((0.15, 0.3, 0.45, 0.8), repeat=2)))
             natural = plain.to_natural(plain.project(grid, inner, log_loss), inner)
             full = {**natural, "R_D_star": np.exp(r_d), "R_N_star": np.exp(r_n)}
-            found.append(self.from_natural(full, design))
-        return np.clip(np.concatenate(found), *self.bounds(design))
+            found.append(self.from_natural(full, inputs))
+        return np.clip(np.concatenate(found), *self.bounds(inputs))
 
-    def to_natural(self, theta: Array, design: Design) -> dict[str, Array]:
+    def to_natural(self, theta: Array, inputs: LawInputs) -> dict[str, Array]:
         theta = np.asarray(theta, dtype=np.float64)
-        center = design.log_loss_center
+        center = inputs.log_loss_center
         with np.errstate(over="ignore"):
             return {
                 "E": theta[..., _E] * np.exp(center),
-                "A": np.exp(theta[..., _A] + theta[..., _ALPHA] * design.log_centers[0] + center),
-                "B": np.exp(theta[..., _B] + theta[..., _BETA] * design.log_centers[1] + center),
+                "A": np.exp(theta[..., _A] + theta[..., _ALPHA] * inputs.log_centers[0] + center),
+                "B": np.exp(theta[..., _B] + theta[..., _BETA] * inputs.log_centers[1] + center),
                 "alpha": theta[..., _ALPHA] + 0.0,
                 "beta": theta[..., _BETA] + 0.0,
                 "R_D_star": np.exp(theta[..., _RD]),
                 "R_N_star": np.exp(theta[..., _RN]),
             }
 
-    def from_natural(self, parameters: Mapping[str, Any], design: Design) -> Array:
+    def from_natural(self, parameters: Mapping[str, Any], inputs: LawInputs) -> Array:
         E, A, B, alpha, beta, r_d, r_n = (
             np.asarray(parameters[k], dtype=np.float64) for k in self.parameters
         )
-        center = design.log_loss_center
+        center = inputs.log_loss_center
         values = (
             E * np.exp(-center),
-            np.log(A) - alpha * design.log_centers[0] - center,
-            np.log(B) - beta * design.log_centers[1] - center,
+            np.log(A) - alpha * inputs.log_centers[0] - center,
+            np.log(B) - beta * inputs.log_centers[1] - center,
             alpha,
             beta,
             np.log(r_d),
@@ -193,7 +195,7 @@ class Muennighoff(LossLaw):
 
 
 def _saturate(excess: Array, log_r: Array) -> tuple[Array, Array, Array]:
-    """R (1 - exp(-excess / R)) with R = exp(log_r), its derivative by log_r and by excess."""
+    """R (1 - exp(-excess / R)) with R = exp(log_r), and its derivatives with respect to log_r and excess."""
     r = np.exp(log_r)
     q = excess / r
     kept = np.exp(-q)

@@ -1,4 +1,4 @@
-"""Owns the single power laws L(N), L(D) and L(C), with and without an irreducible loss."""
+"""Power laws in one variable, L(N), L(D) and L(C), with and without an irreducible loss."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Power(LogSumLaw):
 
 @dataclass(frozen=True)
 class PowerN(_Power):
-    """Loss of models trained to convergence, against their size."""
+    """Loss of models trained to convergence, as a function of their size."""
 
     name = "power_n"
     title = "Power law L(N)"
@@ -47,7 +47,7 @@ class PowerN(_Power):
 
 @dataclass(frozen=True)
 class PowerD(_Power):
-    """Loss of large models stopped early, against the tokens they saw."""
+    """Loss of large models stopped early, as a function of their training tokens."""
 
     name = "power_d"
     title = "Power law L(D)"
@@ -65,7 +65,7 @@ class PowerD(_Power):
 
 @dataclass(frozen=True)
 class PowerC(_Power):
-    """Loss of compute-optimal models, against training FLOPs."""
+    """Loss of compute-optimal models, as a function of training FLOPs."""
 
     name = "power_c"
     title = "Power law L(C)"

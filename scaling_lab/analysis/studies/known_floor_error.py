@@ -26,7 +26,7 @@ from scaling_lab.analysis.approaches.parametric import Parametric, law_columns
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.estimate import Array, FitResult
 from scaling_lab.analysis.fitting.fit import fit, fit_many
-from scaling_lab.analysis.laws.base import Design, LossLaw
+from scaling_lab.analysis.laws.base import LawInputs, LossLaw
 from scaling_lab.analysis.laws.sums import LogSumLaw
 
 # Fewer simulated errors than this say nothing of their spread (as for `Band.standard_error`).
@@ -117,9 +117,9 @@ def _with_floor(law: LossLaw, floor_nats: float) -> LossLaw:
     held = copy.copy(law)
     at = law.parameters.index("E")
 
-    def bounds(design: Design) -> tuple[Array, Array]:
-        lower, upper = law.bounds(design)
-        lower[at] = upper[at] = law.from_natural({**law.example, "E": floor_nats}, design)[at]
+    def bounds(inputs: LawInputs) -> tuple[Array, Array]:
+        lower, upper = law.bounds(inputs)
+        lower[at] = upper[at] = law.from_natural({**law.example, "E": floor_nats}, inputs)[at]
         return lower, upper
 
     object.__setattr__(held, "bounds", bounds)  # a law is frozen; this is a private copy of it
