@@ -14,6 +14,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from scaling_lab import _moved as _moved  # old module paths raise ImportError that names the new one
+
 if TYPE_CHECKING:
     from scaling_lab.api.analyze import analyze, load, predict, report
     from scaling_lab.api.fit import fit

@@ -362,7 +362,7 @@ def ours_seconds(plan: Plan, folder: Path, cache: Path) -> float:
     began = time.perf_counter()
     begun = [
         subprocess.Popen(
-            [sys.executable, "-P", "-m", "scaling_lab.launching.worker", str(folder)],
+            [sys.executable, "-P", "-m", "scaling_lab.worker", str(folder)],
             env=environment(execution.threads, cache),
             stderr=subprocess.DEVNULL,
         )

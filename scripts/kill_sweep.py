@@ -68,7 +68,7 @@ STUCK_S = 600.0
 SITECUSTOMIZE = '''
 """Owns announcing what a worker does; see scripts/kill_sweep.py."""
 import os, random, sys, time
-if "scaling_lab.launching.worker" in sys.orig_argv:
+if "scaling_lab.worker" in sys.orig_argv:
     out = os.open(os.environ["KILL_SWEEP_PHASES"], os.O_WRONLY | os.O_APPEND)
     def say(sign, phase, run_id):
         os.write(out, f"{time.time_ns()} {os.getpid()} {sign}{phase} {run_id}\\n".encode())

@@ -233,9 +233,7 @@ def test_a_group_that_is_stopped_or_loses_a_process_goes_on_another_time(tmp_pat
     """SIGTERM to torchrun, as a scheduler sends it; SIGKILL to the second process, as a lost node looks."""
     spec, store = tiny(200_000), RunStore(tmp_path)
     store.write_plan(Plan("t", (PlannedRun(spec, Execution()),), spec.convention, spec.data.fingerprint()))
-    process = torchrun(
-        "-m", "scaling_lab.launching.worker", str(store.folder), port=28_500 + os.getpid() % 1000
-    )
+    process = torchrun("-m", "scaling_lab.worker", str(store.folder), port=28_500 + os.getpid() % 1000)
     deadline = time.monotonic() + 120
     while len(store.read_curve(spec.run_id())) < 50 and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -278,4 +276,4 @@ def test_sweep_under_torchrun_says_what_to_do(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["sweep", "sweep=p", f"results_dir={tmp_path}"]) == 2
-    assert "torchrun --nproc_per_node=N -m scaling_lab.launching.worker" in capsys.readouterr().err
+    assert "torchrun --nproc_per_node=N -m scaling_lab.worker" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from helpers.specs import spec
+from scaling_lab.cli.main import main
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching import workers
@@ -105,7 +106,7 @@ def test_a_run_whose_worker_always_dies_fails_with_the_reason(tmp_path):
         "                continue\n"
         "            if mine: os.kill(os.getpid(), signal.SIGKILL)\n"
         "        time.sleep(0.01)\n"
-        "if 'scaling_lab.launching.worker' in ' '.join(sys.orig_argv): threading.Thread(target=watch, daemon=True).start()\n"
+        "if 'scaling_lab.worker' in ' '.join(sys.orig_argv): threading.Thread(target=watch, daemon=True).start()\n"
     )
     sweep = start(
         tmp_path,
@@ -147,7 +148,7 @@ def test_interrupt_stops_the_workers_and_the_sweep_goes_on(tmp_path):
 def test_a_worker_that_cannot_start_is_an_error_that_quotes_it(tmp_path):
     (tmp_path / "inject").mkdir()
     (tmp_path / "inject/sitecustomize.py").write_text(
-        "import sys\nif 'scaling_lab.launching.worker' in ' '.join(sys.orig_argv): sys.exit('libfoo.so is missing')\n"
+        "import sys\nif 'scaling_lab.worker' in ' '.join(sys.orig_argv): sys.exit('libfoo.so is missing')\n"
     )
     sweep = start(tmp_path, *TINY, "design.budgets_flops=[1e8]", PYTHONPATH=str(tmp_path / "inject"))
     _, err = sweep.communicate(timeout=100)
@@ -201,3 +202,26 @@ def test_a_clone_in_the_working_folder_hides_nothing_from_the_workers(tmp_path, 
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 of 4 runs completed" in done.stdout
+
+
+def test_the_worker_command_trains_a_plan_in_its_own_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = [option for option in TINY if not option.startswith("workers=")]
+    assert main(["plan", *options, "design.budgets_flops=[1e8]", "--quiet"]) == 0
+    store = RunStore(tmp_path / "results/s")
+    first, *others = [run.run_id for run in store.read_plan().runs]
+    command = [sys.executable, "-m", "scaling_lab.cli.main", "worker", "results/s"]
+    subprocess.run([*command, f"run_ids=[{first}]"], check=True, timeout=120)
+    assert store.run_ids_with_record() == [first]
+    subprocess.run(command, check=True, timeout=120)
+    assert sorted(store.run_ids_with_record()) == sorted([first, *others])
+    capsys.readouterr()
+    for argv, words in (
+        (["worker"], "folder is missing"),
+        (["worker", "nowhere"], "there is no plan at nowhere/plan.json"),
+        (["worker", "results/s", "parallel=dpd"], "parallel='dpd' is not known"),
+        (["worker", "results/s", "tracker=wandb"], "tracker='wandb' is not a JSON object"),
+        (["worker", "results/s", "results/t"], "folder is given twice"),
+    ):
+        assert main(argv) == 2
+        assert words in capsys.readouterr().err

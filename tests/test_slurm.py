@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -273,3 +275,41 @@ def test_what_sbatch_refuses_is_one_line(cluster, tmp_path):
     assert said.splitlines()[-1].startswith("error: sbatch refuses: ")
     assert "partition=nowhere" in said
     assert not Book.all_of(RunStore(tmp_path / "results/s"))
+
+
+def test_jobs_of_the_old_version_fail_in_one_line_and_are_submitted_again(
+    cluster, local, tmp_path, monkeypatch
+):
+    """Before the modules moved, jobs were pickled as `scaling_lab.cli.cluster_job.ClusterJob`."""
+    from submitit.slurm.slurm import SlurmExecutor
+
+    @dataclass
+    class ClusterJob:
+        folder: str
+        run_ids: tuple[str, ...]
+        workers: int = 1
+        max_attempts: int = 3
+        tracker: dict[str, Any] | None = None
+
+        def __call__(self) -> None:
+            raise AssertionError("the old code is gone")
+
+    old = ModuleType("scaling_lab.cli.cluster_job")
+    ClusterJob.__module__, ClusterJob.__qualname__ = old.__name__, "ClusterJob"
+    old.ClusterJob = ClusterJob  # type: ignore[attr-defined]
+    subprocess.run([*scaling_lab("plan"), *TINY, "--quiet"], cwd=tmp_path, check=True, timeout=120)
+    store = RunStore(tmp_path / "results/s")
+    ids = [run.run_id for run in store.read_plan().runs][:2]
+    book = Book.open_new(store, "s", [[run_id] for run_id in ids])
+    executor = SlurmExecutor(book.folder)
+    executor.update_parameters(job_name=book.name, time=10, mem="500MB")
+    with monkeypatch.context() as at_import:
+        at_import.setitem(sys.modules, old.__name__, old)
+        executor.submit_array([ClusterJob(str(store.folder), (run_id,)) for run_id in ids])
+    said = end(start(tmp_path, "sweep=s", SLURM), 1)
+    for run_id in ids:
+        line = next(line for line in said.splitlines() if f"{run_id} is not over" in line)
+        assert "scaling_lab.cli.cluster_job is now scaling_lab.launching.cluster_job" in line
+        assert "the same `scaling-lab sweep` command submits it again" in line
+    end(start(tmp_path, "sweep=s", SLURM), 0)
+    check_same_as(local, store)

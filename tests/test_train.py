@@ -186,7 +186,7 @@ def test_a_worker_that_is_told_to_stop_gives_its_run_back(tmp_path):
     """SIGTERM to a real worker: exit 75, no record, and the next worker trains the run."""
     store, spec = RunStore(tmp_path), tiny(200_000)
     store.write_plan(Plan("t", (PlannedRun(spec, Execution()),), spec.convention, spec.data.fingerprint()))
-    worker = subprocess.Popen([sys.executable, "-m", "scaling_lab.launching.worker", str(store.folder)])
+    worker = subprocess.Popen([sys.executable, "-m", "scaling_lab.worker", str(store.folder)])
     curve = store.run_folder(spec.run_id()) / "curve.jsonl"
     deadline = time.monotonic() + 60
     while not (curve.exists() and curve.stat().st_size) and time.monotonic() < deadline:
@@ -219,7 +219,7 @@ def test_one_window_of_validation_has_no_standard_error(tmp_path):
 
 def test_worker_rejects_a_folder_without_a_plan(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "scaling_lab.launching.worker", str(tmp_path / "none")], capture_output=True, text=True,
+        [sys.executable, "-m", "scaling_lab.worker", str(tmp_path / "none")], capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": os.getcwd()},
     )  # fmt: skip
     assert done.returncode == 2

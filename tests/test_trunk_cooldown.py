@@ -318,7 +318,7 @@ def test_workers_share_trunks_and_branches(tmp_path, trained):
     plan, alone = trained
     store = RunStore(tmp_path / "t")
     store.write_plan(plan)
-    command = [sys.executable, "-m", "scaling_lab.launching.worker", str(store.folder)]
+    command = [sys.executable, "-m", "scaling_lab.worker", str(store.folder)]
     workers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for worker in workers:
         _, said = worker.communicate(timeout=120)

@@ -116,6 +116,15 @@ _ALL = (
         "Runs are stored under results/train/runs/.",
     ),
     Command(
+        "worker",
+        "train the pending runs of a plan in this process, also below torchrun",
+        "scaling-lab worker results/quickstart",
+        SINGLE,
+        frozenset(),
+        "Any number of workers may share a sweep's folder, on one machine or several; `sweep` starts its own. Below torchrun "
+        "each run is trained by all processes: torchrun --nproc_per_node=8 -m scaling_lab.worker FOLDER.",
+    ),
+    Command(
         "doctor",
         "what this machine can do, and what is missing",
         "scaling-lab doctor",

@@ -107,13 +107,17 @@ class SlurmBackend:
         return f"Slurm job {job.job_id} {how}{hint}{': ' + said if said else ''}"
 
 
+# How the line of a job's log begins that says why it failed: bad input, or a job of an older version (`_moved.py`).
+ERROR_PREFIXES = ("error: ", "ImportError: scaling_lab.")
+
+
 def error_line(log: Path) -> str | None:
-    """The last `error: ` line of a job's log: what was wrong with its input."""
+    """Why a job failed: the last line of its log that has one of `ERROR_PREFIXES`."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None
-    return next((line for line in reversed(lines) if line.startswith("error: ")), None)
+    return next((line for line in reversed(lines) if line.startswith(ERROR_PREFIXES)), None)
 
 
 def _asked(options: Mapping[str, Any]) -> str:

@@ -1,9 +1,9 @@
-"""Owns the worker process: it claims a sweep's pending runs, longest first, and trains them until none is left.
+"""The worker process: it claims a sweep's pending runs, longest first, and trains them until none is left.
 
-    python -m scaling_lab.launching.worker SWEEP_FOLDER [--run-ids A,B] [--tracker JSON]
-    torchrun --nproc_per_node=8 -m scaling_lab.launching.worker SWEEP_FOLDER [--parallel ddp|fsdp]    each run on all of them
+    python -m scaling_lab.worker FOLDER [--run-ids A,B] [--tracker JSON]        (or: scaling-lab worker FOLDER)
+    torchrun --nproc_per_node=8 -m scaling_lab.worker FOLDER [--parallel ddp|fsdp]        each run on all processes
 
-Any number of workers may share a folder, on one machine or several: the claims keep each run to one of them.
+Any number of workers may share a folder, on one machine or several: claims assign each run to one of them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -246,34 +247,59 @@ def stop_with(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@dataclass(frozen=True)
+class WorkerOptions:
+    """What one worker process trains, and how."""
+
+    folder: Path
+    """The sweep's folder."""
+    run_ids: tuple[str, ...] | None = None
+    """None: every run of the plan."""
+    tracker: dict[str, Any] | None = None
+    """`kind` and the tracker's options."""
+    parallel: str = "auto"
+    checkpoint_every_s: float = CHECKPOINT_EVERY_S
+
+
+def run_worker(options: WorkerOptions) -> int:
+    """Train until no run is left for this process; returns its exit status, 0.
+
+    Under torchrun or srun all processes train each run together, and this one may be led by another. Raises `UserError`,
+    and `Interrupted` when told to stop.
+    """
+    store = RunStore(options.folder)
+    with joined(options.parallel) as team, listen():
+        if team is not None and not team.leads:
+            return team.follow()
+        run_ids = options.run_ids
+        train_pending(store, store.read_plan(run_ids), run_ids, options.tracker, options.checkpoint_every_s)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 when nothing is left to do here, 2 for bad input, 74 for a disk that refuses, 75 when told to stop."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Exit status: 0 when nothing is left to train, 2 for bad input, 74 if the disk cannot be written, 75 when told to stop."""
+    parser = argparse.ArgumentParser(prog="python -m scaling_lab.worker", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--run-ids", default=None)
     parser.add_argument("--stop-with", type=int, default=None, help="pid of the parent: stop when it is gone")
     parser.add_argument("--checkpoint-every-s", type=float, default=CHECKPOINT_EVERY_S)
     parser.add_argument("--tracker", default=None, help="JSON: kind and options")
     parser.add_argument("--parallel", default="auto", help=f"under torchrun or srun: {', '.join(PARALLEL)}")
-    options = parser.parse_args(argv)
+    given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    store = RunStore(options.folder)
-    if options.stop_with is not None:
-        threading.Thread(target=stop_with, args=(options.stop_with,), daemon=True).start()
+    if given.stop_with is not None:
+        threading.Thread(target=stop_with, args=(given.stop_with,), daemon=True).start()
+    options = WorkerOptions(
+        given.folder,
+        tuple(given.run_ids.split(",")) if given.run_ids else None,
+        json.loads(given.tracker) if given.tracker else None,
+        given.parallel,
+        given.checkpoint_every_s,
+    )
     try:
-        run_ids = options.run_ids.split(",") if options.run_ids else None
-        with joined(options.parallel) as team, listen():
-            if team is not None and not team.leads:
-                return team.follow()
-            train_pending(
-                store,
-                store.read_plan(run_ids),
-                run_ids,
-                json.loads(options.tracker) if options.tracker else None,
-                options.checkpoint_every_s,
-            )
+        return run_worker(options)
     except UserError as error:
-        # Where the disk is full the message may not reach the log: the exit status says it too.
+        # On a full disk the message may not reach the log: the exit status carries it too.
         with contextlib.suppress(OSError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_DISK if isinstance(error, DiskError) else 2
@@ -281,8 +307,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stop, TeamLost):
             log.warning("%s: stopping; the runs go on another time.", stop)
         return EXIT_REQUEUE
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -216,7 +216,7 @@ class Crew:
         log.parent.mkdir(parents=True, exist_ok=True)
         # -P: Python would look into the working folder first, and a clone there, a folder named scaling_lab, hides the package
         # of an editable installation.
-        command = [sys.executable, "-P", "-m", "scaling_lab.launching.worker", str(self.store.folder)]
+        command = [sys.executable, "-P", "-m", "scaling_lab.worker", str(self.store.folder)]
         command += ["--stop-with", str(os.getpid())]
         ids = ",".join(self.progress.open_ids())
         if len(ids) < MAX_ARGUMENT_BYTES:

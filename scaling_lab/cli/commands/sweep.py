@@ -75,7 +75,7 @@ def execute(command: Command, console: Console) -> tuple[int, Plan]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "sweep starts its own workers. To train each run on all processes of torchrun, plan it and give torchrun "
-            f"the workers: torchrun --nproc_per_node=N -m scaling_lab.launching.worker {store.folder}"
+            f"the workers: torchrun --nproc_per_node=N -m scaling_lab.worker {store.folder}"
         )
     if not defines_plan(command.given):
         store.read_plan()  # says at once which sweeps there are, if this is none of them

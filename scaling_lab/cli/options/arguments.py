@@ -26,6 +26,10 @@ FLAGS = {
 }
 
 
+# Command -> the option that may be written without its key: `scaling-lab worker FOLDER`.
+POSITIONAL = {"worker": "folder"}
+
+
 @dataclass(frozen=True)
 class Assignment:
     """One `key=value` as the user wrote it, Hydra's `+` and `++` taken off the key."""
@@ -67,6 +71,8 @@ def parse(argv: Sequence[str]) -> Arguments:
             raise _unknown_flag(text)
         elif command is None and "=" not in text and text:
             command = text
+        elif command in POSITIONAL and "=" not in text:
+            assignments.append(Assignment(POSITIONAL[command], text))
         elif _is_assignment(text):
             assignments.append(_assignment(text))
         else:

@@ -7,7 +7,7 @@ import textwrap
 from enum import Enum
 from typing import Any
 
-from scaling_lab.cli.options.arguments import Arguments
+from scaling_lab.cli.options.arguments import POSITIONAL, Arguments
 from scaling_lab.cli.table import COMMANDS, Command
 
 INTRO = """scaling-lab measures scaling laws: it plans a sweep of small GPTs, trains them, and rebuilds the laws of
@@ -50,8 +50,9 @@ def command_help(command: Command, arguments: Arguments) -> str:
     """`scaling-lab COMMAND --help`, for the groups chosen in `arguments`."""
     width = max(80, min(shutil.get_terminal_size((110, 24)).columns, 130))
     form = command.load().form(arguments)
+    positional = f" {POSITIONAL[command.name].upper()}" if command.name in POSITIONAL else ""
     lines = [
-        f"usage: scaling-lab {command.name} [key=value ...]",
+        f"usage: scaling-lab {command.name}{positional} [key=value ...]",
         "",
         command.summary[0].upper() + command.summary[1:] + ".",
     ]

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 
 class LocalLauncher(Launcher):
-    """Starts `scaling_lab.launching.worker` processes over all the jobs' runs; they share them out by their claims."""
+    """Starts `scaling_lab.worker` processes over all the jobs' runs; they share them out by their claims."""
 
     def __init__(self, workers: int | None = None, max_attempts: int = 3) -> None:
         self.workers, self.max_attempts = workers, max_attempts

@@ -1,0 +1,10 @@
+"""`python -m scaling_lab.worker FOLDER`: one worker process, also below torchrun; `launching/worker.py` has the code."""
+
+from __future__ import annotations
+
+import sys
+
+from scaling_lab.launching.worker import main
+
+if __name__ == "__main__":
+    sys.exit(main())
