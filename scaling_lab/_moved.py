@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import NoReturn
 
 # Old package -> new package -> the modules that went there, `old=new` where the name changed too. A module of an old
@@ -88,7 +89,7 @@ class _MovedModules:
 
 def _asked_for(fullname: str) -> str:
     """What is being imported: of `import a.b.c` Python imports `a.b` first, below frames of its own that say `a.b.c`."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__", "").startswith("importlib."):
         name = frame.f_locals.get("name")
         if isinstance(name, str) and name.startswith(f"{fullname}."):
@@ -102,4 +103,4 @@ def _refuse(old: str) -> NoReturn:
     raise ImportError(f"{_ROOT}{old} is now {_ROOT}{new_path(old)}{hint}.", name=_ROOT + old)
 
 
-sys.meta_path.insert(0, _MovedModules)  # type: ignore[arg-type]  # a class with the one method that Python calls
+sys.meta_path.insert(0, _MovedModules)
