@@ -12,7 +12,7 @@ from scaling_lab.analysis.approaches.envelope.envelope import crossings, hull_ve
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.data.record_observations import observations_from_records
 from scaling_lab.analysis.estimate import FitStatus
-from scaling_lab.analysis.inference.bootstrap import BootstrapSettings, bootstrap
+from scaling_lab.analysis.inference.bootstrap import BootstrapSettings, Draws, bootstrap
 from scaling_lab.core.errors import UserError
 
 LAWS = [Truth(0.34, 0.28), Truth(0.25, 0.6), Truth(0.5, 0.3), Truth(0.1, 0.1)]
@@ -136,14 +136,24 @@ def test_bootstrap_draws_whole_runs_and_agrees_with_a_direct_refit() -> None:
         assert band.unit == "run"
         np.testing.assert_array_equal(band.samples["params_exponent"], again.samples["params_exponent"])
         # Leaving a run out in a draw is the same as observing without it.
-        from scaling_lab.analysis.inference.sensitivity import _Fixed
-
-        without = np.ones((1, 17))
-        without[0, 6] = 0
-        drawn = approach.resample(noisy, _Fixed("run", 1, 0, counts_of_runs=without))
-        direct = approach.estimate(noisy.runs(without[0] > 0)).frontier
+        drawn = approach.resample(noisy, WithoutOneRun("run", 1, 0))
+        direct = approach.estimate(noisy.runs(np.arange(17) != WithoutOneRun.left_out)).frontier
         assert direct is not None
         assert drawn["params_exponent"][0] == pytest.approx(direct.params.exponent, rel=1e-6)
+
+
+class WithoutOneRun(Draws):
+    """One draw that has every run once, except one."""
+
+    left_out = 6
+
+    def run_counts(self, observations: Observations) -> np.ndarray:
+        counts = np.ones((1, observations.n_runs))
+        counts[0, self.left_out] = 0
+        return counts
+
+    def point_counts(self, observations: Observations) -> np.ndarray:
+        return self.run_counts(observations)[:, observations.run_index]
 
 
 def test_records_of_an_isoflop_sweep_are_flagged_where_runs_are_not_annealed() -> None:

@@ -59,8 +59,7 @@ def test_what_the_script_tells_apart(tmp_path):
     def announce(*lines: tuple[int, int]) -> None:
         text = "".join(f"{at + when} {pid} +training {record.run_id}\n" for when, pid in lines)
         sweep.said.path.write_text(text)
-        sweep.said.events.clear()
-        sweep.said._read = 0
+        sweep.said = script.Announcements(sweep.said.path)
 
     announce((-3, 1), (-2, 2))
     assert sweep.problems(whole) == []

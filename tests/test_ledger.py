@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 
 from helpers.synthetic import diverged, synthetic_records
-from scaling_lab.analysis.data import ledger
 from scaling_lab.analysis.data.ledger import CurveColumns, curve_columns, load_ledger
 from scaling_lab.analysis.data.record_observations import observations_from_records
 from scaling_lab.core.record import EvalPoint, RunRecord
@@ -194,16 +192,15 @@ def test_columns_of_plain_points_are_the_same_arrays(store: RunStore) -> None:
         assert mine[name].dtype == theirs[name].dtype
 
 
-def test_every_line_that_the_store_writes_is_understood() -> None:
-    from scaling_lab.core.storage.store import curve_line
-
+def test_every_line_that_the_store_writes_is_understood(tmp_path: Path) -> None:
     points = (
         EvalPoint(1, 512, 1e9, 1e-3),
         EvalPoint(2, 2**40, 6e23, 1e-320, 1e-300, 3, None, wall_time_s=1),
         EvalPoint(3, 5, 7, 0, 0.1 + 0.2, 1 / 3, 0.0, {"exact_match": 0, "value_loss_nats": 1 / 3}, 1e5),
         EvalPoint(4, 5, 7, 0, 0.1 + 0.2, 1 / 3, 0.0, {"value_loss_nats": 2}),
     )
-    columns = ledger._columns("".join(map(curve_line, points)).encode())
-    assert columns is not None
-    assert tuple(CurveColumns(columns)) == points
-    assert json.loads(curve_line(points[1]))["train_flops"] == columns["train_flops"][1]
+    record = replace(RECORDS[0], curve=points, curve_points=len(points))
+    (found,), problems = load_ledger(written(tmp_path, [record]))
+    assert not problems
+    assert isinstance(found.curve, CurveColumns)  # by the fast reader
+    assert tuple(found.curve) == points

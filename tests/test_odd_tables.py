@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,13 @@ import pytest
 import rich.console
 from matplotlib.figure import Figure
 
-from helpers.synthetic import QUICKSTART_LAW, synthetic_records
+from helpers.synthetic import QUICKSTART_LAW, plan_of, synthetic_records
 from scaling_lab.analysis.analysis import AnalysisSettings, analyze, observations_of_sweep, read_observations
 from scaling_lab.analysis.settings import BootstrapSettings
-from scaling_lab.cli.commands import status
-from scaling_lab.cli.display.console import Console, fitting_table
-from scaling_lab.cli.display.sweep_status import Row, Standing
+from scaling_lab.cli.display.console import fitting_table
 from scaling_lab.cli.main import main
-from scaling_lab.core.storage.store import RunState
+from scaling_lab.core.record import RunStatus
+from scaling_lab.core.storage.store import RunStore
 from scaling_lab.reporting import figures_frontier, gallery
 from scaling_lab.reporting.gallery import Drawn, NotDrawn, draw_all
 
@@ -188,8 +188,17 @@ def test_tables_leave_out_columns_and_never_crop() -> None:
     assert "too narrow for: D" in out.getvalue()
 
 
-def test_status_prints_whole_reasons_below_its_table(capsys: pytest.CaptureFixture[str]) -> None:
-    reason = "OutOfMemoryError: " + "tried to allocate a lot " * 12
-    state = RunState("run-1", "failed", reason=reason.strip())
-    status._print_standing(Console(), "s", Standing((Row(None, state),)))
-    assert reason.strip() in capsys.readouterr().out
+def test_status_prints_whole_reasons_below_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    reason = ("OutOfMemoryError: " + "tried to allocate a lot " * 12).strip()
+    (record, *_) = synthetic_records(curve_points=4)
+    failed = replace(record, status=RunStatus.FAILED, reason=reason, final_val_loss_nats=None)
+    store = RunStore.for_sweep("results", "s")
+    store.write_plan(plan_of([record], "s"))
+    assert store.claim(record.spec) is not None
+    store.start_curve(record.run_id, record.curve).close()
+    store.write_record(failed)
+    assert main(["status", "sweep=s"]) == 0
+    assert reason in capsys.readouterr().out

@@ -28,9 +28,9 @@ def test_pysource_is_real_text_split_by_file():
 
 
 def test_pysource_leaves_out_tests_encodings_and_tables():
-    from scaling_lab.core.sources.pysource import _source_files
+    from scaling_lab.core.sources.pysource import source_files
 
-    names = [name for name, _ in _source_files(False)]
+    names = [name for name, _ in source_files(False)]
     assert "stdlib/argparse.py" in names
     assert not [
         n for n in names if "/test/" in n or "/tests/" in n or "/encodings/" in n or "site-packages" in n

@@ -209,10 +209,8 @@ def test_a_process_compiles_every_run_however_many_came_before(monkeypatch):
     monkeypatch.setattr(
         "scaling_lab.training.engine.step.fits", lambda *_: False
     )  # small steps otherwise go another way
-    monkeypatch.setattr(
-        "scaling_lab.training.engine.step._compiled",
-        lambda f: torch.compile(f, dynamic=False, backend=backend),
-    )
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_with(f, **options, backend=backend))
     with torch._dynamo.config.patch(recompile_limit=2):
         for width in (8, 16, 24):
             spec = tiny(1, shape=GPTShape(width=width, depth=1, heads=1))

@@ -24,7 +24,7 @@ COMPILED = Execution(compile=True)
 def libraries(tmp_path, monkeypatch):
     """An empty cache folder, and a process that has loaded nothing."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(step_library, "_loaded", {})
+    step_library.forget_loaded()
     return lambda: sorted(library_folder().glob("*"))
 
 
@@ -57,12 +57,12 @@ def test_one_library_serves_all_batches_seeds_and_horizons_and_is_made_anew_when
     written = path.stat().st_mtime_ns
     assert_as_eager(tiny(30, shape=SMALL, batch_tokens=448, train_tokens=448 * 30, seed_init=3, seed_data=4))
     # Another process would load it.
-    monkeypatch.setattr(step_library, "_loaded", {})
+    step_library.forget_loaded()
     no_torch_compile(monkeypatch)
     assert train_block(open_session(spec, COMPILED), 0, 12) == first
     assert [p.stat().st_mtime_ns for p in libraries()] == [written]
     path.write_bytes(path.read_bytes()[:5000])
-    monkeypatch.setattr(step_library, "_loaded", {})
+    step_library.forget_loaded()
     assert train_block(open_session(spec, COMPILED), 0, 12) == first
     assert libraries() == [path]
     assert path.stat().st_mtime_ns != written
@@ -130,7 +130,7 @@ def test_the_library_is_the_same_program_whichever_batch_asked_first(libraries, 
     losses = []
     for order in ((few, many), (many, few)):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / str(len(losses))))
-        monkeypatch.setattr(step_library, "_loaded", {})
+        step_library.forget_loaded()
         losses.append({spec.run_id(): train_block(open_session(spec, COMPILED), 0, 12) for spec in order})
         assert len(libraries()) == 1
     assert losses[0] == losses[1]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.processes import run_helper
 from helpers.runs import train
 from helpers.specs import tiny
 from helpers.wandb_fixtures import fresh_wandb, offline_files, server, synthetic_sweep  # noqa: F401  fixtures
@@ -166,31 +167,10 @@ def test_resumed_offline_the_newest_file_is_whole_and_the_only_one(tmp_path, mon
     assert_whole(read_run_file(path).history, record)
 
 
-KILLED = """
-import json, os, signal, sys, time
-from pathlib import Path
-from scaling_lab.core.record import EvalPoint
-from scaling_lab.core.spec import Execution, PlannedRun, RunSpec
-from scaling_lab.tracking.sink import trackers as tracking
-spec = RunSpec.from_dict(json.loads(sys.argv[1]))
-tracker = tracking.make_tracker({"kind": "wandb"}, Path(sys.argv[2]))
-tracker.start(PlannedRun(spec, Execution()), "abc")
-for step in range(1, 31):
-    tracker.log(EvalPoint(step, 256 * step, 1e6 * step, 0.1, 5.0))
-deadline = time.monotonic() + 20
-while time.monotonic() < deadline and not (tracker._queue.empty() and list(Path(sys.argv[2]).rglob("*.wandb"))):
-    time.sleep(0.05)
-time.sleep(float(sys.argv[3]))
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
 def killed_attempt(folder: Path, spec, wait_s: float = 0.3) -> None:
     """A process that has mirrored 30 points of `spec` and is killed."""
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, json.dumps(spec.to_dict()), str(folder), str(wait_s)], timeout=60
-    )
-    assert done.returncode == -signal.SIGKILL
+    done = run_helper("killed_mirror", json.dumps(spec.to_dict()), str(folder), str(wait_s), timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def test_after_a_kill_there_is_one_wandb_run(tmp_path, server):  # noqa: F811

@@ -24,10 +24,16 @@ def start_helper(module: str, *arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def run_helper(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_helper(
+    module: str, *arguments: str, timeout: float | None = None
+) -> subprocess.CompletedProcess[str]:
     """The same, to its end."""
     process = start_helper(module, *arguments)
-    out, err = process.communicate()
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 

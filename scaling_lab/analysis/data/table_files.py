@@ -40,7 +40,7 @@ _SEPARATORS = (",", ";", "\t", "|")
 # So much of a file shows its encoding, separator and decimal mark.
 _SAMPLE_BYTES = 1 << 16
 # JSON lines beyond this size are parsed by Arrow first, twenty times faster than by the standard library.
-_LARGE_BYTES = 8 << 20
+LARGE_JSON_BYTES = 8 << 20
 
 
 def read_frame(path: Path) -> tuple[pd.DataFrame, list[str]]:
@@ -229,7 +229,7 @@ def _read_json(path: Path, lines: bool, notes: list[str]) -> pd.DataFrame:
     objects become a.b."""
     import pandas as pd
 
-    if lines and path.stat().st_size > _LARGE_BYTES:
+    if lines and path.stat().st_size > LARGE_JSON_BYTES:
         frame = _arrow_lines(path)
         if frame is not None:
             return frame

@@ -83,7 +83,7 @@ class PySource:
         return digest.hexdigest()
 
 
-def _source_files(site_packages: bool) -> list[tuple[str, Path]]:
+def source_files(site_packages: bool) -> list[tuple[str, Path]]:
     """(name independent of where Python is installed, path), in a fixed order."""
     roots = [("stdlib", Path(sysconfig.get_paths()["stdlib"]))]
     if site_packages:
@@ -116,7 +116,7 @@ def _read_document(path: Path) -> bytes | None:
 
 @cache
 def _splits(source: PySource) -> tuple[bytes, bytes]:
-    files = _source_files(source.site_packages)
+    files = source_files(source.site_packages)
     random.Random(source.split_seed).shuffle(files)
     parts: tuple[list[bytes], list[bytes]] = ([], [])
     seen: set[bytes] = set()

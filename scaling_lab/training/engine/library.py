@@ -43,6 +43,11 @@ MAX_SEQUENCES = 1 << 20
 _loaded: dict[str, Step] = {}
 
 
+def forget_loaded() -> None:
+    """Drop the libraries this process has loaded: the next step loads from disk or compiles, as in a new process."""
+    _loaded.clear()
+
+
 def fits(spec: RunSpec, batch: int, flat: Tensor, stacked: bool) -> bool:
     """Whether a step is one that a library is made of: of one run, on a CPU, its logits at once, its constants small."""
     whole_logits = loss_chunks(batch * spec.shape.context, spec.shape.vocab_size) == 1
