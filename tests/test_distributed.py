@@ -11,14 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from helpers.processes import torchrun
 from helpers.runs import interrupted_at, train
-from helpers.specs import tiny
+from helpers.specs import SHAPE, tiny
 from helpers.team_runs import SPECS, STACK, STEPS, planned_stack
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord
@@ -26,8 +26,10 @@ from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.storage.claims import last_claim
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching.worker import train_pending
+from scaling_lab.training.engine.gradient import WithLoss
 from scaling_lab.training.engine.memory import noted_parts
-from scaling_lab.training.parallel.distributed import TeamLost, World, first_host, share
+from scaling_lab.training.models import build_model
+from scaling_lab.training.parallel.distributed import Team, TeamLost, World, first_host, share
 from scaling_lab.training.run.checkpoint import read_checkpoint
 
 TOLERANCE = 1e-5
@@ -135,12 +137,33 @@ SHORT = torch.OutOfMemoryError("CUDA out of memory.")
 
 
 @pytest.fixture
-def sharded_step():
-    """A step without a model: what it does when its computation fails needs none."""
+def group_of_one():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Follower(Team):
+    """A process that takes orders, as all but the first do."""
+
+    leads = False
+
+
+def fail_in_a_step(monkeypatch, team: Team, run_folder: Path, micro: int, error: Exception) -> None:
+    """A step of four sequences in micro-batches of `micro`, whose forward pass raises `error`."""
     # Imported here, because torch.distributed.fsdp takes a tenth of the suite's collection.
     from scaling_lab.training.parallel.sharded import ShardedStep
 
-    return object.__new__(ShardedStep)
+    def forward(*_):
+        raise error
+
+    monkeypatch.setattr(WithLoss, "forward", forward)
+    team.run_folder = run_folder
+    tokens = torch.zeros(1000, dtype=torch.uint8)
+    execution = Execution(micro_batch_sequences=micro)
+    step = ShardedStep(build_model(SHAPE), tokens, tiny(), execution, team)
+    step.run(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 3))
 
 
 @pytest.mark.parametrize(
@@ -153,27 +176,25 @@ def sharded_step():
         (True, 4, RuntimeError("Connection reset by peer"), TeamLost),
     ],
 )
-def test_a_spread_step_that_fails_ends_the_group(sharded_step, tmp_path, leads, micro, error, ends):
-    """An order of the leader's that fails for others ends them by `TeamLost`, and a requeue goes on: in smaller parts where
-    memory was short. Where single sequences were too much, the command says what to do and asks for no requeue."""
-    step = sharded_step
-    step._team = SimpleNamespace(leads=leads, run_folder=tmp_path)
-    step.micro, step._mine = micro, slice(4, 8)
-    with pytest.raises(ends) as stop, step._in_step():
-        raise error
+@pytest.mark.usefixtures("group_of_one")
+def test_a_spread_step_that_fails_ends_the_group(tmp_path, monkeypatch, leads, micro, error, ends):
+    """The other processes end by `TeamLost`, and a requeue goes on: with smaller micro-batches where memory was short. Where
+    single sequences were too much, the first process says what to do and asks for no requeue."""
+    team = (Team if leads else Follower)(World(0, 1, 0), "fsdp")
+    with pytest.raises(ends) as stop:
+        fail_in_a_step(monkeypatch, team, tmp_path, micro, error)
     assert stop.value.__cause__ is error
     assert noted_parts(tmp_path) == (2 if error is SHORT and micro == 4 else None)
     if ends is UserError:
         assert "micro-batches of 1 sequences a process" in str(stop.value)
 
 
-def test_a_disk_that_refuses_the_note_keeps_no_group_waiting(sharded_step, tmp_path):
+@pytest.mark.usefixtures("group_of_one")
+def test_a_disk_that_refuses_the_note_keeps_no_group_waiting(tmp_path, monkeypatch):
     """The others are in a collective: only the end of this process ends them."""
-    step = sharded_step
-    step._team = SimpleNamespace(leads=False, run_folder=tmp_path / "not there")
-    step.micro, step._mine = 4, slice(0, 4)
-    with pytest.raises(TeamLost, match="memory ran out"), step._in_step():
-        raise SHORT
+    team = Follower(World(0, 1, 0), "fsdp")
+    with pytest.raises(TeamLost, match="memory ran out"):
+        fail_in_a_step(monkeypatch, team, tmp_path / "not there", 4, SHORT)
 
 
 @pytest.mark.slow

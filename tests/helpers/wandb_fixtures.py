@@ -27,7 +27,7 @@ def fresh_wandb(monkeypatch, tmp_path):
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
     wandb_client.ask_again()
-    tracking._said.clear()
+    tracking.reported_reasons.clear()
     yield
     tracking.wait_for_mirrors(20)
     wandb_client.ask_again()

@@ -159,15 +159,15 @@ class WandbTracker:
 
 def say_stopped(reason: str, folder: Path) -> None:
     """A warning, once for each reason in a process: with a server that is down every run would say the same."""
-    if reason not in _said:
-        _said.add(reason)
+    if reason not in reported_reasons:
+        reported_reasons.add(reason)
         log.warning(
             "tracker=wandb stopped (%s): the local record is complete; `scaling-lab upload-wandb sweep=%s` brings it up later.",
             reason, folder.parent.name,
         )  # fmt: skip
 
 
-_said: set[str] = set()
+reported_reasons: set[str] = set()
 _ending: list[threading.Thread] = []
 
 
