@@ -16,7 +16,7 @@ _MOVED: dict[str, dict[str, str]] = {
         "analysis.data": "ledger observations record_losses record_observations table_files table_rows tables units",
         "analysis.fitting": "fitting=fit fitting_newton=newton fitting_objective=objective fitting_profile=profile "
         "fitting_scale=scale fitting_search=search fitting_status=status",
-        "analysis.inference": "agreement bounded calibration caveats compare_laws=law_comparison predict=prediction "
+        "analysis.inference": "agreement bounded=bands calibration caveats compare_laws=law_comparison predict=prediction "
         "profiles sensitivity uncertainty=bootstrap",
         "analysis.studies": "fact_exponents known_floor known_floor_error lr_transfer skills tuning tuning_fit "
         "tuning_records",
