@@ -19,25 +19,43 @@ from scaling_lab import _moved as _moved  # old module paths raise ImportError t
 if TYPE_CHECKING:
     from scaling_lab.api.analyze import analyze, load, predict, report
     from scaling_lab.api.fit import fit
+    from scaling_lab.api.plan import plan
     from scaling_lab.api.reproduce import reproduce
+    from scaling_lab.api.sweep import Sweep
     from scaling_lab.api.tables import read_table
+    from scaling_lab.api.train import train
     from scaling_lab.core.errors import UserError
 
 __version__ = "0.1.0"
 
 # Where each public name is defined.
 _PUBLIC = {
+    "Sweep": "api.sweep",
     "UserError": "core.errors",
     "analyze": "api.analyze",
     "fit": "api.fit",
     "load": "api.analyze",
+    "plan": "api.plan",
     "predict": "api.analyze",
     "read_table": "api.tables",
     "report": "api.analyze",
     "reproduce": "api.reproduce",
+    "train": "api.train",
 }
 
-__all__ = ["UserError", "analyze", "fit", "load", "predict", "read_table", "report", "reproduce"]
+__all__ = [
+    "Sweep",
+    "UserError",
+    "analyze",
+    "fit",
+    "load",
+    "plan",
+    "predict",
+    "read_table",
+    "report",
+    "reproduce",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

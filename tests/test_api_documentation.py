@@ -23,6 +23,15 @@ MODULES = [
     "scaling_lab.api",
     *(m.name for m in pkgutil.iter_modules(scaling_lab.api.__path__, "scaling_lab.api.")),
 ]
+# The sweep that examples name, results/tiny.
+TINY_SWEEP = {
+    "sweep": "tiny",
+    "data": {"max_mb": 1},
+    "device": "cpu",
+    "compile": "false",
+    "design": {"budgets_flops": [1e8], "sizes_per_budget": 4, "noise_seeds": 1},
+    "eval": {"tokens": 1024},
+}
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -30,6 +39,8 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 def example_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("examples")
     write_examples(folder)
+    made = sl.plan(results_dir=folder / "results", **TINY_SWEEP)
+    assert sl.train(made, workers=0, progress=False).counts == {"completed": 4}
     return folder
 
 

@@ -60,7 +60,7 @@ def analyze(
             carry is no error: its status and message say why.
 
     >>> df = pd.read_csv("my_runs.csv").rename(columns={"loss": "val_loss"})
-    >>> sl.analyze(df, loss="val_loss", bootstrap={"resamples": 200}).parametric.status
+    >>> sl.analyze(df, loss="val_loss", bootstrap={"resamples": 200}, sensitivity=False).parametric.status
     'converged'
     """
     settings = analysis_settings(options)
@@ -90,7 +90,7 @@ def predict(data: Any, compute_flops: float | Iterable[float], **options: Any) -
     Raises:
         UserError: as `analyze`, or no approach has a frontier to predict from.
 
-    >>> sl.predict("my_runs.csv", 1e22).isoflop.tokens_per_param.estimate > 5
+    >>> sl.predict("my_runs.csv", 1e22, bootstrap={"resamples": 200}).isoflop.tokens_per_param.estimate > 5
     True
     """
     budgets = budgets_of(compute_flops)
@@ -147,7 +147,7 @@ def report(data: Any, folder: str | Path, **options: Any) -> Path:
     Raises:
         UserError: as `analyze`, or the folder holds a report.html of somebody else's.
 
-    >>> sl.report("my_runs.csv", "report").name
+    >>> sl.report(analysis, "report").name
     'report.html'
     """
     if isinstance(data, AnalysisResult):

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 class AnalysisResult:
     """What `analyze` and `load` return. Its numbers are those of analysis.json, the format that `to_dict` gives.
 
-    >>> analysis = sl.analyze("my_runs.csv")
     >>> analysis
     my_runs.csv: 36 runs, 1e+19 to 1e+21 FLOPs, counted as_given
       envelope    not_applicable: ...

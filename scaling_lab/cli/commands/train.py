@@ -98,13 +98,7 @@ def train_job(config: Any) -> str:
     claim = store.claim(spec)
     if claim is None:
         state = store.state(planned.run_id)
-        if state.state == RunStatus.COMPLETED:
-            seen = store.read_record(planned.run_id, curve=False).environment.data_fingerprint
-            if seen != spec.data.fingerprint():
-                raise UserError(
-                    f"data={spec.data.kind} has changed since {planned.run_id} was trained (content {seen[:12]} then, "
-                    f"{spec.data.fingerprint()[:12]} now): give the new runs a folder of their own, sweep=NAME."
-                )
+        refuse_changed_data(store, planned)
         console.say(f"{planned.run_id} is {state.state} already: nothing to do.")
         return planned.run_id
     console.say(
@@ -120,6 +114,19 @@ def train_job(config: Any) -> str:
         raise stop.saying("the run is not over; the same command goes on with it.") from None
     console.say(ending_line(store.state(planned.run_id)))
     return planned.run_id
+
+
+def refuse_changed_data(store: RunStore, planned: PlannedRun) -> None:
+    """Raise `UserError` where the run was completed on other data than there are now."""
+    data = planned.spec.data
+    if store.state(planned.run_id).state != RunStatus.COMPLETED:
+        return
+    seen = store.read_record(planned.run_id, curve=False).environment.data_fingerprint
+    if seen != data.fingerprint():
+        raise UserError(
+            f"data={data.kind} has changed since {planned.run_id} was trained (content {seen[:12]} then, "
+            f"{data.fingerprint()[:12]} now): give the new runs a folder of their own, sweep=NAME."
+        )
 
 
 class _Pulse:
