@@ -9,7 +9,7 @@ import pytest
 
 from helpers.synthetic import synthetic_records
 from scaling_lab.analysis.approaches import Envelope, EnvelopeSettings
-from scaling_lab.analysis.approaches.envelope.ends import design_of, ends_points, simulated_quantities
+from scaling_lab.analysis.approaches.envelope.ends import ends_grid, ends_points, simulated_quantities
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.data.record_observations import observations_from_records
 from scaling_lab.analysis.estimate import FitStatus
@@ -55,22 +55,22 @@ def power_curves(more: float = 0.0) -> Observations:
 
 def test_a_hand_computed_crossing_and_the_mean_of_seeds() -> None:
     obs = power_curves()
-    design = design_of(obs, 1500)
-    assert design.pairs == ((0, 1),)
-    points = ends_points(design, np.log(obs.loss_nats)[None])
+    grid = ends_grid(obs, 1500)
+    assert grid.pairs == ((0, 1),)
+    points = ends_points(grid, np.log(obs.loss_nats)[None])
     assert np.exp(points.log_c[0, 0]) == pytest.approx(1024.0, rel=1e-9)
     assert np.exp(points.log_n[0, 0]) == pytest.approx(np.sqrt(2.0))
     # D = C / N, the mean of the two sizes' ln D.
     assert np.exp(points.log_d[0, 0]) == pytest.approx(1024.0 / np.sqrt(2.0), rel=1e-9)
     # A second seed of the first size .02 above: its mean curve rises by .01, so it is overtaken at C e^-.1.
     twice = power_curves(0.02)
-    again = ends_points(design_of(twice, 1500), np.log(twice.loss_nats)[None])
+    again = ends_points(ends_grid(twice, 1500), np.log(twice.loss_nats)[None])
     assert np.exp(again.log_c[0, 0]) == pytest.approx(1024.0 * np.exp(-0.1), rel=1e-9)
 
 
 def test_pairs_are_up_to_three_times_apart_and_the_last_near_ones_are_left_out() -> None:
-    design = design_of(horizons().final(), 1500)
-    assert design.pairs == tuple((i, i + 3) for i in range(12))  # ratios of 1.4^3
+    grid = ends_grid(horizons().final(), 1500)
+    assert grid.pairs == tuple((i, i + 3) for i in range(12))  # ratios of 1.4^3
 
 
 def test_ends_are_taken_only_where_sizes_have_horizons() -> None:
@@ -93,8 +93,8 @@ def test_ends_are_taken_only_where_sizes_have_horizons() -> None:
     assert asked.frontier.params.exponent == pytest.approx(LAWS["chinchilla"].a, abs=0.001)
     few = Envelope(EnvelopeSettings(method="ends")).estimate(one_each)
     assert few.status is FitStatus.NOT_APPLICABLE
-    assert "0 have them" in few.message
-    with pytest.raises(UserError, match=r"edge=keep has no meaning with approach.envelope.method=ends"):
+    assert "0 of them qualify" in few.message
+    with pytest.raises(UserError, match=r"edge=keep does not apply to approach.envelope.method=ends"):
         EnvelopeSettings(method="ends", edge="keep")
 
 
@@ -103,14 +103,14 @@ def test_two_crossings_are_no_power_law() -> None:
     obs = horizons(noise=0.004)
     rank = np.unique(np.round(np.log(obs.n_params), 9), return_inverse=True)[1]
     few = replace(obs, loss_nats=obs.loss_nats * 2.0 ** np.maximum(rank - 4, 0))
-    points = ends_points(design_of(few.final(), 1500), np.log(few.final().loss_nats)[None])
+    points = ends_points(ends_grid(few.final(), 1500), np.log(few.final().loss_nats)[None])
     assert points.weight.sum() == 2
     assert Envelope().method(obs) == "ends"
     assert Envelope().method(few) == "interpolate"
     assert Envelope().default_unit(few) == "run"
     asked = Envelope(EnvelopeSettings(method="ends")).estimate(few)
     assert (asked.status, asked.frontier) == (FitStatus.NOT_APPLICABLE, None)
-    assert "2 of 12 pairs of sizes cross; three at least must" in asked.message
+    assert "2 of 12 pairs of sizes cross; at least three are needed" in asked.message
 
 
 def test_the_interval_takes_the_estimators_own_error_out() -> None:
@@ -146,4 +146,4 @@ def test_without_residuals_there_is_a_sentence_and_no_interval() -> None:
     assert "2 of 2 pairs of sizes cross" in band.message
     # Before it would draw anything.
     with pytest.raises(NoInterval, match="9 runs leave too few residuals"):
-        simulated_quantities(three, design_of(three, 1500), None)  # type: ignore[arg-type]
+        simulated_quantities(three, ends_grid(three, 1500), None)  # type: ignore[arg-type]

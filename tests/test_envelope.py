@@ -8,7 +8,8 @@ import pytest
 from helpers.known_truth import PUBLISHED, Truth
 from helpers.synthetic import synthetic_records
 from scaling_lab.analysis.approaches import Envelope, EnvelopeSettings
-from scaling_lab.analysis.approaches.envelope.envelope import crossings, hull_vertices, interpolate, staircase
+from scaling_lab.analysis.approaches.envelope.hull import hull_vertices
+from scaling_lab.analysis.approaches.envelope.staircase import crossings, interpolate, staircase
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.data.record_observations import observations_from_records
 from scaling_lab.analysis.estimate import FitStatus

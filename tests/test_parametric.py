@@ -10,7 +10,7 @@ import pytest
 from helpers.known_truth import PUBLISHED, Truth
 from helpers.synthetic import synthetic_records
 from scaling_lab.analysis.approaches import Parametric, ParametricSettings
-from scaling_lab.analysis.approaches.parametric import numerical_frontier
+from scaling_lab.analysis.approaches.law_frontier import numerical_frontier
 from scaling_lab.analysis.data.observations import Observations, from_table
 from scaling_lab.analysis.data.record_observations import observations_from_records
 from scaling_lab.analysis.data.tables import read_table
@@ -163,5 +163,5 @@ def test_points_at_one_compute_do_not_show_how_the_optimum_grows() -> None:
         assert (found.frontier is not None) is identified
         if not identified:
             assert found.status is FitStatus.NOT_IDENTIFIED
-            assert "at one compute" in found.message
+            assert "have the same compute" in found.message
             assert found.fits

@@ -1,8 +1,7 @@
-"""Owns the vocabulary of the analysis: what every fit and every approach returns. Values only, no algorithms.
+"""Result types of the analysis: what fits and approaches return. Values only, no algorithms.
 
-An `Approach` turns `Observations` into an `Estimate`; all three approaches return the same type, so the bootstrap,
-prediction, comparison and report are written once. A result carries a status and a sentence: a number that cannot be
-trusted says so beside itself.
+An `Approach` turns `Observations` into an `Estimate`. All three approaches return the same type, so bootstrap, prediction,
+comparison and report are written once. Each result has a status and a sentence that says why it may not be reliable.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ Array = NDArray[np.float64]
 
 
 class FitStatus(StrEnum):
-    """How a fit ended (the `status` of an estimate in analysis.json)."""
+    """Status of a fit (the `status` of an estimate in analysis.json)."""
 
     CONVERGED = "converged"
     MAX_STEPS = "max_steps"
@@ -30,7 +29,7 @@ class FitStatus(StrEnum):
 
 
 class BudgetStatus(StrEnum):
-    """What a budget's valley showed: its minimum is usable only if OK."""
+    """Status of the valley of one budget; its minimum is used only if OK."""
 
     OK = "ok"
     EDGE = "edge"
@@ -41,7 +40,7 @@ class BudgetStatus(StrEnum):
 
 @dataclass(frozen=True)
 class Interval:
-    """A central interval at its owner's level; `None` ends mean that it does not exist (the owner says why)."""
+    """An interval of a quantity; its level is that of the result it belongs to."""
 
     lo: float
     hi: float
@@ -66,7 +65,7 @@ class PowerLaw:
     exponent: float
     coefficient: float
     log_coefficient: float | None = None
-    """ln of the coefficient, where that itself may have left float64 (a steep line through two near budgets)."""
+    """ln of the coefficient, if the coefficient itself may overflow (a steep line through two close budgets)."""
 
     @classmethod
     def of_log(cls, exponent: float, log_coefficient: float) -> PowerLaw:
@@ -90,7 +89,7 @@ class PowerLaw:
 class LossCurve:
     """Loss along the frontier: floor_nats + coefficient * C ** -exponent, nats per token.
 
-    A description of the frontier's own points, good for interpolating them and for a modest step beyond.
+    It describes the points of the frontier: use it to interpolate them, or to extrapolate moderately.
     """
 
     floor_nats: float
@@ -107,28 +106,28 @@ class LossCurve:
 class FitResult:
     """One law fitted to observations.
 
-    `objective` is sum over points of Huber(r), r = ln L_fit - ln L, with Huber(r) = r^2/2 for |r| <= delta, else
-    delta (|r| - delta/2): unscaled, as in analysis.json.
+    `objective` is the unscaled sum over points of Huber(r) with r = ln L_fit - ln L: r^2/2 for |r| <= delta, else
+    delta (|r| - delta/2).
     """
 
     law: str
     parameters: Mapping[str, float]
-    """By the law's own names in natural units (E, A, B in nats-related units; exponents as they are)."""
+    """Natural parameters by name (E, A, B in the units of the paper, losses in nats)."""
     objective: float
     n_observations: int
     residuals_log: Array
-    """ln L_fit - ln L, one per observation, in the order given."""
+    """ln L_fit - ln L, one per observation, in the given order."""
     status: FitStatus
     message: str
     """One sentence that explains the status."""
     starts_tried: int
     starts_agreeing: int
-    """Starts whose final objective is within 1e-6 relative of the best."""
+    """Starts whose final objective is within 1e-6 (relative) of the best one."""
 
 
 @dataclass(frozen=True)
 class BudgetOptimum:
-    """The valley of one IsoFLOP budget: its fitted minimum, or why there is none."""
+    """The fitted minimum of one IsoFLOP budget, or why there is none."""
 
     budget_flops: float
     n_runs: int
@@ -138,34 +137,34 @@ class BudgetOptimum:
     tokens_opt: float | None = None
     loss_opt: float | None = None
     curvature: float | None = None
-    """Second derivative of the loss by ln N at the minimum, nats."""
+    """Second derivative of the loss with respect to ln N at the minimum, nats."""
     fit_log_params: Array | None = None
-    """ln N of a dense grid over the fitted window, for drawing."""
+    """ln N on a dense grid over the fitted sizes, for figures."""
     fit_loss: Array | None = None
     """The fitted curve on `fit_log_params`, nats."""
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """Compute-optimal N, D and loss as functions of training FLOPs, under the observations' convention."""
+    """Compute-optimal N, D and loss as functions of training FLOPs, under the convention of the observations."""
 
     params: PowerLaw
     tokens: PowerLaw
     compute_range_flops: tuple[float, float]
-    """The range that was observed: outside it the frontier is an extrapolation."""
+    """The observed range; outside it the frontier is an extrapolation."""
     compute_flops: Array
-    """Points (FLOPs) of the frontier, ascending: the envelope's points, the budgets, or a grid."""
+    """FLOPs of the frontier's points, ascending: crossings of the envelope, budgets, or a grid."""
     params_opt: Array
     tokens_opt: Array
     loss_opt: Array
-    """At `compute_flops`, nats per token (NaN where the approach gives none)."""
+    """At `compute_flops`, nats per token (NaN if the approach gives no loss)."""
     loss: LossCurve | None = None
-    """Loss as a function of C; None where fewer than two points have one."""
+    """Loss as a function of C; None if fewer than two points have a loss."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one approach says. `frontier` is None where the status is not_applicable (the message says why)."""
+    """The result of one approach. `frontier` is None if the status is not_applicable (the message says why)."""
 
     approach: str
     """envelope, isoflop or parametric."""
@@ -177,7 +176,7 @@ class Estimate:
     budgets: tuple[BudgetOptimum, ...] = ()
     diagnostics: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
-    """Approach-specific arrays for figures, by documented names."""
+    """Approach-specific arrays for figures, by name."""
 
     def __repr__(self) -> str:
         exponent = "" if self.frontier is None else f", N ~ C^{self.frontier.params.exponent:.4g}"

@@ -1,7 +1,7 @@
-"""Owns the last step that all approaches share: points (C, N, D, loss) of a frontier -> power laws and a loss curve.
+"""The last step of all approaches: from the points (C, N, D, loss) of a frontier to power laws and a loss curve.
 
-Everything is batched: an array of shape (samples, points) with weights of the same shape, so that a point estimate is
-one sample and a bootstrap is a thousand, by the same code. Weight 0 leaves a point out.
+All arrays are (samples, points), with weights of the same shape, so the same code computes a point estimate (one sample)
+and a bootstrap (many). Weight 0 leaves a point out.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 
 from scaling_lab.analysis.estimate import Array, Frontier, LossCurve, PowerLaw
 
-# Candidates for the exponent of the loss along the frontier. Published values: .048 (Kaplan's alpha_C^min) to .17;
-# small models on easy text reach .5. Refined between neighbours afterwards.
+# Candidate exponents of the loss along the frontier, refined between neighbors afterward. Published values are .048
+# (Kaplan's alpha_C^min) to .17; small models on easy text reach .5.
 _GAMMAS = np.geomspace(0.005, 1.5, 120)
-# A smooth curve with three parameters: of more points every k-th is taken.
+# A loss curve is smooth with three parameters: with more points than this, only every k-th is used.
 _LOSS_CURVE_POINTS = 64
 
 
 @dataclass(frozen=True)
 class FrontierPoints:
-    """Frontier points of many samples, natural logarithms; arrays broadcast to (samples, points)."""
+    """Frontier points of many samples, in natural logarithms; arrays broadcast to (samples, points)."""
 
     log_c: Array
     log_n: Array
@@ -34,7 +34,7 @@ class FrontierPoints:
 
 
 def fit_lines(x: Array, y: Array, weight: Array) -> tuple[Array, Array]:
-    """(samples,) slope and intercept of weighted least squares over the last axis; NaN where x does not vary."""
+    """(samples,) slope and intercept of weighted least squares over the last axis; NaN if x is constant."""
     x, y, weight = np.broadcast_arrays(x, y, weight)
     total = weight.sum(axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -45,7 +45,7 @@ def fit_lines(x: Array, y: Array, weight: Array) -> tuple[Array, Array]:
         dx = np.where(used, xs - mean_x[..., None], 0.0)
         dy = np.where(used, ys - mean_y[..., None], 0.0)
         sxx = (weight * dx**2).sum(axis=-1)
-        # Two points at one C (relative spread below 1e-9) give no slope.
+        # Points at one C (relative spread below 1e-9) determine no slope.
         slope = np.where(
             sxx > 1e-18 * np.maximum(total, 1e-300), (weight * dx * dy).sum(axis=-1) / sxx, np.nan
         )
@@ -57,8 +57,8 @@ def fit_loss_curves(
 ) -> tuple[Array, Array, Array]:
     """(samples,) floor E, ln K and gamma of E + K C^-gamma by least squares on the loss; E >= 0 with `floor_at_zero`.
 
-    Given gamma the curve is linear in E and K, so gamma is scanned, then refined between its best value's neighbours.
-    With two points E is 0, a plain power law: a floor cannot be told from two losses.
+    For a given gamma the curve is linear in E and K, so gamma is scanned and then refined between the neighbors of the best
+    value. With two points E is 0 (a plain power law), because two losses do not determine a floor.
     """
     log_c, loss, weight = np.broadcast_arrays(log_c, loss, weight)
     thin = slice(None, None, -(-log_c.shape[-1] // _LOSS_CURVE_POINTS))
@@ -68,24 +68,26 @@ def fit_loss_curves(
     x = np.where(used, log_c, 0.0)
     y = np.where(used, loss, 1.0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        centre = (weight * x).sum(axis=-1) / weight.sum(axis=-1)
-        from_centre = x - centre[..., None]
-        trial = partial(_loss_curve_at, from_centre, y, weight, n_used > 2, 0.0 if floor_at_zero else -np.inf)
-        errors = np.stack([trial(np.full(n_used.shape, g))[0] for g in _GAMMAS])
+        center = (weight * x).sum(axis=-1) / weight.sum(axis=-1)
+        from_center = x - center[..., None]
+        curve_at = partial(
+            _loss_curve_at, from_center, y, weight, n_used > 2, 0.0 if floor_at_zero else -np.inf
+        )
+        errors = np.stack([curve_at(np.full(n_used.shape, g))[0] for g in _GAMMAS])
         log_gamma = np.log(_GAMMAS)[np.argmin(np.where(np.isfinite(errors), errors, np.inf), axis=0)]
         step = float(np.log(_GAMMAS[1] / _GAMMAS[0]))
-        gamma = np.exp(_golden(lambda g: trial(np.exp(g))[0], log_gamma - step, log_gamma + step))
-        error, floor, scale = trial(gamma)
+        gamma = np.exp(_golden(lambda g: curve_at(np.exp(g))[0], log_gamma - step, log_gamma + step))
+        error, floor, scale = curve_at(gamma)
         enough = (n_used >= 2) & np.isfinite(error)
-        log_k = np.log(scale) + gamma * centre
+        log_k = np.log(scale) + gamma * center
     return np.where(enough, floor, np.nan), np.where(enough, log_k, np.nan), np.where(enough, gamma, np.nan)
 
 
 def _loss_curve_at(
     x: Array, y: Array, weight: Array, may_have_floor: NDArray[np.bool_], lowest_floor: float, gamma: Array
 ) -> tuple[Array, Array, Array]:
-    """(samples,) squared error, E and K of y = E + K exp(-gamma x); x relative to the centre of the points, so that the
-    exponential neither over- nor underflows."""
+    """(samples,) squared error, E and K of y = E + K exp(-gamma x), with x relative to the center of the points to avoid
+    overflow and underflow."""
     basis = np.exp(-gamma[..., None] * x)
     slope, level = fit_lines(basis, y, weight)
     free = (level >= lowest_floor) & (slope > 0) & may_have_floor
@@ -96,7 +98,7 @@ def _loss_curve_at(
 
 
 def _golden(function: Callable[[Array], Array], lo: Array, hi: Array) -> Array:
-    """Golden-section minimum of many functions of one variable at once, to 1e-4 of the bracket."""
+    """Golden-section search for the minima of many functions of one variable, to 1e-4 of the bracket."""
     ratio = (np.sqrt(5.0) - 1.0) / 2.0
     inner, outer = hi - ratio * (hi - lo), lo + ratio * (hi - lo)
     f_inner, f_outer = function(inner), function(outer)
@@ -111,10 +113,10 @@ def _golden(function: Callable[[Array], Array], lo: Array, hi: Array) -> Array:
 
 
 def quantities(points: FrontierPoints, floor_at_zero: bool = True) -> dict[str, Array]:
-    """(samples,) each: exponents and log coefficients of N and D, and the loss curve, of every sample's frontier.
+    """(samples,) each: exponents and log coefficients of N and D, and the loss curve, of the frontier of each sample.
 
-    Resamples are fitted without `floor_at_zero`: held there, those of a loss without a floor pile up at E = 0, and the
-    interval of an extrapolated loss ends above the truth (measured: 90% ones cover 76% on a Kaplan-like law).
+    Resamples are fitted without `floor_at_zero`. If the true floor is 0, bounded resamples would pile up at E = 0, and the
+    interval of an extrapolated loss would end above the truth (measured: 90% intervals cover 76% on a Kaplan-like law).
     """
     a, log_k_n = fit_lines(points.log_c, points.log_n, points.weight)
     b, log_k_d = fit_lines(points.log_c, points.log_d, points.weight)
@@ -132,8 +134,8 @@ def quantities(points: FrontierPoints, floor_at_zero: bool = True) -> dict[str, 
 
 
 def frontier_from(points: FrontierPoints, compute_range_flops: tuple[float, float]) -> Frontier:
-    """The frontier of a single sample (arrays of shape (points,) or (1, points)), its points in ascending C."""
-    one = FrontierPoints(*(np.atleast_2d(v) for v in _fields(points)))
+    """The frontier of a single sample (arrays (points,) or (1, points)), with points in ascending C."""
+    one = FrontierPoints(*(np.atleast_2d(v) for v in _broadcast(points)))
     q = {name: float(value[0]) for name, value in quantities(one).items()}
     keep = np.flatnonzero(one.weight[0] > 0)
     keep = keep[np.argsort(one.log_c[0][keep], kind="stable")]
@@ -152,9 +154,19 @@ def frontier_from(points: FrontierPoints, compute_range_flops: tuple[float, floa
     )
 
 
+def stack_points(many: list[FrontierPoints]) -> FrontierPoints:
+    """Stack samples with different numbers of points into one array, padded with points of weight 0."""
+    width = max(1, max(p.log_c.size for p in many))
+    arrays = [np.zeros((len(many), width)) for _ in range(5)]
+    for i, p in enumerate(many):
+        for array, values in zip(arrays, (p.log_c, p.log_n, p.log_d, p.loss, p.weight)):
+            array[i, : values.size] = values
+    return FrontierPoints(*arrays)
+
+
 def at_compute(samples: Mapping[str, Array], compute_flops: float) -> dict[str, Array]:
-    """(samples,) each: params_opt, tokens_opt, tokens_per_param and loss_opt (never below 0) at a budget, from the samples'
-    frontiers."""
+    """(samples,) each: params_opt, tokens_opt, tokens_per_param and loss_opt (at least 0) at a budget, from the frontier
+    quantities of each sample."""
     log_c = np.log(compute_flops)
     with np.errstate(over="ignore", invalid="ignore"):
         log_n = samples["params_log_coefficient"] + samples["params_exponent"] * log_c
@@ -162,7 +174,7 @@ def at_compute(samples: Mapping[str, Array], compute_flops: float) -> dict[str, 
         return {
             "params_opt": np.exp(log_n),
             "tokens_opt": np.exp(log_d),
-            # In logarithms: of two numbers that overflowed there is no quotient.
+            # In logarithms, because the quotient of two overflowed numbers is undefined.
             "tokens_per_param": np.exp(log_d - log_n),
             "loss_opt": np.maximum(
                 samples["loss_floor_nats"]
@@ -172,7 +184,7 @@ def at_compute(samples: Mapping[str, Array], compute_flops: float) -> dict[str, 
         }
 
 
-def _fields(points: FrontierPoints) -> tuple[Array, ...]:
+def _broadcast(points: FrontierPoints) -> tuple[Array, ...]:
     shape = np.broadcast_shapes(*(np.shape(getattr(points, f)) for f in points.__dataclass_fields__))
     return tuple(
         np.asarray(np.broadcast_to(getattr(points, f), shape), dtype=np.float64)

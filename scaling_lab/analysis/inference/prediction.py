@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling_lab.analysis.approaches import IsoFlop, Parametric
-from scaling_lab.analysis.approaches.parametric import law_columns
+from scaling_lab.analysis.approaches.law_frontier import law_columns
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.estimate import Array, BudgetOptimum, BudgetStatus, Estimate, Interval
 from scaling_lab.analysis.frontiers import at_compute

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scaling_lab.analysis.approaches.parametric import Parametric, law_columns
+from scaling_lab.analysis.approaches.law_frontier import law_columns
+from scaling_lab.analysis.approaches.parametric import Parametric
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.estimate import Array, Estimate, FitStatus
 from scaling_lab.analysis.fitting.profile import profile_intervals

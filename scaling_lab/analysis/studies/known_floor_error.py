@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from scaling_lab.analysis.approaches.parametric import Parametric, law_columns
+from scaling_lab.analysis.approaches.law_frontier import law_columns
+from scaling_lab.analysis.approaches.parametric import Parametric
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.estimate import Array, FitResult
 from scaling_lab.analysis.fitting.fit import fit, fit_many

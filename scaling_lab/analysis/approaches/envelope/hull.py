@@ -1,4 +1,4 @@
-"""Owns the lower convex hull of loss over compute, in (ln C, ln L): the envelope's `method=hull`, as publications did."""
+"""The lower convex hull of loss over compute in (ln C, ln L): `method=hull` of the envelope, as in some publications."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from scaling_lab.analysis.frontiers import FrontierPoints
 
 
 def hull_vertices(log_c: Array, log_loss: Array) -> NDArray[np.int64]:
-    """Positions of the lower convex hull's vertices, ascending in C, up to the lowest loss."""
+    """Indices of the vertices of the lower convex hull, ascending in C, up to the lowest loss."""
     order = np.lexsort((log_loss, log_c))
-    # Only points below everything cheaper can lie on the falling part of the lower hull.
+    # Only points below all cheaper points can lie on the falling part of the lower hull.
     falling = order[log_loss[order] <= np.minimum.accumulate(log_loss[order])]
     hull: list[int] = []
     for i in falling:
@@ -28,7 +28,7 @@ def _turns_right(x: Array, y: Array, a: int, b: int, c: int) -> bool:
 
 
 def hull_points(curves: Curves, at: NDArray[np.int64]) -> FrontierPoints:
-    """Frontier points of the curves' points at these positions."""
+    """The points of the curves at these indices, as frontier points."""
     return FrontierPoints(
         np.log(curves.compute_flops[at]),
         np.log(curves.n_params[at]),
@@ -36,3 +36,20 @@ def hull_points(curves: Curves, at: NDArray[np.int64]) -> FrontierPoints:
         curves.loss_nats[at],
         np.ones(at.size),
     )
+
+
+def resampled_hulls(curves: Curves, drawn: NDArray[np.bool_], keep_edges: bool) -> list[FrontierPoints]:
+    """The frontier points of each resample of runs; `drawn`: (resamples, runs) which runs are in it."""
+    x, y = np.log(curves.compute_flops), np.log(curves.loss_nats)
+    # A vertex of the hull of several runs is a vertex of the hull of its own run: only those need to be considered.
+    order = np.argsort(curves.run_index, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(curves.run_index[order])) + 1)
+    near = np.concatenate([part[hull_vertices(x[part], y[part])] for part in parts])
+    out = []
+    for present in drawn:
+        at = near[present[curves.run_index[near]]]
+        vertices = at[hull_vertices(x[at], y[at])]
+        n = curves.n_params[at]
+        inside = (curves.n_params[vertices] > n.min()) & (curves.n_params[vertices] < n.max())
+        out.append(hull_points(curves, vertices if keep_edges else vertices[inside]))
+    return out

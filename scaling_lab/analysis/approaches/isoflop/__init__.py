@@ -1,1 +1,1 @@
-"""Approach 2 (Hoffmann et al. 2022): the minimum of each IsoFLOP valley."""
+"""Approach 2 of Hoffmann et al. 2022: the minimum of each IsoFLOP valley."""

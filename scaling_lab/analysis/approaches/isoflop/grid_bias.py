@@ -1,8 +1,8 @@
-"""Owns the estimate of what IsoFLOP's grid does to its answer: the same method on noise-free losses of the fitted law.
+"""The bias that the grid of sizes and budgets gives IsoFLOP, estimated on noise-free losses of the fitted law.
 
-A valley of L = E + A N^-alpha + B D^-beta is not symmetric where alpha != beta, so that a parabola's minimum is off, by more
-where the sizes are not centred on it (Czech et al. 2026, arXiv 2603.22339). The fitted law is known, its optimum too: what
-the method finds on its losses, at the very sizes and budgets of the data, minus that optimum, is the bias.
+A valley of L = E + A N^-alpha + B D^-beta is asymmetric if alpha != beta, so the minimum of a parabola is biased, even more
+if the sizes are not centered on it (Czech et al. 2026, arXiv 2603.22339). The optimum of the fitted law is known. The bias
+is the difference between it and the result of the method on losses of that law, at the sizes and budgets of the data.
 """
 
 from __future__ import annotations
@@ -12,28 +12,29 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from scaling_lab.analysis.approaches.isoflop.isoflop import IsoFlop
-from scaling_lab.analysis.approaches.parametric import Parametric, law_columns
+from scaling_lab.analysis.approaches.law_frontier import law_columns
+from scaling_lab.analysis.approaches.parametric import Parametric
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.estimate import BudgetStatus, Estimate, FitStatus
 
-# From these on the bias is called one: below, no interval of a sweep tells it from none.
+# A smaller bias is not worth correcting: it is far below the width of the intervals of a sweep.
 _BIASED_EXPONENT = 0.005
 _BIASED_SIZE = 0.03
 
 
 @dataclass(frozen=True)
 class GridBias:
-    """What IsoFLOP finds minus the truth, on noise-free losses of a fitted law."""
+    """IsoFLOP's estimates minus the truth, on noise-free losses of a fitted law."""
 
     law: str
     params_exponent: float
     tokens_exponent: float
     log_params_opt: float
-    """ln of N_opt found over the law's own, at `compute_flops`."""
+    """ln(N_opt estimated / N_opt of the law) at `compute_flops`."""
     compute_flops: float
 
     def corrected(self, found: Estimate) -> Corrected:
-        """`found`, the estimate that this is the bias of, without it. It must have a frontier."""
+        """The estimate `found` minus this bias. It must have a frontier."""
         assert found.frontier is not None
         params, tokens = found.frontier.params, found.frontier.tokens
         return Corrected(
@@ -50,7 +51,7 @@ class GridBias:
 
 @dataclass(frozen=True)
 class Corrected:
-    """What IsoFLOP says without the bias of its grid: exponents, and N_opt (parameters) at the bias's `compute_flops`."""
+    """IsoFLOP's estimates without the bias of its grid: exponents, and N_opt (parameters) at `GridBias.compute_flops`."""
 
     params_exponent: float
     tokens_exponent: float
@@ -65,11 +66,12 @@ def grid_bias(
     points: Observations,
     compute_flops: float,
 ) -> GridBias | None:
-    """The bias of `found` (an IsoFLOP estimate of `points`) if the law of `fitted` is the truth; None where either has no
-    frontier, the fit has not converged, or the noise-free valleys show none.
+    """The bias of `found` (an IsoFLOP estimate of `points`) if the law of `fitted` is true.
+
+    None if either has no frontier, the fit has not converged, or the noise-free valleys give no frontier.
 
     Args:
-        compute_flops: where N_opt is compared.
+        compute_flops: the compute at which N_opt is compared.
     """
     if found.frontier is None or fitted.frontier is None:
         return None
@@ -79,7 +81,7 @@ def grid_bias(
     with_budgets = points.with_budgets()
     used = [b.budget_flops for b in found.budgets if b.status is BudgetStatus.OK]
     loss = np.asarray(law.loss_nats(fitted.fits[0].parameters, law_columns(points, law)), dtype=np.float64)
-    # Budgets that were dropped have no part in the estimate, nor in its bias.
+    # Budgets that were dropped contribute neither to the estimate nor to its bias.
     keep = np.isfinite(loss) & (loss > 0)
     if points.budgets_match_convention:
         keep &= np.isin(with_budgets.budget_flops, used)
@@ -98,13 +100,13 @@ def grid_bias(
 
 
 def bias_sentence(bias: GridBias, found: Estimate, minimum: str) -> str:
-    """The bias and the estimate without it, for the estimate's diagnostics."""
+    """A diagnostic with the bias and the corrected estimate."""
     better = bias.corrected(found)
-    verdict = "so its answer may be biased by that" if bias.large else "which is little"
-    also = ", as minimum=shared largely does by itself" if bias.large and minimum != "shared" else ""
+    verdict = "so the estimate may be biased by as much" if bias.large else "which is small"
+    also = " (minimum=shared largely avoids this bias)" if bias.large and minimum != "shared" else ""
     return (
-        f"On noise-free losses of the fitted {bias.law} law, at these sizes and budgets, minimum={minimum} finds an exponent of N"
-        f" {bias.params_exponent:+.4f} and an N_opt {np.expm1(bias.log_params_opt):+.1%} (at {bias.compute_flops:.2g} FLOPs) from the"
-        f" law's own, {verdict}. Corrected for it{also}: N as C^{better.params_exponent:.4f}, D as C^{better.tokens_exponent:.4f},"
+        f"On noise-free losses of the fitted {bias.law} law, at these sizes and budgets, minimum={minimum} is off by"
+        f" {bias.params_exponent:+.4f} in the exponent of N and by {np.expm1(bias.log_params_opt):+.1%} in N_opt (at"
+        f" {bias.compute_flops:.2g} FLOPs), {verdict}. Corrected for this bias{also}: N as C^{better.params_exponent:.4f}, D as C^{better.tokens_exponent:.4f},"
         f" N_opt = {better.params_opt:.3g}."
     )

@@ -1,12 +1,12 @@
-"""Owns Approach 2 (Hoffmann et al. 2022, arXiv 2203.15556, section 3.2): the minimum of each IsoFLOP valley, and a
-power law through the minima.
+"""Approach 2 (Hoffmann et al. 2022, arXiv 2203.15556, section 3.2): the minimum of each IsoFLOP valley, and a power law
+through the minima.
 
-A valley whose minimum cannot be trusted is named with its reason and left out. Everything is batched over samples, so
-that a bootstrap costs a few linear solves.
+A valley whose minimum is not reliable is left out, with the reason. Everything is batched over samples, so a bootstrap
+costs a few linear solves.
 
-Why the loss and not its logarithm is fitted: for L = E + A N^-alpha + B D^-beta the valleys of all budgets are one
-shape, scaled, about their own optimum. A fit linear in the loss then shifts every minimum by the same factor, and the
-exponents stay exact when every budget's sizes are centred alike; a fit in ln L loses that.
+The loss itself is fitted, not its logarithm: for L = E + A N^-alpha + B D^-beta the valleys of all budgets have the same
+shape up to scale. A fit that is linear in the loss then shifts all minima by the same factor, so the exponents stay exact
+if the sizes are centered alike at all budgets. A fit in ln L loses this property.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from scaling_lab.analysis.approaches.isoflop.grid_fit import GridFit, fit_grid
-from scaling_lab.analysis.approaches.isoflop.valley import MINIMUM_SIZES, STATUS_CODES
+from scaling_lab.analysis.approaches.isoflop.minimum import MINIMUM_SIZES, STATUS_CODES
 from scaling_lab.analysis.approaches.isoflop.valleys import Valley, split_valleys, tokens_at
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.estimate import Array, BudgetOptimum, BudgetStatus, Estimate, FitStatus
@@ -35,14 +35,14 @@ class IsoFlopSettings:
     """Options `approach.isoflop.*`."""
 
     minimum: Literal["shared", "parabola", "akima", "cubic"] = "shared"
-    """How a valley's minimum is found in ln N. "shared": an asymmetric parabola whose asymmetry all budgets share
-    (shared_shape.py); "parabola": least squares, as in the paper; "akima": Akima's interpolant, as Porian et al. 2024
+    """How to find the minimum of a valley in ln N. "shared": an asymmetric valley whose shape all budgets share
+    (shared_shape.py); "parabola": least squares, as in the paper; "akima": Akima's interpolant, as in Porian et al. 2024
     (arXiv 2406.19146); "cubic": least squares."""
     window_log_params: float | None = 2.5
-    """Fit only sizes within this distance in ln N of the best sampled one (a factor of twelve; never fewer than five
-    sizes): no polynomial describes a whole wide valley. None fits all; Akima, local by itself, always takes all."""
+    """Fit only sizes within this distance in ln N of the best sampled one (a factor of twelve; at least five sizes),
+    because no polynomial describes a wide valley. None fits all sizes; Akima, which is local, always uses all."""
     budget_tolerance: float = 0.10
-    """Runs whose FLOPs differ from their budget by more than this fraction are named and left out."""
+    """Runs whose FLOPs differ from their budget by more than this fraction are reported and left out."""
 
     def __post_init__(self) -> None:
         if self.minimum not in MINIMUM_METHODS:
@@ -55,13 +55,13 @@ class IsoFlopSettings:
 
 @dataclass(frozen=True)
 class IsoFlop:
-    """Approach 2 with its settings; pure methods."""
+    """Approach 2 with its settings."""
 
     settings: IsoFlopSettings = field(default_factory=IsoFlopSettings)
     name: str = "isoflop"
 
     def estimate(self, observations: Observations, weights: Array | None = None) -> Estimate:
-        """One point a run (or every row, with points=all) -> minima -> frontier. Never raises on poor data."""
+        """One point per run (or all rows, with points=all) -> minima -> frontier. Poor data give a status, never an error."""
         valleys, notes = split_valleys(observations, self.settings.budget_tolerance, weights)
         fit = self._fit(valleys)
         budgets = tuple(self._budget(v, fit, i) for i, v in enumerate(valleys))
@@ -86,7 +86,7 @@ class IsoFlop:
         compute = (float(np.exp(used.min())), float(np.exp(used.max())))
         message = f"{len(usable)} of {len(budgets)} budgets have a minimum inside the sampled sizes."
         if len(usable) == 2:
-            message += " A power law through two points leaves no residual to judge it by."
+            message += " A power law through two points has no residuals, so its fit cannot be assessed."
         frontier = frontier_from(points, compute)
         notes += [*fit.notes, *self._parabola_note(valleys, frontier.params.exponent)]
         return Estimate(
@@ -100,7 +100,7 @@ class IsoFlop:
         )
 
     def default_unit(self, observations: Observations) -> str:
-        """Noise about the valleys: drawing runs anew loses whole budgets of a small grid."""
+        """`residual` (noise about the fitted valleys): resampling runs loses whole budgets of a small grid."""
         return "residual"
 
     def resample(
@@ -110,7 +110,7 @@ class IsoFlop:
         weights: Array | None = None,
         estimate: Estimate | None = None,
     ) -> dict[str, Array]:
-        """(resamples,) each: the frontier's quantities; see `uncertainty.Approach`."""
+        """(resamples,) each: quantities of the frontier; see `bootstrap.Approach`."""
         valleys, _ = split_valleys(observations, self.settings.budget_tolerance, weights)
         start = self._fit(valleys)
         if draws.unit == "residual":
@@ -138,7 +138,7 @@ class IsoFlop:
     def _frontier_points(
         self, valleys: Sequence[Valley], fit: GridFit, budget_weights: Array | None = None
     ) -> FrontierPoints:
-        """The fitted minima of many samples, (samples, budgets); a budget without one has weight 0."""
+        """The fitted minima of many samples, (samples, budgets); a budget without a minimum has weight 0."""
         columns = [
             (*tokens_at(v, m.log_n), m.log_n, m.loss, m.status == _OK) for v, m in zip(valleys, fit.minima)
         ]
@@ -154,7 +154,7 @@ class IsoFlop:
         )
 
     def _parabola_note(self, valleys: Sequence[Valley], exponent: float) -> list[str]:
-        """What the paper's parabola gives, and so its bias: valleys are not symmetric when alpha != beta."""
+        """The exponent from the paper's parabola, for comparison: valleys are asymmetric if alpha != beta."""
         if self.settings.minimum != "shared":
             return []
         plain = IsoFlop(replace(self.settings, minimum="parabola"))
@@ -163,7 +163,7 @@ class IsoFlop:
             return []
         a = float(quantities(points)["params_exponent"][0])
         return [
-            f"A plain parabola gives an exponent of N of {a:.4f}, {a - exponent:+.4f}: its asymmetry bias and noise."
+            f"A plain parabola gives an exponent of N of {a:.4f}; the difference, {a - exponent:+.4f}, is its asymmetry bias plus noise."
         ]
 
     def _budget(self, valley: Valley, fit: GridFit, i: int) -> BudgetOptimum:
@@ -192,15 +192,15 @@ class IsoFlop:
 
 
 def _noisy_losses(valleys: Sequence[Valley], fit: GridFit, draws: Draws) -> list[Array]:
-    """Per valley (resamples, points): the fitted valley plus noise.
+    """Per valley, (resamples, points): the fitted valley plus noise.
 
-    The scale is redrawn too (chi-squared with its degrees of freedom): a scale pooled from ten residuals is itself
-    uncertain by a fifth, and intervals that ignore it are too narrow.
+    The noise scale is redrawn as well (chi-squared with its degrees of freedom): a scale estimated from ten residuals is
+    uncertain by a fifth, and intervals that ignore this are too narrow.
     """
     noise = fit.noise
     if noise.degrees_of_freedom < 1:
         raise NoInterval(
-            "the valleys have no degrees of freedom left to measure the noise by: more sizes a budget, or seeds."
+            "the valleys leave no degrees of freedom to estimate the noise; add sizes per budget, or seeds."
         )
     rng = draws.rng()
     df = noise.degrees_of_freedom
@@ -208,7 +208,7 @@ def _noisy_losses(valleys: Sequence[Valley], fit: GridFit, draws: Draws) -> list
     losses = []
     for i, valley in enumerate(valleys):
         eps = rng.standard_normal((draws.resamples, valley.loss.size))
-        # With weights a point's variance goes as 1 / weight.
+        # The variance of a point is proportional to 1 / weight.
         spread = np.sqrt(np.mean(valley.weight) / valley.weight)
         losses.append(fit.fitted_loss(i) + scale[:, None] * eps * spread)
     return losses
@@ -219,7 +219,7 @@ def _reason(status: BudgetStatus, valley: Valley, log_n: float, minimum: str) ->
     if status is BudgetStatus.TOO_FEW:
         return f"{valley.n_sizes} distinct size(s); a minimum needs at least {MINIMUM_SIZES[minimum]}."
     if status is BudgetStatus.CONCAVE:
-        return "The curve fitted to the losses has no minimum (it opens downwards)."
+        return "The curve fitted to the losses has no minimum (it opens downward)."
     if status is BudgetStatus.EDGE:
         mean = np.bincount(valley.size, valley.loss) / np.bincount(valley.size)
         which = "smallest" if int(np.argmin(mean)) == 0 else "largest"
@@ -235,5 +235,5 @@ def _too_few_budgets(budgets: Sequence[BudgetOptimum]) -> str:
     first = next((b.message for b in budgets if b.status is not BudgetStatus.OK and b.message), None)
     why = f" First reason: {first}" if first else ""
     if len(budgets) < 2:
-        return f"IsoFLOP needs at least two budgets, there is {len(budgets)}.{why}"
-    return f"IsoFLOP needs at least two budgets with a minimum, {usable} of {len(budgets)} have one.{why}"
+        return f"IsoFLOP needs at least two budgets, got {len(budgets)}.{why}"
+    return f"IsoFLOP needs at least two budgets with a minimum; {usable} of {len(budgets)} have one.{why}"

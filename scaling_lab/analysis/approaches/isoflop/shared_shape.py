@@ -1,11 +1,11 @@
-"""Owns the asymmetric valley: IsoFLOP valleys fitted with one shape that all budgets share, for many samples at once.
+"""Asymmetric IsoFLOP valleys with a shape that all budgets share, fitted for many samples at once.
 
 On a line of equal compute L = E + A N^-alpha + B D^-beta is c0 + c1 exp(-alpha x) + c2 exp(beta x) in x = ln N, with c0,
-c1, c2 of each budget. A parabola is its limit alpha = beta -> 0; taken for the valley itself it puts the minimum a few
-percent off wherever alpha != beta or the sizes are off-centre, even without noise (Czech et al. 2026, arXiv
-2603.22339). Here every budget keeps its own c0, c1, c2 (nothing ties the budgets' minima to a law), and only the two
-steepnesses are pooled: as little variance as a parabola's, without its bias. Given the steepnesses the fit is linear,
-so they are found by variable projection.
+c1, c2 of each budget. A parabola is the limit alpha = beta -> 0. Fitting a parabola shifts the minimum by a few percent if
+alpha != beta or the sizes are off-center, even without noise (Czech et al. 2026, arXiv 2603.22339). Here each budget has
+its own c0, c1, c2 (no law ties the minima of the budgets together), and only the two steepnesses alpha and beta are shared:
+the variance is as small as a parabola's, without its bias. Given the steepnesses the fit is linear, so they are found by
+variable projection.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from scaling_lab.analysis.estimate import Array
 
-# Steepnesses allowed: below .02 the shape is a parabola to 1e-3 over any sampled range; published ones are .05 to .8.
+# Allowed steepnesses: below .02 the shape is a parabola to 1e-3 over any sampled range; published exponents are .05 to .8.
 _STEEPNESS_RANGE = (0.02, 4.0)
 _GRID = np.geomspace(0.05, 2.0, 9)
 _STEPS = 25
-# Steepnesses are known to 1e-2 at best: a relative change of 1e-5 is none.
+# Steepnesses are known to 1e-2 at best, so a relative change of 1e-5 is negligible.
 _SMALLEST_MOVE = 1e-5
 PARAMETERS_PER_VALLEY = 3
 SHARED_PARAMETERS = 2
@@ -30,8 +30,8 @@ SHARED_PARAMETERS = 2
 
 @dataclass(frozen=True)
 class ValleyData:
-    """One budget for the fit: x (points,) = ln N about any centre; loss and weight (samples, points); weight 0 leaves a
-    point out. A sample with fewer than three distinct x in use must have all its weights 0."""
+    """One budget: x (points,) = ln N minus any center; loss and weight (samples, points). Weight 0 leaves a point out; a
+    sample with fewer than three distinct x in use must have all its weights 0."""
 
     x: Array
     loss: Array
@@ -43,11 +43,11 @@ class SharedFit:
     """The fit of every sample."""
 
     steepness: Array
-    """(samples, 2): of the side of small models (alpha) and of large ones (beta)."""
+    """(samples, 2): of the small-model side (alpha) and the large-model side (beta)."""
     coefficients: Array
-    """(samples, valleys, 3) of `basis`; NaN where a valley had no points in a sample."""
+    """(samples, valleys, 3) of `basis`; NaN if a valley has no points in a sample."""
     x_min: Array
-    """(samples, valleys): NaN where the fitted valley has no minimum."""
+    """(samples, valleys); NaN if the fitted valley has no minimum."""
     loss_min: Array
     curvature: Array
     sum_of_squares: Array
@@ -56,10 +56,10 @@ class SharedFit:
 
 @dataclass(frozen=True)
 class _Stack:
-    """Valleys with equally many points as one array, so that a grid costs a few array operations and not a few a valley."""
+    """Valleys with the same number of points, stacked into arrays for speed."""
 
     valley: list[int]
-    """Their positions among the valleys."""
+    """Their indices among all valleys."""
     x: Array
     """(valleys, 1, points)"""
     loss: Array
@@ -68,7 +68,7 @@ class _Stack:
 
     @property
     def used(self) -> NDArray[np.bool_]:
-        """(valleys, samples) which samples have points at all."""
+        """(valleys, samples) which samples have any points."""
         return np.asarray(np.any(self.weight > 0, axis=-1))
 
 
@@ -90,8 +90,8 @@ def _stacked(valleys: Sequence[ValleyData]) -> list[_Stack]:
 
 
 def basis(steepness: Array, x: Array) -> Array:
-    """(..., samples, points, 3): 1, about x, and about x^2, which span 1, exp(-alpha x), exp(beta x) and stay apart as the
-    steepnesses vanish."""
+    """(..., samples, points, 3): the functions 1, about x, and about x^2. They span 1, exp(-alpha x) and exp(beta x), and remain
+    linearly independent as the steepnesses go to 0."""
     a, b = steepness[:, :1], steepness[:, 1:]
     falling, rising = np.expm1(-a * x), np.expm1(b * x)
     linear = (rising - falling) / (a + b)
@@ -103,7 +103,7 @@ def fit_shared(valleys: Sequence[ValleyData], start: Array | None = None) -> Sha
     """Fit all valleys of every sample with shared steepnesses, by Levenberg-Marquardt on the projected residuals.
 
     Args:
-        start: (2,) steepnesses to begin from; None searches a grid on the first sample.
+        start: (2,) initial steepnesses; None searches a grid on the first sample.
     """
     stacks = _stacked(valleys)
     n_samples = stacks[0].loss.shape[1]
@@ -133,7 +133,7 @@ def fit_shared(valleys: Sequence[ValleyData], start: Array | None = None) -> Sha
 
 
 def shared_curve(steepness: Array, coefficients: Array, x: Array) -> Array:
-    """(samples, points) the fitted loss of one valley; steepness (samples, 2), coefficients (samples, 3)."""
+    """(samples, points) the fitted loss of one valley, for steepness (samples, 2) and coefficients (samples, 3)."""
     return np.einsum("spk,sk->sp", basis(steepness, x), coefficients)
 
 
@@ -147,10 +147,10 @@ def _grid_start(valleys: Sequence[ValleyData]) -> Array:
 def _project(stack: _Stack, steepness: Array) -> tuple[Array, Array]:
     """Residuals (valleys, samples, points) and coefficients (valleys, samples, 3)."""
     used = stack.used[..., None]
-    # A sample without points is solved with unit weights, so that the batch stays regular, and blanked after.
+    # Samples without points are solved with unit weights, so that the batch stays regular, and set to NaN afterward.
     root = np.sqrt(np.where(used, stack.weight, 1.0))
     design = root[..., None] * basis(steepness, stack.x)
-    # Gram-Schmidt over the three columns of the whole batch at once: a LAPACK call a sample would be the slower way.
+    # Gram-Schmidt on the three columns of the whole batch, which is faster than one LAPACK call per sample.
     residual = root * stack.loss
     r: dict[tuple[int, int], Array] = {}
     q: list[Array] = []
@@ -201,7 +201,7 @@ def _solution(stacks: Sequence[_Stack], n_valleys: int, steepness: Array, value:
 
 
 def _basis_at(steepness: Array, x: Array) -> Array:
-    """(samples, 3) the basis at one x of each sample."""
+    """(samples, 3) the basis at one x per sample."""
     a, b = steepness[:, 0], steepness[:, 1]
     falling, rising = np.expm1(-a * x), np.expm1(b * x)
     linear = (rising - falling) / (a + b)

@@ -1,4 +1,4 @@
-"""Owns grouping observations into IsoFLOP valleys, one a budget: clusters, runs off their budget, D at a minimum."""
+"""Group observations into IsoFLOP valleys, one per budget."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Valley:
 
     budget_flops: float
     point: NDArray[np.int64]
-    """(points,) positions in the observations."""
+    """(points,) indices into the observations."""
     log_n: Array
     log_c: Array
     log_d: Array
@@ -36,9 +36,10 @@ class Valley:
 def split_valleys(
     observations: Observations, tolerance: float, weights: Array | None = None
 ) -> tuple[list[Valley], list[str]]:
-    """Group points by budget (clusters of FLOPs where the source gives none) and leave out runs off their budget.
+    """Group points by budget and leave out runs off their budget.
 
-    Also returns sentences on what was done. `weights`: (points,) of the fit.
+    Budgets that the source does not give are clusters of FLOPs. Also returns sentences that describe what was done.
+    `weights`: (points,) weights of the fit.
     """
     obs = observations.with_budgets()
     given = np.isfinite(observations.budget_flops)
@@ -56,13 +57,13 @@ def split_valleys(
             if off.mean() > 0.5:
                 notes.append(
                     f"Budget {budget:.4g}: {int(off.sum())} of {at.size} runs are off it by more than {tolerance:.0%}, so"
-                    " budget_flops seems to count otherwise than flops; it only groups the runs."
+                    " budget_flops seems to be counted differently from flops; it is used only to group the runs."
                 )
             else:
                 named = ", ".join(str(r) for r in obs.run_id[at[off]][:5])
                 more = f" and {int(off.sum()) - 5} more" if off.sum() > 5 else ""
                 notes.append(
-                    f"Budget {budget:.4g}: left out, off the budget by more than {tolerance:.0%}: {named}{more}."
+                    f"Budget {budget:.4g}: left out because off the budget by more than {tolerance:.0%}: {named}{more}."
                 )
                 at = at[~off]
         size = np.unique(np.round(np.log(obs.n_params[at]), 9), return_inverse=True)[1]
@@ -82,10 +83,10 @@ def split_valleys(
 
 
 def _slide_to_budgets(obs: Observations, notes: list[str]) -> Observations:
-    """Move each run's loss to its budget's mean FLOPs, along a fitted law at the run's own N.
+    """Move each loss to the mean FLOPs of its budget, along a fitted law at the N of the run.
 
-    Runs that cost the same under the plan's convention do not under another, so the plan's valleys are not IsoFLOP
-    there. Without this the exponents would be those of the plan with renamed axes.
+    Runs that cost the same under the plan's convention do not under another, so there the plan's valleys are not IsoFLOP.
+    Without this correction the exponents would be those of the plan with renamed axes.
     """
     law = get_law("chinchilla")
     columns = {"n_params": obs.n_params, "n_tokens": obs.n_tokens}
@@ -96,8 +97,8 @@ def _slide_to_budgets(obs: Observations, notes: list[str]) -> Observations:
     spread = float(np.exp(np.abs(log_c - target).max()))
     if result.status is FitStatus.NOT_IDENTIFIED:
         notes.append(
-            f"The budgets were planned under another FLOP convention; runs lie up to {spread:.2f}x off their budget's mean,"
-            " and no law could be fitted to correct for it."
+            f"The budgets were planned under another FLOP convention; runs are up to {spread:.2f}x off the mean of their"
+            " budget, and no law could be fitted to correct for it."
         )
         return obs
     moved = {"n_params": obs.n_params, "n_tokens": obs.n_tokens * np.exp(target - log_c)}
@@ -105,8 +106,8 @@ def _slide_to_budgets(obs: Observations, notes: list[str]) -> Observations:
         law.loss_nats(result.parameters, columns)
     )
     notes.append(
-        f"The budgets were planned under another FLOP convention: each loss was moved to its budget's mean FLOPs (up to"
-        f" {spread:.2f}x away) along the fitted Chinchilla law."
+        f"The budgets were planned under another FLOP convention: each loss was moved to the mean FLOPs of its budget (up"
+        f" to {spread:.2f}x away) along the fitted Chinchilla law."
     )
     return replace(
         obs,
@@ -118,8 +119,8 @@ def _slide_to_budgets(obs: Observations, notes: list[str]) -> Observations:
 
 
 def tokens_at(valley: Valley, log_n: Array) -> tuple[Array, Array]:
-    """(samples,) ln C and ln D of the valley's runs at ln N, interpolated: so D follows the observed FLOPs per token,
-    not 6 N D, when the convention differs."""
+    """(samples,) ln C and ln D of the valley at ln N, interpolated between its runs, so that D follows the observed FLOPs per
+    token instead of 6 N D."""
     first = np.unique(valley.size, return_index=True)[1]
     x = valley.log_n[first]
     per_size = np.bincount(valley.size)
@@ -127,7 +128,6 @@ def tokens_at(valley: Valley, log_n: Array) -> tuple[Array, Array]:
     log_d = np.bincount(valley.size, valley.log_d) / per_size
     known = np.where(np.isfinite(log_n), log_n, x[0])
     c = np.interp(known, x, log_c)
-    # FLOPs per token is the smooth one to interpolate; D alone is as rough as the runs' rounding to whole steps.
-    # ln FLOPs per token - ln N is nearly constant, so it, not ln FLOPs per token, is what is interpolated.
+    # D itself is not smooth, because runs are rounded to whole steps; ln(FLOPs per token) - ln N is smooth and nearly constant.
     excess = np.interp(known, x, log_c - log_d - x)
     return c, c - excess - known

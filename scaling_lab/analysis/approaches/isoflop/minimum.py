@@ -1,8 +1,8 @@
-"""Owns the minimum of one IsoFLOP valley, for many samples at once: least-squares parabola or cubic in ln N, or
-Akima's interpolant (Porian et al. 2024, arXiv 2406.19146, use Akima).
+"""The minimum of one IsoFLOP valley, for many samples at once: a least-squares parabola or cubic in ln N, or Akima's
+interpolant (as in Porian et al. 2024, arXiv 2406.19146).
 
-Arrays are (samples, points) with points ascending in N; weight 0 leaves a point out of a sample. No logs of losses:
-see isoflop.py.
+Arrays are (samples, points) with points ascending in N; weight 0 leaves a point out of a sample. Losses are not in
+logarithms: see isoflop.py.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ STATUS_CODES = (
     BudgetStatus.TOO_FEW,
 )
 MINIMUM_SIZES = {"shared": 3, "parabola": 3, "akima": 3, "cubic": 4}
-# A local window never has fewer sizes than this: through three a parabola follows the noise exactly.
+# A local window has at least this many sizes: a parabola through three would fit their noise exactly.
 WINDOW_SIZES = 5
 
 
 @dataclass(frozen=True)
-class Minima:
-    """(samples,) each; log_n, loss and curvature are NaN where there is none."""
+class ValleyMinima:
+    """(samples,) each; log_n, loss and curvature are NaN if there is no minimum."""
 
     status: NDArray[np.int64]
     """Index into `STATUS_CODES`."""
@@ -39,8 +39,8 @@ class Minima:
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """Per sample and distinct size: the weight, the mean loss, whether it is there."""
+class _SizeMeans:
+    """Weight and mean loss of each distinct size, per sample."""
 
     log_n: Array
     weight: Array
@@ -52,23 +52,23 @@ class _Sizes:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """One valley of many samples, the sizes outside a local window already weighted 0."""
+class WindowedValley:
+    """One valley for many samples, with weight 0 outside a local window."""
 
     loss: Array
     weight: Array
     enough: NDArray[np.bool_]
-    """(samples,) whether there are sizes enough for the method."""
+    """(samples,) whether there are enough sizes for the method."""
     at_edge: NDArray[np.bool_]
-    """(samples,) whether the best sampled size is the smallest or largest there is."""
+    """(samples,) whether the best sampled size is the smallest or largest one."""
     opens_down: NDArray[np.bool_]
-    """(samples,) whether a parabola through the losses opens downwards."""
+    """(samples,) whether a parabola through the losses opens downward (only computed if the best size is at the edge)."""
     lowest: Array
     highest: Array
 
     def status(self, log_n: Array) -> NDArray[np.int64]:
-        """(samples,) codes. The order says which reason is named: too few sizes; a valley upside down; the data's own
-        verdict, the best size at the edge; a fitted curve without a minimum; a minimum beyond the sampled sizes."""
+        """(samples,) codes. If several reasons apply, the first of these is given: too few sizes; a valley that opens downward;
+        the best size at the edge; a fitted curve without a minimum; a minimum outside the sampled sizes."""
         status = np.full(self.enough.shape, STATUS_CODES.index(BudgetStatus.OK))
         with np.errstate(invalid="ignore"):
             status[(log_n < self.lowest) | (log_n > self.highest)] = STATUS_CODES.index(BudgetStatus.OUTSIDE)
@@ -79,16 +79,16 @@ class Prepared:
         return status
 
 
-def prepare(
+def apply_window(
     method: str, log_n: Array, size: NDArray[Any], loss: Array, weight: Array, window: float | None
-) -> Prepared:
-    """What every method needs to know of a valley.
+) -> WindowedValley:
+    """Apply the local window to one valley, and compute what all methods need.
 
     Args:
         method: parabola, cubic, akima or shared.
         log_n: (points,) ascending. size: (points,) index of each point's distinct size.
         loss, weight: broadcast to (samples, points).
-        window: half-width in ln N about the best sampled size; None takes all sizes.
+        window: half-width in ln N around the best sampled size; None uses all sizes.
     """
     loss, weight = np.broadcast_arrays(np.atleast_2d(loss), np.atleast_2d(weight))
     sizes = _by_size(log_n, size, loss, weight)
@@ -103,21 +103,21 @@ def prepare(
     asked = at_edge & enough
     if asked.any():
         opens_down[asked] = _polynomials(log_n, loss[asked], weight[asked], 2)[0][:, 2] <= 0
-    return Prepared(loss, weight, enough, at_edge, opens_down, lowest, highest)
+    return WindowedValley(loss, weight, enough, at_edge, opens_down, lowest, highest)
 
 
-def minima(method: str, log_n: Array, size: NDArray[Any], p: Prepared) -> Minima:
-    """The minimum of each sample's valley and its status, by a method that takes each budget for itself."""
+def find_minima(method: str, log_n: Array, size: NDArray[Any], p: WindowedValley) -> ValleyMinima:
+    """The minimum of the valley in each sample and its status, by a method that fits each budget separately."""
     if method == "akima":
         x, y, curvature = _akima_minima(_by_size(log_n, size, p.loss, p.weight), p.enough)
-        return Minima(p.status(x), x, y, curvature)
+        return ValleyMinima(p.status(x), x, y, curvature)
     degree = 2 if method == "parabola" else 3
     x, y, curvature = _polynomial_minima(log_n, p.loss, p.weight, p.enough, degree)
-    return Minima(p.status(x), x, y, curvature)
+    return ValleyMinima(p.status(x), x, y, curvature)
 
 
-def fitted(method: str, log_n: Array, size: NDArray[Any], p: Prepared, x: Array) -> Array:
-    """The fitted loss of the first sample at ln N = x: a polynomial, or Akima's interpolant of the sizes' means."""
+def fitted_curve(method: str, log_n: Array, size: NDArray[Any], p: WindowedValley, x: Array) -> Array:
+    """The fitted loss of the first sample at ln N = x: a polynomial, or Akima's interpolant of the mean losses."""
     if method == "akima":
         sizes = _by_size(log_n, size, p.loss[:1], p.weight[:1])
         kept = sizes.present[0]
@@ -128,21 +128,21 @@ def fitted(method: str, log_n: Array, size: NDArray[Any], p: Prepared, x: Array)
         c0, c1, c2, c3 = (c[0, piece] for c in pieces)
         return c0 + t * (c1 + t * (c2 + t * c3))
     degree = 2 if method == "parabola" else 3
-    coefficients, centre, scale = _polynomials(log_n, p.loss[:1], p.weight[:1], degree)
-    return np.polynomial.polynomial.polyval((x - centre[0]) / scale[0], coefficients[0])
+    coefficients, center, scale = _polynomials(log_n, p.loss[:1], p.weight[:1], degree)
+    return np.polynomial.polynomial.polyval((x - center[0]) / scale[0], coefficients[0])
 
 
-def _by_size(log_n: Array, size: NDArray[Any], loss: Array, weight: Array) -> _Sizes:
+def _by_size(log_n: Array, size: NDArray[Any], loss: Array, weight: Array) -> _SizeMeans:
     n_sizes = int(size[-1]) + 1
     member = (size[:, None] == np.arange(n_sizes)).astype(np.float64)
     total = weight @ member
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = (weight * loss) @ member / total
     first = np.searchsorted(size, np.arange(n_sizes))
-    return _Sizes(log_n[first], total, mean)
+    return _SizeMeans(log_n[first], total, mean)
 
 
-def _range_and_best(sizes: _Sizes) -> tuple[Array, Array, Array]:
+def _range_and_best(sizes: _SizeMeans) -> tuple[Array, Array, Array]:
     there = sizes.present
     x = np.broadcast_to(sizes.log_n, there.shape)
     lowest = np.where(there, x, np.inf).min(axis=1)
@@ -151,7 +151,7 @@ def _range_and_best(sizes: _Sizes) -> tuple[Array, Array, Array]:
     return lowest, highest, best
 
 
-def _window(sizes: _Sizes, window: float) -> NDArray[np.bool_]:
+def _window(sizes: _SizeMeans, window: float) -> NDArray[np.bool_]:
     _, _, best = _range_and_best(sizes)
     distance = np.where(sizes.present, np.abs(sizes.log_n - best[:, None]), np.inf)
     ranked = np.sort(distance, axis=1)
@@ -161,20 +161,20 @@ def _window(sizes: _Sizes, window: float) -> NDArray[np.bool_]:
 
 
 def _polynomials(log_n: Array, loss: Array, weight: Array, degree: int) -> tuple[Array, Array, Array]:
-    """Weighted least squares in u = (ln N - centre) / scale: (samples, degree + 1) coefficients, centre, scale.
+    """Weighted least squares in u = (ln N - center) / scale: (samples, degree + 1) coefficients, center, scale.
 
-    By QR of the weighted Vandermonde matrix, not the normal equations: a cubic over a wide valley stays accurate.
+    QR of the weighted Vandermonde matrix instead of normal equations keeps a cubic over a wide valley accurate.
     """
     total = np.maximum(weight.sum(axis=1), 1e-300)
-    centre = (weight * log_n).sum(axis=1) / total
-    dx = np.where(weight > 0, log_n - centre[:, None], 0.0)
+    center = (weight * log_n).sum(axis=1) / total
+    dx = np.where(weight > 0, log_n - center[:, None], 0.0)
     scale = np.maximum(np.sqrt((weight * dx**2).sum(axis=1) / total), 1e-12)
     u = dx / scale[:, None]
     root = np.sqrt(weight)
     design = root[:, :, None] * u[:, :, None] ** np.arange(degree + 1)
     q, r = np.linalg.qr(design)
     target = np.einsum("spk,sp->sk", q, root * np.where(weight > 0, loss, 0.0))
-    return np.linalg.solve(r, target[:, :, None])[:, :, 0], centre, scale
+    return np.linalg.solve(r, target[:, :, None])[:, :, 0], center, scale
 
 
 def _polynomial_minima(
@@ -183,7 +183,7 @@ def _polynomial_minima(
     x_min, y_min, curvature = (np.full(loss.shape[0], np.nan) for _ in range(3))
     if not enough.any() or log_n.size <= degree:
         return x_min, y_min, curvature
-    coefficients, centre, scale = _polynomials(log_n, loss[enough], weight[enough], degree)
+    coefficients, center, scale = _polynomials(log_n, loss[enough], weight[enough], degree)
     c1, c2 = coefficients[:, 1], coefficients[:, 2]
     with np.errstate(invalid="ignore", divide="ignore"):
         if degree == 2:
@@ -191,24 +191,24 @@ def _polynomial_minima(
             second = 2 * c2
         else:
             c3 = coefficients[:, 3]
-            # The root of c1 + 2 c2 u + 3 c3 u^2 with a positive second derivative, in the form that survives c3 -> 0.
+            # The root of c1 + 2 c2 u + 3 c3 u^2 with a positive second derivative, in a form that is stable for c3 -> 0.
             root = np.sqrt(c2**2 - 3 * c1 * c3)
             u = np.where(c2 >= 0, -c1 / (c2 + root), (root - c2) / (3 * c3))
             second = 2 * c2 + 6 * c3 * u
             u = np.where(second > 0, u, np.nan)
         powers = u[:, None] ** np.arange(degree + 1)
-        x_min[enough] = centre + scale * u
+        x_min[enough] = center + scale * u
         y_min[enough] = (coefficients * powers).sum(axis=1)
         curvature[enough] = np.where(np.isfinite(u), second / scale**2, np.nan)
     return x_min, y_min, curvature
 
 
-def _akima_minima(sizes: _Sizes, enough: NDArray[np.bool_]) -> tuple[Array, Array, Array]:
+def _akima_minima(sizes: _SizeMeans, enough: NDArray[np.bool_]) -> tuple[Array, Array, Array]:
     x_min, y_min, curvature = (np.full(enough.size, np.nan) for _ in range(3))
     counts = sizes.present.sum(axis=1)
     for k in np.unique(counts[enough]):
         rows = np.flatnonzero(enough & (counts == k))
-        # Samples with k sizes present: gather those k, in order, into a dense array.
+        # Gather the k sizes that are present in these samples, in order, into a dense array.
         columns = np.nonzero(sizes.present[rows])[1].reshape(rows.size, k)
         x = sizes.log_n[columns]
         y = np.take_along_axis(sizes.loss[rows], columns, axis=1)
@@ -220,7 +220,7 @@ def _akima_cubics(x: Array, y: Array) -> tuple[Array, Array, Array, Array]:
     """(samples, pieces) coefficients of y = c0 + c1 t + c2 t^2 + c3 t^3, t = x - x_left, of Akima's 1970 interpolant."""
     h = np.diff(x, axis=1)
     m = np.diff(y, axis=1) / h
-    # Two slopes beyond each end continue the parabola of the last three points (Akima's own rule).
+    # Two slopes beyond each end continue the parabola through the last three points (as Akima defined it).
     left1 = 2 * m[:, :1] - m[:, 1:2]
     left2 = 2 * left1 - m[:, :1]
     right1 = 2 * m[:, -1:] - m[:, -2:-1]
@@ -238,7 +238,7 @@ def _akima_cubics(x: Array, y: Array) -> tuple[Array, Array, Array, Array]:
 
 
 def _cubic_pieces_minimum(x: Array, c0: Array, c1: Array, c2: Array, c3: Array) -> tuple[Array, Array, Array]:
-    """(samples,) the lowest interior local minimum, NaN where the lowest point is an end of the range."""
+    """(samples,) the lowest interior local minimum; NaN if the lowest point is an end of the range."""
     h = np.diff(x, axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         root = np.sqrt(c2**2 - 3 * c1 * c3)
