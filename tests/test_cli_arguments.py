@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from scaling_lab.cli.options.arguments import nearest, parse
 from scaling_lab.cli.options.compose import hydra_text
+from scaling_lab.cli.options.configs import builtin_folder
 from scaling_lab.cli.options.values import read_value, split_list
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError
@@ -39,7 +40,7 @@ def test_only_the_first_equals_sign_splits_and_hydras_plus_is_taken_off():
         (["plan", "seed=1", "seed=2"], "seed is given twice"),
         (["plan", "seed=1", "+seed=2"], "seed is given twice"),
         (["plan", "seed="], "seed= has no value"),
-        (["plan", "seed", "=", "1"], "'seed' is no option"),
+        (["plan", "seed", "=", "1"], "'seed' is not an option"),
         (["plan", "~tracker=none"], "cannot be removed"),
         (["plan", "--jsno"], "Did you mean --json?"),
         (["plan", "--seed=3"], "seed=3"),
@@ -103,8 +104,8 @@ def test_a_time_is_read_in_the_unit_of_the_fields_name(key, text, value):
 @pytest.mark.parametrize(
     ("text", "wanted", "part"),
     [
-        ("1.5", int, "a whole number"),
-        ("abc", int, "a whole number"),
+        ("1.5", int, "an integer"),
+        ("abc", int, "an integer"),
         ("1e30", int, "too large"),
         ("1e9999", float, "too large"),
         ("9" * 500, int, "too large"),
@@ -184,3 +185,11 @@ def test_hydras_own_options_keep_their_plus():
         "hydra/launcher",
     ]
     assert [a.text for a in arguments.assignments] == argv[1:]
+
+
+def test_configs_are_found_in_a_source_tree_that_is_not_installed(monkeypatch):
+    def not_installed(package):
+        raise ModuleNotFoundError(package)
+
+    monkeypatch.setattr("importlib.resources.files", not_installed)
+    assert (builtin_folder.__wrapped__() / "experiment" / "quickstart.yaml").is_file()

@@ -128,13 +128,13 @@ def test_every_option_of_help_has_a_meaning(capsys):
             ["'model.hedas'", "Did you mean model.heads?", "model.context"],
         ),
         (["plan", "sweep=x", "model=gtp"], ["model='gtp'", "'gpt'", "gpt2"]),
-        (["plan", "sweep=x", "seed=1.5"], ["seed='1.5'", "whole number"]),
+        (["plan", "sweep=x", "seed=1.5"], ["seed='1.5'", "integer"]),
         (["plan", "sweep=x", "model.width=64"], ["model.width", "design.sizes.min_width"]),
         (["plan", "sweep=x", "schedule.warmup_fraction=0.1"], ["recipe.warmup_fraction"]),
         (["plan", "sweep=x", "model.mlp=swish"], ["model.mlp='swish'", "swiglu"]),
         (["plan", "sweep=x", "design.budgets_flops=[1e3]"], ["less than one step"]),
         (["plan", "sweep=x", "data=tokens", "data.path=no.npy"], ["data.path='no.npy'", "no such file"]),
-        (["plan", "sweep=../x", "seed=1"], ["sweep='../x'", "folder name"]),
+        (["plan", "sweep=../x", "seed=1"], ["sweep='../x'", "not a valid name"]),
         (["plan", "sweep=x", "hydra/launcher=local", "hydra.launcher.wrokers=1"], ["hydra/launcher"]),
         (["plan"], ["sweep=NAME"]),
         (["sweep", "sweep=x", "seed=1", "workers=0"], ["workers=0"]),
@@ -264,7 +264,7 @@ def test_plan_prints_the_grid_and_writes_it(capsys):
     assert main([*argv, "seed=7", "--json"]) == 0
     out, err = capsys.readouterr()
     assert {r["spec"]["seed_init"] for r in json.loads(out)["runs"]} == {7, 8}
-    assert "replaced the plan" in err
+    assert "replaced the previous plan" in err
     assert "seed (on disk 0, now 7)" in err
     line = refused(capsys, "sweep", *argv[1:], "seed=7,9")
     assert "seed (on disk 7, now 7,9)" in line

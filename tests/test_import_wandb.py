@@ -18,9 +18,9 @@ from scaling_lab.tracking.sink.trackers import close_mirror, log_point, open_mir
 from scaling_lab.tracking.sink.wandb_client import Target, wandb_folder
 from scaling_lab.tracking.wandb.mapping import (
     Expression,
-    ForeignRun,
-    Incomplete,
-    Missing,
+    ExternalRun,
+    IncompleteHistoryError,
+    MissingValueError,
     RunMapping,
     rows_of_run,
 )
@@ -82,8 +82,8 @@ def test_imported_online_the_table_is_the_curves(sweep, server, capsys):  # noqa
     server.lose_history_above = 100
     assert main(["import-wandb", "project=team/scaling_lab", "out=again.csv"]) == 2
     error = capsys.readouterr().err
-    assert "nothing is written, a curve is incomplete" in error
-    assert "of its 8 points of 'val_loss_nats' came back" in error
+    assert "no table was written because a curve is incomplete" in error
+    assert "of its 8 points of 'val_loss_nats' were returned" in error
     assert not Path("again.csv").exists()
 
 
@@ -153,20 +153,22 @@ def test_filters_and_states(sweep, server, capsys):  # noqa: F811
     assert "there is no such project" in capsys.readouterr().err
     # The default mapping knows none of these names, and says what there is instead.
     assert main(["import-wandb", "project=team/other"]) == 2
-    assert "it has no 'history.val_loss_nats' for mapping.loss (but 'val/loss')" in capsys.readouterr().err
+    assert (
+        "it has no 'history.val_loss_nats' for mapping.loss (closest: 'val/loss')" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "give one of project=ENTITY/PROJECT and path=FOLDER"),
+        ([], "give exactly one of project=ENTITY/PROJECT and path=FOLDER"),
         (["project=p"], "project=p must be ENTITY/PROJECT"),
         (["path=nowhere"], "there is no such folder"),
         (["project=a/b", "out=t.xlsx"], "must end in .csv or .parquet"),
         (["project=a/b", "mapping=nanogtp"], "Did you mean 'nanogpt'"),
         (["project=a/b", "mapping.los=x"], "Did you mean mapping.loss"),
         (["project=a/b", "mapping.params=__import__('os')"], "there is no function '__import__'"),
-        (["project=a/b", "mapping.params=[1]"], "is no name and no arithmetic"),
+        (["project=a/b", "mapping.params=[1]"], "is neither a name nor arithmetic"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, argv, said):
@@ -178,10 +180,10 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, argv, said):
 
 
 # -- mappings
-def foreign(history: list[dict], config: dict | None = None, counts: dict | None = None) -> ForeignRun:
+def foreign(history: list[dict], config: dict | None = None, counts: dict | None = None) -> ExternalRun:
     keys = {key for row in history for key in row}
     found = {key: sum(key in row for row in history) for key in keys}
-    return ForeignRun(
+    return ExternalRun(
         "id", "name", config or {}, {"final": 3.0}, counts or found,
         lambda wanted: [row for row in history if all(key in row for key in wanted)],
     )  # fmt: skip
@@ -225,12 +227,12 @@ def test_incomplete_and_torn_histories():
     mapping = RunMapping(loss="loss", params="n", tokens="tokens")
     history = [{"loss": 3.0, "tokens": 10.0 * i} for i in range(1, 5)]
     assert len(rows_of_run(foreign(history, {"n": 5}), mapping)) == 4
-    with pytest.raises(Incomplete, match="4 of its 1000 points of 'loss' came back"):
+    with pytest.raises(IncompleteHistoryError, match="4 of its 1000 points of 'loss' were returned"):
         rows_of_run(foreign(history, {"n": 5}, {"loss": 1000, "tokens": 1000}), mapping)
     torn = [*history, {"loss": 2.0}, {"tokens": 50.0}]
-    with pytest.raises(Incomplete, match="4 of its 5 rows with 'loss' have 'tokens' too"):
+    with pytest.raises(IncompleteHistoryError, match="4 of its 5 rows with 'loss' also have 'tokens'"):
         rows_of_run(foreign(torn, {"n": 5}), mapping)
-    with pytest.raises(Missing, match="it has no 'n' for mapping.params"):
+    with pytest.raises(MissingValueError, match="it has no 'n' for mapping.params"):
         rows_of_run(foreign(history, {"m": 5}), mapping)
 
 
@@ -273,5 +275,5 @@ def test_a_run_file_cut_anywhere_holds_a_beginning(sweep, tmp_path):
     path.write_bytes(data[: len(data) - 40])
     assert read_run_file(path).state == "crashed"
     path.write_bytes(b"nothing of the kind")
-    with pytest.raises(UserError, match="no W&B run file"):
+    with pytest.raises(UserError, match="not a W&B run file"):
         read_run_file(path)

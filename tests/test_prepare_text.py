@@ -76,7 +76,7 @@ def test_the_row_that_is_no_text_is_named_beyond_the_first_thousand(tmp_path):
     with pytest.raises(UserError, match="row 0. The row has: text"):
         list(LocalText(tmp_path / "b.parquet").documents())
     rows = [{"text": "x"}] * 2000 + [{"text": 5}]
-    with pytest.raises(UserError, match="line 2001. It has: text"):
+    with pytest.raises(UserError, match="line 2001. The row has: text"):
         list(lines_of(tmp_path / "b.jsonl", rows).documents())
 
 
@@ -313,4 +313,4 @@ def test_the_command_writes_no_bar_into_a_pipe_and_refuses_to_read_its_own_files
     inside = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert inside.returncode == 2
     assert inside.stderr.count("\n") == 1
-    assert "lies in path='.'" in inside.stderr
+    assert "inside path='.'" in inside.stderr

@@ -456,7 +456,7 @@ def test_the_workspace_shows_loss_against_flops_and_groups_by_budget(sweep, serv
     assert (panels[1]["xAxis"], panels[1]["yAxis"]) == ("config:N.value", "summary:final_val_loss_nats")
     server.failing = "key"
     assert main(["wandb-workspace", "sweep=sweep"]) == 2
-    assert "did not take the workspace" in capsys.readouterr().err
+    assert "did not accept the workspace" in capsys.readouterr().err
 
 
 def test_the_end_of_a_sweep_asks_what_is_missing(sweep, server, capsys):  # noqa: F811

@@ -1,1 +1,1 @@
-"""The command line: the only zone that imports hydra. Arguments become typed settings here, and stop being configs."""
+"""The command line. Configs are converted to typed settings here; no other package sees them."""

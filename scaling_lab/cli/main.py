@@ -1,9 +1,8 @@
-"""Owns the console script: the table of commands, and how every way of ending becomes one line and an exit status.
+"""The console script: dispatches commands, and turns every exception into one line and an exit status.
 
-Exit status: 0 done; 1 done, but runs failed or diverged; 2 the user can mend it; 70 our own bug;
-74 a sweep's folder cannot be written (full, read-only); 75 told to go by the system (SIGTERM, SIGUSR1: the same command
-goes on); 130 interrupted.
-Importing this module imports nothing heavy: `scaling-lab --help` answers at once.
+Exit status: 0 success; 1 success, but runs failed or diverged; 2 user error; 70 internal error; 74 the sweep's folder
+cannot be written (full, read-only); 75 preempted (SIGTERM, SIGUSR1: the same command resumes); 130 interrupted.
+Importing this module loads nothing heavy, so that `scaling-lab --help` is fast.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ EXIT_PREEMPTED, EXIT_INTERRUPTED = 75, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit status. Tracebacks are shown only under SCALING_LAB_TRACEBACK=1."""
+    """Run one command line; returns the exit status. Tracebacks are shown only with SCALING_LAB_TRACEBACK=1."""
     arguments: Arguments | None = None
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
@@ -33,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return _interrupted(arguments, error)
     except BrokenPipeError:
-        # The reader went away (`| head`): nothing is wrong, and nothing more can be said.
+        # The reader closed the pipe (`| head`), which is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except (
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(error, EXIT_RUNS_FAILED, _os_message(error))
     except Exception as error:
-        text = f"internal error: {type(error).__name__}: {error}; SCALING_LAB_TRACEBACK=1 shows where. Please report it."
+        text = f"internal error: {type(error).__name__}: {error}. Please report it; SCALING_LAB_TRACEBACK=1 shows the traceback."
         return _fail(error, EXIT_BUG, text)
 
 
@@ -60,7 +59,7 @@ def _dispatch(arguments: Arguments) -> int:
         return EXIT_OK
     if arguments.command is None:
         if flags - {"help"}:
-            raise UserError(f"which command? `scaling-lab --help` lists them: {', '.join(COMMANDS)}.")
+            raise UserError(f"no command was given. Choices: {', '.join(COMMANDS)}.")
         print(helptext.overview())
         return EXIT_OK
     if arguments.command not in COMMANDS:
@@ -71,8 +70,8 @@ def _dispatch(arguments: Arguments) -> int:
         return EXIT_OK
     refused = flags - entry.flags - {"quiet", "verbose"}
     if refused:
-        who = ", ".join(name for name, other in COMMANDS.items() if refused & other.flags)
-        raise UserError(f"`{entry.name}` does not take --{min(refused)}: only {who} can use it.")
+        others = ", ".join(name for name, other in COMMANDS.items() if refused & other.flags)
+        raise UserError(f"`{entry.name}` does not support --{min(refused)}. Commands that do: {others}.")
     return entry.load().run(arguments)
 
 
@@ -83,7 +82,7 @@ def version() -> str:
 
     try:
         return installed("scaling-lab")
-    except PackageNotFoundError:  # run from a source tree that is not installed
+    except PackageNotFoundError:  # running from a source tree
         return "unknown (not installed)"
 
 
@@ -97,10 +96,10 @@ def _fail(error: BaseException, status: int, message: str) -> int:
 
 
 def _interrupted(arguments: Arguments | None, error: KeyboardInterrupt) -> int:
-    """One line; the one who was interrupted may have said how to go on (`KeyboardInterrupt("...")`)."""
+    """Print one line; the exception's message, if any, says how to resume."""
     hint = str(error)
     if not hint and arguments is not None and arguments.command:
-        hint = "nothing that was finished is lost: the same command goes on."
+        hint = "finished work is kept; run the same command again to resume."
     _say(f"interrupted: {hint}" if hint else "interrupted.")
     return EXIT_PREEMPTED if isinstance(error, Preempted) else EXIT_INTERRUPTED
 
@@ -112,7 +111,7 @@ def _os_message(error: OSError) -> str:
 
 def _say(text: str) -> None:
     sys.stdout.flush()
-    # File names may hold bytes that the terminal's encoding lacks.
+    # File names may contain bytes that cannot be encoded.
     sys.stderr.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
     sys.stderr.flush()
 

@@ -1,1 +1,1 @@
-"""Experiment trackers: `sink` is what a run writes to, `wandb` all else that concerns Weights & Biases."""
+"""Experiment trackers: `sink`, which training runs write to, and `wandb`, everything else about Weights & Biases."""

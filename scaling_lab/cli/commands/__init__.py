@@ -1,1 +1,1 @@
-"""One command a file, each with `run(request) -> int`, the exit status. Imported only when the command is given."""
+"""The commands, one per file with `run(arguments) -> int` (the exit status), imported only when used."""

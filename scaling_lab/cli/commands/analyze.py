@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from scaling_lab.cli.display.console import Console
-from scaling_lab.cli.options.analysis_options import analysis_form, analysis_settings, settle_where
+from scaling_lab.cli.options.analysis_options import analysis_form, analysis_settings, resolve_where
 from scaling_lab.cli.options.arguments import Arguments
 from scaling_lab.cli.options.compose import read_command
 from scaling_lab.cli.options.forms import Form, build
@@ -132,7 +132,7 @@ def form(arguments: Arguments, settings: type = AnalyzeWhere) -> Form:
 
 
 def run(arguments: Arguments) -> int:
-    arguments = settle_where(arguments)
+    arguments = resolve_where(arguments)
     command = read_command(arguments, "analyze", lambda tree: form(arguments))
     own = tuple(AnalyzeWhere.__dataclass_fields__)
     where = build(AnalyzeWhere, command.tree, skip=tuple(command.tree.keys() - set(own)))

@@ -1,4 +1,4 @@
-"""Owns `scaling-lab doctor`: what this machine can do, and advice for each thing that is missing."""
+"""`scaling-lab doctor`: what this machine supports, with advice on what is missing."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class DoctorCommand:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing looked at."""
+class CheckResult:
+    """Result of one check."""
 
     what: str
     ok: bool
     found: str
     advice: str | None = None
     needed: bool = False
-    """Whether nothing can be trained without it."""
+    """Whether training is impossible without it."""
 
 
 def form(arguments: Arguments) -> Form:
@@ -48,7 +48,7 @@ def run(arguments: Arguments) -> int:
     command = read_command(arguments, None, lambda tree: form(arguments))
     settings: DoctorCommand = build(DoctorCommand, command.tree)
     console = Console.for_flags(arguments.flags)
-    checks: tuple[Callable[[], Finding], ...] = (
+    checks: tuple[Callable[[], CheckResult], ...] = (
         _version, _python, _torch, _gpu, _cores, _compiler, _wandb, lambda: _disk(settings.results_dir), _corpus,
     )  # fmt: skip
     findings = []
@@ -64,28 +64,28 @@ def run(arguments: Arguments) -> int:
     if console.json:
         print(json.dumps({"ok": healthy, "findings": [asdict(f) for f in findings]}, indent=1))
     console.next_step(
-        "scaling-lab quickstart" if healthy else "scaling-lab doctor, once the missing things are there"
+        "scaling-lab quickstart" if healthy else "scaling-lab doctor, once everything missing is installed"
     )
     return 0 if healthy else 1
 
 
-def _version() -> Finding:
+def _version() -> CheckResult:
     from scaling_lab.cli.main import version
 
-    return Finding("scaling-lab", True, f"{version()} in {Path(__file__).resolve().parents[2]}")
+    return CheckResult("scaling-lab", True, f"{version()} in {Path(__file__).resolve().parents[2]}")
 
 
-def _python() -> Finding:
+def _python() -> CheckResult:
     ok = (3, 11) <= sys.version_info[:2] < (3, 14)
-    advice = None if ok else "use Python 3.11, 3.12 or 3.13: Hydra does not work on others."
-    return Finding("python", ok, f"{platform.python_version()} ({sys.executable})", advice, needed=True)
+    advice = None if ok else "use Python 3.11, 3.12 or 3.13: Hydra does not support other versions."
+    return CheckResult("python", ok, f"{platform.python_version()} ({sys.executable})", advice, needed=True)
 
 
-def _torch() -> Finding:
+def _torch() -> CheckResult:
     try:
         import torch
     except ImportError as error:
-        return Finding(
+        return CheckResult(
             "torch",
             False,
             str(error),
@@ -93,101 +93,101 @@ def _torch() -> Finding:
             needed=True,
         )
     threads = torch.get_num_threads()
-    return Finding("torch", True, f"{torch.__version__}, {threads} thread{'s' * (threads != 1)} by default")
+    return CheckResult(
+        "torch", True, f"{torch.__version__}, {threads} thread{'s' * (threads != 1)} by default"
+    )
 
 
-def _gpu() -> Finding:
+def _gpu() -> CheckResult:
     try:
         import torch
     except ImportError:
-        return Finding("accelerator", False, "unknown without torch")
+        return CheckResult("accelerator", False, "unknown without torch")
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
         memory = torch.cuda.get_device_properties(0).total_memory / 1e9
-        return Finding("accelerator", True, f"cuda: {', '.join(names)}, {memory:.0f} GB each")
+        return CheckResult("accelerator", True, f"cuda: {', '.join(names)}, {memory:.0f} GB each")
     if torch.backends.mps.is_available():
-        return Finding("accelerator", True, "mps (Apple GPU)")
+        return CheckResult("accelerator", True, "mps (Apple GPU)")
     if Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi"):
-        advice = f"an NVIDIA driver is here, but torch {torch.__version__} cannot use it: install a CUDA build of torch."
-        return Finding("accelerator", False, "none that torch can use", advice)
-    return Finding("accelerator", True, "none: runs are computed on the CPU, which suits the quickstart")
+        advice = f"an NVIDIA driver is installed, but torch {torch.__version__} cannot use it: install a CUDA build of torch."
+        return CheckResult("accelerator", False, "none that torch can use", advice)
+    return CheckResult("accelerator", True, "none: runs train on the CPU, which is enough for the quickstart")
 
 
-def _cores() -> Finding:
+def _cores() -> CheckResult:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     set_threads = os.environ.get("OMP_NUM_THREADS")
-    found = f"{cores}: so many single-threaded runs side by side"
-    return Finding(
+    found = f"{cores}, for as many single-threaded runs in parallel"
+    return CheckResult(
         "CPU cores", True, found + (f" (OMP_NUM_THREADS={set_threads} is set)" if set_threads else "")
     )
 
 
-def _compiler() -> Finding:
+def _compiler() -> CheckResult:
     from scaling_lab.planning.execution import can_compile_on_cpu
 
     name = next((n for n in ("g++", "clang++", "c++") if shutil.which(n)), None)
     if can_compile_on_cpu():
-        return Finding("C++ compiler", True, f"{shutil.which(name or '')}: torch.compile works on the CPU")
-    advice = "install g++ (Debian: apt install g++): compiled CPU training is 2 to 3 times faster. compile=false needs none."
-    return Finding("C++ compiler", False, name or "none", advice)
+        return CheckResult(
+            "C++ compiler", True, f"{shutil.which(name or '')}: torch.compile works on the CPU"
+        )
+    advice = "install g++ (Debian: apt install g++): compiled CPU training is 2 to 3 times faster (not used by compile=false)."
+    return CheckResult("C++ compiler", False, name or "none", advice)
 
 
-def _wandb() -> Finding:
+def _wandb() -> CheckResult:
     from importlib.util import find_spec
 
     if find_spec("wandb") is None:
-        return Finding(
+        return CheckResult(
             "Weights & Biases",
             False,
             "not installed",
-            "pip install wandb, for tracker=wandb; nothing else needs it.",
+            "pip install wandb, only needed for tracker=wandb.",
         )
     from scaling_lab.tracking.sink.trackers import wandb_mode
 
     mode = wandb_mode("auto")
     if mode == "online":
-        return Finding("Weights & Biases", True, "logged in: tracker=wandb is online")
-    return Finding(
+        return CheckResult("Weights & Biases", True, "logged in: tracker=wandb is online")
+    return CheckResult(
         "Weights & Biases",
         True,
         f"tracker=wandb would be {mode}",
-        "`wandb login` to see runs online; offline files can be synced later.",
+        "run `wandb login` to see runs online; offline files can be synced later.",
     )
 
 
-def _disk(results_dir: str) -> Finding:
+def _disk(results_dir: str) -> CheckResult:
     folder = Path(results_dir).expanduser().absolute()
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        return Finding(
+        return CheckResult(
             "results folder", False, f"{folder} cannot be written", "give results_dir=FOLDER.", needed=True
         )
     ok = free > LITTLE_DISK_BYTES
-    advice = (
-        None
-        if ok
-        else "a sweep needs little, checkpoints of large models much: results_dir=FOLDER puts them elsewhere."
-    )
-    return Finding("results folder", ok, f"{folder}, {free / 1e9:.1f} GB free", advice)
+    advice = None if ok else "checkpoints of large models need more: use results_dir=FOLDER on another disk."
+    return CheckResult("results folder", ok, f"{folder}, {free / 1e9:.1f} GB free", advice)
 
 
-def _corpus() -> Finding:
+def _corpus() -> CheckResult:
     from scaling_lab.core.sources.pysource import PySource
 
     source = PySource()
     try:
         tokens = source.n_tokens("train")
     except UserError as error:
-        return Finding(
+        return CheckResult(
             "corpus pysource",
             False,
             str(error),
-            "data=tokens data.path=FILE trains on a file of yours.",
+            "train on your own file with data=tokens data.path=FILE.",
             needed=True,
         )
-    return Finding(
+    return CheckResult(
         "corpus pysource",
         True,
-        f"{tokens / 1e6:.1f} M tokens to train on, content {source.fingerprint()[:12]}",
+        f"{tokens / 1e6:.1f} M training tokens, fingerprint {source.fingerprint()[:12]}",
     )

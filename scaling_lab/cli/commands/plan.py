@@ -1,4 +1,4 @@
-"""Owns `scaling-lab plan`: the grid of a sweep and its cost, before anything is trained."""
+"""`scaling-lab plan`: print a sweep's grid and its cost before training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scaling_lab.core.formatting import human_count, human_time
 from scaling_lab.core.spec import Plan, source_class
 from scaling_lab.core.storage.store import RunStore
 
-# A plan of hundreds of runs is in plan.json; the screen shows so many, and of each kind of remark so many.
+# Maximum rows and maximum remarks of each kind that are printed; plan.json has all of them.
 MAX_ROWS, MAX_REMARKS = 80, 20
 
 
@@ -33,7 +33,7 @@ def run(arguments: Arguments) -> int:
     plan, new = settled.plan, settled.new
     if settled.replaced:
         console.warn(
-            f"replaced the plan that {store.plan_path} held, of which no run had begun; different in "
+            f"replaced the previous plan in {store.plan_path}, of which no run had started. Differences: "
             f"{'; '.join(settled.replaced)}."
         )
     if "json" in arguments.flags:
@@ -43,7 +43,7 @@ def run(arguments: Arguments) -> int:
         print_plan(console, plan, command.tree.get("workers"))
     console.print(f"plan: {store.plan_path}" + ("" if new else " (unchanged)"), highlight=False, markup=False)
     if not new and begun(store, plan):
-        console.say("the sweep has begun: `scaling-lab status` says how far it is.")
+        console.say("the sweep has already started: `scaling-lab status` shows its progress.")
     results = command.tree["results_dir"]
     where = "" if results == "results" else f" results_dir={results}"
     console.next_step(f"scaling-lab sweep sweep={plan.sweep}{where}")
@@ -53,7 +53,7 @@ def run(arguments: Arguments) -> int:
 def read_study(
     arguments: Arguments, config_name: str, *, launches: bool = True, experiment: str | None = None
 ) -> Command:
-    """A study's command line, checked; the sweep's name is the experiment's where none is given."""
+    """Parse and check a study's command line; the sweep's name defaults to the experiment's."""
     command = read_command(
         arguments,
         config_name,
@@ -63,13 +63,14 @@ def read_study(
         groups=None if experiment is None else {"experiment": experiment},
     )
     chosen = next(
-        (c for slot, c in command.combinations[0].groups.items() if slot.package == "experiment"), None
+        (choice for group, choice in command.combinations[0].groups.items() if group.package == "experiment"),
+        None,
     )
     if not command.tree.get("sweep"):
         name = experiment_name(chosen, command.config_dir)
         if name is None:
             raise UserError(
-                "sweep=NAME is missing: which sweep to go on with, or the new sweep's name (or give experiment=NAME)."
+                "sweep=NAME is missing: give the name of a sweep to resume or of a new one, or give experiment=NAME."
             )
         for combination in command.combinations:
             combination.tree["sweep"] = name
@@ -78,28 +79,28 @@ def read_study(
 
 
 def store_of(command: Command) -> RunStore:
-    """The sweep's folder. Raises `UserError` for a name that is no folder name."""
+    """The store of the sweep. Raises `UserError` for an invalid name."""
     return RunStore.for_sweep(command.tree["results_dir"], str(command.tree["sweep"]))
 
 
 def print_plan(console: Console, plan: Plan, workers: int | None = None) -> None:
-    """Grid, cost, roundings and notes."""
+    """Print the grid, cost, roundings and notes."""
     from scaling_lab.planning.cost import estimate_disk_bytes, estimate_plan_seconds
 
     console.print(grid_table(plan, console.out.width))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    side_by_side = workers or max(1, cores // plan.runs[0].execution.threads)
-    seconds = estimate_plan_seconds(plan.runs, side_by_side)
+    workers = workers or max(1, cores // plan.runs[0].execution.threads)
+    seconds = estimate_plan_seconds(plan.runs, workers)
     disk = estimate_disk_bytes(plan.runs)
     device = plan.runs[0].execution.device
     cost = (
-        f"about {human_time(seconds)} with {side_by_side} workers"
+        f"about {human_time(seconds)} with {workers} workers"
         if seconds is not None
-        else "time not known beforehand"
+        else "the time cannot be estimated"
     )
     console.print(
-        f"{len(plan.runs)} runs, {plan.total_flops:.3g} FLOPs in all ({plan.convention}); {cost} on {device}, "
-        f"{disk / 1e6:.2g} MB of curves",
+        f"{len(plan.runs)} runs, {plan.total_flops:.3g} FLOPs in total ({plan.convention}); {cost} on {device}, "
+        f"{disk / 1e6:.2g} MB on disk",
         markup=False,
     )
     for title, lines in (("rounded", plan.rounding), ("note", plan.notes)):
@@ -112,13 +113,13 @@ def print_plan(console: Console, plan: Plan, workers: int | None = None) -> None
 
 
 def grid_table(plan: Plan, width: int) -> Any:
-    """One row a run; on a screen of few columns without the least important ones."""
+    """One row per run; on a narrow screen the least important columns are omitted."""
     from scaling_lab.planning.plan import describe
 
     names: tuple[str, ...] = ("budget FLOPs", "width", "depth", "N", "tokens D", "D/N", "epochs", "steps", "batch", "peak LR", "seed",
              "compiled")  # fmt: skip
     rows = describe(plan, corpus_tokens(plan))
-    # Most plans know no other parametrisation: a column only where it says something.
+    # Only plans with other parametrizations than the standard one need a column for it.
     several = any(row.parametrization != "standard" for row in rows)
     if several:
         names = ("param.", *names)
@@ -143,13 +144,13 @@ def grid_table(plan: Plan, width: int) -> Any:
 
 
 def section_of(plan: Plan, row: int) -> Any:
-    """Runs of one budget stand together, and trunks, which have none."""
+    """The budget, by which rows are grouped; trunks, which have none, form a group of their own."""
     spec = plan.runs[row].spec
     return "trunk" if spec.role == "trunk" else spec.budget_flops
 
 
 def corpus_tokens(plan: Plan) -> int | None:
-    """Tokens of the training split, where the data are on this machine."""
+    """Tokens in the training split; None if the data are not on this machine."""
     try:
         data = plan.runs[0].spec.data
         assert isinstance(data, source_class(data.kind))

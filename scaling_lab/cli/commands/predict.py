@@ -9,7 +9,7 @@ from scaling_lab.analysis.data.units import units_sentence
 from scaling_lab.cli.commands.analyze import Where, analyse_source, command_text
 from scaling_lab.cli.display.console import Console
 from scaling_lab.cli.display.summary import predictions_table
-from scaling_lab.cli.options.analysis_options import analysis_form, analysis_settings, settle_where
+from scaling_lab.cli.options.analysis_options import analysis_form, analysis_settings, resolve_where
 from scaling_lab.cli.options.arguments import Arguments
 from scaling_lab.cli.options.compose import read_command
 from scaling_lab.cli.options.forms import Form, build
@@ -51,7 +51,7 @@ def form(arguments: Arguments) -> Form:
 
 
 def run(arguments: Arguments) -> int:
-    arguments = settle_where(arguments)
+    arguments = resolve_where(arguments)
     command = read_command(arguments, "predict", lambda tree: form(arguments))
     own = tuple(Predict.__dataclass_fields__)
     where: Predict = build(Predict, command.tree, skip=tuple(command.tree.keys() - set(own)))

@@ -1,4 +1,4 @@
-"""Owns `scaling-lab prepare-data`: text in, token files out; and whether such files are still what was written."""
+"""`scaling-lab prepare-data`: make token files from text, and verify existing ones."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class From:
+class SourceOptions:
     """Where the text comes from and where the tokens go."""
 
     path: str | None = None
-    """Text of your own: a file, or a folder of .txt, .md, .py, .jsonl or .parquet files"""
+    """Your own text: a file, or a folder of .txt, .md, .py, .jsonl or .parquet files"""
     source: str | None = None
-    """A data set of the hub instead: a preset, or OWNER/NAME[:CONFIGURATION]"""
+    """Instead of path, a dataset on the Hub: a preset, or OWNER/NAME[:CONFIGURATION]"""
     out: str | None = None
-    """Folder to write; default: prepared/NAME"""
+    """Output folder; default: prepared/NAME"""
     text_column: str | None = None
-    """Column of JSON lines and Parquet that holds the text; default: text"""
+    """Column of JSON Lines and Parquet files that contains the text; default: text"""
     errors: str = "strict"
-    """What to do with text that is not UTF-8: strict (refuse) or replace"""
+    """How to handle text that is not UTF-8: strict (an error) or replace"""
     verify: str | None = None
-    """Nothing else: read the token files of this folder as a whole and say whether they are what was written"""
+    """Only verify the token files in this folder against their checksums and vocabulary"""
 
 
 def form(arguments: Arguments) -> Form:
     from scaling_lab.corpora.pipeline import PrepareSettings
 
-    return Form(options_of(From) | options_of(PrepareSettings))
+    return Form(options_of(SourceOptions) | options_of(PrepareSettings))
 
 
 def run(arguments: Arguments) -> int:
     from scaling_lab.corpora.pipeline import PrepareSettings, prepare
 
     command = read_command(arguments, None, lambda tree: form(arguments))
-    names = set(options_of(From))
-    chosen: From = build(From, {k: v for k, v in command.tree.items() if k in names})
+    names = set(options_of(SourceOptions))
+    chosen: SourceOptions = build(SourceOptions, {k: v for k, v in command.tree.items() if k in names})
     console = Console.for_flags(arguments.flags)
     if chosen.verify is not None:
         return verify_folder(console, chosen.verify, command.tree)
@@ -63,31 +63,31 @@ def run(arguments: Arguments) -> int:
     _refuse_out_within_text(chosen, out)
     with PrepareDisplay.open(console, name) as display:
         meta = prepare(documents, out, settings, display.show)
-    tell(console, out, meta)
+    print_summary(console, out, meta)
     return 0
 
 
-def _refuse_out_within_text(chosen: From, out: Path) -> None:
-    """What is written would be read as text."""
+def _refuse_out_within_text(chosen: SourceOptions, out: Path) -> None:
+    """Raise `UserError` if the output would be read as input text."""
     if chosen.path is None:
         return
     folder = Path(chosen.path).expanduser().resolve()
     if folder.is_dir() and out.resolve().is_relative_to(folder):
         raise UserError(
-            f"out={str(out)!r} lies in path={chosen.path!r}: its own files would be read as text. Give out=FOLDER elsewhere."
+            f"out={str(out)!r} is inside path={chosen.path!r}, so its files would be read as text. Give another out=FOLDER."
         )
 
 
 def verify_folder(console: Console, folder: str, given: Mapping[str, Any]) -> int:
-    """Say that a prepared folder is what was written. Raises `UserError` in one line where it is not."""
+    """Verify a prepared folder and print the result. Raises `UserError` if a file has changed."""
     from scaling_lab.core.sources.prepared import verify
 
     if others := sorted(key for key in given if key != "verify"):
-        raise UserError(f"verify={folder!r} goes alone: leave {', '.join(others)} out.")
+        raise UserError(f"verify={folder!r} cannot be combined with {', '.join(others)}.")
     try:
         meta = verify(folder)
     except UserError as error:
-        # A source calls its folder data.path.
+        # The source names its folder data.path.
         raise UserError(str(error).replace("data.path=", "verify=", 1)) from None
     if console.json:
         print(json.dumps(meta, indent=1, allow_nan=False))
@@ -95,7 +95,7 @@ def verify_folder(console: Console, folder: str, given: Mapping[str, Any]) -> in
     files = sum(len(split["shards"]) for split in meta["splits"].values())
     tokens = sum(split["tokens"] for split in meta["splits"].values())
     console.print(
-        f"{folder}: {files} files, {human_count(tokens)} tokens, each checksum as written, each token below "
+        f"{folder}: {files} files, {human_count(tokens)} tokens, all checksums match, all tokens are below "
         f"{meta['vocab_size']:,}",
         markup=False,
     )
@@ -107,14 +107,14 @@ def next_command(out: Path) -> str:
     return f"scaling-lab plan sweep={out.resolve().name} data=prepared data.path={shlex.quote(str(out))}"
 
 
-def open_documents(chosen: From) -> LocalText | HubText:
-    """The documents that `path` or `source` name. Raises `UserError` where it is not exactly one of them."""
+def open_documents(chosen: SourceOptions) -> LocalText | HubText:
+    """The documents given by `path` or `source`. Raises `UserError` unless exactly one is given."""
     from scaling_lab.corpora.documents import PRESETS, LocalText, hub_text
 
     if (chosen.path is None) == (chosen.source is None):
         raise UserError(
-            f"give path=FILE_OR_FOLDER or source=NAME, one of the two. Choices for source: {', '.join(PRESETS)}, or "
-            "OWNER/NAME of the hub."
+            f"give exactly one of path=FILE_OR_FOLDER and source=NAME. Choices for source: {', '.join(PRESETS)}, or "
+            "OWNER/NAME on the Hub."
         )
     if chosen.source is not None:
         return hub_text(chosen.source, chosen.text_column)
@@ -122,23 +122,21 @@ def open_documents(chosen: From) -> LocalText | HubText:
     return LocalText(Path(chosen.path).expanduser(), chosen.text_column or "text", chosen.errors)
 
 
-def tell(console: Console, out: Path, meta: dict[str, Any]) -> None:
-    """What was written, and what to do with it."""
+def print_summary(console: Console, out: Path, meta: dict[str, Any]) -> None:
+    """Print what was written and the next command."""
     if console.json:
         print(json.dumps(meta, indent=1, allow_nan=False))
         return
     for name, split in meta["splits"].items():
         ratio = split["bytes"] / split["tokens"]
         console.print(
-            f"{name:<11} {split['documents']:>10,} documents  {human_count(split['tokens']):>7} tokens  {ratio:.2f} bytes a token",
+            f"{name:<11} {split['documents']:>10,} documents  {human_count(split['tokens']):>7} tokens  {ratio:.2f} bytes per token",
             markup=False,
         )
     if meta["duplicates"]:
-        console.print(
-            f"{meta['duplicates']:,} validation documents came again and were left out", markup=False
-        )
+        console.print(f"{meta['duplicates']:,} duplicate validation documents were dropped", markup=False)
     if meta["without_text"]:
-        console.print(f"{meta['without_text']:,} rows have no text (null) and were left out", markup=False)
+        console.print(f"{meta['without_text']:,} rows without text (null) were dropped", markup=False)
     console.print(
         f"{out}: vocabulary of {meta['vocab_size']:,}, {meta['dtype']}, {meta['tokenizer']['name']}",
         markup=False,

@@ -1,4 +1,4 @@
-"""Owns `scaling-lab reproduce`: published results from packed data, side by side with what the papers say."""
+"""`scaling-lab reproduce`: published results from the packaged data, side by side with the papers' numbers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run(arguments: Arguments) -> int:
 
 
 def print_reproduction(console: Console, made: Reproduction) -> None:
-    """A heading, a table for each part, and the notes that the tables refer to by number."""
+    """Print a heading, a table for each part, and the numbered notes of the tables."""
     console.print(f"{made.name}: {made.title}", style="bold", markup=False)
     console.print(f"  {made.reference}", markup=False)
     console.print(f"  data: {made.data}", markup=False)
@@ -60,7 +60,7 @@ def print_reproduction(console: Console, made: Reproduction) -> None:
             console.note(f"scaling-lab analyze runs={shlex.quote(str(made.table))} {part.options}")
     if any(row.published is not None and row.source == "reference" for row in made.rows):
         console.print(
-            "  * not in the paper: computed apart from this project, from the same data or constants",
+            "  * not in the paper: computed independently of this project from the same data or constants",
             markup=False,
         )
     for remark, number in notes.items():
@@ -69,7 +69,7 @@ def print_reproduction(console: Console, made: Reproduction) -> None:
 
 
 def _table(part: Part, notes: dict[str, int]) -> Table:
-    """A column that no row of the part fills is left out."""
+    """Columns that are empty in every row are omitted."""
     cells = [_cells(row, notes) for row in part.rows]
     table = Table(title=part.title, title_justify="left")
     shown = [k for k in range(len(_COLUMNS)) if any(row[k] for row in cells)]
@@ -90,7 +90,7 @@ def _cells(row: Row, notes: dict[str, int]) -> tuple[str, ...]:
 
 
 def _ours(row: Row) -> str:
-    """With one digit more than the published number has, so that a difference below its rounding shows."""
+    """Our value with one digit more than the published one, so that differences below its rounding are visible."""
     if row.published is None:
         return f"{row.ours:.4g}"
     published = Decimal(row.published)
@@ -111,7 +111,7 @@ def _interval(row: Row) -> str:
 
 
 def _next(made: Reproduction) -> str:
-    """The command that gives the first part's numbers, to be played with; else another publication."""
+    """The command that computes the first part's numbers; if there is none, another publication."""
     options = next((p.options for p in made.parts if p.options), None)
     if made.table is None or options is None:
         return "scaling-lab reproduce published=all"

@@ -1,7 +1,7 @@
-"""Owns `scaling-lab upload-wandb`: a sweep's runs, ledger and analysis to W&B, from the records on disk.
+"""`scaling-lab upload-wandb`: upload a sweep's runs, ledger and analysis to W&B from the records on disk.
 
-The records are the truth, so this works whatever became of the mirror while the sweep trained: offline, a server that was
-down, a key that was wrong, processes killed. What W&B has whole is not sent again.
+This works regardless of what was tracked during training (offline mode, server outages, wrong keys, killed processes).
+Runs that are already complete on W&B are skipped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class UploadWandb:
     results_dir: str = "results"
     """Folder of the sweeps"""
     project: str | None = None
-    """The W&B project; default: the one that the sweep was tracked in, else scaling_lab"""
+    """The W&B project; default: the project that the sweep was tracked in, else scaling_lab"""
     entity: str | None = None
     """The W&B user or team; default: as tracked, else your default"""
 
@@ -45,7 +45,7 @@ def run(arguments: Arguments) -> int:
     wandb_client.require_wandb()
     if not wandb_client.logged_in():
         raise UserError(
-            f"nobody is logged in at {wandb_client.base_url()}: run `wandb login`, then this command again."
+            f"you are not logged in at {wandb_client.base_url()}: run `wandb login`, then this command again."
         )
     target = wandb_client.Target.load(wandb_client.wandb_folder(store.folder)) or wandb_client.Target()
     target = replace(
@@ -56,10 +56,10 @@ def run(arguments: Arguments) -> int:
     if address:
         console.print(f"W&B: {address}", highlight=False, markup=False)
     where = "" if options.results_dir == "results" else f" results_dir={options.results_dir}"
-    analysed = (store.report_folder / "analysis.json").exists()
+    analyzed = (store.report_folder / "analysis.json").exists()
     console.next_step(
         f"scaling-lab status sweep={options.sweep}{where}"
-        if analysed
-        else f"scaling-lab analyze sweep={options.sweep}{where}, whose report then goes to W&B too"
+        if analyzed
+        else f"scaling-lab analyze sweep={options.sweep}{where}, whose report is then uploaded too"
     )
     return 0

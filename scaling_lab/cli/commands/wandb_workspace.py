@@ -1,4 +1,4 @@
-"""Owns `scaling-lab wandb-workspace`: a saved W&B view of a sweep, made with the optional package wandb-workspaces."""
+"""`scaling-lab wandb-workspace`: create a saved W&B view of a sweep with the optional package wandb-workspaces."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class WandbWorkspace:
     results_dir: str = "results"
     """Folder of the sweeps"""
     project: str | None = None
-    """The W&B project; default: the one that the sweep was tracked in, else scaling_lab"""
+    """The W&B project; default: the project that the sweep was tracked in, else scaling_lab"""
     entity: str | None = None
     """The W&B user or team; default: as tracked, else your default"""
 
@@ -54,7 +54,7 @@ def run(arguments: Arguments) -> int:
             "this needs the package wandb-workspaces: pip install 'scaling-lab[wandb]'."
         ) from None
     if not logged_in():
-        raise UserError(f"nobody is logged in at {base_url()}: run `wandb login`, then this command again.")
+        raise UserError(f"you are not logged in at {base_url()}: run `wandb login`, then this command again.")
     target = Target.load(wandb_folder(store.folder)) or Target()
     project = options.project or target.project
     try:
@@ -64,7 +64,7 @@ def run(arguments: Arguments) -> int:
         address = view.url
     except Exception as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"W&B at {base_url()} did not take the workspace ({problem}).") from None
+        raise UserError(f"W&B at {base_url()} did not accept the workspace ({problem}).") from None
     console = Console.for_flags(arguments.flags)
     console.print(f"workspace: {address}", highlight=False, markup=False)
     where = "" if options.results_dir == "results" else f" results_dir={options.results_dir}"
@@ -73,12 +73,12 @@ def run(arguments: Arguments) -> int:
 
 
 def workspace(ws: Any, wr: Any, entity: str, project: str, sweep: str) -> Any:
-    """The view: the sweep's runs grouped by budget; loss against FLOPs by size, valleys, curves over tokens."""
+    """The view: the sweep's runs grouped by budget, with loss against FLOPs by size, valleys, and curves over tokens."""
     n, budget = wr.Config("N"), wr.Config("budget_flops")
     final = wr.SummaryMetric("final_val_loss_nats")
     laws = [
         wr.LinePlot(
-            title="Loss against FLOPs, by size: their lower envelope is approach 1",
+            title="Loss against FLOPs, by size (approach 1: their lower envelope)",
             x="train_flops",
             y=["val_loss_nats"],
             log_x=True,
@@ -88,7 +88,7 @@ def workspace(ws: Any, wr: Any, entity: str, project: str, sweep: str) -> Any:
             title_y="validation loss, nats",
         ),
         wr.ScatterPlot(
-            title="IsoFLOP valleys: final loss against N, colour by budget",
+            title="IsoFLOP valleys: final loss against N, color by budget",
             x=n,
             y=final,
             z=budget,

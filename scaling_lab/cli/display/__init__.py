@@ -1,1 +1,1 @@
-"""What the command line shows: the console, progress, summaries."""
+"""Output of the command line: the console, progress, summaries."""

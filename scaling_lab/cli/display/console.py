@@ -1,4 +1,4 @@
-"""Owns what people see: results on stdout, progress and warnings on stderr, nothing beside JSON where JSON is asked."""
+"""Console output: results on stdout, progress and warnings on stderr; with --json, only JSON on stdout."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
-# Of output into a file or a pipe nothing is cropped; COLUMNS says otherwise.
+# Wide enough that output to a file or a pipe is not cropped, unless COLUMNS is set.
 PIPED_WIDTH = 400
 
 
 class Console:
-    """A rich console that knows --json, --quiet and --verbose."""
+    """A rich console that follows --json, --quiet and --verbose."""
 
     def __init__(self, *, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
         from rich.console import Console as RichConsole
@@ -28,29 +28,29 @@ class Console:
         return Console(json="json" in flags, quiet="quiet" in flags, verbose="verbose" in flags)
 
     def print(self, *things: Any, **options: Any) -> None:
-        """A result, on stdout; nothing under --json."""
+        """Print a result to stdout, unless --json."""
         if not self.json:
-            # Long paths stay whole, to be clicked and copied.
+            # Soft wrap keeps long paths intact, so that they can be clicked and copied.
             self.out.print(
                 *things, **({"soft_wrap": True} | options if isinstance(things[0], str) else options)
             )
 
     def say(self, text: str) -> None:
-        """What is going on, unless --quiet: on stdout, or on stderr where stdout is for JSON."""
+        """Print progress, unless --quiet: to stdout, or with --json to stderr."""
         if not self.quiet:
             (self.err if self.json else self.out).print(text, soft_wrap=True, markup=False)
 
     def note(self, text: str) -> None:
-        """A detail, under --verbose."""
+        """Print a detail to stderr if --verbose."""
         if self.verbose:
             self.err.print(text, style="dim", soft_wrap=True, markup=False)
 
     def warn(self, text: str) -> None:
-        """Something that the user should know, on stderr."""
+        """Print a warning to stderr."""
         self.err.print(f"warning: {text}", style="yellow", soft_wrap=True, markup=False)
 
     def next_step(self, command: str) -> None:
-        """The command to try next: the last line of every command."""
+        """Print the command to try next, the last line of every command."""
         if not self.json and not self.quiet:
             self.out.print(f"next: {command}", soft_wrap=True, markup=False)
 
@@ -64,12 +64,12 @@ def fitting_table(
     drop: Sequence[str] = (),
     sections: Collection[int] = (),
 ) -> Any:
-    """A table whose cells are never cropped: where `width` does not do, whole columns are left out and named.
+    """A table whose cells are never cropped: if it is too wide, whole columns are omitted and named in the caption.
 
     Args:
-        columns: name -> how its cells stand.
-        rows: cells, texts or rich's Text, as many as there are columns (a shorter row is filled up).
-        drop: names of columns that may be left out, the least important first.
+        columns: name -> alignment.
+        rows: cells, str or rich's Text; shorter rows are padded.
+        drop: names of columns that may be omitted, the least important first.
         sections: rows before which a line is drawn.
     """
     from rich.cells import cell_len
@@ -81,14 +81,14 @@ def fitting_table(
         name: max([cell_len(name), *(cell_len(str(row[i])) for row in rows if i < len(row))])
         for i, name in enumerate(names)
     }
-    left_out: list[str] = []
+    omitted: list[str] = []
     for name in (n for n in drop if n in needed):
-        if sum(needed[n] + 3 for n in names if n not in left_out) + 1 <= width:
+        if sum(needed[n] + 3 for n in names if n not in omitted) + 1 <= width:
             break
-        left_out.append(name)
-    caption = f"too narrow for: {', '.join(n for n in names if n in left_out)}" if left_out else None
+        omitted.append(name)
+    caption = f"too narrow for: {', '.join(n for n in names if n in omitted)}" if omitted else None
     table = Table(title=Text(title), title_justify="left", caption=caption, caption_justify="left")
-    shown = [i for i, name in enumerate(names) if name not in left_out]
+    shown = [i for i, name in enumerate(names) if name not in omitted]
     for i in shown:
         table.add_column(names[i], justify=columns[names[i]], no_wrap=True)
     for at, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Owns what is shown while text becomes token files: a bar on a terminal, a line now and then elsewhere; on stderr."""
+"""Progress display of prepare-data on stderr: a bar on a terminal, otherwise occasional lines."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from scaling_lab.launching.progress import LINE_EVERY_S
 
 
 class Pace:
-    """How fast a stage goes on, and when it will be over, from what was seen since it began."""
+    """Speed and ETA of a stage, measured since it began."""
 
     def __init__(self) -> None:
         self._doing = ""
         self._began = (0.0, 0, 0.0)
 
-    def words(self, stage: Stage) -> str:
-        """Its tokens, speed and time left as far as they are known."""
+    def text(self, stage: Stage) -> str:
+        """The stage's tokens, speed and ETA, as far as known."""
         now = time.monotonic()
         if stage.doing != self._doing:
             self._doing, self._began = stage.doing, (now, stage.tokens, stage.share or 0.0)
         began, tokens, share = self._began
         elapsed, gained = now - began, stage.tokens - tokens
         parts = [f"{human_count(stage.tokens)} tokens"] if stage.tokens else []
-        # What an earlier attempt wrote is no speed of this one.
+        # Tokens from an earlier attempt do not count toward the speed.
         if gained > 0 and elapsed > 0:
             parts.append(f"{human_count(gained / elapsed)} tokens/s")
         if stage.share is not None and stage.share > share and elapsed > 0:
@@ -37,7 +37,7 @@ class Pace:
 
 
 class PrepareDisplay:
-    """Shows nothing: the display of --quiet."""
+    """Shows nothing, for --quiet."""
 
     def show(self, stage: Stage) -> None:
         pass
@@ -45,7 +45,7 @@ class PrepareDisplay:
     @staticmethod
     @contextmanager
     def open(console: Console, name: str) -> Iterator[PrepareDisplay]:
-        """The display that suits: a bar where stderr is a terminal, lines elsewhere, nothing under --quiet."""
+        """A bar if stderr is a terminal, lines otherwise, nothing with --quiet."""
         if console.quiet:
             yield PrepareDisplay()
         elif not console.err.is_terminal:
@@ -55,30 +55,30 @@ class PrepareDisplay:
 
             columns = (
                 SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(),
-                TaskProgressColumn(text_format_no_percentage=""), TextColumn("{task.fields[words]}", markup=False),
+                TaskProgressColumn(text_format_no_percentage=""), TextColumn("{task.fields[text]}", markup=False),
             )  # fmt: skip
-            # Its own thread moves it, so that a stage without news is seen to be alive.
+            # Updated by its own thread, so that it keeps moving during stages without updates.
             with Progress(*columns, console=console.err, transient=True) as bar:
                 yield PrepareBar(bar, name)
 
 
 class PrepareLines(PrepareDisplay):
-    """Plain lines for logs and pipes: now and then, and before what may take long without news."""
+    """Plain lines for logs and pipes: every few seconds, and before stages that may take long without updates."""
 
     def __init__(self, console: Console, name: str) -> None:
         self._console, self._name, self._pace = console, name, Pace()
         self._last = time.monotonic()
 
     def show(self, stage: Stage) -> None:
-        words = self._pace.words(stage)
-        # A text of seconds, or one that cannot be read, needs no line.
-        silent = stage.doing == TRAINING_BPE or (stage.doing == OPENING and stage.tokens)
-        if not silent and time.monotonic() - self._last < LINE_EVERY_S:
+        pace = self._pace.text(stage)
+        # Announce stages that give no updates; others only when they take long.
+        announce = stage.doing == TRAINING_BPE or (stage.doing == OPENING and stage.tokens)
+        if not announce and time.monotonic() - self._last < LINE_EVERY_S:
             return
         self._last = time.monotonic()
         share = "" if stage.share is None else f" {stage.share:.0%}"
-        text = f"{self._name}: {stage.doing}{share}{', ' if words else ''}{words}"
-        self._console.err.print(text, soft_wrap=True, markup=False)
+        line = f"{self._name}: {stage.doing}{share}{', ' if pace else ''}{pace}"
+        self._console.err.print(line, soft_wrap=True, markup=False)
 
 
 class PrepareBar(PrepareDisplay):
@@ -90,11 +90,11 @@ class PrepareBar(PrepareDisplay):
 
     def show(self, stage: Stage) -> None:
         if stage.doing != self._doing:
-            # A new task: rich forgets no total, and without one the bar swings.
+            # A new task, because rich cannot unset a total, and without a total the bar pulses.
             if self._task is not None:
                 self._bar.remove_task(self._task)
             self._doing = stage.doing
-            self._task = self._bar.add_task(f"{self._name}: {stage.doing}", total=None, words="")
+            self._task = self._bar.add_task(f"{self._name}: {stage.doing}", total=None, text="")
         if stage.share is not None:
             self._bar.update(self._task, total=1.0, completed=stage.share)
-        self._bar.update(self._task, words=self._pace.words(stage))
+        self._bar.update(self._task, text=self._pace.text(stage))

@@ -1,1 +1,1 @@
-"""From the text of a command line to checked options."""
+"""Parsing and checking of options: from the text of a command line to typed values."""

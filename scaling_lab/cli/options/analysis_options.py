@@ -1,4 +1,4 @@
-"""Owns the options of an analysis on the command line: the form made from `AnalysisSettings`, and the way back to it."""
+"""Options of analysis commands: the form derived from `AnalysisSettings`, and settings from a composed config."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
     from scaling_lab.analysis.settings import AnalysisSettings
 
 FREE = {
-    "approach.parametric.law_options.": "an option of the law's own",
+    "approach.parametric.law_options.": "an option specific to the law",
     "where.": "keep rows with this value; where.COLUMN.min= and where.COLUMN.max= keep a range",
-    "columns.": "the table's name of a column of ours: params, tokens, flops, loss, run_id, ...",
-    "units.": "a column's unit: a number or K, M, B, T for params, tokens, flops (PF-days too); nats or bits for losses",
+    "columns.": "the table's name for one of our columns: params, tokens, flops, loss, run_id, ...",
+    "units.": "a column's unit: a number or K, M, B, T for params, tokens, flops (or PF-days); nats or bits for losses",
 }
 
 
 def analysis_form(command: str, own: type, config_dir: str | None) -> Form:
-    """The options of `own` (a command's dataclass) and of every analysis."""
+    """The options of `own` (a command's dataclass) and of `AnalysisSettings`."""
     from scaling_lab.analysis.settings import AnalysisSettings
 
-    _, words = plain_tree(command, {}, config_folders(config_dir))
-    options = options_of(own) | options_of(AnalysisSettings, words=words)
+    _, meanings = plain_tree(command, {}, config_folders(config_dir))
+    options = options_of(own) | options_of(AnalysisSettings, meanings=meanings)
     for key, choices in _choices().items():
         options[key] = replace(options[key], wanted=choices)
     return Form(options, free=FREE)
 
 
 def _choices() -> dict[str, Any]:
-    """Options that the settings declare as text and check themselves: known here, so that help can list them."""
+    """Choices of options that `AnalysisSettings` declares as text and checks itself, so that help can list them."""
     from scaling_lab.analysis.data.observations import CONVENTIONS
     from scaling_lab.analysis.laws import law_names
     from scaling_lab.analysis.settings import ALL_LAWS, WEIGHTS
@@ -50,27 +50,27 @@ def _choices() -> dict[str, Any]:
 
 
 def analysis_settings(tree: Mapping[str, Any], *, skip: Sequence[str] = ()) -> AnalysisSettings:
-    """The typed settings of a composed tree. Raises `UserError`."""
+    """Typed settings from a composed config tree. Raises `UserError`."""
     from scaling_lab.analysis.settings import AnalysisSettings
 
     settings: AnalysisSettings = build(AnalysisSettings, tree, skip=skip)
     return settings
 
 
-def settle_where(arguments: Arguments) -> Arguments:
-    """Decide which '=' of `where.a=b=3` ends the column's name: the one that makes it a column of the table."""
+def resolve_where(arguments: Arguments) -> Arguments:
+    """Decide which '=' in `where.a=b=3` ends the column's name: the one that gives a column of the table."""
     path = arguments.get("runs")
-    doubtful = [a for a in arguments.assignments if a.key.startswith("where.") and "=" in a.value]
-    if path is None or not doubtful:
+    ambiguous = [a for a in arguments.assignments if a.key.startswith("where.") and "=" in a.value]
+    if path is None or not ambiguous:
         return arguments
     from scaling_lab.analysis.data.table_files import header_names
 
     names = header_names(Path(unquoted(path)).expanduser())
-    settled = [_settled(a, names) if a in doubtful else a for a in arguments.assignments]
-    return Arguments(arguments.command, arguments.flags, tuple(settled))
+    resolved = [_resolved(a, names) if a in ambiguous else a for a in arguments.assignments]
+    return Arguments(arguments.command, arguments.flags, tuple(resolved))
 
 
-def _settled(assignment: Assignment, names: Sequence[str]) -> Assignment:
+def _resolved(assignment: Assignment, names: Sequence[str]) -> Assignment:
     pieces = assignment.text.removeprefix("where.").split("=")
     for cut in range(1, len(pieces)):
         column, value = "=".join(pieces[:cut]), "=".join(pieces[cut:])

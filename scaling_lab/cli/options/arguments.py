@@ -1,6 +1,6 @@
-"""Owns the first look at the command line: the command, the flags in any position, and the `key=value` texts.
+"""Parsing of the command line into a command, flags in any position, and `key=value` assignments.
 
-Nothing is interpreted here but the shape of each argument; values are read in `values`, keys are known in `forms`.
+Only the form of each argument is checked here; `forms` checks keys, and `values` parses values.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ POSITIONAL = {"worker": "folder"}
 
 @dataclass(frozen=True)
 class Assignment:
-    """One `key=value` as the user wrote it, Hydra's `+` and `++` taken off the key."""
+    """One `key=value` as the user wrote it, without Hydra's `+` or `++` before the key."""
 
     key: str
     value: str
     plus: str = ""
-    """What was taken off. Hydra's own options need it where they add something (+hydra.launcher.ray.init.x=1)."""
+    """The removed prefix. Hydra's own options need it to add keys (+hydra.launcher.ray.init.x=1)."""
 
     @property
     def text(self) -> str:
@@ -46,25 +46,25 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Arguments:
-    """A command line taken apart."""
+    """A parsed command line."""
 
     command: str | None
     flags: frozenset[str]
     assignments: tuple[Assignment, ...]
 
     def get(self, key: str) -> str | None:
-        """The text given for `key`, None where it was not given."""
+        """The text given for `key`; None if it was not given."""
         return next((a.value for a in self.assignments if a.key == key), None)
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """Take `argv` (without the program's name) apart. Raises `UserError` for what is no flag, command or key=value."""
+    """Parse `argv` (without the program's name). Raises `UserError` unless each is a flag, the command or key=value."""
     command: str | None = None
     flags: set[str] = set()
     assignments: list[Assignment] = []
     for text in argv:
         if any(ord(c) < 32 or ord(c) == 127 for c in text):
-            raise UserError(f"the argument {text!r} holds a control character.")
+            raise UserError(f"the argument {text!r} contains a control character.")
         if text in FLAGS:
             flags.add(FLAGS[text])
         elif text.startswith("-") and not _is_assignment(text):
@@ -77,18 +77,18 @@ def parse(argv: Sequence[str]) -> Arguments:
             assignments.append(_assignment(text))
         else:
             raise UserError(
-                f"{text!r} is no option: options are written key=value, without spaces around the '='."
+                f"{text!r} is not an option: options are written key=value, without spaces around the '='."
             )
     if command is None and assignments:
         raise UserError(
-            f"{assignments[0].text!r} comes without a command. `scaling-lab --help` lists the commands."
+            f"{assignments[0].text!r} is given without a command. `scaling-lab --help` lists the commands."
         )
     _refuse_repeats(assignments)
     return Arguments(command, frozenset(flags), tuple(assignments))
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """The name most like `name`; the last part of a dotted key counts too, so `widht` finds `model.width`."""
+    """The name most similar to `name`, also comparing the last parts of dotted keys, so `widht` finds `model.width`."""
     known = sorted(set(names))
     close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     tails: dict[str, str] = {}
@@ -112,11 +112,11 @@ def _is_assignment(text: str) -> bool:
 def _assignment(text: str) -> Assignment:
     key, _, value = text.partition("=")
     if key.startswith("~"):
-        raise UserError(f"{text!r}: options cannot be removed; give the option another value instead.")
+        raise UserError(f"{text!r}: options cannot be removed; set a different value instead.")
     plus = "++" if key.startswith("++") else "+" if key.startswith("+") else ""
     bare = key.removeprefix(plus).strip()
     if not bare:
-        raise UserError(f"{text!r} names no option: options are written key=value.")
+        raise UserError(f"{text!r} is not of the form key=value.")
     if not value.strip():
         raise UserError(f"{bare}= has no value: write {bare}=VALUE, without spaces around the '='.")
     return Assignment(bare, value, plus)
@@ -133,7 +133,7 @@ def _unknown_flag(text: str) -> UserError:
         hint = f" Options are written without dashes: {name[2:]}={value}."
     else:
         hint = ""
-    return UserError(f"{text!r} is no flag.{hint} Flags: {', '.join(shown)}.")
+    return UserError(f"{text!r} is not a flag.{hint} Flags: {', '.join(shown)}.")
 
 
 def _refuse_repeats(assignments: Sequence[Assignment]) -> None:

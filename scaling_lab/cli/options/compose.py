@@ -164,7 +164,7 @@ def compose_groups(
     from omegaconf.errors import OmegaConfBaseException
 
     for slot, choice in groups.items():
-        if slot.group == "experiment" and choice != "null":
+        if slot.name == "experiment" and choice != "null":
             check_experiment(find_config(f"experiment/{choice}", folders))
     overrides = [f"{slot.hydra_key}={choice}" for slot, choice in groups.items()]
     own = folders[0] if len(folders) > 1 else None
@@ -252,7 +252,7 @@ def _add(items: list[str], item: str) -> None:
 def _group_values(
     slot: ConfigGroup, assignment: Assignment, folders: Sequence[Path], multirun: bool
 ) -> list[str]:
-    choices = group_choices(slot.group, folders)
+    choices = group_choices(slot.name, folders)
     names = [
         unquoted(part.strip()) for part in (_sweep_parts(assignment) if multirun else [assignment.value])
     ]

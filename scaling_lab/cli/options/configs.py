@@ -1,7 +1,7 @@
-"""Owns the files of conf/: where they are, which choices a group has, and what they say, read without Hydra.
+"""Read the files of conf/ without Hydra: where they are, the choices of each group, values and comments.
 
-Help and error messages need no more than this; composing is `compose`'s business. A trailing comment of a YAML line is
-the one-line meaning of its option.
+This is enough for help and error messages; `compose` composes configs. The comment at the end of a YAML line is the
+meaning of its option.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def builtin_folder() -> Path:
 
     try:
         return Path(str(files("scaling_lab.conf")))
-    except ModuleNotFoundError:  # a source tree that is on the path without being installed
-        return Path(__file__).resolve().parents[2] / "conf"
+    except ModuleNotFoundError:  # a source tree on the path that is not installed
+        return Path(__file__).resolve().parents[3] / "conf"
 
 
 def config_folders(config_dir: str | None) -> list[Path]:
-    """Where configs are looked for, the user's own folder first. Raises `UserError` where that folder is missing."""
+    """Folders to search for configs, the user's own first. Raises `UserError` if that does not exist."""
     if config_dir is None:
         return [builtin_folder()]
     own = Path(config_dir).expanduser().absolute()
@@ -42,7 +42,7 @@ def config_folders(config_dir: str | None) -> list[Path]:
 
 
 def group_choices(group: str, folders: Sequence[Path]) -> list[str]:
-    """The names that `group=NAME` takes."""
+    """Valid values of `group=NAME`."""
     return sorted({p.stem for folder in folders for p in (folder / group).glob("*.yaml")})
 
 
@@ -57,7 +57,7 @@ def find_config(name: str, folders: Sequence[Path]) -> Path:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A config file as plain values. Raises `UserError` that says where it is broken."""
+    """A config file as plain values. Raises `UserError` with the position of an error."""
     import yaml
 
     try:
@@ -67,12 +67,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise UserError(f"{path} must hold options as `key: value` lines.")
+        raise UserError(f"{path} must contain options as `key: value` lines.")
     return data
 
 
-def meanings(path: Path) -> dict[str, str]:
-    """Dotted key -> the comment that ends its line."""
+def line_comments(path: Path) -> dict[str, str]:
+    """Dotted key -> the comment at the end of its line."""
     found: dict[str, str] = {}
     above: list[tuple[int, str]] = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -89,68 +89,68 @@ def meanings(path: Path) -> dict[str, str]:
 
 
 def default_groups(command: str, folders: Sequence[Path]) -> dict[ConfigGroup, str | None]:
-    """ConfigGroup -> default choice, from the defaults lists of the command's config; launchers and the like left out."""
+    """Default choice of each group, from the defaults lists of the command's config; without launchers and the like."""
     groups: dict[ConfigGroup, str | None] = {}
     for entry in read_yaml(find_config(command, folders)).get("defaults", []):
         if isinstance(entry, str) and entry != "_self_":
             groups.update(default_groups(entry, folders))
         elif isinstance(entry, Mapping):
             for key, choice in entry.items():
-                # A list of choices (approach: [envelope, ...]) is all there always: nothing to choose.
+                # With a list of choices (approach: [envelope, ...]) all are always active: nothing to choose.
                 if not str(key).startswith("override ") and not isinstance(choice, list):
-                    slot = ConfigGroup(str(key).removeprefix("optional ").strip().strip("/"))
-                    groups[slot] = choice
+                    group = ConfigGroup(str(key).removeprefix("optional ").strip().strip("/"))
+                    groups[group] = choice
     return groups
 
 
 def plain_tree(
     command: str, chosen: Mapping[str, str], folders: Sequence[Path]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """(values, meanings) of a command with the groups `chosen`, as help shows them: no experiment, no interpolation."""
+    """(values, meanings) of a command with the groups `chosen`, for help: without experiment and interpolation."""
     tree: dict[str, Any] = {}
-    words: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     path = find_config(command, folders)
     data = read_yaml(path)
     for entry in data.get("defaults", []):
         if isinstance(entry, str) and entry != "_self_":
-            below, below_words = plain_tree(entry, chosen, folders)
+            below, below_meanings = plain_tree(entry, chosen, folders)
             tree |= below
-            words |= below_words
+            meanings |= below_meanings
         elif isinstance(entry, Mapping):
             for name, default in entry.items():
-                slot = ConfigGroup(str(name).removeprefix("optional ").strip().strip("/"))
-                choice = chosen.get(slot.package, default)
-                if choice is None or slot.group == "experiment" or str(name).startswith("override "):
+                group = ConfigGroup(str(name).removeprefix("optional ").strip().strip("/"))
+                choice = chosen.get(group.package, default)
+                if choice is None or group.name == "experiment" or str(name).startswith("override "):
                     continue
                 for member in choice if isinstance(choice, list) else [choice]:
-                    _add_member(tree, words, slot, find_config(f"{slot.group}/{member}", folders))
+                    _add_member(tree, meanings, group, find_config(f"{group.name}/{member}", folders))
     for key, value in data.items():
         if key not in ("defaults", "hydra"):
             merge(tree, {key: value})
-    words |= meanings(path)
-    return tree, words
+    meanings |= line_comments(path)
+    return tree, meanings
 
 
-def _add_member(tree: dict[str, Any], words: dict[str, str], slot: ConfigGroup, path: Path) -> None:
-    merge(tree, nested(slot.package, {k: v for k, v in read_yaml(path).items() if k != "defaults"}))
-    words |= {f"{slot.package}.{key}": text for key, text in meanings(path).items()}
+def _add_member(tree: dict[str, Any], meanings: dict[str, str], group: ConfigGroup, path: Path) -> None:
+    merge(tree, nested(group.package, {k: v for k, v in read_yaml(path).items() if k != "defaults"}))
+    meanings |= {f"{group.package}.{key}": text for key, text in line_comments(path).items()}
 
 
 @dataclass(frozen=True)
 class ConfigGroup:
-    """A config group and the place in the tree where its choice goes: `model`, or `law@approach.parametric.law`."""
+    """A config group and the package where its choice is placed: `model`, or `law@approach.parametric.law`."""
 
     hydra_key: str
-    """As Hydra writes it, GROUP or GROUP@PLACE."""
+    """In Hydra's syntax, GROUP or GROUP@PACKAGE."""
 
     @property
-    def group(self) -> str:
+    def name(self) -> str:
         return self.hydra_key.partition("@")[0]
 
     @property
     def package(self) -> str:
-        """The place, which is also what the user writes: `approach.parametric.law=kaplan`."""
-        return self.hydra_key.partition("@")[2] or self.group.replace("/", ".")
+        """The package, which is also the key that the user writes: `approach.parametric.law=kaplan`."""
+        return self.hydra_key.partition("@")[2] or self.name.replace("/", ".")
 
 
 def nested(dotted: str, value: Any) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def nested(dotted: str, value: Any) -> dict[str, Any]:
 
 
 def merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
-    """Merge `other` into `tree`, nested dicts key by key, as OmegaConf does."""
+    """Merge `other` into `tree` recursively, as OmegaConf does."""
     for key, value in other.items():
         if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
             merge(tree[key], value)

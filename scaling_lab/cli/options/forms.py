@@ -1,8 +1,7 @@
-"""Owns what a command can be told: its options with type, default and meaning, taken from the settings dataclasses.
+"""The options of a command with type, default and meaning, derived from the settings dataclasses.
 
-A `Form` answers three questions: is this key known (and which is nearest), what type does its value have, and what
-does help print. The same dataclasses are built from the composed config by `build`, so that help, checks and the typed
-edge cannot disagree.
+A `Form` defines which keys are known, the types of their values, and what help prints. `build` constructs the same
+dataclasses from the composed config, so that help, checks and typed settings cannot disagree.
 """
 
 from __future__ import annotations
@@ -47,10 +46,10 @@ class Option:
 
 @dataclass(frozen=True)
 class GroupOption:
-    """A config group of a command, as help shows it."""
+    """An option that selects a choice of a config group, such as `model=gpt2`."""
 
     key: str
-    """What the user writes: `model=gpt2`."""
+    """As the user writes it: `model`."""
     chosen: str | None
     choices: tuple[str, ...]
     meaning: str = ""
@@ -58,14 +57,14 @@ class GroupOption:
 
 @dataclass(frozen=True)
 class Form:
-    """Everything that a command can be told."""
+    """All options of a command."""
 
     options: Mapping[str, Option]
     groups: tuple[GroupOption, ...] = ()
     free: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Prefixes under which any key goes (`where.`, `columns.`), with their meaning."""
+    """Prefixes that accept any key after them (`where.`, `columns.`) -> meaning."""
     elsewhere: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Keys that somebody might well try, and what to do instead."""
+    """Keys that cannot be set here -> what to do instead."""
 
     def known(self, key: str) -> bool:
         return key in self.options or any(g.key == key for g in self.groups) or self.is_free(key)
@@ -74,11 +73,11 @@ class Form:
         return any(key.startswith(prefix) and len(key) > len(prefix) for prefix in self.free)
 
     def check(self, key: str) -> None:
-        """Raise `UserError` naming the nearest key and the choices where `key` is not known."""
+        """Raise `UserError` with the closest key and the choices if `key` is not known."""
         if self.known(key):
             return
         if key in self.elsewhere:
-            raise UserError(f"{key} cannot be given here: {self.elsewhere[key]}")
+            raise UserError(f"{key} cannot be set here: {self.elsewhere[key]}")
         names = [*self.options, *(g.key for g in self.groups), *(f"{p}COLUMN" for p in self.free)]
         near = nearest(key, names)
         prefix = key.rpartition(".")[0]
@@ -90,11 +89,11 @@ class Form:
         raise UserError(f"there is no option {key!r}.{hint} Choices{where}: {', '.join(choices)}.")
 
     def read_free(self, key: str, raw: str) -> Any:
-        """The value of a free key: text as it stands, but an option of an algorithm is the simplest thing it is."""
+        """The value of a free key: text unchanged, except for options of algorithms, which are parsed."""
         return read_value(key, raw, Any) if key.startswith("approach.") else unquoted(raw)
 
     def read(self, key: str, raw: Any) -> Any:
-        """The value of an option from its text."""
+        """Parse the value of an option."""
         return read_value(key, raw, self.options[key].wanted)
 
 
@@ -105,7 +104,7 @@ def type_hints(cls: type) -> dict[str, Any]:
 
 @cache
 def field_meanings(cls: type) -> dict[str, str]:
-    """Field -> the first sentence of the docstring below it."""
+    """Field -> first sentence of the docstring below it."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):
@@ -113,7 +112,7 @@ def field_meanings(cls: type) -> dict[str, str]:
         try:
             body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
         except (OSError, TypeError, SyntaxError):
-            continue  # no source at hand (a frozen application): help goes without
+            continue  # no source available (a frozen application): help omits the meanings
         statements = body.body if isinstance(body, ast.ClassDef) else []
         for field, doc in itertools.pairwise(statements):
             if (
@@ -128,7 +127,7 @@ def field_meanings(cls: type) -> dict[str, str]:
 
 
 def first_sentence(text: str) -> str:
-    """The first sentence of a docstring, on one line, without its full stop."""
+    """The first sentence of a docstring, on one line, without its period."""
     line = " ".join(text.split())
     ends = [m.start() for m in re.finditer(r"(?<! al)(?<!e\.g)\. (?=[A-Z`])", line)]
     return (line[: ends[0]] if ends else line).rstrip(".")
@@ -144,17 +143,16 @@ def issubclass_of(cls: Any, base: type) -> bool:
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
-    """A field's default; REQUIRED where it has none."""
+    """A field's default; REQUIRED if it has none."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
 
 
 def options_of(
-    cls: type, prefix: str = "", *, words: Mapping[str, str] | None = None, skip: Sequence[str] = ()
+    cls: type, prefix: str = "", *, meanings: Mapping[str, str] | None = None, skip: Sequence[str] = ()
 ) -> dict[str, Option]:
-    """The options that fill the dataclass `cls`, nested dataclasses as dotted keys; `words` are meanings that go before
-    the docstrings."""
+    """The options of the dataclass `cls`, with dotted keys for nested dataclasses; `meanings` override the docstrings."""
     found: dict[str, Option] = {}
     hints = type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -162,11 +160,11 @@ def options_of(
             continue
         key, wanted = prefix + field.name, hints[field.name]
         if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
-            found |= options_of(wanted, f"{key}.", words=words)
+            found |= options_of(wanted, f"{key}.", meanings=meanings)
             continue
         if is_mapping(wanted):
-            continue  # any key goes below it: see Form.free
-        meaning = (words or {}).get(key) or field_meanings(cls).get(field.name, "")
+            continue  # accepts any key: see Form.free
+        meaning = (meanings or {}).get(key) or field_meanings(cls).get(field.name, "")
         found[key] = Option(key, wanted, default_of(field), meaning)
     return found
 
@@ -179,19 +177,19 @@ def build(
     given: Mapping[str, Any] | None = None,
     skip: Sequence[str] = (),
 ) -> Any:
-    """An instance of the dataclass `cls` from a plain config node. Config ends here.
+    """An instance of the dataclass `cls` from a plain config node.
 
     Args:
-        node: key -> plain value; `kind` is allowed and ignored.
-        prefix: of the keys in messages (`model.`).
-        given: fields that are already built.
-        skip: keys of the node that belong to somebody else.
+        node: key -> plain value; `kind` is ignored.
+        prefix: prefix of the keys in error messages (`model.`).
+        given: values of fields that are already built.
+        skip: keys of the node to ignore.
 
     Raises:
         UserError: an unknown or missing key, or a value of the wrong type.
     """
     if not isinstance(node, Mapping):
-        raise UserError(f"{prefix.rstrip('.')}={node!r} is not understood: wanted a group of options.")
+        raise UserError(f"{prefix.rstrip('.')}={node!r} is invalid: expected a group of options.")
     hints = type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     values: dict[str, Any] = dict(given or {})

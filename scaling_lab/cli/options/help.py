@@ -1,4 +1,4 @@
-"""Owns the text of `--help`: the overview, and one page a command made from its form. No Hydra, no torch."""
+"""The text of `--help`: the overview, and a page per command made from its form. Loads neither Hydra nor torch."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 from scaling_lab.cli.options.arguments import POSITIONAL, Arguments
 from scaling_lab.cli.table import COMMANDS, Command
 
-INTRO = """scaling-lab measures scaling laws: it plans a sweep of small GPTs, trains them, and rebuilds the laws of
-Kaplan et al. (2020) and Hoffmann et al. (2022) from the curves, or from any table of yours."""
+INTRO = """scaling-lab measures scaling laws: it plans a sweep of small GPTs, trains them, and fits the laws of
+Kaplan et al. (2020) and Hoffmann et al. (2022) to the curves, or to a table of your own runs."""
 
 FLAG_MEANINGS = {
-    "help": "--help, -h        this page; with a command, its options",
-    "json": "--json            machine-readable output on stdout, and nothing else there",
-    "watch": "--watch           repeat until the sweep is over",
+    "help": "--help, -h        show this page; with a command, its options",
+    "json": "--json            print only machine-readable output to stdout",
+    "watch": "--watch           repeat until the sweep is finished",
     "multirun": "-m                one run for each value of a list",
-    "quiet": "--quiet, -q       only the result",
-    "verbose": "--verbose, -v     more lines about what is going on",
-    "version": "--version         the installed version",
+    "quiet": "--quiet, -q       print only the result",
+    "verbose": "--verbose, -v     print more details",
+    "version": "--version         show the installed version",
 }
 
 
@@ -36,12 +36,12 @@ def overview() -> str:
                 lines.append(f"  {command.name:<{width}} {command.summary}")
                 lines.append(f"  {'':<{width}}   $ {command.example}")
         lines.append("")
-    lines.append("Flags, anywhere on the line:")
+    lines.append("Flags, in any position:")
     lines += [f"  {FLAG_MEANINGS[name]}" for name in ("help", "json", "quiet", "verbose", "version")]
     lines += [
         "",
-        "Numbers may be written 1e9, 2.5B, 200_000; times 30m, 1.5h. `scaling-lab COMMAND --help` lists the options of",
-        "a command with their defaults; `scaling-lab plan --help model=gpt2` those of another choice.",
+        "Numbers may be written 1e9, 2.5B, 200_000; times 30m, 1.5h. `scaling-lab COMMAND --help` lists a command's",
+        "options with their defaults; `scaling-lab plan --help model=gpt2` lists them for another choice.",
     ]
     return "\n".join(lines)
 
@@ -60,9 +60,9 @@ def command_help(command: Command, arguments: Arguments) -> str:
         lines += textwrap.wrap(command.about, width)
     lines += ["", f"  $ {command.example}", ""]
     if form.groups:
-        lines.append("Groups (a choice brings its own options):")
+        lines.append("Groups (each choice has its own options):")
         for group in form.groups:
-            chosen = group.chosen or "none chosen"
+            chosen = group.chosen or "null"
             lines += _entry(f"{group.key}={chosen}", group.meaning, ", ".join(group.choices) or "none", width)
         lines.append("")
     sections: dict[str, list[Any]] = {}
@@ -88,9 +88,9 @@ def command_help(command: Command, arguments: Arguments) -> str:
 
 
 def _entry(name: str, meaning: str, kind: str, width: int) -> list[str]:
-    """`  name   meaning (kind)`, the text wrapped in its own column."""
+    """`  name   meaning [kind]`, with the text wrapped in its own column."""
     column = 36
-    text = meaning[:1] + meaning[1:]
+    text = meaning
     if kind:
         text = f"{text} [{kind}]" if text else f"[{kind}]"
     wrapped = textwrap.wrap(text, max(30, width - column - 2)) or [""]
@@ -100,22 +100,22 @@ def _entry(name: str, meaning: str, kind: str, width: int) -> list[str]:
 
 
 def _kind(option: Any) -> str:
-    """What may be given, in a few words."""
+    """The valid values, briefly."""
     if option.choices:
         return ", ".join(option.choices)
-    return type_words(option.wanted)
+    return type_name(option.wanted)
 
 
-def type_words(wanted: Any) -> str:
-    """A type in a word: number, whole number, true or false, list, text."""
+def type_name(wanted: Any) -> str:
+    """A type in plain words: number, integer, true or false, list, text."""
     import types
     from typing import Union, get_args, get_origin
 
     if get_origin(wanted) in (Union, types.UnionType):
-        return " or ".join(type_words(a) for a in get_args(wanted) if a is not type(None))
+        return " or ".join(type_name(a) for a in get_args(wanted) if a is not type(None))
     if get_origin(wanted) is not None and get_args(wanted):
-        return f"list of {type_words(get_args(wanted)[0])}" if get_origin(wanted) in (tuple, list) else "list"
-    return {int: "whole number", float: "number", bool: "true or false", str: "text"}.get(wanted, "text")
+        return f"list of {type_name(get_args(wanted)[0])}" if get_origin(wanted) in (tuple, list) else "list"
+    return {int: "integer", float: "number", bool: "true or false", str: "text"}.get(wanted, "text")
 
 
 def _shown(value: Any) -> str:

@@ -1,5 +1,4 @@
-"""Owns the options of a study (plan, sweep, quickstart, train): their form, and the way from a composed tree to
-`SweepSettings`. Below this module there are no configs."""
+"""Options of plan, sweep, quickstart and train: their form, and conversion of a composed config to `SweepSettings`."""
 
 from __future__ import annotations
 
@@ -27,50 +26,50 @@ from scaling_lab.core.registry import member
 from scaling_lab.core.spec import DTYPES, EvalSpec, schedule_class, shape_class, source_class
 from scaling_lab.planning.settings import CorpusUse, ExecutionSettings, ModelSettings, SweepSettings
 
-# Groups of which a study has one choice each, with options of its own.
+# Config groups with one choice each, whose options depend on the choice.
 PARTS = ("model", "data", "schedule", "parametrization", "recipe", "design", "tracker")
 GROUP_MEANINGS = {
     "model": "model family",
-    "data": "what is trained on",
+    "data": "training corpus",
     "schedule": "learning rate over a run",
-    "parametrization": "how LRs and initial values follow the shape",
-    "recipe": "batch, learning rate and warm-up from size and horizon",
+    "parametrization": "how LRs and initial values scale with the shape",
+    "recipe": "batch, learning rate and warmup from size and horizon",
     "design": "which sizes at which budgets",
-    "tracker": "where else runs are shown",
-    "experiment": "a whole study by name",
+    "tracker": "experiment tracker",
+    "experiment": "a complete study by name",
 }
-# Fields that something else decides; giving them would change nothing.
-OF_THE_RECIPE = {"schedule.warmup_fraction": "the recipe decides it, give recipe.warmup_fraction."}
-OF_THE_DESIGN = {
-    "model.width": "the design chooses the widths, give design.sizes.min_width and design.sizes.max_width.",
-    "model.depth": "the design chooses the depths, give design.sizes.aspect_ratio or design.sizes.min_depth.",
+# Fields without effect because the recipe or the design sets them.
+SET_BY_RECIPE = {"schedule.warmup_fraction": "the recipe decides it; set recipe.warmup_fraction instead."}
+SET_BY_DESIGN = {
+    "model.width": "the design chooses the widths; set design.sizes.min_width and design.sizes.max_width instead.",
+    "model.depth": "the design chooses the depths; set design.sizes.aspect_ratio or design.sizes.min_depth instead.",
 }
 
 
 @dataclass(frozen=True)
 class Common:
-    """Options of a study that stand on the top level."""
+    """Top-level options shared by the four commands."""
 
     sweep: str | None = None
     results_dir: str = "results"
     config_dir: str | None = None
-    """A folder of your own configs, searched before the built-in ones"""
+    """A folder with your own configs, searched before the built-in ones"""
     seed: int = 0
     dtype: Literal["float32", "bfloat16", "tf32"] = "float32"
-    """Numbers that models are computed in; bfloat16 is autocast (weights, moments and losses stay float32), on a CPU only faster
-    for models of millions of parameters; tf32 on CUDA alone"""
+    """Precision of computation; bfloat16 is autocast (weights, moments and losses stay float32), and on a CPU faster only
+    for models of millions of parameters; tf32 needs CUDA"""
     convention: Convention = Convention.SIX_N_WITH_HEAD
     """What N and FLOP budgets count"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where runs are computed; auto takes CUDA, then MPS, then the CPU"""
+    """Device to train on; auto: CUDA if available, else MPS, else the CPU"""
     compile: Literal["auto", "true", "false"] = "auto"
-    """torch.compile; auto compiles what a plan trains for long enough to repay it"""
+    """Use torch.compile; auto: if the plan trains long enough that it pays off"""
     threads: int | None = None
-    """CPU threads of one run; null: one, or all cores where the plan's models are large"""
+    """CPU threads per run; null: one, or all cores if the plan's models are large"""
     stack: Literal["auto", "false"] = "auto"
-    """auto trains seeds and learning rates of one shape as one program where that pays"""
+    """auto: train seeds and learning rates of the same shape as one program if that is faster"""
     memory_gb: float | None = None
-    """Memory that one run may take, GB; null: the device's. What does not fit is computed in micro-batches"""
+    """Memory that one run may use, GB; null: the device's. Larger batches are split into micro-batches"""
     deterministic: bool = True
     """Same machine, same losses"""
     eval: EvalSpec = field(default_factory=EvalSpec)
@@ -81,12 +80,12 @@ class Common:
 
 @dataclass(frozen=True)
 class SweepOnly:
-    """What sweep and quickstart take beside a study's options."""
+    """Additional options of sweep and quickstart."""
 
     workers: int | None = None
-    """Worker processes of the local launcher; default: one a core, or a few a GPU"""
+    """Worker processes of the local launcher; default: one per core, or a few per GPU"""
     retry: Literal["failed"] | None = None
-    """failed: run those again that failed or diverged, from their last checkpoint"""
+    """failed: train failed runs again from their last checkpoint, and diverged runs from scratch"""
 
     def __post_init__(self) -> None:
         if self.retry not in (None, "failed"):
@@ -97,11 +96,11 @@ class SweepOnly:
 
 @dataclass(frozen=True)
 class TrainOnly:
-    """What train takes beside a study's options."""
+    """Additional options of train."""
 
     train_tokens: int | None = None
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
-    """Under torchrun, or srun with ddp or fsdp: how the processes share the run; auto: fsdp where it needs the room"""
+    """How processes started by torchrun (or by srun, with ddp or fsdp) share the run; auto: fsdp if memory requires it"""
 
 
 @dataclass(frozen=True)
@@ -119,52 +118,52 @@ class NoOptions:
 
 
 def study_form(arguments: Arguments, config_name: str, extra: Sequence[type] = ()) -> Form:
-    """The form that help shows: with the groups chosen in `arguments`, read without Hydra."""
+    """The form for help, with the groups chosen in `arguments`; does not use Hydra."""
     config_dir = arguments.get("config_dir")
     folders = config_folders(None if config_dir is None else unquoted(config_dir))
-    slots = default_groups(config_name, folders)
-    chosen = {s.package: unquoted(v) for s in slots if (v := arguments.get(s.package)) is not None}
-    for slot in slots:
-        if slot.package in chosen and chosen[slot.package] != "null":
-            find_config(f"{slot.group}/{chosen[slot.package]}", folders)
-    tree, words = plain_tree(config_name, {k: v for k, v in chosen.items() if k != "experiment"}, folders)
+    defaults = default_groups(config_name, folders)
+    chosen = {g.package: unquoted(v) for g in defaults if (v := arguments.get(g.package)) is not None}
+    for group in defaults:
+        if group.package in chosen and chosen[group.package] != "null":
+            find_config(f"{group.name}/{chosen[group.package]}", folders)
+    tree, meanings = plain_tree(config_name, {k: v for k, v in chosen.items() if k != "experiment"}, folders)
     groups = tuple(
         GroupOption(
-            s.package,
-            chosen.get(s.package, default),
-            tuple(group_choices(s.group, folders)),
-            GROUP_MEANINGS[s.group],
+            g.package,
+            chosen.get(g.package, default),
+            tuple(group_choices(g.name, folders)),
+            GROUP_MEANINGS[g.name],
         )
-        for s, default in slots.items()
+        for g, default in defaults.items()
     )
-    return dataclasses.replace(form_of_tree(tree, words, extra), groups=groups)
+    return dataclasses.replace(form_of_tree(tree, meanings, extra), groups=groups)
 
 
 def form_of_tree(
-    tree: Mapping[str, Any], words: Mapping[str, str] | None = None, extra: Sequence[type] = ()
+    tree: Mapping[str, Any], meanings: Mapping[str, str] | None = None, extra: Sequence[type] = ()
 ) -> Form:
-    """The form of a composed tree: which options there are depends on the kinds chosen in it."""
+    """The form of a composed config tree; its options depend on the kinds chosen in the tree."""
     options: dict[str, Option] = {}
     for cls in (Common, *extra):
-        options |= options_of(cls, words=words)
+        options |= options_of(cls, meanings=meanings)
     for name in PARTS:
         if name in tree:
             cls = part_class(name, tree[name])
-            options |= options_of(cls, f"{name}.", words=words, skip=("kind", "options"))
+            options |= options_of(cls, f"{name}.", meanings=meanings, skip=("kind", "options"))
     if "model" in tree:
         own = options_of(
-            shape_class(kind_of("model", tree["model"])), "model.", words=words, skip=("vocab_size",)
+            shape_class(kind_of("model", tree["model"])), "model.", meanings=meanings, skip=("vocab_size",)
         )
         options |= {key: option for key, option in own.items() if key not in options}
     if "data" in tree:
-        options |= options_of(CorpusUse, "data.", words=words)
-    elsewhere = OF_THE_RECIPE | (OF_THE_DESIGN if "design" in tree else {})
+        options |= options_of(CorpusUse, "data.", meanings=meanings)
+    elsewhere = SET_BY_RECIPE | (SET_BY_DESIGN if "design" in tree else {})
     known = {key: _with_tree_default(option, tree) for key, option in options.items() if key not in elsewhere}
     return Form(known, elsewhere=elsewhere)
 
 
 def _with_tree_default(option: Option, tree: Mapping[str, Any]) -> Option:
-    """The option with the default that the config sets, where it sets one."""
+    """The option with the default from the config, if the config sets one."""
     node: Any = tree
     for part in option.key.split("."):
         if not isinstance(node, Mapping) or part not in node:
@@ -173,16 +172,16 @@ def _with_tree_default(option: Option, tree: Mapping[str, Any]) -> Option:
     try:
         return dataclasses.replace(option, default=read_value(option.key, node, option.wanted))
     except UserError:
-        return option  # a bad value in a config file is reported when it is used
+        return option  # an invalid value in a config file is reported when it is used
 
 
 def kind_of(name: str, node: Any) -> str:
     """The `kind` of a group's node."""
     if not isinstance(node, Mapping):
-        raise UserError(f"{name}={node!r} is not understood: wanted a config of the group {name}.")
+        raise UserError(f"{name}={node!r} is invalid: expected a config of the group {name}.")
     kind = node.get("kind")
     if not isinstance(kind, str):
-        raise UserError(f"{name}: the config has no `kind: NAME` line that says what its options are for.")
+        raise UserError(f"{name}: the config has no `kind: NAME` line, which determines its options.")
     return kind
 
 
@@ -209,13 +208,13 @@ def part_class(name: str, node: Any) -> type:
 def sweep_settings(
     tree: Mapping[str, Any], extra: Sequence[type] = (), *, device: str | None = None
 ) -> SweepSettings:
-    """The typed settings of a composed tree.
+    """Typed settings from a composed config tree.
 
     Args:
-        device: what `device=auto` means here; None asks torch.
+        device: the meaning of `device=auto`; None: ask torch.
 
     Raises:
-        UserError: unknown keys, wrong types, a missing sweep name, or what the settings themselves refuse.
+        UserError: unknown keys, wrong types, a missing sweep name, or values that the settings reject.
     """
     parts = {name: tree[name] for name in PARTS if name in tree}
     own = {
@@ -232,7 +231,7 @@ def sweep_settings(
     common: Common = build(Common, own, skip=tuple(names))
     if not common.sweep:
         raise UserError(
-            "sweep=NAME is missing: the sweep's name, a folder of results_dir (or give experiment=NAME)."
+            "sweep=NAME is missing: give the sweep a name (its folder in results_dir), or give experiment=NAME."
         )
     tracker_options(tree)
     data_node = dict(parts["data"])
@@ -259,7 +258,7 @@ def sweep_settings(
 
 
 def execution_settings(common: Common, device: str) -> ExecutionSettings:
-    """How runs are to be computed; a device of this machine is asked for its memory."""
+    """How runs should be computed, with the memory of this machine's GPU unless memory_gb is given."""
     memory_gb = common.memory_gb
     if memory_gb is None and device == "cuda":
         from scaling_lab.training.engine.devices import cuda_memory_gb
@@ -276,15 +275,15 @@ def execution_settings(common: Common, device: str) -> ExecutionSettings:
 
 
 def complete(data_node: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A source's options, with those that the source itself finds out."""
+    """A source's options, including those that the source determines itself."""
     completed = getattr(part_class("data", data_node), "completed", None)
     return data_node if completed is None else dict(completed(data_node))
 
 
 def resolve_device(name: str) -> str:
-    """What `device=auto` is on this machine; asking needs torch only for that.
+    """The device for `device=auto` on this machine (needs torch); other names are returned unchanged.
 
-    A device that is named is taken at its word: a login node plans for the GPUs of its cluster. Whoever trains checks.
+    A named device need not exist here, since a login node may plan for its cluster's GPUs; training checks it.
     """
     if name != "auto":
         return name
@@ -294,14 +293,14 @@ def resolve_device(name: str) -> str:
 
 
 def tracker_options(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """`kind` and options of the tracker, checked, as plain values for a worker's command line."""
+    """`kind` and validated options of the tracker, as plain values for a worker's command line."""
     node = tree.get("tracker") or {"kind": "none"}
     options = build(part_class("tracker", node), node, "tracker.")
     return {"kind": kind_of("tracker", node), **dataclasses.asdict(options)}
 
 
 def model_settings(node: Mapping[str, Any]) -> ModelSettings:
-    """The family's settings; the fields that only this family has go to `options`."""
+    """The settings of a model family; fields specific to the family go into `options`."""
     kind = kind_of("model", node)
     shape_fields = type_hints(shape_class(kind))
     ours = {f.name for f in dataclasses.fields(ModelSettings)} - {"options", "kind"}
@@ -318,7 +317,7 @@ def _part(name: str, node: Any) -> Any:
 
 
 def experiment_name(name: str | None, config_dir: str | None) -> str | None:
-    """The sweep's name that an experiment gives: its own `sweep:`, else the name of its file."""
+    """The sweep name of an experiment: its `sweep:` field, else the name of its file."""
     if name is None or name == "null":
         return None
     path: Path = find_config(f"experiment/{name}", config_folders(config_dir))

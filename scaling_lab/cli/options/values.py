@@ -1,6 +1,6 @@
-"""Owns reading values kindly: from the text on the command line, or from YAML, to the type that a field wants.
+"""Lenient parsing of option values, from the command line or from YAML, to a field's type.
 
-`1e9`, `2.5B`, `200_000` and `64` are whole numbers; `30m`, `1.5h` and `1h30m` are times; a path needs no quotes.
+`1e9`, `2.5B`, `200_000` and `64` are integers; `30m`, `1.5h` and `1h30m` are times; paths need no quotes.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ SECONDS = {
 }
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 LARGEST_INT = 2**63 - 1
-_NO = object()
+_INVALID = object()
 
 
 def read_value(key: str, raw: Any, wanted: Any) -> Any:
-    """`raw` (text, or a plain YAML value) as the type `wanted`. Raises `UserError` naming the key, the value, the want."""
+    """`raw` (text, or a plain YAML value) as the type `wanted`. Raises `UserError` naming key, value and expected type."""
     value = _read(key, raw, wanted)
-    if value is _NO:
-        raise UserError(f"{key}={show(raw)} is not understood: wanted {describe(wanted, key)}.")
+    if value is _INVALID:
+        raise UserError(f"{key}={show(raw)} is invalid: expected {describe(wanted, key)}.")
     return value
 
 
 def unquoted(text: str) -> str:
-    """The text without one pair of quotes around all of it (Hydra users write them)."""
+    """The text without a pair of quotes around all of it, as Hydra users write them."""
     if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1]
     return text
 
 
 def show(raw: Any) -> str:
-    """A value as the user wrote it, shortened, for a message."""
+    """A value as the user wrote it, shortened for an error message."""
     text = raw if isinstance(raw, str) else repr(raw)
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 def split_list(text: str) -> list[str]:
-    """The parts of `a,b,c` at the top level: commas inside brackets and quotes do not count."""
+    """The parts of `a,b,c`; commas inside brackets and quotes do not split."""
     parts, depth, quote, current = [], 0, "", ""
     for c in text:
         if quote:
@@ -74,7 +74,7 @@ def split_list(text: str) -> list[str]:
 
 
 def choices_of(wanted: Any) -> tuple[str, ...]:
-    """The values of an enum or Literal, also inside an optional; empty where any value goes."""
+    """The values of an enum or Literal, also inside an optional; empty for types without fixed choices."""
     origin = get_origin(wanted)
     if origin is Literal:
         return tuple(str(a) for a in get_args(wanted))
@@ -86,7 +86,7 @@ def choices_of(wanted: Any) -> tuple[str, ...]:
 
 
 def describe(wanted: Any, key: str = "") -> str:
-    """What a type wants, in words for a person."""
+    """A description of a type's values for an error message."""
     origin, args = get_origin(wanted), get_args(wanted)
     if choices_of(wanted):
         return "one of " + ", ".join(choices_of(wanted))
@@ -98,7 +98,7 @@ def describe(wanted: Any, key: str = "") -> str:
     if wanted in (int, float) and time_unit(key):
         return "a time such as 30m, 1.5h or 2d"
     if wanted is int:
-        return "a whole number such as 64, 200_000, 1e9 or 2.5B"
+        return "an integer such as 64, 200_000, 1e9 or 2.5B"
     if wanted is float:
         return "a number such as 0.1, 1e9 or 2.5B"
     if _is_list(wanted):
@@ -110,7 +110,7 @@ def describe(wanted: Any, key: str = "") -> str:
 
 
 def time_unit(key: str) -> float | None:
-    """Seconds in the unit of a field that holds a time, told from the unit in its name; None for other fields."""
+    """Seconds per unit of a time field, derived from the unit in its name; None for other fields."""
     name = key.rpartition(".")[2]
     if re.search(r"(^|_)hours?$", name):
         return 3600.0
@@ -144,13 +144,13 @@ def _read(key: str, raw: Any, wanted: Any) -> Any:
     if wanted is float:
         return _read_float(key, raw)
     if wanted is str:
-        return unquoted(raw) if isinstance(raw, str) else str(raw) if _is_number(raw) else _NO
+        return unquoted(raw) if isinstance(raw, str) else str(raw) if _is_number(raw) else _INVALID
     if wanted is Path:
-        return Path(unquoted(raw)).expanduser() if isinstance(raw, str) else _NO
+        return Path(unquoted(raw)).expanduser() if isinstance(raw, str) else _INVALID
     if _is_list(wanted):
         return _read_list(key, raw, args[0] if args else Any)
     if origin in (dict, Mapping) or wanted in (dict, Mapping):
-        return dict(raw) if isinstance(raw, Mapping) else _NO
+        return dict(raw) if isinstance(raw, Mapping) else _INVALID
     return _plain(raw)
 
 
@@ -158,7 +158,7 @@ def _read_union(key: str, raw: Any, args: Sequence[Any]) -> Any:
     if type(None) in args and (raw is None or (isinstance(raw, str) and raw.strip().lower() == "null")):
         return None
     members = [a for a in args if a is not type(None)]
-    # Text fits every word, so it is tried last: `auto` or a number.
+    # Every text is a valid str, so it is tried last: `auto` or a number.
     for member in sorted(members, key=lambda a: a is str):
         try:
             value = _read(key, raw, member)
@@ -166,41 +166,41 @@ def _read_union(key: str, raw: Any, args: Sequence[Any]) -> Any:
             if len(members) == 1:
                 raise
             continue
-        if value is not _NO:
+        if value is not _INVALID:
             return value
-    return _NO
+    return _INVALID
 
 
 def _read_bool(raw: Any) -> Any:
     if isinstance(raw, bool):
         return raw
     text = _text(raw).lower()
-    return True if text in TRUE else False if text in FALSE else _NO
+    return True if text in TRUE else False if text in FALSE else _INVALID
 
 
 def _read_int(key: str, raw: Any) -> Any:
     exact = _exact(key, raw)
     if exact is None or exact.denominator != 1:
-        return _NO
+        return _INVALID
     if abs(exact) > LARGEST_INT:
-        raise UserError(f"{key}={show(raw)} is too large: whole numbers go up to {LARGEST_INT:.1e}.")
+        raise UserError(f"{key}={show(raw)} is too large: the maximum is {LARGEST_INT:.1e}.")
     return int(exact)
 
 
 def _read_float(key: str, raw: Any) -> Any:
     if isinstance(raw, float) and not isinstance(raw, bool):
-        return raw if math.isfinite(raw) else _NO
+        return raw if math.isfinite(raw) else _INVALID
     exact = _exact(key, raw)
     if exact is None:
-        return _NO
+        return _INVALID
     try:
         return float(exact)
     except OverflowError:
-        raise UserError(f"{key}={show(raw)} is too large for a number.") from None
+        raise UserError(f"{key}={show(raw)} is too large.") from None
 
 
 def _exact(key: str, raw: Any) -> Fraction | None:
-    """The number in `raw` without rounding (2.5B is exactly 2_500_000_000); a time in the unit of the field's name."""
+    """The number in `raw` without rounding (2.5B is exactly 2_500_000_000); times in the unit of the field's name."""
     if _is_number(raw):
         return Fraction(raw) if math.isfinite(raw) else None
     if not isinstance(raw, str):
@@ -215,13 +215,13 @@ def _exact(key: str, raw: Any) -> Fraction | None:
     sign, digits, exponent, suffix = match.groups()
     power = int(exponent or 0) + SUFFIXES[suffix.lower()]
     if abs(power) > 400 or len(digits) > 400:
-        raise UserError(f"{key}={show(raw)} is too large or too small for a number.")
+        raise UserError(f"{key}={show(raw)} is too large or too small.")
     value = Fraction(digits.replace("_", "").rstrip(".") or "0") * Fraction(10) ** power
     return -value if sign == "-" else value
 
 
 def _seconds(text: str) -> float | None:
-    """`30m`, `1h30m`, `2 days` in seconds; None where the text is no time with units."""
+    """`30m`, `1h30m`, `2 days` in seconds; None if the text is not a time with units."""
     lowered = text.lower().replace("_", "")
     parts = TIME_PART.findall(lowered)
     if not parts or TIME_PART.sub("", lowered).strip() or any(unit not in SECONDS for _, unit in parts):
@@ -236,7 +236,7 @@ def _read_list(key: str, raw: Any, inner: Any) -> Any:
             text = text[1:-1]
         items: list[Any] = [part.strip() for part in split_list(text)] if text.strip() else []
         if any(not item for item in items):
-            return _NO
+            return _INVALID
     elif isinstance(raw, (list, tuple)):
         items = list(raw)
     else:
@@ -245,7 +245,7 @@ def _read_list(key: str, raw: Any, inner: Any) -> Any:
 
 
 def _plain(raw: Any) -> Any:
-    """A value for a field of any type: text is read as the simplest thing that it is."""
+    """A value for a field of any type: text is parsed as null, bool, number, list, group or else text."""
     if not isinstance(raw, str):
         return raw
     text = raw.strip()
@@ -256,7 +256,7 @@ def _plain(raw: Any) -> Any:
     if NUMBER.fullmatch(text):
         for read in (_read_int, _read_float):
             value = read("", text)
-            if value is not _NO:
+            if value is not _INVALID:
                 return value
     if text.startswith("[") and text.endswith("]"):
         return [_plain(part.strip()) for part in split_list(text[1:-1]) if part.strip()]
@@ -271,7 +271,7 @@ def _plain_group(raw: str, text: str) -> dict[str, Any]:
     for part in split_list(text[1:-1]):
         name, colon, value = part.partition(":")
         if not colon or not name.strip():
-            raise UserError(f"{show(raw)} is not understood: wanted {{option: value, ...}}.")
+            raise UserError(f"{show(raw)} is invalid: expected {{option: value, ...}}.")
         found[unquoted(name.strip())] = _plain(value.strip())
     return found
 

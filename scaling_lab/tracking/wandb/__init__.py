@@ -1,1 +1,1 @@
-"""Weights & Biases around a sweep: import of runs, upload, the analysis run."""
+"""Weights & Biases: importing runs, uploading a sweep, the analysis run."""

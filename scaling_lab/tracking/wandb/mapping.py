@@ -1,7 +1,7 @@
-"""Owns runs of other people's trackers as the analysis wants them: a mapping of their names, and rows of our table.
+"""Convert runs from an external tracker into rows of our table, given a mapping of names.
 
-A `ForeignRun` is what a tracker has of one run, wherever it was read from; a `RunMapping` says which of its names, or
-which arithmetic over them, are params, tokens, flops and loss. Nothing here knows a tracker's client.
+An `ExternalRun` holds a tracker's data on one run, independent of where it was read from; a `RunMapping` defines params,
+tokens, flops and loss as names, or arithmetic over names, in that data. Does not depend on any tracker's client.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 from scaling_lab.core.counts import FLOPS_PER_PARAM_TOKEN
 from scaling_lab.core.errors import UserError
 
-# Fields of a mapping that are no column of the table.
-NOT_COLUMNS = ("extra", "not_job_type")
+# Fields of a mapping that are not columns of the table.
+NON_COLUMNS = ("extra", "not_job_type")
 ROOTS = ("config", "history", "summary")
 _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
@@ -38,20 +38,20 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "min": min,
     "max": max,
 }
-# 9 ** 9 ** 9 in somebody's mapping must not hang the import.
+# 9 ** 9 ** 9 in a mapping must not hang the import.
 _MAX_POWER = 64
 
 
-class Missing(Exception):
-    """A run has nothing of this name."""
+class MissingValueError(Exception):
+    """A run has no value of this name."""
 
 
-class Incomplete(Exception):
-    """A run's curve came back with fewer points than it has; the message has the counts."""
+class IncompleteHistoryError(Exception):
+    """The tracker returned only part of a run's curve; the message has the counts."""
 
 
 @dataclass(frozen=True)
-class ForeignRun:
+class ExternalRun:
     """One run of a tracker."""
 
     run_id: str
@@ -59,31 +59,32 @@ class ForeignRun:
     config: Mapping[str, Any]
     summary: Mapping[str, Any]
     history_keys: Mapping[str, int | None]
-    """Metric -> how many rows of the history hold it, None where the tracker does not say."""
+    """Metric -> number of history rows that contain it; None if the tracker does not say."""
     read_history: Callable[[Sequence[str]], list[dict[str, Any]]] = field(repr=False)
-    """Keys -> every row that has all of them, in order."""
+    """Keys -> all rows that contain all of them, in order."""
     group: str | None = None
     job_type: str | None = None
     state: str = "finished"
-    """finished, failed, crashed, running ... as W&B says it."""
+    """W&B's state: finished, failed, crashed, running, ..."""
     tags: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class RunMapping:
-    """Which of a run's names are our columns: a metric of the history, a key of the config (dots go inside) or of the
-    summary, or arithmetic over them. `config.X`, `history.X` and `summary.X` say where; `history["val/loss"]` quotes."""
+    """Definitions of our columns: a metric of the history, a key of the config or the summary (nested keys joined by dots),
+    or arithmetic over them. The prefixes `config.`, `history.` and `summary.` are optional; `history["val/loss"]` quotes a
+    name."""
 
     loss: str
-    """The loss, in nats, of the history"""
+    """The loss, in nats, from the history"""
     params: str
     """Number of parameters N"""
     tokens: str | None = None
-    """Tokens seen at a point of the history"""
+    """Tokens seen at each point of the history"""
     flops: str | None = None
-    """Training FLOPs at a point of the history; without it 6 N D"""
+    """Training FLOPs at each point of the history; default: 6 N D"""
     run_id: str | None = None
-    """The run's id in the table; default: the tracker's"""
+    """The run's id in the table; default: the tracker's id"""
     budget_flops: str | None = None
     """The FLOP budget that a run was planned for"""
     seed: str | None = None
@@ -93,22 +94,22 @@ class RunMapping:
     extra: Mapping[str, str] = field(default_factory=dict)
     """Further numeric columns by name"""
     not_job_type: str | None = None
-    """Runs of this job type trained nothing, and are passed over"""
+    """Skip runs of this job type, which did not train"""
 
     def __post_init__(self) -> None:
         if self.tokens is None and self.flops is None:
-            raise UserError("mapping.tokens and mapping.flops are both missing: at least one is needed.")
+            raise UserError("mapping.tokens and mapping.flops are both missing: at least one is required.")
         for name, text in self.columns().items():
             Expression(text, f"mapping.{name}")
 
     def columns(self) -> dict[str, str]:
-        """Column -> expression, of those that are given."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NOT_COLUMNS}
+        """Column -> expression, for the columns that are given."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NON_COLUMNS}
         return {name: text for name, text in own.items() if text is not None} | dict(self.extra)
 
 
 class Expression:
-    """One value of a mapping. Raises `UserError` (naming `option`) for what is no name and no arithmetic."""
+    """One value of a mapping. Raises `UserError` (naming `option`) unless it is a name or arithmetic over names."""
 
     def __init__(self, text: str, option: str) -> None:
         self.text, self.option = text.strip(), option
@@ -116,16 +117,16 @@ class Expression:
         try:
             self._tree = ast.parse(self.text, mode="eval").body
         except (SyntaxError, ValueError, RecursionError):
-            return  # a name such as `val loss` is one still: the run decides
+            return  # may still be a name, such as `val loss`: depends on the run
         self._check(self._tree)
 
-    def history_keys(self, run: ForeignRun) -> set[str]:
-        """The metrics of the history that it reads in this run. Raises `Missing`."""
+    def history_keys(self, run: ExternalRun) -> set[str]:
+        """The history metrics that the expression uses in this run. Raises `MissingValueError`."""
         return {name for root, name in self._names(run) if root == "history"}
 
-    def value(self, run: ForeignRun, row: Mapping[str, Any]) -> Any:
-        """Its value at one row of the history. Raises `Missing` and `ValueError`."""
-        whole = self._whole(run)
+    def value(self, run: ExternalRun, row: Mapping[str, Any]) -> Any:
+        """Its value at one row of the history. Raises `MissingValueError` or `ValueError`."""
+        whole = self._whole_name(run)
         if whole is not None:
             return _look_up(run, row, *whole)
         assert self._tree is not None
@@ -134,15 +135,15 @@ class Expression:
         except (ArithmeticError, TypeError) as error:
             raise ValueError(f"{self.option}={self.text}: {error}") from None
 
-    def _whole(self, run: ForeignRun) -> tuple[str, str] | None:
-        """Where the text as it stands is a name of the run's (`val/loss`, `model.n_params`)."""
-        found = _place(run, self.text)
+    def _whole_name(self, run: ExternalRun) -> tuple[str, str] | None:
+        """The (root, name) of the whole text if it is a single name in this run (`val/loss`, `model.n_params`)."""
+        found = _resolve(run, self.text)
         if found is None and self._tree is None:
-            raise Missing(_nothing(run, self.option, self.text))
+            raise MissingValueError(_missing_message(run, self.option, self.text))
         return found
 
-    def _names(self, run: ForeignRun) -> Iterator[tuple[str, str]]:
-        whole = self._whole(run)
+    def _names(self, run: ExternalRun) -> Iterator[tuple[str, str]]:
+        whole = self._whole_name(run)
         if whole is not None:
             yield whole
             return
@@ -156,13 +157,13 @@ class Expression:
                 continue
             if isinstance(node, ast.Name) and node.id in _FUNCTIONS:
                 continue
-            place = _place(run, dotted)
-            if place is None:
-                raise Missing(_nothing(run, self.option, dotted))
-            yield place
+            found = _resolve(run, dotted)
+            if found is None:
+                raise MissingValueError(_missing_message(run, self.option, dotted))
+            yield found
 
     def _check(self, node: ast.expr) -> None:
-        """Refuse everything but names, numbers and arithmetic."""
+        """Raise `UserError` for anything except names, numbers and arithmetic."""
         if _dotted(node) is not None:
             return
         if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
@@ -181,17 +182,17 @@ class Expression:
                 self._check(argument)
         else:
             raise UserError(
-                f"{self.option}={self.text} is no name and no arithmetic over names: wanted for example "
+                f"{self.option}={self.text} is neither a name nor arithmetic over names; expected for example "
                 "config.n_params, history['val/loss'] or history.step * config.batch_tokens."
             )
 
-    def _evaluate(self, node: ast.expr, run: ForeignRun, row: Mapping[str, Any]) -> Any:
+    def _evaluate(self, node: ast.expr, run: ExternalRun, row: Mapping[str, Any]) -> Any:
         dotted = _dotted(node)
         if dotted is not None:
-            place = _place(run, dotted)
-            if place is None:
-                raise Missing(_nothing(run, self.option, dotted))
-            return _number(_look_up(run, row, *place))
+            found = _resolve(run, dotted)
+            if found is None:
+                raise MissingValueError(_missing_message(run, self.option, dotted))
+            return _number(_look_up(run, row, *found))
         if isinstance(node, ast.Constant):
             return node.value
         if isinstance(node, ast.UnaryOp):
@@ -206,75 +207,75 @@ class Expression:
         return _FUNCTIONS[node.func.id](*(self._evaluate(a, run, row) for a in node.args))
 
 
-def rows_of_run(run: ForeignRun, mapping: RunMapping) -> list[dict[str, Any]]:
+def rows_of_run(run: ExternalRun, mapping: RunMapping) -> list[dict[str, Any]]:
     """The run's curve as rows of our table.
 
     Raises:
-        Missing: the run has not what the mapping names, or no row with it: it is to be left out.
-        Incomplete: the tracker gave back less than it has; the message says how much.
+        MissingValueError: the run, or every row of it, lacks a name in the mapping: the run should be skipped.
+        IncompleteHistoryError: the tracker returned only part of the history; the message has the counts.
     """
     columns = {name: Expression(text, f"mapping.{name}") for name, text in mapping.columns().items()}
-    # What only says more about a point may be missing from a run or a row; the numbers that are fitted may not.
+    # Annotations may be missing from a run or a row, but not the numbers used in fits.
     optional = {"run_id", "budget_flops", "seed", "loss_sem", *mapping.extra}
     needed: set[str] = set()
-    further: set[str] = set()
+    optional_keys: set[str] = set()
     for name in list(columns):
         try:
             keys = columns[name].history_keys(run)
-        except Missing:
+        except MissingValueError:
             if name not in optional:
                 raise
             del columns[name]
             continue
-        (further if name in optional else needed).update(keys)
+        (optional_keys if name in optional else needed).update(keys)
     loss_keys = columns["loss"].history_keys(run)
     if not loss_keys:
-        raise Missing(f"mapping.loss={mapping.loss} is no metric of its history")
-    rows = whole_history(run, sorted(needed), sorted(loss_keys), sorted(further - needed))
+        raise MissingValueError(f"mapping.loss={mapping.loss} is not a metric in its history")
+    rows = read_complete_history(run, sorted(needed), sorted(loss_keys), sorted(optional_keys - needed))
     return [_table_row(run, columns, row, optional) for row in rows]
 
 
-def whole_history(
-    run: ForeignRun, keys: Sequence[str], loss_keys: Sequence[str], further: Sequence[str] = ()
+def read_complete_history(
+    run: ExternalRun, keys: Sequence[str], loss_keys: Sequence[str], optional_keys: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """Every row of the run's history that has the loss, checked against how many there are; with the `further` metrics
-    where rows have them.
+    """All history rows that have the loss, checked against the tracker's count; includes the `optional_keys` of rows that
+    have them.
 
-    Raises `Missing` for none, `Incomplete` with the counts.
+    Raises `MissingValueError` if there are none and `IncompleteHistoryError`, with the counts, if some are missing.
     """
     counts = [run.history_keys.get(key) for key in loss_keys]
     expected = min((c for c in counts if c is not None), default=None)
-    if further and expected is not None:
-        rows = run.read_history([*keys, *further])
+    if optional_keys and expected is not None:
+        rows = run.read_history([*keys, *optional_keys])
         if rows and len(rows) == expected:
             return rows
     rows = run.read_history(keys)
-    for key in further:
+    for key in optional_keys:
         values = {row["_step"]: row[key] for row in run.read_history(["_step", key])}
         rows = [row | {key: values[row["_step"]]} if row.get("_step") in values else row for row in rows]
     if expected is None or len(rows) == expected:
         if not rows:
-            raise Missing(f"no row of its history has {' and '.join(keys)}")
+            raise MissingValueError(f"no row in its history has {' and '.join(keys)}")
         return rows
     shown = " and ".join(repr(key) for key in loss_keys)
     with_loss = len(rows) if set(keys) == set(loss_keys) else len(run.read_history(loss_keys))
     if with_loss == expected:
         others = " and ".join(repr(key) for key in keys if key not in loss_keys)
-        raise Incomplete(
-            f"{len(rows)} of its {expected} rows with {shown} have {others} too: they were not logged in one call; map "
-            "tokens and flops by arithmetic over the config and history._step"
+        raise IncompleteHistoryError(
+            f"only {len(rows)} of its {expected} rows with {shown} also have {others}, because they were logged in separate "
+            "calls; map tokens and flops by arithmetic over the config and history._step"
         )
-    raise Incomplete(f"{with_loss} of its {expected} points of {shown} came back")
+    raise IncompleteHistoryError(f"only {with_loss} of its {expected} points of {shown} were returned")
 
 
 def _table_row(
-    run: ForeignRun, columns: Mapping[str, Expression], row: Mapping[str, Any], optional: set[str]
+    run: ExternalRun, columns: Mapping[str, Expression], row: Mapping[str, Any], optional: set[str]
 ) -> dict[str, Any]:
     out: dict[str, Any] = {"run_id": run.run_id}
     for name, expression in columns.items():
         try:
             value = expression.value(run, row)
-        except (Missing, ValueError):
+        except (MissingValueError, ValueError):
             if name not in optional:
                 raise
             continue
@@ -287,7 +288,7 @@ def _table_row(
 
 
 def _dotted(node: ast.expr) -> str | None:
-    """`a`, `a.b.c` and `history["val/loss"]` as a dotted name; None for anything else."""
+    """The dotted name of `a`, `a.b.c` or `history["val/loss"]`; None for anything else."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute):
@@ -303,8 +304,8 @@ def _dotted(node: ast.expr) -> str | None:
     return None
 
 
-def _place(run: ForeignRun, name: str) -> tuple[str, str] | None:
-    """(root, name in it) of what a name means in this run: its history first, then its config, then its summary."""
+def _resolve(run: ExternalRun, name: str) -> tuple[str, str] | None:
+    """(root, name) of a name in this run: looked up in its history, then its config, then its summary."""
     root, _, rest = name.partition(".")
     if root in ROOTS and rest:
         if root == "history":
@@ -319,7 +320,7 @@ def _place(run: ForeignRun, name: str) -> tuple[str, str] | None:
 
 
 def _walk(tree: Any, name: str) -> Any:
-    """The value at a dotted name; keys may hold dots themselves. None where there is nothing."""
+    """The value at a dotted name, or None; keys may contain dots themselves."""
     if not isinstance(tree, Mapping):
         return None
     if name in tree:
@@ -334,30 +335,30 @@ def _walk(tree: Any, name: str) -> Any:
     return None
 
 
-def _look_up(run: ForeignRun, row: Mapping[str, Any], root: str, name: str) -> Any:
+def _look_up(run: ExternalRun, row: Mapping[str, Any], root: str, name: str) -> Any:
     value = row.get(name) if root == "history" else _walk(getattr(run, root), name)
     if value is None:
-        raise Missing(f"{root}.{name} has no value")
+        raise MissingValueError(f"{root}.{name} has no value")
     return value
 
 
 def _number(value: Any) -> float | int:
-    """A value as a number; W&B writes NaN and infinities as text. Raises ValueError."""
+    """A value as a number; W&B stores NaN and infinities as text. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         try:
             return float(value)
         except TypeError:
-            raise ValueError(f"{value!r} is no number") from None
+            raise ValueError(f"{value!r} is not a number") from None
     return value
 
 
-def _nothing(run: ForeignRun, option: str, name: str) -> str:
+def _missing_message(run: ExternalRun, option: str, name: str) -> str:
     known = [*run.history_keys, *_flat_names(run.config)]
     last = {k.rpartition(".")[2]: k for k in known}
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [
         last[k] for k in difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.5)
     ]
-    return f"it has no {name!r} for {option}" + (f" (but {near[0]!r})" if near else "")
+    return f"it has no {name!r} for {option}" + (f" (closest: {near[0]!r})" if near else "")
 
 
 def _flat_names(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

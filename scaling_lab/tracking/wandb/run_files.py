@@ -1,8 +1,8 @@
-"""Owns reading W&B's run files (`run-ID.wandb`), as offline runs leave them: no server and no client is asked.
+"""Reader for W&B run files (`run-ID.wandb`), as written by offline runs; needs neither a server nor wandb's client.
 
-A file is a 7-byte header (":W&B", magic, version) and LevelDB-log blocks of 32 KiB. Each block holds fragments: crc32 (4
-bytes), length (2), type (1: whole, 2: first, 3: middle, 4: last) and payload; a block's last 6 bytes or less are padding. The
-joined payloads are protobuf records of wandb's own schema.
+A file is a 7-byte header (":W&B", magic, version) followed by LevelDB log blocks of 32 KiB. Each block contains fragments:
+crc32 (4 bytes), length (2), type (1: whole, 2: first, 3: middle, 4: last) and payload; up to 6 bytes at the end of a block
+are padding. The joined payloads are protobuf records in wandb's schema.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling_lab.core.errors import UserError
-from scaling_lab.tracking.wandb.mapping import ForeignRun
+from scaling_lab.tracking.wandb.mapping import ExternalRun
 
 HEADER = b":W&B"
 HEADER_BYTES, BLOCK_BYTES, FRAGMENT_BYTES = 7, 32768, 7
@@ -24,7 +24,7 @@ WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 @dataclass
 class RunFile:
-    """What one run file holds."""
+    """Content of one run file."""
 
     path: Path
     run_id: str = ""
@@ -38,7 +38,7 @@ class RunFile:
     summary: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     exit_code: int | None = None
-    """None: the run did not end, or its file lacks the end."""
+    """None if the run did not end or its file is truncated."""
 
     @property
     def state(self) -> str:
@@ -46,20 +46,20 @@ class RunFile:
 
 
 def find_run_files(folder: Path) -> list[Path]:
-    """Every run file below `folder` (or the file itself), oldest run first. Raises `UserError` where there is none."""
+    """All run files below `folder` (or the file itself), oldest run first. Raises `UserError` if there is none."""
     if folder.is_file():
         return [folder]
     if not folder.is_dir():
         raise UserError(f"path={folder}: there is no such folder.")
-    # latest-run is a link to one of them.
+    # latest-run is a symlink to one of them.
     found = {path.resolve(): path for path in sorted(folder.rglob("*.wandb"), reverse=True)}
     if not found:
-        raise UserError(f"path={folder}: there is no W&B run file (run-ID.wandb) in it or below.")
+        raise UserError(f"path={folder}: there is no W&B run file (run-ID.wandb) in it or its subfolders.")
     return sorted(found.values(), key=lambda path: path.parent.name.removeprefix("offline-"))
 
 
 def read_run_file(path: Path) -> RunFile:
-    """One run file; one that was cut off holds what it holds. Raises `UserError` for what is no run file."""
+    """Read a run file, up to where it is truncated. Raises `UserError` if it is not a run file."""
     run = RunFile(path)
     for record in records(path):
         kind = record.WhichOneof("record_type")
@@ -84,13 +84,13 @@ def read_run_file(path: Path) -> RunFile:
 
 
 def records(path: Path) -> Iterator[Any]:
-    """The protobuf records of a file, up to where it is cut off or damaged."""
+    """The protobuf records of a file, up to where it is truncated or damaged."""
     from google.protobuf.message import DecodeError
 
     messages: Any = import_module("wandb.proto.wandb_internal_pb2")
     data = path.read_bytes()
     if data[: len(HEADER)] != HEADER:
-        raise UserError(f"{path} is no W&B run file: it does not begin with {HEADER.decode()!r}.")
+        raise UserError(f"{path} is not a W&B run file: it does not start with {HEADER.decode()!r}.")
     for payload in payloads(data):
         try:
             yield messages.Record.FromString(payload)
@@ -99,7 +99,7 @@ def records(path: Path) -> Iterator[Any]:
 
 
 def payloads(data: bytes) -> Iterator[bytes]:
-    """The joined fragments of a log; a fragment that is not whole ends it."""
+    """The joined fragments of a log, up to the first incomplete fragment."""
     at, parts = HEADER_BYTES, b""
     while at + FRAGMENT_BYTES <= len(data):
         left = BLOCK_BYTES - at % BLOCK_BYTES
@@ -116,8 +116,8 @@ def payloads(data: bytes) -> Iterator[bytes]:
         at += FRAGMENT_BYTES + length
 
 
-def foreign_run(attempts: list[RunFile]) -> ForeignRun:
-    """A run from the files of its attempts, oldest first: of a step that several have, the newest counts."""
+def merge_attempts(attempts: list[RunFile]) -> ExternalRun:
+    """One run from the files of its attempts, oldest first; later attempts override earlier ones at the same step."""
     last = attempts[-1]
     rows: dict[int, dict[str, Any]] = {}
     config: dict[str, Any] = {}
@@ -132,7 +132,7 @@ def foreign_run(attempts: list[RunFile]) -> ForeignRun:
     for row in history:
         for key in row:
             counts[key] = counts.get(key, 0) + 1
-    return ForeignRun(
+    return ExternalRun(
         run_id=last.run_id,
         name=last.display_name or last.run_id,
         config=config,
@@ -164,7 +164,7 @@ def _place(tree: dict[str, Any], keys: list[str], value: Any) -> None:
 
 
 def _value(item: Any) -> Any:
-    """A history item, in either of the encodings that wandb writes."""
+    """A history item, in either of wandb's encodings."""
     if item.value_json:
         return _decoded(item.value_json)
     for name in ("boolean", "integer", "number", "text", "json"):
