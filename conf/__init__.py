@@ -1,1 +1,1 @@
-"""The configuration groups, one folder each. This file makes the folder a package, so that a wheel carries it."""
+"""Config groups, one folder each. This file makes the folder a package, so that it is included in the wheel."""

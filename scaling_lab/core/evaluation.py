@@ -43,11 +43,11 @@ class EvalSpec:
     """The validation set, the same for every model size, and how often it is evaluated."""
 
     tokens: int = 32_768
-    """Size of the set: windows spread evenly over the validation split (fewer tokens if the split is smaller)."""
+    """Size of the validation set in tokens: windows spread evenly over the validation split (fewer if it is smaller)."""
     points: int = 8
     """Maximum number of evaluations per run, spaced by a factor of sqrt(2) in steps and ending at the last step."""
     max_cost_fraction: float = 0.25
-    """Evaluations before the last are dropped if together they would cost more than this share of the training FLOPs."""
+    """Evaluations before the last are dropped if together they would cost more than this fraction of the training FLOPs."""
     sets: tuple[Any, ...] = ()
     """Additional sources to evaluate on: [NAME,{name: NAME, kind: KIND, option: value}]."""
 

@@ -86,7 +86,7 @@ def form(arguments: Arguments) -> Form:
     chosen = unquoted(arguments.get(group.package) or "scaling_lab")
     tree, meanings = plain_tree("import-wandb", {group.package: chosen}, folders)
     return form_of_tree(tree, meanings, GroupOption(
-        group.package, chosen, tuple(group_choices(group.name, folders)), "which names are params, tokens, flops, loss"
+        group.package, chosen, tuple(group_choices(group.name, folders)), "names of params, tokens, flops and loss"
     ))  # fmt: skip
 
 

@@ -114,7 +114,10 @@ def type_name(wanted: Any) -> str:
     if get_origin(wanted) in (Union, types.UnionType):
         return " or ".join(type_name(a) for a in get_args(wanted) if a is not type(None))
     if get_origin(wanted) is not None and get_args(wanted):
-        return f"list of {type_name(get_args(wanted)[0])}" if get_origin(wanted) in (tuple, list) else "list"
+        if get_origin(wanted) not in (tuple, list):
+            return "list"
+        item = type_name(get_args(wanted)[0])
+        return f"list of {item}s" if item in ("integer", "number") else f"list of {item}"
     return {int: "integer", float: "number", bool: "true or false", str: "text"}.get(wanted, "text")
 
 
