@@ -47,11 +47,11 @@ _MOVED: dict[str, dict[str, str]] = {
         "launching": "worker",
         "tracking.sink": "tracking=trackers wandb_client",
         "training.data": "feed order",
-        "training.engine": "cuda_graph=graph devices gradient memory optim=optimizer parametrization step "
-        "step_library=library",
+        "training.engine": "cuda_graph devices gradient memory optim=optimizer parametrization=optimizer step "
+        "step_library",
         "training.measure": "coordinates divergence evaluate=evaluation noise=noise_scale",
-        "training.parallel": "distributed sharded",
-        "training.run": "checkpoint curve loop member pulse session stopping",
+        "training.parallel": "distributed=team sharded",
+        "training.run": "checkpoint curve loop member pulse=heartbeat session stopping",
     },
     "train.data": {"training.data.generated": "*"},
 }

@@ -43,9 +43,9 @@ from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.spec import EvalSpec, Execution, OptimizerSpec, RunSpec
 from scaling_lab.training.engine.devices import device_name, resolve_device
-from scaling_lab.training.engine.gradient import GradientOf, token_loss
+from scaling_lab.training.engine.gradient import GradientFunction, token_loss
 from scaling_lab.training.engine.optimizer import FlatLayout
-from scaling_lab.training.run.session import Session, open_session, train_block
+from scaling_lab.training.run.session import TrainingSession, open_session, train_block
 
 WAYS = ("float32", "autocast", "weights")
 # (width, depth, heads, context, sequences a step)
@@ -76,7 +76,7 @@ def spec_of(sizes: tuple[int, ...], way: str, steps: int, seed: int = 0) -> RunS
 
 def bfloat16_weights_gradient(
     model: nn.Module, layout: FlatLayout, spec: RunSpec, sequences: int
-) -> GradientOf:
+) -> GradientFunction:
     """With the face of `gradient.make_gradient`, all logits at once: the vocabulary here is 256."""
     device = next(model.parameters()).device
     offsets = torch.arange(spec.shape.context + 1, device=device)
@@ -110,7 +110,7 @@ def way_of_training(way: str) -> Iterator[None]:
         step_module.make_gradient = before
 
 
-def opened(sizes: tuple[int, ...], way: str, steps: int, device: str, seed: int = 0) -> Session:
+def opened(sizes: tuple[int, ...], way: str, steps: int, device: str, seed: int = 0) -> TrainingSession:
     with way_of_training(way):
         return open_session(spec_of(sizes, way, steps, seed), Execution(device=device, compile=True))
 

@@ -33,9 +33,9 @@ from scaling_lab.training.measure.coordinates import (
     STEPS,
     STREAM,
     Coordinates,
-    along,
     growth,
     measure,
+    shapes_along,
 )
 
 HEAD_DIM = 16
@@ -79,7 +79,10 @@ def check(options: argparse.Namespace) -> dict[tuple[str, str], list[Coordinates
     kinds: list[Any] = [
         STANDARD, MuP(width, HEAD_DIM), CompleteP(base_width=width, base_head_dim=HEAD_DIM, base_depth=depth)
     ]  # fmt: skip
-    sizes = {"width": along(shape, widths=options.widths), "depth": along(shape, depths=options.depths)}
+    sizes = {
+        "width": shapes_along(shape, widths=options.widths),
+        "depth": shapes_along(shape, depths=options.depths),
+    }
     found = {}
     for kind in kinds:
         for by in AXES:

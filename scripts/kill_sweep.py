@@ -75,6 +75,7 @@ if "scaling_lab.worker" in sys.orig_argv:
     say("+", "starting", "-")
     from scaling_lab.core.storage.store import RunStore
     from scaling_lab.training.run import loop
+    from scaling_lab.training.run.member import Member
     from scaling_lab.training.run.session import Program
     writing = []
     def announced(phase, function, run_of, writes=True):
@@ -101,7 +102,7 @@ if "scaling_lab.worker" in sys.orig_argv:
     def run_of(program, done, *_):
         return program.sessions[min(done)].spec.run_id()
     Program.run_block = announced("training", Program.run_block, run_of, False)
-    loop.keep = announced("checkpointing", loop.keep, lambda folder, planned, *_: planned.run_id)
+    Member.checkpoint = announced("checkpointing", Member.checkpoint, lambda member: member.planned.run_id)
     RunStore.write_record = announced("recording", RunStore.write_record, lambda store, record: record.run_id)
     loop.CHECKPOINT_EVERY_S = 0.25
     say("-", "starting", "-")

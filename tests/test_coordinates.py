@@ -18,9 +18,9 @@ from scaling_lab.training.measure.coordinates import (
     STREAM,
     Coordinates,
     activations,
-    along,
     growth,
     measure,
+    shapes_along,
 )
 from scaling_lab.training.models import build_model
 
@@ -42,7 +42,7 @@ def text() -> np.ndarray:
 
 
 def points(shape: Any, parametrization: Any, by: str) -> list[Coordinates]:
-    shapes = along(shape, widths=WIDTHS) if by == "width" else along(shape, depths=DEPTHS)
+    shapes = shapes_along(shape, widths=WIDTHS) if by == "width" else shapes_along(shape, depths=DEPTHS)
     return [measure(s, parametrization, text(), peak_lr=0.01, seeds=(0, 1)) for s in shapes]
 
 

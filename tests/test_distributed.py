@@ -26,10 +26,11 @@ from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.storage.claims import last_claim
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching.worker import train_pending
-from scaling_lab.training.engine.gradient import WithLoss
-from scaling_lab.training.engine.memory import noted_parts
+from scaling_lab.training.engine.gradient import ModelWithLoss
+from scaling_lab.training.engine.memory import load_micro_batch_hint
 from scaling_lab.training.models import build_model
-from scaling_lab.training.parallel.distributed import Team, TeamLost, World, first_host, share
+from scaling_lab.training.parallel.data_parallel import batch_share
+from scaling_lab.training.parallel.team import Team, TeamLost, World, first_host
 from scaling_lab.training.run.checkpoint import read_checkpoint
 
 TOLERANCE = 1e-5
@@ -104,7 +105,7 @@ def test_a_run_of_two_processes_goes_on_in_one(folder, alone, name, caplog):
     assert store.state(SPECS["even"].run_id()).state == "interrupted"
     caplog.set_level("INFO")
     assert same(train(store, SPECS["even"]), alone["even"])
-    assert f"of {STEPS}." in caplog.text  # "goes on from step ..."
+    assert f"of {STEPS}." in caplog.text  # "resumes from step ..."
 
 
 def test_a_checkpoint_is_the_same_of_one_process_and_of_two(folder, alone, tmp_path):
@@ -125,12 +126,12 @@ def test_a_checkpoint_is_the_same_of_one_process_and_of_two(folder, alone, tmp_p
 
 def test_shares_cover_a_batch_and_differ_by_one():
     for sequences, size in ((8, 2), (7, 3), (3, 3), (100, 16)):
-        parts = [share(sequences, World(rank, size, rank)) for rank in range(size)]
+        parts = [batch_share(sequences, World(rank, size, rank)) for rank in range(size)]
         assert [k for first, last in parts for k in range(first, last)] == list(range(sequences))
         lengths = [last - first for first, last in parts]
         assert max(lengths) - min(lengths) <= 1
     with pytest.raises(UserError, match="batch of 3 sequences cannot be shared by 4 processes"):
-        share(3, World(0, 4, 0))
+        batch_share(3, World(0, 4, 0))
 
 
 SHORT = torch.OutOfMemoryError("CUDA out of memory.")
@@ -158,7 +159,7 @@ def fail_in_a_step(monkeypatch, team: Team, run_folder: Path, micro: int, error:
     def forward(*_):
         raise error
 
-    monkeypatch.setattr(WithLoss, "forward", forward)
+    monkeypatch.setattr(ModelWithLoss, "forward", forward)
     team.run_folder = run_folder
     tokens = torch.zeros(1000, dtype=torch.uint8)
     execution = Execution(micro_batch_sequences=micro)
@@ -184,16 +185,16 @@ def test_a_spread_step_that_fails_ends_the_group(tmp_path, monkeypatch, leads, m
     with pytest.raises(ends) as stop:
         fail_in_a_step(monkeypatch, team, tmp_path, micro, error)
     assert stop.value.__cause__ is error
-    assert noted_parts(tmp_path) == (2 if error is SHORT and micro == 4 else None)
+    assert load_micro_batch_hint(tmp_path) == (2 if error is SHORT and micro == 4 else None)
     if ends is UserError:
-        assert "micro-batches of 1 sequences a process" in str(stop.value)
+        assert "micro-batches of 1 sequences per process" in str(stop.value)
 
 
 @pytest.mark.usefixtures("group_of_one")
 def test_a_disk_that_refuses_the_note_keeps_no_group_waiting(tmp_path, monkeypatch):
     """The others are in a collective: only the end of this process ends them."""
     team = Follower(World(0, 1, 0), "fsdp")
-    with pytest.raises(TeamLost, match="memory ran out"):
+    with pytest.raises(TeamLost, match="out of memory"):
         fail_in_a_step(monkeypatch, team, tmp_path / "not there", 4, SHORT)
 
 
@@ -213,7 +214,7 @@ def test_a_group_that_runs_out_of_memory_goes_on_in_smaller_parts(tmp_path, alon
         said.append((process.returncode, out))
     assert said[0][0] != 0
     assert (
-        "process 1: parallel=fsdp: memory ran out with micro-batches of 2 sequences a process; started again"
+        "process 1: parallel=fsdp: out of memory with micro-batches of 2 sequences per process; when started again"
         in said[0][1]
     )
     assert said[1][0] == 0, said[1][1]

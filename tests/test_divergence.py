@@ -9,15 +9,15 @@ import random
 import pytest
 
 from helpers.specs import tiny
-from scaling_lab.training.measure.divergence import Divergence
+from scaling_lab.training.measure.divergence import DivergenceDetector
 
 UNIFORM = math.log(256)
 
 
 def first_lost(losses: list[float], steps: int | None = None) -> int | None:
     """The step (from 1) at which a run with these losses counts as lost."""
-    watch = Divergence(tiny(steps or len(losses)))
-    return next((i for i, loss in enumerate(losses, 1) if watch.step(loss)), None)
+    detector = DivergenceDetector(tiny(steps or len(losses)))
+    return next((i for i, loss in enumerate(losses, 1) if detector.step(loss)), None)
 
 
 def descent(steps: int, noise: float = 0.2) -> list[float]:
@@ -64,10 +64,10 @@ def test_a_resumed_run_is_lost_at_the_same_step():
     whole = first_lost(losses)
     assert whole == 550
     for stop in (1, 20, 31, 32, 400, 510, 549):
-        watch = Divergence(tiny(1_000))
+        detector = DivergenceDetector(tiny(1_000))
         for loss in losses[:stop]:
-            watch.step(loss)
-        resumed = Divergence(tiny(1_000), json.loads(json.dumps(watch.state(), allow_nan=False)))
+            detector.step(loss)
+        resumed = DivergenceDetector(tiny(1_000), json.loads(json.dumps(detector.state(), allow_nan=False)))
         assert stop + next(i for i, loss in enumerate(losses[stop:], 1) if resumed.step(loss)) == whole
         assert resumed.reason is not None
         assert "its own best of 1.9" in resumed.reason

@@ -203,7 +203,7 @@ def test_a_deleted_checkpoint_costs_the_steps_and_says_so(store, undisturbed, ca
     (folder / "record.json").unlink()
     shutil.rmtree(folder / "checkpoint")
     train_pending(store, PLAN)
-    assert "begins again: no whole checkpoint is left; its 200 points are computed anew" in caplog.text
+    assert "starts over: no intact checkpoint is left; its 200 points are recomputed" in caplog.text
     assert_all_as(store, undisturbed)
 
 

@@ -30,7 +30,7 @@ from scaling_lab.corpora.documents import LocalText
 from scaling_lab.corpora.pipeline import PrepareSettings, prepare
 from scaling_lab.launching.worker import train_pending
 from scaling_lab.training.data.feed import ChunkFeed, ResidentFeed, open_feed
-from scaling_lab.training.measure.evaluation import Evaluation
+from scaling_lab.training.measure.evaluation import EvaluationSuite
 from scaling_lab.training.models import build_model
 
 
@@ -250,7 +250,7 @@ def test_noise_replaces_its_share_the_same_in_every_epoch_and_for_every_feed(sou
 @pytest.mark.parametrize("name", ["tokens", "prepared", "context_tree", "zipf_facts", "mixture"])
 def test_validation_has_no_noise(sources, name):
     clean = spec_of({**sources, **GENERATED}[name])
-    a, b = (Evaluation(s, CPU) for s in (clean, replace(clean, noise=1.0)))
+    a, b = (EvaluationSuite(s, CPU) for s in (clean, replace(clean, noise=1.0)))
     model = build_model(clean.shape)
     parameters = dict(model.named_parameters())
     assert a.main.loss(model, parameters, vocab_size=300) == b.main.loss(model, parameters, vocab_size=300)

@@ -12,7 +12,7 @@ from helpers.specs import tiny
 from scaling_lab.cli.main import main
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Execution
-from scaling_lab.training.engine.devices import apply_execution, be_deterministic
+from scaling_lab.training.engine.devices import apply_execution, set_deterministic
 from scaling_lab.training.engine.gradient import autocast
 
 
@@ -62,7 +62,7 @@ def test_deterministic_is_an_error_where_an_operation_has_no_such_form(switches)
     with pytest.raises(RuntimeError, match="put_ does not have a deterministic implementation"):
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
     # The next run of this process may not ask for it.
-    be_deterministic(False)
+    set_deterministic(False)
     assert torch.backends.cuda.cudnn_sdp_enabled()
     assert not torch.are_deterministic_algorithms_enabled()
     torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))

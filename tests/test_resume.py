@@ -134,7 +134,7 @@ def test_a_deleted_curve_begins_again(tmp_path, caplog):
     interrupted_at(store, spec, 64)
     (store.run_folder(spec.run_id()) / "curve.jsonl").unlink()
     assert losses(train(store, spec)) == losses(whole)
-    assert "begins again" in caplog.text
+    assert "starts over" in caplog.text
 
 
 def test_a_disk_that_refuses_checkpoints_does_not_stop_the_run(tmp_path, caplog):

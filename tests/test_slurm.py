@@ -238,8 +238,8 @@ def test_a_job_goes_back_into_the_queue_before_its_time_limit_and_when_preempted
     assert times[told] == 2
     assert times[preempted] == 2
     logs = "".join(p.read_text() for p in store.folder.glob("logs/job-*.log"))
-    assert f"run {told} goes on from step" in logs
-    assert f"run {preempted} goes on from step" in logs
+    assert f"run {told} resumes from step" in logs
+    assert f"run {preempted} resumes from step" in logs
 
 
 def test_a_head_dies_and_another_one_takes_over_its_jobs(cluster, local, tmp_path):

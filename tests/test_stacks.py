@@ -12,12 +12,13 @@ import pytest
 from helpers.processes import run_helper
 from helpers.runs import losses, train
 from helpers.specs import tiny
+from scaling_lab.core.errors import Interrupted
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching.worker import train_pending
 from scaling_lab.training.run.checkpoint import steps_saved
-from scaling_lab.training.run.stopping import Interrupted
+from scaling_lab.training.run.member import Member
 
 STACKED = Execution(stack="a", stack_size=4)
 
@@ -77,19 +78,17 @@ def test_a_member_that_diverges_leaves_the_others_bit_as_they_were(tmp_path, who
 @pytest.mark.parametrize("there", [(0, 1, 2, 3), (1, 3), (2,)], ids=["all", "two", "one"])
 def test_stopped_and_taken_up_by_whoever_is_left_bit_for_bit(tmp_path, monkeypatch, whole, there):
     """A stack stopped midway; then some of its members are claimed elsewhere, and the rest goes on as if they were there."""
-    import scaling_lab.training.run.loop as loop
-
     runs, store = members(), RunStore(tmp_path)
-    real = loop.keep
+    real = Member.checkpoint
 
-    def keep_and_stop(*args):
-        written = real(*args)
-        if args[-1] >= 20:
+    def checkpoint_and_stop(self):
+        written = real(self)
+        if self.done >= 20:
             os.kill(os.getpid(), signal.SIGTERM)
         return written
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "keep", keep_and_stop)
+        patched.setattr(Member, "checkpoint", checkpoint_and_stop)
         with pytest.raises(Interrupted):
             train_pending(store, plan_of(runs), checkpoint_every_s=0.0)
     at = {steps_saved(store.run_folder(r.run_id) / "checkpoint")[-1] for r in runs}
@@ -123,20 +122,18 @@ def test_a_record_that_a_kill_prevented_is_written_from_the_last_checkpoint(tmp_
 
 def test_a_member_that_is_taken_over_or_in_error_is_dropped_alone(tmp_path, monkeypatch, whole):
     """Its slot rests; the others end bit for bit as they would have."""
-    from scaling_lab.training.run.member import Member
-
     runs, store = members(), RunStore(tmp_path)
-    real = Member.take
+    real = Member.add_block
 
-    def take(self, told, micro):
+    def add_block(self, metrics, micro):
         if self.done >= 10 and self.slot == 0:
             (self.folder / "claim-2.json").write_text("{}")
-            self.pulse.check()
+            self.heartbeat.check()
         if self.done >= 10 and self.slot == 1:
             raise OSError("no space left")
-        return real(self, told, micro)
+        return real(self, metrics, micro)
 
-    monkeypatch.setattr(Member, "take", take)
+    monkeypatch.setattr(Member, "add_block", add_block)
     made = {r.run_id: r for r in train_pending(store, plan_of(runs))}
     assert runs[0].run_id not in made
     assert not (store.run_folder(runs[0].run_id) / "record.json").exists()
@@ -173,7 +170,7 @@ def test_out_of_memory_halves_the_micro_batch_and_the_run_goes_on(tmp_path, monk
     monkeypatch.setattr(Program, "run_block", run_block)
     record = train(store, spec, checkpoint_every_s=0.0)
     assert refused == [4, 2]
-    assert "goes on with micro-batches of 1 of its 4 sequences" in caplog.text
+    assert "continuing with micro-batches of 1 of its 4 sequences" in caplog.text
     assert record.status is RunStatus.COMPLETED
     assert record.execution.micro_batch_sequences == 1
     assert [p.step for p in record.curve] == list(range(1, 61))

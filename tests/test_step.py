@@ -13,7 +13,7 @@ from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.shapes.gpt2 import GPT2Shape
 from scaling_lab.core.spec import Execution
 from scaling_lab.training.engine.gradient import (
-    WithLoss,
+    ModelWithLoss,
     autocast,
     chunked_gradient,
     head_parameters,
@@ -21,7 +21,13 @@ from scaling_lab.training.engine.gradient import (
     whole_gradient,
 )
 from scaling_lab.training.engine.optimizer import FlatLayout, control_rows
-from scaling_lab.training.engine.step import LOSS, MEAN_PART_SQUARE, SQUARE, Slot, TrainStep
+from scaling_lab.training.engine.step import (
+    GRADIENT_SQUARE,
+    LOSS,
+    MICRO_GRADIENT_SQUARE,
+    StackSlot,
+    TrainStep,
+)
 from scaling_lab.training.models import build_model
 from scaling_lab.training.run.loop import open_session, train_block
 
@@ -52,9 +58,11 @@ def test_a_step_tells_the_norms_of_its_micro_batches():
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         per_sequence.append(torch.cat([g.flatten() for g in gradients]))
     stacked = torch.stack(per_sequence)
-    told = session.step.run(starts[None], control_rows([0.01], 0, spec.optimizer))[0]
-    assert told[MEAN_PART_SQUARE].item() == pytest.approx(stacked.square().sum(1).mean().item(), rel=1e-4)
-    assert told[SQUARE].item() == pytest.approx(stacked.mean(0).square().sum().item(), rel=1e-4)
+    metrics = session.step.run(starts[None], control_rows([0.01], 0, spec.optimizer))[0]
+    assert metrics[MICRO_GRADIENT_SQUARE].item() == pytest.approx(
+        stacked.square().sum(1).mean().item(), rel=1e-4
+    )
+    assert metrics[GRADIENT_SQUARE].item() == pytest.approx(stacked.mean(0).square().sum().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["gpt", "tied", "gpt2"])
@@ -109,7 +117,7 @@ def test_no_logits_of_a_whole_batch_over_a_large_vocabulary(monkeypatch):
         make_gradient(model, layout, spec, 16)(flat, torch.arange(16), text)
 
     def spread() -> None:
-        WithLoss(model, spec)(window[:, :-1], window[:, 1:]).backward()
+        ModelWithLoss(model, spec)(window[:, :-1], window[:, 1:]).backward()
 
     assert [largest_tensor(work) for work in (alone, spread)] == [everything] * 2
     monkeypatch.setattr("scaling_lab.planning.memory.LOGITS_AT_ONCE", everything // 8)
@@ -126,7 +134,7 @@ def test_a_model_with_its_loss_has_the_same_gradient(shape, dtype, monkeypatch):
     tokens = torch.randint(0, 256, (4, 65))
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     plain, plain_loss = whole_gradient(model, spec)(parameters, tokens[:, :-1], tokens[:, 1:])
-    with_loss = WithLoss(model, spec)
+    with_loss = ModelWithLoss(model, spec)
     with autocast(tokens, spec):
         loss = with_loss(tokens[:, :-1], tokens[:, 1:])
     loss.backward()
@@ -192,10 +200,10 @@ def test_a_member_that_diverges_or_rests_leaves_the_others_bit_as_they_were():
     assert torch.equal(runs["wild"][1].flat[:2], runs["calm"][1].flat[:2])
     # At rest: a row of zeros as controls.
     sessions, step = stack_of([*others, wild])
-    before = {name: t.clone() for name, t in Slot(step, 2).state().items()}
+    before = {name: t.clone() for name, t in StackSlot(step, 2).state().items()}
     resting = run_stack(sessions, step, 0, 20, live=(0, 1))
     assert torch.equal(resting[:, :2], runs["calm"][0][:, :2])
-    assert all(torch.equal(t, before[name]) for name, t in Slot(step, 2).state().items())
+    assert all(torch.equal(t, before[name]) for name, t in StackSlot(step, 2).state().items())
 
 
 def test_a_process_compiles_every_run_however_many_came_before(monkeypatch):
@@ -207,7 +215,7 @@ def test_a_process_compiles_every_run_however_many_came_before(monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(
-        "scaling_lab.training.engine.step.fits", lambda *_: False
+        "scaling_lab.training.engine.step.can_use_library", lambda *_: False
     )  # small steps otherwise go another way
     compile_with = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_with(f, **options, backend=backend))

@@ -11,8 +11,8 @@ from helpers.specs import tiny
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.shapes.gpt2 import GPT2Shape
 from scaling_lab.core.spec import Execution, OptimizerSpec
-from scaling_lab.training.engine import library as step_library
-from scaling_lab.training.engine.library import library_folder, library_key
+from scaling_lab.training.engine import step_library
+from scaling_lab.training.engine.step_library import library_folder, library_key
 from scaling_lab.training.models import build_model
 from scaling_lab.training.run.session import open_session, train_block
 
@@ -102,7 +102,7 @@ def test_a_library_is_named_by_all_that_it_depends_on(monkeypatch):
     ]  # fmt: skip
     monkeypatch.setattr(step_library, "machine", lambda: "another processor")
     other.append(key(spec))
-    monkeypatch.setattr(step_library, "sources", lambda _: "another revision")
+    monkeypatch.setattr(step_library, "source_digest", lambda _: "another revision")
     other.append(key(spec))
     assert len({*same, *other}) == 1 + len(other)
 

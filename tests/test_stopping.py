@@ -14,12 +14,14 @@ import pytest
 import scaling_lab.training.run.loop as loop
 from helpers.runs import losses, train
 from helpers.specs import tiny
+from scaling_lab.core.errors import Interrupted
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching.worker import train_pending
 from scaling_lab.training.run.checkpoint import steps_saved
+from scaling_lab.training.run.member import Member
 from scaling_lab.training.run.session import Program
-from scaling_lab.training.run.stopping import Interrupted, listen, request_checkpoint, request_stop
+from scaling_lab.training.run.stopping import listen, request_checkpoint, request_stop
 
 
 def checkpoints(store: RunStore, spec) -> list[int]:
@@ -84,8 +86,8 @@ def test_a_launchers_handler_that_returns_leaves_the_run_going(tmp_path, monkeyp
     spec, store = tiny(250), RunStore(tmp_path)
     saved_at: list[int] = []
     at_block(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    real = loop.keep
-    monkeypatch.setattr(loop, "keep", lambda *args: saved_at.append(args[-1]) or real(*args))
+    real = Member.checkpoint
+    monkeypatch.setattr(Member, "checkpoint", lambda member: saved_at.append(member.done) or real(member))
     assert train(store, spec).final_val_loss_nats is not None
     assert seen == ["SIGTERM"]
     assert len(saved_at) == 2

@@ -24,6 +24,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "corpora": ("core", "corpora"),
     "tracking.sink": ("core", "tracking.sink"),
     "training": ("core", "planning", "training", "tracking.sink"),
+    "training.data": ("core", "planning", "training.data"),
+    "training.models": ("core", "training.models"),
+    "training.engine": ("core", "planning", "training.engine"),
+    "training.measure": (
+        *("core", "planning", "training.data", "training.models", "training.engine", "training.measure"),
+    ),
+    "training.parallel": ("core", "planning", "training.engine", "training.measure", "training.parallel"),
     "analysis.estimate": ("core",),
     "analysis.frontiers": ("core", "analysis.estimate"),
     "analysis.data": ("core", "analysis.estimate", "analysis.data"),
@@ -53,8 +60,6 @@ PENDING = {
 }  # fmt: skip
 PENDING_CYCLES = {
     ("scaling_lab.analysis.analysis", "scaling_lab.analysis.analysis_json"),
-    ("scaling_lab.training.parallel.distributed", "scaling_lab.training.parallel.sharded"),
-    ("scaling_lab.training.parallel.distributed", "scaling_lab.training.run.session"),
 }
 # Outside packages with one owner.
 ONLY_IN = {

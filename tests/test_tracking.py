@@ -21,7 +21,7 @@ from helpers.specs import tiny
 from helpers.wandb_fixtures import fresh_wandb, offline_files, server, synthetic_sweep  # noqa: F401  fixtures
 from scaling_lab.cli.main import main
 from scaling_lab.core.counts import Convention
-from scaling_lab.core.errors import UserError
+from scaling_lab.core.errors import Interrupted, UserError
 from scaling_lab.core.record import RunRecord, RunStatus
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.storage.store import RunStore
@@ -36,7 +36,7 @@ from scaling_lab.tracking.sink.trackers import (
     wait_for_mirrors,
     wandb_mode,
 )
-from scaling_lab.training.run.stopping import Interrupted
+from scaling_lab.training.run.member import Member
 
 pytestmark = pytest.mark.usefixtures("fresh_wandb")
 
@@ -125,20 +125,18 @@ def test_runs_of_one_stack_are_runs_of_their_own(tmp_path, server):  # noqa: F81
 
 # -- one training run is one W&B run
 def interrupted_then_done(tmp_path, monkeypatch, stop_after: int) -> RunRecord:
-    """A run that is told to stop at a checkpoint, and its second attempt."""
-    import scaling_lab.training.run.loop as loop
-
+    """A run that is stopped at a checkpoint, and its second attempt."""
     store, spec = RunStore(tmp_path / "sweep"), tiny(120, sweep="sweep")
-    planned, real, told = PlannedRun(spec, Execution()), loop.keep, []
+    planned, real, stopped_at = PlannedRun(spec, Execution()), Member.checkpoint, []
 
-    def keep_and_stop(folder, planned, session, curve, watch, step):
-        kept = real(folder, planned, session, curve, watch, step)
-        if step >= stop_after and not told:
-            told.append(step)
+    def checkpoint_and_stop(self):
+        written = real(self)
+        if self.done >= stop_after and not stopped_at:
+            stopped_at.append(self.done)
             os.kill(os.getpid(), signal.SIGTERM)
-        return kept
+        return written
 
-    monkeypatch.setattr(loop, "keep", keep_and_stop)
+    monkeypatch.setattr(Member, "checkpoint", checkpoint_and_stop)
     tracker = {"kind": "wandb"}
     with pytest.raises(Interrupted):
         train_claimed(planned, store, store.claim(spec), None, tracker, checkpoint_every_s=0.0)
@@ -146,7 +144,7 @@ def interrupted_then_done(tmp_path, monkeypatch, stop_after: int) -> RunRecord:
     time.sleep(1.1)  # wandb names an offline folder by the second
     record = train_claimed(planned, store, store.claim(spec), None, tracker)
     wait_for_mirrors()
-    assert 0 < told[0] < spec.steps
+    assert 0 < stopped_at[0] < spec.steps
     return record
 
 

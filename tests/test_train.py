@@ -28,7 +28,7 @@ from scaling_lab.training.engine.step import token_loss
 from scaling_lab.training.measure.evaluation import ValidationSet, evaluation_steps, standard_error
 from scaling_lab.training.models import build_model
 from scaling_lab.training.run.loop import blocks, open_session, train_block
-from scaling_lab.training.run.member import Progress
+from scaling_lab.training.run.member import StepCounter
 
 
 @pytest.mark.parametrize("shape", [SHAPE, GPT2Shape(width=16, depth=1, heads=1)], ids=["gpt", "gpt2"])
@@ -177,7 +177,7 @@ def test_other_data_than_the_plans_is_refused(tmp_path):
     store = RunStore(tmp_path)
     claim = store.claim(tiny())
     assert claim is not None
-    with pytest.raises(UserError, match="is not the plan's"):
+    with pytest.raises(UserError, match="differs from the plan's"):
         train_claimed(PlannedRun(tiny(), Execution()), store, claim, "0" * 64)
     assert store.state(tiny().run_id()).state == "interrupted"
 
@@ -243,7 +243,7 @@ def test_evaluation_steps():
 def test_blocks_cover_every_step_once_and_end_where_validation_is_due():
     for steps in (1, 2, 63, 64, 65, 1000):
         spec = tiny(steps)
-        run, parts = Progress(spec), []
+        run, parts = StepCounter(spec), []
         for count in blocks([run]):
             parts.append((run.done, run.done + count))
             run.done += count

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# Exit status of a process that was asked to stop and can resume later (EX_TEMPFAIL in BSD's sysexits): schedulers requeue it.
+EXIT_REQUEUE = 75
+
 
 class UserError(ValueError):
     """Bad input. The message is one line that names the option, the value and the choices."""
@@ -20,8 +23,20 @@ class DiskError(UserError):
 class Preempted(KeyboardInterrupt):
     """The machine or its scheduler asked this process to stop (SIGTERM, SIGUSR1); unfinished runs resume later.
 
-    Exit status 75 (EX_TEMPFAIL in BSD's sysexits), on which a scheduler may requeue the same command.
+    Exit status `EXIT_REQUEUE`, on which a scheduler may requeue the same command.
     """
+
+
+class Interrupted(KeyboardInterrupt):
+    """This process was asked to stop; its run resumes later. Not an `Exception`, so that no library swallows it."""
+
+    def __init__(self, by_person: bool = False) -> None:
+        super().__init__("asked to stop")
+        self.by_person = by_person
+
+    def with_hint(self, hint: str) -> KeyboardInterrupt:
+        """The exception that ends the command: Ctrl-C and preemption have different exit statuses."""
+        return KeyboardInterrupt(hint) if self.by_person else Preempted(hint)
 
 
 def unknown(what: str, value: object, choices: Iterable[str]) -> UserError:

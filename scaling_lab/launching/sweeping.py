@@ -15,7 +15,7 @@ from scaling_lab.cli.display.console import Console
 from scaling_lab.cli.options.compose import Command, environment, first_line, hydra_overrides, own_configs
 from scaling_lab.cli.options.configs import builtin_folder
 from scaling_lab.cli.options.study import tracker_options
-from scaling_lab.core.errors import UserError, unknown
+from scaling_lab.core.errors import Interrupted, UserError, unknown
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.spec import Plan
 from scaling_lab.core.storage.store import FINISHED, RunState, RunStore
@@ -103,7 +103,6 @@ def sweep_job(config: Any) -> int:
     Returns how many records it made; nobody relies on it.
     """
     from scaling_lab.launching.worker import train_pending
-    from scaling_lab.training.run.stopping import Interrupted
 
     store = RunStore(Path(str(config.results_dir)) / str(config.sweep))
     run_ids = [str(run_id) for run_id in config.run_ids or ()]
@@ -111,7 +110,7 @@ def sweep_job(config: Any) -> int:
         return len(train_pending(store, store.read_plan(run_ids), run_ids, tracker_options(plain(config))))
     except Interrupted as stop:
         # Not an error of this job: the whole sweep was told to stop, and Hydra passes only this on.
-        raise stop.saying(go_on_hint(store)) from None
+        raise stop.with_hint(go_on_hint(store)) from None
 
 
 def go_on_hint(store: RunStore) -> str:

@@ -23,19 +23,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scaling_lab.core.errors import DiskError, UserError
+from scaling_lab.core.errors import EXIT_REQUEUE, DiskError, Interrupted, UserError
 from scaling_lab.core.record import RunRecord, RunStatus
 from scaling_lab.core.spec import Plan, PlannedRun
 from scaling_lab.core.storage.claims import Claim, ClaimLost
 from scaling_lab.core.storage.files import disk_error
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.tracking.sink.trackers import make_tracker, mirrors_closed
-from scaling_lab.training.engine.devices import environment, resolve_device
-from scaling_lab.training.parallel.distributed import PARALLEL, TeamLost, joined
+from scaling_lab.training.engine.devices import resolve_device, run_environment
+from scaling_lab.training.parallel.team import PARALLEL, TeamLost, joined
 from scaling_lab.training.run.checkpoint import kept_path
+from scaling_lab.training.run.follower import Follower
 from scaling_lab.training.run.loop import CHECKPOINT_EVERY_S, Claimed, train_together
 from scaling_lab.training.run.member import Member
-from scaling_lab.training.run.stopping import EXIT_REQUEUE, Interrupted, Requests, listen
+from scaling_lab.training.run.stopping import Requests, listen
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def train_pending(
     with mirrors_closed(), listen() as asked:
         for group in ready_first(store, list(groups(pending, plan)), wanted, asked):
             # Told to stop as the run before ended: this one is not begun.
-            asked.answer()
+            asked.handle()
             mine = [r for r in group if (wanted is None or r.run_id in wanted) and is_ready(store, r)]
             try:
                 claims = {planned.run_id: store.claim(planned.spec) for planned in mine}
@@ -119,7 +120,7 @@ def ready_first(
             if unready:
                 later.append(group)
         if later and len(later) == len(waiting):
-            asked.answer()
+            asked.handle()
             time.sleep(PARENT_POLL_S)
             # Their owner may have died meanwhile: whoever is left takes them.
             parents = {r.spec.parent for group in later for r in group if not is_ready(store, r)}
@@ -233,7 +234,7 @@ def failed_record(planned: PlannedRun, store: RunStore, fingerprint: str, reason
         final_val_loss_nats=None,
         final_val_loss_sem_nats=None,
         wall_time_s=curve[-1].wall_time_s if curve else 0.0,
-        environment=environment(None, fingerprint, planned.execution.device),
+        environment=run_environment(None, fingerprint, planned.execution.device),
         curve_points=len(curve),
         curve=curve,
     )
@@ -270,7 +271,7 @@ def run_worker(options: WorkerOptions) -> int:
     store = RunStore(options.folder)
     with joined(options.parallel) as team, listen():
         if team is not None and not team.leads:
-            return team.follow()
+            return Follower(team).serve()
         run_ids = options.run_ids
         train_pending(store, store.read_plan(run_ids), run_ids, options.tracker, options.checkpoint_every_s)
     return 0

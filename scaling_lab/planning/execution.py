@@ -26,7 +26,7 @@ from scaling_lab.planning.settings import ExecutionSettings
 # On a CPU, compiling a tiny model's whole step costs 10-25 s of one core and makes it about 2.5 times faster than the
 # eager 10-15 GFLOP/s (measured, results/LOG.md): it pays off if one program computes more than about this many FLOPs.
 MIN_COMPILED_FLOPS = 2e11
-# Up to this size a compiled step works for every batch size (training/engine/library.py embeds constants of this length).
+# Up to this size a compiled step works for every batch size (training/engine/step_library.py embeds constants of this length).
 LIBRARY_PARAMS = 2e6
 # From this size a step's matrices keep several threads busy, and one process per core would hold that many copies of
 # parameters and activations: runs use all cores, one run at a time. Below, one-thread workers are clearly faster

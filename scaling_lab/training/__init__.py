@@ -1,1 +1,1 @@
-"""The training engine: the only zone that imports torch. It meets the analysis in the run records alone."""
+"""Training: the only package that imports torch. It shares nothing with the analysis but the run records."""

@@ -8,10 +8,11 @@ import signal
 import pytest
 
 import scaling_lab.training.run.loop as loop
+from scaling_lab.core.errors import Interrupted
 from scaling_lab.core.record import RunRecord
 from scaling_lab.core.spec import Execution, PlannedRun, RunSpec
 from scaling_lab.core.storage.store import RunStore
-from scaling_lab.training.run.stopping import Interrupted
+from scaling_lab.training.run.member import Member
 
 
 def train(store: RunStore, spec: RunSpec, execution: Execution | None = None, **options) -> RunRecord:
@@ -29,16 +30,16 @@ def interrupted_at(
     store: RunStore, spec: RunSpec, stop_after: int, execution: Execution | None = None
 ) -> None:
     """Train until a checkpoint at or after `stop_after` steps is written, then stop as SIGTERM would."""
-    real = loop.keep
+    real = Member.checkpoint
 
-    def keep_and_stop(folder, planned, session, curve, watch, step):
-        if step >= stop_after:
+    def checkpoint_and_stop(self: Member, *, permanent: bool = False) -> bool:
+        if self.done >= stop_after and not permanent:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(folder, planned, session, curve, watch, step)
+        return real(self, permanent=permanent)
 
-    loop.keep = keep_and_stop
+    Member.checkpoint = checkpoint_and_stop
     try:
         with pytest.raises(Interrupted):
             train(store, spec, execution, checkpoint_every_s=0.0)
     finally:
-        loop.keep = real
+        Member.checkpoint = real

@@ -19,7 +19,8 @@ from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Execution
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching.worker import train_pending
-from scaling_lab.training.parallel.distributed import Team, joined
+from scaling_lab.training.parallel.team import Team, joined
+from scaling_lab.training.run.follower import Follower
 
 
 def lead(team: Team, folder: Path) -> None:
@@ -58,7 +59,7 @@ def main() -> int:
     with joined("ddp") as team:
         assert team is not None
         if not team.leads:
-            return team.follow()
+            return Follower(team).serve()
         lead(team, Path(sys.argv[1]))
     return 0
 

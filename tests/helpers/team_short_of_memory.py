@@ -12,17 +12,17 @@ from typing import Any
 import torch
 
 from scaling_lab.launching.worker import main
-from scaling_lab.training.engine.gradient import WithLoss
+from scaling_lab.training.engine.gradient import ModelWithLoss
 
-forward: Any = WithLoss.forward
+forward: Any = ModelWithLoss.forward
 
 
-def short_of_memory(self: WithLoss, tokens: Any, *more: Any) -> Any:
+def short_of_memory(self: ModelWithLoss, tokens: Any, *more: Any) -> Any:
     if more and len(tokens) > 1 and os.environ["RANK"] == "1":
         raise torch.OutOfMemoryError("CUDA out of memory.")
     return forward(self, tokens, *more)
 
 
 if __name__ == "__main__":
-    WithLoss.forward = short_of_memory  # type: ignore[method-assign]
+    ModelWithLoss.forward = short_of_memory  # type: ignore[method-assign]
     sys.exit(main())

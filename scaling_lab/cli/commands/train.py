@@ -11,7 +11,7 @@ from scaling_lab.cli.options.arguments import Arguments
 from scaling_lab.cli.options.compose import Command, read_command
 from scaling_lab.cli.options.forms import Form
 from scaling_lab.cli.options.study import TrainOnly, form_of_tree, study_form, sweep_settings, tracker_options
-from scaling_lab.core.errors import UserError
+from scaling_lab.core.errors import Interrupted, UserError
 from scaling_lab.core.formatting import human_count, human_time
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.spec import PlannedRun
@@ -41,11 +41,13 @@ def run(arguments: Arguments) -> int:
     )
     # Every run is planned before the first is launched: an impossible one refuses them all.
     planned = {p.run_id: p for p in (planned_run(c.tree) for c in command.combinations)}
-    from scaling_lab.training.parallel.distributed import joined
+    from scaling_lab.training.parallel.team import joined
 
     with joined(str(command.tree["parallel"]), str(command.tree.get("device", "auto"))) as team:
         if team is not None and not team.leads:
-            return team.follow()
+            from scaling_lab.training.run.follower import Follower
+
+            return Follower(team).serve()
         return train_planned(command, planned, Console.for_flags(arguments.flags), multirun=multirun)
 
 
@@ -88,7 +90,6 @@ def train_job(config: Any) -> str:
     """One run, in this process: the job of a multirun, under any launcher. Returns the run's id."""
     from scaling_lab.launching.worker import train_claimed
     from scaling_lab.tracking.sink.trackers import mirrors_closed
-    from scaling_lab.training.run.stopping import Interrupted
 
     tree = config if isinstance(config, dict) else plain(config)
     planned = planned_run(tree)
@@ -111,7 +112,7 @@ def train_job(config: Any) -> str:
         with mirrors_closed(), _Pulse(store, planned, console):
             train_claimed(planned, store, claim, None, tracker_options(tree))
     except Interrupted as stop:
-        raise stop.saying("the run is not over; the same command goes on with it.") from None
+        raise stop.with_hint("the run is not over; the same command goes on with it.") from None
     console.say(ending_line(store.state(planned.run_id)))
     return planned.run_id
 

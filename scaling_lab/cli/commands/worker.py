@@ -12,7 +12,7 @@ from typing import Any, Literal
 from scaling_lab.cli.options.arguments import Arguments
 from scaling_lab.cli.options.compose import read_command
 from scaling_lab.cli.options.forms import Form, build, options_of
-from scaling_lab.core.errors import UserError
+from scaling_lab.core.errors import Interrupted, UserError
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ def run(arguments: Arguments) -> int:
     given: WorkerCommand = build(WorkerCommand, command.tree)
     tracker = None if given.tracker is None else _tracker(given.tracker)
     from scaling_lab.launching.worker import WorkerOptions, run_worker
-    from scaling_lab.training.run.stopping import Interrupted
 
     level = logging.WARNING if "quiet" in arguments.flags else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
@@ -48,7 +47,7 @@ def run(arguments: Arguments) -> int:
             WorkerOptions(Path(given.folder).expanduser(), given.run_ids, tracker, given.parallel)
         )
     except Interrupted as stop:
-        raise stop.saying("unfinished runs have a checkpoint; the same command goes on with them.") from None
+        raise stop.with_hint("unfinished runs have a checkpoint; the same command goes on with them.") from None
 
 
 def _tracker(text: str) -> dict[str, Any]:

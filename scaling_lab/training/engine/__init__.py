@@ -1,1 +1,1 @@
-"""The optimization step: gradient, optimizer, CUDA graph, compiled step libraries, devices, memory."""
+"""The optimization step: gradient, optimizer, compiled libraries, CUDA graphs, devices and their memory."""

@@ -1,4 +1,4 @@
-"""Owns what device a run is computed on, and the environment that its record states."""
+"""The device of a run, its settings, and the environment that goes into the run's record."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def resolve_device(name: str) -> str:
-    """`auto` becomes CUDA, else MPS, else the CPU; a named device that this machine lacks is a `UserError`."""
-    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    """`auto` is CUDA if available, else MPS, else the CPU. Raises `UserError` for a device that is not available."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        return next(device for device in ("cuda", "mps", "cpu") if here[device])
-    if name not in here:
+        return next(device for device in ("cuda", "mps", "cpu") if available[device])
+    if name not in available:
         raise unknown("device", name, DEVICES)
-    if not here[name]:
-        usable = [device for device, present in here.items() if present]
+    if not available[name]:
+        usable = [device for device, present in available.items() if present]
         raise UserError(
             f"device={name} is not available on this machine. Choices: auto, {', '.join(usable)}."
         )
@@ -35,41 +35,41 @@ def resolve_device(name: str) -> str:
 
 
 def apply_execution(execution: Execution, dtype: str = "float32") -> torch.device:
-    """Set threads, determinism and precision for this process and return the device. One process computes one run, or
-    one stack, at a time. Raises `UserError` for dtype=tf32 on a device that has none."""
+    """Set threads, determinism and precision for this process and return the device. A process computes one run, or one
+    stack, at a time. Raises `UserError` for dtype=tf32 on a device without it."""
     if dtype == "tf32" and execution.device != "cuda":
         raise UserError(f"dtype=tf32 needs device=cuda, not {execution.device}. Choices: float32, bfloat16.")
     torch.set_num_threads(execution.threads)
     if execution.device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-        be_deterministic(execution.deterministic)
+        set_deterministic(execution.deterministic)
     return torch.device(execution.device)
 
 
-def be_deterministic(on: bool) -> None:
-    """The same bits at every repetition on one kind of GPU, or an error that names the operation that has no such form.
+def set_deterministic(on: bool) -> None:
+    """Make repetitions on one kind of GPU identical bit for bit; an operation that cannot be deterministic raises.
 
-    An error, not a warning: under warn_only memory-efficient attention keeps its backward pass that adds atomically.
+    Raising, not warning: under warn_only, memory-efficient attention would keep its backward pass with atomic additions.
     """
     if on:
-        # cuBLAS needs this before its first call to be reproducible.
+        # cuBLAS is reproducible only if this is set before its first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # No word of determinism in the documentation of cuDNN's attention; flash and memory-efficient attention have it.
+    # The documentation of cuDNN's attention promises no determinism; flash and memory-efficient attention do.
     torch.backends.cuda.enable_cudnn_sdp(not on)
     torch.use_deterministic_algorithms(on)
-    # Filling fresh memory, which the switch would also do, costs time and decides no result here.
+    # Deterministic mode would also fill uninitialized memory. That takes time and affects no result here.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def cuda_memory_gb() -> float | None:
-    """Memory of the first GPU in whole GB, so that cards of one model plan alike; None where there is none."""
+    """Memory of the first GPU, rounded down to whole GB so that cards of one model get the same plan; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     return float(int(torch.cuda.get_device_properties(0).total_memory // 1e9))
 
 
 def device_name(device: torch.device) -> str:
-    """What the device is called: the GPU's name, or the processor's."""
+    """Name of the GPU or the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -81,14 +81,14 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def _processes() -> int:
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if together else 1
+def _world_size() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
 
 
 @cache
 def git_revision() -> str | None:
-    """Revision of the checkout that this code runs from, with a + where it has local changes; None in a wheel."""
+    """Revision of the checkout that this code runs from, with a + if it has local changes; None for a wheel."""
     folder = Path(scaling_lab.__file__).resolve().parent.parent
     if not (folder / ".git").exists():
         return None
@@ -110,8 +110,10 @@ def git_revision() -> str | None:
     return revision + ("+" if changed else "")
 
 
-def environment(device: torch.device | None, data_fingerprint: str, planned_device: str = "") -> Environment:
-    """What a record says about where it was computed; `device` is None where the run never reached its device."""
+def run_environment(
+    device: torch.device | None, data_fingerprint: str, planned_device: str = ""
+) -> Environment:
+    """The environment for a run's record; `device` is None if the run failed before it reached its device."""
     return Environment(
         scaling_lab=scaling_lab.__version__,
         python=platform.python_version(),
@@ -122,5 +124,5 @@ def environment(device: torch.device | None, data_fingerprint: str, planned_devi
         host=socket.gethostname(),
         platform=platform.platform(),
         data_fingerprint=data_fingerprint,
-        processes=_processes(),
+        processes=_world_size(),
     )

@@ -1,28 +1,27 @@
-"""Owns AdamW as pure tensor arithmetic over one flat vector, and clipping: the part of the step after the gradient.
+"""AdamW and gradient clipping as pure tensor arithmetic on one flat vector: the part of the step after the gradient.
 
-Written out rather than taken from `torch.optim` so that forward, backward, clipping and update compile into one program
-and the LR is a tensor: no recompilation and no host round trip as it changes. One flat vector for all parameters makes
-the update a handful of kernels instead of a handful per matrix (half the compile time of a tiny model), and a
-checkpoint three vectors. Tested against `torch.optim.AdamW`.
+It does not use `torch.optim` so that forward, backward, clipping and update compile into one program, and the LR is a
+tensor: a new LR needs neither recompilation nor a round trip to the host. With one flat vector for all parameters the
+update is a handful of kernels instead of a handful per matrix (half the compile time of a tiny model), and a checkpoint
+is three vectors. Tested against `torch.optim.AdamW`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from scaling_lab.core.parametrization import STANDARD, Parametrization
+from scaling_lab.core.parametrization import STANDARD, Parametrization, Role, role_of
 from scaling_lab.core.spec import OptimizerSpec
-from scaling_lab.training.engine.parametrization import parameter_groups
 
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """Where each parameter lies in the flat vector, in the order of `named_parameters`."""
+    """The position of each parameter in the flat vector, in the order of `named_parameters`."""
 
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
@@ -33,24 +32,58 @@ class FlatLayout:
         return FlatLayout(tuple(name for name, _ in named), tuple(p.shape for _, p in named))
 
     def flatten(self, tensors: dict[str, Tensor]) -> Tensor:
-        """All tensors, by this layout's names, as one vector."""
+        """Concatenate the tensors with this layout's names into one vector."""
         return torch.cat([tensors[name].reshape(-1) for name in self.names])
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """The flat vector's parts under their names and shapes; they share its memory."""
+        """Parameters by name, as views of the flat vector."""
         parts = flat.split([shape.numel() for shape in self.shapes])
         return {
             name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
         }
 
 
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Optimizer settings of one parameter."""
+
+    lr_ratio: float
+    """Relative to the schedule's LR."""
+    weight_decay: float
+    eps: float
+
+
+def parameter_groups(
+    named_shapes: Iterable[tuple[str, torch.Size]],
+    optimizer: OptimizerSpec,
+    parametrization: Parametrization,
+    shape: Any,
+) -> list[ParameterGroup]:
+    """One group per parameter of a model of `shape`. Matrices have weight decay, the embedding and the head included;
+    vectors (gains, biases) have none. Raises ValueError for a matrix without a role (see `role_of`)."""
+    ratios = {Role.INPUT: optimizer.embedding_lr_ratio, Role.OUTPUT: optimizer.head_lr_ratio}
+    groups = []
+    for name, size in named_shapes:
+        role = role_of(name, len(size))
+        factors = parametrization.factors(role, shape)
+        decay = optimizer.weight_decay if len(size) >= 2 else 0.0
+        groups.append(
+            ParameterGroup(
+                lr_ratio=ratios.get(role, 1.0) * factors.lr,
+                weight_decay=decay * factors.weight_decay,
+                eps=optimizer.eps * factors.eps,
+            )
+        )
+    return groups
+
+
 class GroupVectors(NamedTuple):
-    """What the optimiser does with every parameter, flat (n,)."""
+    """Optimizer settings of all parameters, flat (n,)."""
 
     lr_ratio: Tensor
     weight_decay: Tensor
     eps: Tensor | float
-    """One number where all parameters have the same."""
+    """A single number if it is the same for all parameters."""
 
     def to(self, target: torch.device | torch.dtype) -> GroupVectors:
         eps = self.eps.to(target) if isinstance(self.eps, Tensor) else self.eps
@@ -63,7 +96,7 @@ def group_vectors(
     parametrization: Parametrization = STANDARD,
     shape: Any = None,
 ) -> GroupVectors:
-    """The groups of a model of `shape` (which only `standard` can do without), see `parameter_groups`."""
+    """`parameter_groups` of a model of `shape` as vectors; only the standard parametrization needs no shape."""
     groups = parameter_groups(zip(layout.names, layout.shapes), optimizer, parametrization, shape)
 
     def flat(values: Sequence[float]) -> Tensor:
@@ -80,8 +113,8 @@ def group_vectors(
 
 
 def clip_scale(gradient: Tensor, max_norm: float | Tensor) -> tuple[Tensor, Tensor]:
-    """The factor (..., 1) that brings the norm over the last dimension to at most `max_norm`, and the norm before (as
-    `clip_grad_norm_`)."""
+    """The factor (..., 1) that reduces the norm over the last dimension to at most `max_norm`, and the norm before
+    clipping (as in `clip_grad_norm_`)."""
     norm = gradient.square().sum(-1, keepdim=True).sqrt()
     return torch.clamp(max_norm / (norm + 1e-6), max=1.0), norm
 
@@ -95,10 +128,10 @@ def adamw_update(
     optimizer: OptimizerSpec,
     controls: Tensor,
 ) -> None:
-    """One step in place on flat vectors (n,), or (K, n) for K runs. `controls` is (3,) or (K, 3): LR, 1 - beta1^t and
+    """One step, in place, on flat vectors (n,), or (K, n) for K runs. `controls` is (3,) or (K, 3): LR, 1 - beta1^t and
     1 - beta2^t.
 
-    Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2, decay decoupled and multiplied by the LR as in
+    Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2, with decoupled decay multiplied by the LR as in
     `torch.optim.AdamW`.
     """
     lr, correction1, correction2 = controls.split(1, dim=-1)

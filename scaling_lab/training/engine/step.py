@@ -1,6 +1,6 @@
-"""Owns one optimisation step, forward to update, of one run or of a stack of runs of one shape, as one program.
+"""One optimization step, from forward to update, as one program for a run or for a stack of runs with the same shape.
 
-A stack is `torch.func.vmap` over the same step: the same ordinary module, a leading dimension of members everywhere.
+A stack is `torch.func.vmap` over the same step: the same ordinary module, with a leading dimension of members everywhere.
 Members share nothing but the corpus: each has its own windows, learning rate, clipping norm and end.
 """
 
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from scaling_lab.core.spec import Execution, RunSpec
+from scaling_lab.training.engine.cuda_graph import BlockGraph
 from scaling_lab.training.engine.gradient import make_gradient, token_loss
-from scaling_lab.training.engine.graph import BlockGraph
-from scaling_lab.training.engine.library import fits, step_from_library
 from scaling_lab.training.engine.optimizer import (
     FlatLayout,
     GroupVectors,
@@ -23,20 +22,21 @@ from scaling_lab.training.engine.optimizer import (
     clip_scale,
     group_vectors,
 )
+from scaling_lab.training.engine.step_library import can_use_library, step_from_library, torch_compiled
 
-__all__ = ["LOSS", "MEAN_PART_SQUARE", "SQUARE", "Slot", "TrainStep", "token_loss"]
+__all__ = ["GRADIENT_SQUARE", "LOSS", "MICRO_GRADIENT_SQUARE", "StackSlot", "TrainStep", "token_loss"]
 
-# What a step tells of each member: the mean loss before the update, the mean squared norm of its micro-batches' gradients
-# and that of the whole batch's (the noise scale's two numbers; equal where there is one micro-batch).
-LOSS, MEAN_PART_SQUARE, SQUARE = range(3)
+# Columns of the step metrics: the mean loss before the update, the mean squared norm of the micro-batches' gradients, and
+# the squared norm of the whole batch's gradient. The last two give the noise scale; they are equal for one micro-batch.
+LOSS, MICRO_GRADIENT_SQUARE, GRADIENT_SQUARE = range(3)
 
 
 class TrainStep:
-    """Parameters and optimiser state as flat vectors (n,), and the step that updates them; of K runs as (K, n).
+    """Parameters and optimizer state as flat vectors (n,), and the step that updates them; (K, n) for K runs.
 
-    `run(starts, controls)` does a block of steps: windows of `tokens` that begin at `starts` (steps, batch), and the
-    `controls` (steps, 3) of `adamw_update`; of a stack (steps, K, batch) and (steps, K, 3), where a row of zeros leaves a
-    member as it was. It returns (steps, 3) or (steps, K, 3) on the device, see `LOSS`; nothing is read back.
+    `run(starts, controls)` executes a block of steps on the windows of `tokens` that begin at `starts` (steps, batch), with
+    the `controls` (steps, 3) of `adamw_update`. For a stack these are (steps, K, batch) and (steps, K, 3), and a row of zeros
+    leaves a member unchanged. It returns the step metrics, (steps, 3) or (steps, K, 3), on the device (see `LOSS`).
     """
 
     holds_all_parameters = True
@@ -49,7 +49,7 @@ class TrainStep:
         execution: Execution,
         sequences: int | None = None,
     ) -> None:
-        """`sequences` of each batch are computed here; None: all (see `distributed.ParallelStep`)."""
+        """`sequences` of each batch are computed here; None: all of them (see `DataParallelStep`)."""
         self.stacked = not isinstance(spec, RunSpec)
         specs: tuple[RunSpec, ...] = (spec,) if isinstance(spec, RunSpec) else tuple(spec)
         models: tuple[Any, ...] = (model,) if isinstance(model, nn.Module) else tuple(model)
@@ -70,7 +70,7 @@ class TrainStep:
         self._use_graph = tokens.device.type == "cuda"
 
     def _build(self, specs: tuple[RunSpec, ...], execution: Execution, sequences: int | None) -> None:
-        """Make the two programs: the whole step, and its parts where it takes several micro-batches."""
+        """Make the programs: the whole step as one, and its parts for a step with several micro-batches."""
         spec, parts, stacked = specs[0], self.batch // self.micro, self.stacked
         gradient_of = make_gradient(self.model, self.layout, spec, self.micro)
         if stacked:
@@ -104,18 +104,18 @@ class TrainStep:
             square = update(gradient, controls, flat, first, second)
             return torch.stack((loss, square, square), -1)
 
-        wrap = _compiled if execution.compile else _as_is
+        wrap = torch_compiled if execution.compile else _eager
         self._accumulate, self._update = wrap(accumulate), wrap(update)
-        # A process of a team takes the gradient alone.
-        alone = sequences is None and parts == 1
-        if execution.compile and alone and fits(spec, self.batch, self.flat, stacked):
+        # With several processes the gradient and the update are separate programs.
+        single_program = sequences is None and parts == 1
+        if execution.compile and single_program and can_use_library(spec, self.batch, self.flat, stacked):
             self._whole = step_from_library(whole, self.model, spec, groups, self.batch, self.tokens)
         else:
             self._whole = wrap(whole)
         self._total = torch.zeros_like(self.flat) if parts > 1 else None
 
     def _groups(self, specs: tuple[RunSpec, ...]) -> GroupVectors:
-        """What the optimiser does with every parameter; of a stack (K, n), or (1, n) where all members have the same."""
+        """Optimizer settings of all parameters; for a stack (K, n), or (1, n) if all members have the same ones."""
         each = [
             group_vectors(self.layout, s.optimizer, s.parametrization, s.shape).to(self.flat.device)
             for s in specs
@@ -126,27 +126,27 @@ class TrainStep:
         weight_decay = torch.stack([member.weight_decay for member in each])
         if (lr_ratio == lr_ratio[:1]).all() and (weight_decay == weight_decay[:1]).all():
             lr_ratio, weight_decay = lr_ratio[:1], weight_decay[:1]
-        # Epsilon is the same in a whole stack: of one optimiser, shape and parametrisation.
+        # Epsilon is the same in a whole stack: its members share optimizer, shape and parametrization.
         return GroupVectors(lr_ratio, weight_decay, each[0].eps)
 
     def __call__(self, starts: Tensor, controls: Tensor) -> Tensor:
-        """One step."""
+        """One step; returns its metrics."""
         state = (self.flat, self.first_moment, self.second_moment)
         if self._total is None:
-            told: Tensor = self._whole(starts, controls, *state, self.tokens)
-            return told
+            metrics: Tensor = self._whole(starts, controls, *state, self.tokens)
+            return metrics
         self._total.zero_()
-        parts = torch.stack(
+        means = torch.stack(
             [
                 self._accumulate(part.contiguous(), self.flat, self._total, self.tokens)
                 for part in starts.split(self.micro, dim=-1)
             ]
         ).mean(0)
         square = self._update(self._total, controls, *state)
-        return torch.cat((parts, square[..., None]), -1)
+        return torch.cat((means, square[..., None]), -1)
 
     def run(self, starts: Tensor, controls: Tensor) -> Tensor:
-        """A block of steps."""
+        """A block of steps; returns their metrics."""
         if self._use_graph:
             if self._graph is None:
                 self._graph = BlockGraph(self, self.state(), starts[0], controls[0])
@@ -154,11 +154,11 @@ class TrainStep:
         return torch.stack([self(starts[i], controls[i]) for i in range(len(starts))])
 
     def parameters(self) -> dict[str, Tensor]:
-        """The current parameters by name, views of the flat vector."""
+        """The current parameters by name, as views of the flat vector."""
         return self.layout.views(self.flat)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Logits under the current parameters, of a run alone."""
+        """Logits under the current parameters, for a step that is not stacked."""
         out: Tensor = torch.func.functional_call(self.model, self.parameters(), (tokens,))
         return out
 
@@ -167,12 +167,12 @@ class TrainStep:
         return {"flat": self.flat, "first_moment": self.first_moment, "second_moment": self.second_moment}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over a saved state, in place. Raises ValueError for tensors of another size."""
+        """Load a saved state in place. Raises ValueError for tensors of another size."""
         load_into(self.state(), state)
 
 
-class Slot:
-    """One member of a stack, with the face of a `TrainStep` of its own: its state is a row of the stack's."""
+class StackSlot:
+    """One member of a stack, with the interface of a `TrainStep` of its own: its state is one row of the stack's."""
 
     holds_all_parameters = True
 
@@ -189,26 +189,22 @@ class Slot:
         return out
 
     def state(self) -> dict[str, Tensor]:
-        # Copies: a row saved as a view would take the whole stack's storage with it.
+        # Copies: a row saved as a view would save the storage of the whole stack with it.
         return {name: tensor[self.index].clone() for name, tensor in self.stack.state().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         load_into({name: tensor[self.index] for name, tensor in self.stack.state().items()}, state)
 
 
-def load_into(mine: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+def load_into(target: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     """Copy a saved state into tensors of the same names. Raises ValueError for tensors of another size."""
-    for name, tensor in mine.items():
+    for name, tensor in target.items():
         if state[name].shape != tensor.shape:
             raise ValueError(
-                f"{name} has {tuple(state[name].shape)} elements, this model {tuple(tensor.shape)}"
+                f"{name} has shape {tuple(state[name].shape)}, this model needs {tuple(tensor.shape)}"
             )
         tensor.copy_(state[name])
 
 
-def _compiled(function: Any) -> Any:
-    return torch.compile(function, dynamic=False)
-
-
-def _as_is(function: Any) -> Any:
+def _eager(function: Any) -> Any:
     return function

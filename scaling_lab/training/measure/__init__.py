@@ -1,1 +1,1 @@
-"""Measurements during training: validation loss, gradient noise scale, divergence, coordinate check."""
+"""Measurements of a model in training: evaluation losses, gradient noise scale, divergence, coordinate check."""

@@ -1,8 +1,8 @@
-"""Owns the coordinate check: how large activations are, and how far a few steps move them, at several widths and depths.
+"""The coordinate check: the size of activations, and how much a few steps change them, at several widths and depths.
 
-A parametrisation is right where the sizes of single coordinates do not depend on the width (muP) and the depth (CompleteP):
+A parametrization is correct if the size of single coordinates does not depend on the width (muP) and the depth (CompleteP):
 Yang et al. 2022 (arXiv 2203.03466, appendix D.1), Dey et al. 2025 (arXiv 2505.01618, figure 5). Sizes are root mean squares
-over tokens, coordinates and seeds. The models, the step and the optimiser are the ones that sweeps train with.
+over tokens, coordinates and seeds. The models, the step and the optimizer are those of ordinary sweeps.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from scaling_lab.training.engine.optimizer import control_rows
 from scaling_lab.training.engine.step import TrainStep
 from scaling_lab.training.models import build_model
 
-# What is looked at, by the names that every family gives its parts.
+# The measured quantities, computed from the modules that every family has.
 STREAM, BRANCHES, LOGITS = "residual stream", "residual branches", "logits"
 QUANTITIES = (STREAM, BRANCHES, LOGITS)
 BATCH_SEQUENCES = 8
-# Enough steps for Adam's momentum to build up, few enough that the models have not learned different things.
+# Enough steps for Adam's momentum to build up, and few enough that the models have not learned different things.
 STEPS = 8
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """One model's sizes after some steps: quantity -> root mean square over tokens, coordinates and seeds."""
+    """The coordinate sizes of one model: quantity -> root mean square over tokens, coordinates and seeds."""
 
     parametrization: Parametrization
     width: int
     depth: int
     size: dict[str, float]
-    """Of the activations after the steps."""
+    """Activations after the steps."""
     change: dict[str, float]
-    """Of the activations' change since the initialisation, on the same tokens."""
+    """Changes of the activations since initialization, on the same tokens."""
 
 
 def measure(
@@ -54,11 +54,13 @@ def measure(
     steps: int = STEPS,
     seeds: Sequence[int] = (0, 1),
 ) -> Coordinates:
-    """Train a model of `shape` for a few steps at a constant LR, and look at its activations before and after.
+    """Train a model of `shape` for a few steps with a constant LR, and compare its activations before and after.
 
     Args:
-        tokens: (n,) a text; its first windows are trained on, the last ones looked at.
-        peak_lr: at the parametrisation's base shape.
+        tokens: (n,) a text; the model is trained on its first windows and probed on its last ones.
+        peak_lr: the LR at the parametrization's base shape.
+
+    Raises ValueError for a text that is too short.
     """
     squares: dict[str, list[float]] = {name: [] for name in QUANTITIES}
     changes: dict[str, list[float]] = {name: [] for name in QUANTITIES}
@@ -81,9 +83,7 @@ def _before_and_after(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     context, batch = shape.context, BATCH_SEQUENCES
     if tokens.size < 2 * batch * context + 1:
-        raise ValueError(
-            f"{tokens.size} tokens are too few: a batch and a probe of {batch} windows each are needed"
-        )
+        raise ValueError(f"{tokens.size} tokens are too few: a batch and a probe need {batch} windows each")
     data = torch.from_numpy(tokens.astype(np.int64))
     probe = data[-batch * context :].view(batch, context)
     optimizer = OptimizerSpec(peak_lr=peak_lr)
@@ -103,8 +103,8 @@ def _before_and_after(
 
 
 def activations(model: nn.Module, parameters: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
-    """`QUANTITIES` of a model at `parameters`: the stream after the last block, what all blocks together added to it, and
-    the logits."""
+    """`QUANTITIES` of a model with these `parameters`: the residual stream after the last block, what all blocks together
+    have added to it, and the logits."""
     seen: dict[str, Tensor] = {}
     blocks: Any = model.blocks
 
@@ -121,7 +121,7 @@ def activations(model: nn.Module, parameters: dict[str, Tensor], tokens: Tensor)
     finally:
         for hook in hooks:
             hook.remove()
-    # Copies: the parameters, and what depends on them, are changed in place by the next step.
+    # Copies, because the next step changes the parameters, and what refers to them, in place.
     return {
         STREAM: seen[STREAM].clone(),
         BRANCHES: seen[STREAM] - seen["begin"],
@@ -130,16 +130,16 @@ def activations(model: nn.Module, parameters: dict[str, Tensor], tokens: Tensor)
 
 
 def growth(points: Sequence[Coordinates], by: str, value: Callable[[Coordinates], float]) -> float:
-    """The exponent of `value` in the width or the depth (`by`), by least squares in logarithms: 0 where it is flat."""
+    """The exponent of `value` in the width or the depth (`by`), by least squares on logarithms; 0 means flat."""
     x = np.log([getattr(point, by) for point in points])
     y = np.log([value(point) for point in points])
     return float(np.polyfit(x, y, 1)[0])
 
 
-def along(
+def shapes_along(
     shape: Any, *, widths: Sequence[int] = (), depths: Sequence[int] = (), head_dim: int = 16
 ) -> list[Any]:
-    """`shape` at each of `widths`, or at each of `depths`; heads follow the width at a fixed head dimension."""
+    """`shape` with each of `widths`, or each of `depths`; the number of heads follows the width, with a fixed head size."""
     return [replace(shape, width=w, heads=w // head_dim) for w in widths] + [
         replace(shape, depth=d) for d in depths
     ]

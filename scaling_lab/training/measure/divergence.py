@@ -1,9 +1,10 @@
-"""Owns when a run is lost: a loss that is not finite, or that has risen far above its own past and stays there.
+"""When a run has diverged: its loss is not finite, or it has risen far above earlier losses and stays there.
 
-A spike that comes back is none: large learning rates have them. Lost is a run whose every loss over a patience of steps
-lies above a limit, the lower of two: a uniform guess and three nats, and one nat above the lowest mean of 32 steps so
-far. The patience is 32 steps for the first, and 5% of the run for the second, which is what a run that recovers takes;
-at the end of a run 32 steps of either are enough. It is a pure function of the losses, whose memory a checkpoint keeps.
+A spike that recovers is not divergence; large learning rates cause them. A run has diverged if all losses over a patience
+of steps are above one of two limits: three nats above a uniform guess, or one nat above the lowest mean over 32 steps so
+far. The patience is 32 steps for the first limit, and 5% of the run for the second, which is how long recovering runs
+take; at the end of a run 32 steps are enough for either. The result is a pure function of the losses; checkpoints hold the
+detector's state.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from scaling_lab.core.spec import RunSpec
 
 DIVERGED_ABOVE_UNIFORM_NATS = 3.0
 DIVERGED_ABOVE_BEST_NATS = 1.0
-# Losses of a few hundred tokens scatter by tenths of a nat: a past is a mean over as many steps as the shortest patience.
+# Losses of a few hundred tokens scatter by tenths of a nat, so the best loss is a mean over as many steps as this patience.
 DIVERGED_STEPS = 32
 PATIENCE_FRACTION = 0.05
 
 
-class Divergence:
-    """Watches the losses, one step after the other: when the run is lost, `reason` says why."""
+class DivergenceDetector:
+    """Takes the losses step by step; once the run has diverged, `reason` says why."""
 
     def __init__(self, spec: RunSpec, state: dict[str, Any] | None = None) -> None:
         self.reason: str | None = None
@@ -37,7 +38,7 @@ class Divergence:
         self._above_best: int = state.get("above_best", 0)
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs to go on watching as if it had never stopped; plain JSON."""
+        """The state that a resumed run needs to give the same result as an uninterrupted one; plain JSON."""
         known_best = {} if math.isinf(self._best) else {"best": self._best}
         return {
             "step": self._step, "recent": list(self._recent), **known_best,
@@ -45,7 +46,7 @@ class Divergence:
         }  # fmt: skip
 
     def step(self, loss: float) -> bool:
-        """Take one step's training loss; says whether the run is lost."""
+        """Add one step's training loss; returns whether the run has diverged."""
         self._step += 1
         if not math.isfinite(loss):
             self.reason = "the training loss is not finite"
@@ -60,18 +61,18 @@ class Divergence:
         patience = DIVERGED_STEPS if self._step >= self._steps else self._patience
         if self._above_uniform >= DIVERGED_STEPS:
             self.reason = (
-                f"the training loss, {loss:.3g} nats, is far above a uniform guess of {self._uniform:.3g} "
+                f"the training loss, {loss:.3g} nats, has been far above a uniform guess of {self._uniform:.3g} "
                 f"for {self._above_uniform} steps"
             )
         elif self._above_best >= patience:
             self.reason = (
-                f"the training loss, {loss:.3g} nats, is far above its own best of {self._best:.3g} "
+                f"the training loss, {loss:.3g} nats, has been far above its own best of {self._best:.3g} "
                 f"for {self._above_best} steps"
             )
         return self.reason is not None
 
     def validation(self, loss: float) -> bool:
-        """Take a validation loss; says whether the run is lost."""
+        """Add a validation loss; returns whether the run has diverged."""
         if not math.isfinite(loss):
             self.reason = "the validation loss is not finite"
         return self.reason is not None

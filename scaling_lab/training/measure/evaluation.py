@@ -1,4 +1,4 @@
-"""Owns the validation loss: a fixed set, the same for every size, and the standard error of its mean."""
+"""Evaluation losses on fixed sets, the same for all model sizes, and the standard error of their mean."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from scaling_lab.planning.memory import LOGITS_AT_ONCE
 from scaling_lab.training.data.order import n_windows
 from scaling_lab.training.engine.gradient import token_loss
 
-# Tokens per forward pass at most: enough to be efficient. Over a large vocabulary fewer, by the size of their logits.
+# Maximum tokens per forward pass, enough to be efficient. With a large vocabulary the size of the logits is the limit.
 EVAL_BATCH_TOKENS = 8_192
-# Neighbouring windows come from the same document, so their losses are correlated; means over this many contiguous
+# Neighboring windows come from the same document, so their losses are correlated; means over this many contiguous
 # stretches of the validation split are nearly independent (the method of batch means).
 SEM_BLOCKS = 32
 
 
 @dataclass(frozen=True)
-class Visit:
-    """What one look at the evaluation sets gave."""
+class EvaluationResult:
+    """Losses and scores on all evaluation sets at one step."""
 
     loss_nats: float
     """Mean over the validation set, nats per token."""
     sem_nats: float | None
     others: dict[str, float] = field(default_factory=dict)
-    """Loss on the other sets by name, and scores of the validation set; those of another set as NAME.SCORE."""
+    """Loss on the other sets by name, and scores on the validation set; scores on another set as NAME.SCORE."""
 
 
-class Evaluation:
-    """The validation set of a run, the other distributions of its `eval.sets`, and the floor where it is known."""
+class EvaluationSuite:
+    """The validation set of a run, its other evaluation sets (`eval.sets`), and the loss floor if it is known."""
 
     def __init__(self, spec: RunSpec, device: torch.device) -> None:
         context = spec.shape.context
@@ -48,24 +48,25 @@ class Evaluation:
         self.floor_nats = self.main.floor_nats()
 
     def set(self, name: str | None) -> ValidationSet:
-        """The validation set (None), or another one by its name."""
+        """The validation set (None), or another set by name."""
         return self.main if name is None else self.others[name]
 
-    def visit(
+    def evaluate(
         self,
-        look: Callable[[str | None], tuple[float, float | None]],
+        mean_loss: Callable[[str | None], tuple[float, float | None]],
         scores: Callable[[ValidationSet], dict[str, float]],
-    ) -> Visit:
-        """All sets: `look` gives the mean loss (and its standard error) of one by its name, `scores` what else it tells."""
+    ) -> EvaluationResult:
+        """Evaluate all sets: `mean_loss` gives the mean loss on a set by name, with its standard error, and `scores` other
+        metrics of a set."""
         others = scores(self.main)
         for name, other in self.others.items():
-            others[name] = look(name)[0]
+            others[name] = mean_loss(name)[0]
             others |= {f"{name}.{score}": value for score, value in scores(other).items()}
-        return Visit(*look(None), others)
+        return EvaluationResult(*mean_loss(None), others)
 
 
 class ValidationSet:
-    """Windows of a source's validation split; which ones depends on the source and `EvalSpec` alone."""
+    """Windows of a source's validation split; they depend only on the source and the `EvalSpec`."""
 
     def __init__(self, source: Any, context: int, spec: EvalSpec, device: torch.device) -> None:
         self._source = source
@@ -92,13 +93,13 @@ class ValidationSet:
         return self.summary(torch.cat(means))
 
     def chunks(self, vocab_size: int) -> list[slice]:
-        """The windows in parts that are computed at once."""
+        """The windows in chunks, one per forward pass."""
         rows = max(1, min(EVAL_BATCH_TOKENS, LOGITS_AT_ONCE // vocab_size) // (self._windows.shape[1] - 1))
         return [slice(start, start + rows) for start in range(0, len(self._windows), rows)]
 
     @torch.no_grad()
     def window_losses(self, forward: Callable[[Tensor], Tensor], rows: slice, dtype: str) -> Tensor:
-        """Mean loss of each of these windows, nats per token; `forward` makes logits of tokens."""
+        """Mean loss on each of these windows, nats per token; `forward` maps tokens to logits."""
         window = self._windows[rows]
         with torch.autocast(window.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
             logits = forward(window[:, :-1])
@@ -107,12 +108,12 @@ class ValidationSet:
 
     @staticmethod
     def summary(window_losses: Tensor) -> tuple[float, float | None]:
-        """(mean loss, standard error of the mean) of the losses of all windows, in order."""
+        """(mean loss, standard error of the mean) from the losses on all windows, in order."""
         per_window = window_losses.cpu().double().numpy()
         return float(per_window.mean()), standard_error(per_window)
 
     def floor_nats(self) -> float | None:
-        """Mean true -ln p of these very windows, nats per token: what an oracle's loss is. None where nobody knows."""
+        """Mean true -ln p of these windows, nats per token: the loss of an oracle. None if it is unknown."""
         if not has_known_probabilities(self._source):
             return None
         return float(floor_nats(self._source, self._windows.cpu().numpy()).mean())
@@ -121,9 +122,9 @@ class ValidationSet:
     def fact_scores(
         self, model: nn.Module, parameters: dict[str, Tensor], *, dtype: str, vocab_size: int
     ) -> dict[str, float]:
-        """How well values of facts are known (sources with `value_positions`): the share of values all of whose tokens are
-        the model's first choice, and the loss of a value's token, nats. Emergence shows in the first and not in the
-        second (Schaeffer et al. 2023, arXiv 2304.15004)."""
+        """How well the model knows the values of facts (for sources with `value_positions`): the share of values whose tokens are all
+        the model's first choice, and the loss per token of a value, nats. The first shows emergence, the second does not
+        (Schaeffer et al. 2023, arXiv 2304.15004)."""
         if not hasattr(self._source, "value_positions"):
             return {}
         places = torch.from_numpy(self._source.value_positions(self._windows.shape[1])).to(
@@ -148,8 +149,8 @@ class ValidationSet:
 
 
 def validation_windows(source: Any, context: int, tokens: int) -> NDArray[np.integer]:
-    """About `tokens` tokens of the validation split, (n, context + 1): spread evenly over a text, the first documents of a
-    generated source. Raises `UserError` where the split is shorter than one window."""
+    """Windows of about `tokens` tokens in total, (n, context + 1): spread evenly over a text's validation split, or the first
+    validation documents of a generated source. Raises `UserError` if the split is shorter than one window."""
     wanted = max(1, tokens // context)
     if hasattr(source, "documents"):
         documents: NDArray[np.integer] = source.documents("validation", np.arange(wanted), context + 1)
@@ -167,7 +168,7 @@ def validation_windows(source: Any, context: int, tokens: int) -> NDArray[np.int
 
 
 def standard_error(per_window: NDArray[np.float64]) -> float | None:
-    """Standard error of the mean by batch means over contiguous stretches; None with fewer than two windows."""
+    """Standard error of the mean, by batch means over contiguous stretches; None for fewer than two windows."""
     if per_window.size < 2:
         return None
     blocks = np.array_split(per_window, min(SEM_BLOCKS, per_window.size))
@@ -176,13 +177,13 @@ def standard_error(per_window: NDArray[np.float64]) -> float | None:
 
 
 def evaluation_steps(spec: RunSpec) -> tuple[int, ...]:
-    """Steps (counted from 1) after which the validation set is visited: the last, and before it factors of sqrt(2).
+    """Steps (counted from 1) after which the run is evaluated: the last, and before it steps that are sqrt(2) apart.
 
-    At most `eval.points`, and no more visits than cost `eval.max_cost_fraction` of the training FLOPs: a forward pass
-    costs a third of a training step. The last step is always visited, and so are those whose checkpoint is kept.
+    There are at most `eval.points`, and they cost at most `eval.max_cost_fraction` of the training FLOPs: a forward pass
+    costs a third of a training step. The last step and those whose checkpoint is kept are always included.
     """
-    visit_cost = spec.eval.tokens / 3 * (1 + len(spec.eval.sets))
-    affordable = int(spec.eval.max_cost_fraction * spec.train_tokens / visit_cost)
+    cost_tokens = spec.eval.tokens / 3 * (1 + len(spec.eval.sets))
+    affordable = int(spec.eval.max_cost_fraction * spec.train_tokens / cost_tokens)
     points = max(1, min(spec.eval.points, affordable))
-    visits = {max(1, round(spec.steps * 2 ** (-i / 2))) for i in range(points)} | set(spec.keep_steps)
-    return tuple(sorted(step for step in visits if step > spec.parent_step))
+    steps = {max(1, round(spec.steps * 2 ** (-i / 2))) for i in range(points)} | set(spec.keep_steps)
+    return tuple(sorted(step for step in steps if step > spec.parent_step))

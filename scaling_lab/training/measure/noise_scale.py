@@ -1,8 +1,8 @@
-"""Owns the gradient noise scale: from the norms of micro-batches' gradients, measured at validation visits.
+"""The gradient noise scale, from the norms of micro-batches' gradients, measured at evaluations.
 
-McCandlish et al. 2018 (arXiv 1812.06162), appendix A.1: with E|g_b|^2 = |G|^2 + tr(S) / b at two batch sizes b, the true
-gradient's |G|^2 and the noise tr(S) follow, and B_simple = tr(S) / |G|^2 is the batch at which the two are equal. Kaplan et
-al. 2020 relate it to the critical batch.
+McCandlish et al. 2018 (arXiv 1812.06162), appendix A.1: E|g_b|^2 = |G|^2 + tr(S) / b for a batch size b, so two batch sizes
+give the true gradient's |G|^2 and the noise tr(S). B_simple = tr(S) / |G|^2 is the batch size at which the two terms are
+equal. Kaplan et al. 2020 relate it to the critical batch size.
 """
 
 from __future__ import annotations
@@ -19,43 +19,43 @@ from scaling_lab.training.engine.gradient import make_gradient
 from scaling_lab.training.engine.optimizer import FlatLayout
 
 # Micro-batches of a measurement, one sequence each. Late in training tr(S) is many times |G|^2 b: a measurement on fewer
-# tokens than the scale itself says little of |G|^2.
-PARTS = 64
-# Measurements that would cost more than this share of a run's training are left out, the early ones first.
+# tokens than the noise scale itself determines |G|^2 poorly.
+PROBE_SEQUENCES = 64
+# Measurements that would cost more than this share of a run's training are omitted, the early ones first.
 MAX_COST_FRACTION = 0.02
-# Gradients of all parts are taken at once where they have at most this many elements (64 MB).
-AT_ONCE = 2**24
-# A step's own micro-batches serve where it has at least so many.
-ENOUGH_PARTS = 8
+# The gradients of all sequences are computed at once if they have at most this many elements (64 MB).
+MAX_ELEMENTS_AT_ONCE = 2**24
+# A step's own micro-batches are used if there are at least this many.
+MIN_STEP_PARTS = 8
 
 
 @dataclass(frozen=True)
-class Noise:
-    """|G|^2 and tr(S) of one measurement; tr(S) per token. Either may come out negative where the other dwarfs it."""
+class NoiseMeasurement:
+    """|G|^2 and tr(S) of one measurement; tr(S) per token. Either may be negative if the other dominates."""
 
     gradient_square: float
     trace_tokens: float
 
     @property
     def scale_tokens(self) -> float | None:
-        """B_simple in tokens; None where the measurement cannot tell."""
+        """B_simple in tokens; None if the measurement does not determine it."""
         if not (self.gradient_square > 0 and self.trace_tokens > 0):
             return None
         return self.trace_tokens / self.gradient_square
 
 
-def noise(part_square: float, square: float, part_tokens: int, tokens: int) -> Noise:
-    """From the mean squared norm of parts' gradients and that of their mean's (equations A.2 and A.3)."""
-    return Noise(
+def noise_from_norms(part_square: float, square: float, part_tokens: int, tokens: int) -> NoiseMeasurement:
+    """From the mean squared norm of the parts' gradients and that of their mean (equations A.2 and A.3)."""
+    return NoiseMeasurement(
         gradient_square=(tokens * square - part_tokens * part_square) / (tokens - part_tokens),
         trace_tokens=(part_square - square) / (1 / part_tokens - 1 / tokens),
     )
 
 
-def visits_measured(spec: RunSpec, visits: Sequence[int]) -> frozenset[int]:
-    """At which of the validation visits the noise is measured: the last ones that the cost allows."""
-    affordable = int(MAX_COST_FRACTION * spec.train_tokens / (PARTS * spec.shape.context))
-    return frozenset(sorted(visits)[-affordable:] if affordable else ())
+def measured_steps(spec: RunSpec, evaluation_steps: Sequence[int]) -> frozenset[int]:
+    """The evaluation steps at which the noise is measured: the last ones, as many as the cost allows."""
+    affordable = int(MAX_COST_FRACTION * spec.train_tokens / (PROBE_SEQUENCES * spec.shape.context))
+    return frozenset(sorted(evaluation_steps)[-affordable:] if affordable else ())
 
 
 class NoiseProbe:
@@ -66,15 +66,15 @@ class NoiseProbe:
         self._gradient = make_gradient(model, layout, spec, 1)
 
     @torch.no_grad()
-    def measure(self, flat: Tensor, windows: Tensor) -> Noise:
-        """At parameters (n,), over `windows` (parts, context + 1)."""
+    def measure(self, flat: Tensor, windows: Tensor) -> NoiseMeasurement:
+        """The noise at the parameters `flat` (n,), from `windows` (parts, context + 1)."""
         parts, length = windows.shape
         data = windows.reshape(-1)
         starts = (torch.arange(parts, device=data.device) * length)[:, None]
-        if parts * flat.numel() <= AT_ONCE:
+        if parts * flat.numel() <= MAX_ELEMENTS_AT_ONCE:
             each = torch.func.vmap(self._gradient, in_dims=(None, 0, None))
             with warnings.catch_warnings():
-                # On a CPU attention is computed part by part here, which is what is wanted; a user can do nothing about it.
+                # On a CPU attention is then computed part by part. That is intended, and a user can do nothing about it.
                 warnings.filterwarnings(
                     "ignore", "There is a performance drop because we have not yet implemented"
                 )
@@ -88,4 +88,4 @@ class NoiseProbe:
                 total += gradient / parts
                 part_square += gradient.square().sum() / parts
             square = total.square().sum()
-        return noise(part_square.item(), square.item(), self._context, parts * self._context)
+        return noise_from_norms(part_square.item(), square.item(), self._context, parts * self._context)

@@ -1,4 +1,4 @@
-"""Owns the module of the `gpt` family: pre-norm RMSNorm, RoPE, QK-norm, no biases, untied head."""
+"""The `gpt` family: pre-norm RMSNorm, RoPE, QK-norm, no biases, untied head."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from scaling_lab.core.parametrization import STANDARD, Multipliers, Parametrization
 from scaling_lab.core.shapes.gpt import GPTShape
-from scaling_lab.training.engine.parametrization import scaled
+from scaling_lab.training.models import scaled
 
 RMS_NORM_EPS = 1e-6
 
 
 class RMSNorm(nn.Module):
-    """Zhang & Sennrich 2019 (arXiv 1910.07467), with a gain."""
+    """RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) with a gain."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(hidden, w, bias=False)
 
     def reset_parameters(self, base: GPTShape, factor: float) -> None:
-        """`factor` times the standard deviations of a block of the shape `base`."""
+        """Initialize with `factor` times the standard deviations of a block of the shape `base`."""
         residual = (2 * base.depth) ** -0.5
         for linear in (self.qkv, self.mlp_in):
             nn.init.normal_(linear.weight, std=base.width**-0.5 * factor)
@@ -84,7 +84,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Logits (B, T, V) of tokens (B, T), T at most the shape's context."""
+    """Logits (B, T, V) of tokens (B, T); T is at most the shape's context."""
 
     kind: ClassVar[str] = "gpt"
 
@@ -108,10 +108,10 @@ class GPT(nn.Module):
         self.reset_parameters(parametrization.base_shape(shape), multipliers.hidden_init)
 
     def reset_parameters(self, base: GPTShape, hidden_factor: float) -> None:
-        """Matrices at 1/sqrt(fan_in); what writes to the residual stream is scaled down by sqrt(2 depth) (GPT-2). All of
-        it at the parametrisation's base shape, hidden matrices times its factor."""
-        # A unit embedding under pre-norm: at 0.1 tiny models lose 0.05 nats, as they do with a smaller head
-        # (results/LOG.md). A tied matrix serves as the head too.
+        """Matrices with standard deviation 1/sqrt(fan_in); those that write to the residual stream are scaled down by
+        sqrt(2 depth) (GPT-2). Both refer to the parametrization's base shape; hidden matrices are multiplied by its factor."""
+        # A unit embedding under pre-norm: with 0.1 the loss of tiny models is 0.05 nats higher, as it is with a smaller
+        # head (results/LOG.md). A tied matrix also serves as the head.
         nn.init.normal_(self.embedding.weight, std=base.width**-0.5 if base.tied_head else 1.0)
         if not base.tied_head:
             nn.init.normal_(self.head.weight, std=base.width**-0.5)
@@ -123,7 +123,7 @@ class GPT(nn.Module):
         return self.logits(self.hidden(tokens))
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """What the head sees, (B, T, width)."""
+        """The head's input, (B, T, width)."""
         x = self.embedding(tokens)
         cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
         for block in self.blocks:
@@ -132,6 +132,6 @@ class GPT(nn.Module):
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., V) of hidden states (..., width): apart, so that the loss can take it chunk by chunk."""
+        """Logits (..., V) of hidden states (..., width); a method of its own so that the loss can be chunked."""
         out: Tensor = self.head(scaled(hidden, self.head_scale))
         return out

@@ -1,4 +1,4 @@
-"""Owns the module of the `gpt2` family: LayerNorm, learned positions, GELU, biases, tied head (Radford et al. 2019)."""
+"""The `gpt2` family: LayerNorm, learned positions, GELU, biases, tied head (Radford et al. 2019)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from scaling_lab.core.parametrization import STANDARD, Multipliers, Parametrization
 from scaling_lab.core.shapes.gpt2 import GPT2Shape
-from scaling_lab.training.engine.parametrization import scaled
+from scaling_lab.training.models import scaled
 
-# GPT-2's own initialisation, for every size (Radford et al. 2019; nanoGPT).
+# GPT-2's own initialization, the same for every size (Radford et al. 2019; nanoGPT).
 INIT_STD = 0.02
 
 
@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """Logits (B, T, V) of tokens (B, T), T at most the shape's context."""
+    """Logits (B, T, V) of tokens (B, T); T is at most the shape's context."""
 
     kind: ClassVar[str] = "gpt2"
 
@@ -59,8 +59,8 @@ class GPT2(nn.Module):
         self.reset_parameters(parametrization.base_shape(shape), multipliers.hidden_init)
 
     def reset_parameters(self, base: GPT2Shape, hidden_factor: float) -> None:
-        """Normal with std 0.02, zero biases; residual outputs scaled down by sqrt(2 depth). All of it at the
-        parametrisation's base shape, hidden matrices times its factor."""
+        """Normal with std 0.02, zero biases; outputs to the residual stream are scaled down by sqrt(2 depth). All refer to
+        the parametrization's base shape; hidden matrices are multiplied by its factor."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 factor = hidden_factor if isinstance(module, nn.Linear) else 1.0
@@ -76,7 +76,7 @@ class GPT2(nn.Module):
         return self.logits(self.hidden(tokens))
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """What the head sees, (B, T, width)."""
+        """The head's input, (B, T, width)."""
         x = self.embedding(tokens) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
@@ -84,5 +84,5 @@ class GPT2(nn.Module):
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., V) of hidden states (..., width): apart, so that the loss can take it chunk by chunk."""
+        """Logits (..., V) of hidden states (..., width); a method of its own so that the loss can be chunked."""
         return F.linear(scaled(hidden, self.head_scale), self.embedding.weight)

@@ -1,1 +1,1 @@
-"""One run over several processes: data parallel and fully sharded."""
+"""One run over several processes: their team, data parallelism, and sharded (FSDP) training."""

@@ -1,1 +1,1 @@
-"""One run under way: the loop, members, checkpoints, curves, signals."""
+"""Running training: the loop, its members, sessions, checkpoints, curves, heartbeats and signals."""

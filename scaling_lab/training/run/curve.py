@@ -1,4 +1,4 @@
-"""Owns the writing of a run's curve: which steps make a point, and when lines reach the disk."""
+"""Writing a run's curve: which steps become points, and when the lines reach the disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scaling_lab.core.storage.store import curve_line
 
 
 class CurveWriter:
-    """Turns each step's loss into the points of curve.jsonl; keeps them all in `points`."""
+    """Turns the losses of steps into points of curve.jsonl; `points` holds all of them."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class CurveWriter:
         noise_scale_tokens: float | None = None,
         evals: dict[str, float] | None = None,
     ) -> EvalPoint | None:
-        """Take the loss of `step` (counted from 1); a point comes back where a block ends or validation was visited."""
+        """Add the loss of `step` (counted from 1); returns a point at the end of a block and at evaluations."""
         self._block.append(train_loss_nats)
         spec = self._spec
         if step % self._block_steps and val_loss_nats is None and step != spec.steps:
@@ -70,11 +70,11 @@ class CurveWriter:
 
     @property
     def block_losses_nats(self) -> tuple[float, ...]:
-        """Losses since the last point."""
+        """Losses since the last point of the curve."""
         return tuple(self._block)
 
     def flush(self, *, durable: bool = False) -> None:
-        """Hand the lines to the system; durable: to the disk, as a checkpoint needs that counts on them."""
+        """Flush the lines to the operating system; durable: to the disk, before a checkpoint that refers to them."""
         self._file.flush()
         if durable:
             os.fsync(self._file.fileno())

@@ -1,7 +1,7 @@
-"""Owns training: from claimed runs to their records. Reads like a table of contents; each step of it is elsewhere.
+"""The training loop, from claimed runs to their records. It reads like a table of contents: each step is defined elsewhere.
 
-A run alone and a stack of runs take the same way: a stack is several members on one program. Members are at their own
-steps; one that is over, lost or in error leaves its slot at rest, and the others go on as if nothing had happened.
+A single run and a stack of runs are trained the same way: a stack is several members that share one program. Members may be
+at different steps; one that is over, lost or failed leaves its slot idle, and the others continue as before.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from scaling_lab.core.storage.store import RunStore
 from scaling_lab.planning.memory import next_smaller_micro_batch
 from scaling_lab.tracking.sink.trackers import NoTracker, Tracker
 from scaling_lab.training.data.feed import BLOCK_STEPS
-from scaling_lab.training.engine.memory import is_out_of_memory, noted_parts, release_memory
-from scaling_lab.training.parallel.distributed import current_team
-from scaling_lab.training.run.member import Member, Progress, keep
-from scaling_lab.training.run.pulse import Timer
+from scaling_lab.training.engine.memory import is_out_of_memory, load_micro_batch_hint, release_memory
+from scaling_lab.training.parallel.team import current_team
+from scaling_lab.training.run.heartbeat import Timer
+from scaling_lab.training.run.member import Member, StepCounter
 from scaling_lab.training.run.session import Program, check_data, open_program, open_session, train_block
 from scaling_lab.training.run.stopping import Requests, listen
 
@@ -31,7 +31,7 @@ __all__ = ["open_session", "train_block", "train_run", "train_together"]
 
 log = logging.getLogger(__name__)
 
-# Losses are read back from the device, and signals looked at, after about this time and at most this many steps.
+# Losses are read back from the device, and requests handled, after about this time or BLOCK_STEPS steps.
 BLOCK_S = 0.5
 # A killed run loses at most this much work; a checkpoint of a tiny model takes milliseconds.
 CHECKPOINT_EVERY_S = 30.0
@@ -39,7 +39,7 @@ CHECKPOINT_EVERY_S = 30.0
 
 @dataclass(frozen=True)
 class Claimed:
-    """A run that this process may train, and where it is mirrored."""
+    """A run that this process may train, and its tracker."""
 
     claim: Claim
     tracker: Tracker = field(default_factory=NoTracker)
@@ -54,10 +54,10 @@ def train_run(
     expected_fingerprint: str | None = None,
     checkpoint_every_s: float = CHECKPOINT_EVERY_S,
 ) -> RunRecord:
-    """Train one claimed run, from its last checkpoint if it has one, and write its record. Divergence is a record.
+    """Train one claimed run, from its last checkpoint if it has one, and write its record. Divergence is a record too.
 
-    Raises `stopping.Interrupted` (the claim is released), `ClaimLost` (another process has it), `UserError` (the data are
-    not the plan's), or the run's own error.
+    Raises `Interrupted` (the claim is released), `ClaimLost` (another process has the run), `UserError` (the data are not
+    the plan's), or the run's own error.
     """
     (member,) = train_together(
         [planned],
@@ -80,10 +80,10 @@ def train_together(
     expected_fingerprint: str | None = None,
     checkpoint_every_s: float = CHECKPOINT_EVERY_S,
 ) -> list[Member]:
-    """Train the claimed runs of `group`: one run, or all of a stack, whose program has a slot for every one of them.
+    """Train the claimed runs of `group`: a single run, or all runs of a stack, whose program has a slot for each of them.
 
-    Where memory runs out it begins again from the last checkpoints, the micro-batch halved. Raises `Interrupted` or
-    `UserError`; any other error is in the members: one member's own, or the program's in all that were not over.
+    If memory runs out, it resumes from the last checkpoints with half the micro-batch. Raises `Interrupted` or `UserError`;
+    other errors are stored in the members: a member's own error, or the program's in all members that were not over.
     """
     members = [
         Member(planned, store, claimed[planned.run_id].claim, claimed[planned.run_id].tracker, slot)
@@ -91,13 +91,13 @@ def train_together(
         if planned.run_id in claimed
     ]
     try:
-        with ExitStack() as pulses, listen() as asked:
+        with ExitStack() as heartbeats, listen() as requests:
             for member in members:
-                pulses.enter_context(member.pulse)
+                heartbeats.enter_context(member.heartbeat)
             while running(members):
-                with together(members):
-                    train_members(group, members, asked, expected_fingerprint, checkpoint_every_s)
-                # Nothing but after memory ran out; the failed attempt's traceback, which held its tensors, is gone.
+                with fail_all_on_error(members):
+                    train_members(group, members, requests, expected_fingerprint, checkpoint_every_s)
+                # Only if memory ran out. The failed attempt's traceback, which held its tensors, is gone by now.
                 if running(members):
                     release_memory()
     finally:
@@ -110,50 +110,50 @@ def train_together(
 def train_members(
     group: Sequence[PlannedRun],
     members: Sequence[Member],
-    asked: Requests,
+    requests: Requests,
     expected_fingerprint: str | None,
     checkpoint_every_s: float,
 ) -> None:
-    """From the last checkpoints to the records."""
+    """Train from the last checkpoints to the records."""
     with ExitStack() as curves:
-        with asked.nothing_to_save():
+        with requests.handled_at_once():
             program = prepare(group, members, expected_fingerprint)
         for member in running(members):
-            with separately(member):
+            with fail_on_error(member):
                 curves.enter_context(member.begin(program.sessions[member.slot]))
-        finish(members)  # killed between its last checkpoint and its record
-        clock, fresh = Timer(checkpoint_every_s), True
+        finish(members)  # those that were killed between their last checkpoint and their record
+        timer, compiled = Timer(checkpoint_every_s), False
         for count in blocks(members, program.max_block_steps):
             live = running(members)
-            # The first block is one step, and compiles it.
-            with asked.nothing_to_save(fresh):
-                told = program.run_block({member.slot: member.done for member in live}, count)
-            fresh = False
+            # The first block is a single step, which compiles the program.
+            with requests.handled_at_once(not compiled):
+                metrics = program.run_block({member.slot: member.done for member in live}, count)
+            compiled = True
             for member in live:
-                with separately(member):
-                    member.take(told[:, member.slot], program.step.micro)
-            save(live, asked, everybody=clock.is_due() or asked())
+                with fail_on_error(member):
+                    member.add_block(metrics[:, member.slot], program.step.micro)
+            save(live, requests, everyone=timer.is_due() or requests.checkpoint)
             finish(live)
             if running(members):
-                asked.answer()
+                requests.handle()
 
 
 def prepare(
     group: Sequence[PlannedRun], members: Sequence[Member], expected_fingerprint: str | None
 ) -> Program:
-    """Look for checkpoints, then build the program; the smallest micro-batch that a checkpoint or a note knows is taken."""
+    """Find the checkpoints, then build the program, with the smallest micro-batch of the plan, checkpoints and hints."""
     fingerprint = check_data(group[0].spec, expected_fingerprint)
     if team := current_team():
         team.run_folder = members[0].folder
     sizes = []
     for member in running(members):
-        member.look_back(fingerprint)
+        member.find_checkpoint(fingerprint)
         written = member.saved.execution if member.saved else member.planned.execution
-        known = (written.micro_batch_sequences, member.micro, noted_parts(member.folder))
+        known = (written.micro_batch_sequences, member.micro, load_micro_batch_hint(member.folder))
         sizes += [size for size in known if size is not None]
     execution = replace(group[0].execution, micro_batch_sequences=min(sizes, default=None))
     for member in running(members):
-        member.compute_in_parts_of(execution.micro_batch_sequences)
+        member.set_micro_batch(execution.micro_batch_sequences)
     stacked = execution.stack is not None
     return open_program([planned.spec for planned in group], execution, fingerprint, stacked=stacked)
 
@@ -162,13 +162,13 @@ def running(members: Sequence[Member]) -> list[Member]:
     return [member for member in members if not member.over]
 
 
-def blocks(members: Sequence[Progress], most: int = BLOCK_STEPS) -> Iterator[int]:
-    """Numbers of steps to do next, until all members are over: about `BLOCK_S` seconds each as far as steps allow, ending
-    where any member's validation is due at the latest. What is computed does not depend on them."""
+def blocks(members: Sequence[StepCounter], most: int = BLOCK_STEPS) -> Iterator[int]:
+    """Sizes of the blocks of steps until all members are over: about `BLOCK_S` seconds each, at most `most` steps, and no
+    longer than to the next evaluation of any member. The block sizes do not affect what is computed."""
     size = 1
     while live := [member for member in members if not member.over]:
         began = time.monotonic()
-        yield min(size, *(member.until_visit() for member in live))
+        yield min(size, *(member.until_evaluation() for member in live))
         elapsed = time.monotonic() - began
         if elapsed < BLOCK_S / 2:
             size = min(2 * size, most)
@@ -177,63 +177,60 @@ def blocks(members: Sequence[Progress], most: int = BLOCK_STEPS) -> Iterator[int
 
 
 def finish(members: Sequence[Member]) -> None:
-    """Write the records of those at their last step."""
+    """Write the records of the members that are at their last step."""
     for member in running(members):
         if member.done == member.spec.steps:
-            with separately(member):
+            with fail_on_error(member):
                 member.finish()
 
 
-def save(members: Sequence[Member], asked: Requests, everybody: bool) -> None:
-    """Checkpoint `everybody`, or who is at the end."""
+def save(members: Sequence[Member], requests: Requests, everyone: bool) -> None:
+    """Checkpoint the members that are at their last step, or `everyone`."""
     written = []
     for member in running(members):
-        if everybody or member.done == member.spec.steps:
-            with separately(member):
-                member.pulse.check()
-                folder = member.folder / "checkpoint"
-                written.append(
-                    keep(folder, member.planned, member.session, member.curve, member.watch, member.done)
-                )
+        if everyone or member.done == member.spec.steps:
+            with fail_on_error(member):
+                member.heartbeat.check()
+                written.append(member.checkpoint())
     if written and all(written):
-        asked.saved()
+        requests.notify_saved()
 
 
 @contextmanager
-def together(members: Sequence[Member]) -> Iterator[None]:
-    """An error within it ends all members that are not over, except where smaller parts may help against it."""
+def fail_all_on_error(members: Sequence[Member]) -> Iterator[None]:
+    """An error ends all members that are not over, unless smaller micro-batches may help."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if is_out_of_memory(error) and take_smaller_parts(members):
+        if is_out_of_memory(error) and halve_micro_batches(members):
             return
         for member in running(members):
-            member.drop(error)
+            member.fail(error)
 
 
 @contextmanager
-def separately(member: Member) -> Iterator[None]:
-    """An error within it is this member's alone, and the others of its stack go on."""
+def fail_on_error(member: Member) -> Iterator[None]:
+    """An error ends this member only; the others of its stack continue."""
     try:
         yield
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        member.drop(error)
+        member.fail(error)
 
 
-def take_smaller_parts(members: Sequence[Member]) -> bool:
-    """Halve the micro-batch of those that are not over; False where it is a single sequence already."""
+def halve_micro_batches(members: Sequence[Member]) -> bool:
+    """Halve the micro-batch of the members that are not over; False if it is already a single sequence."""
     for member in running(members):
         smaller = next_smaller_micro_batch(member.spec.batch_sequences, member.micro)
         if smaller is None:
             return False
         log.warning(
-            "run %s: out of memory; it goes on with micro-batches of %d of its %d sequences.",
+            "run %s: out of memory; continuing with micro-batches of %d of its %d sequences.",
             member.planned.run_id, smaller, member.spec.batch_sequences,
         )  # fmt: skip
-        member.compute_in_parts_of(smaller)
-        member.let_go()
+        member.set_micro_batch(smaller)
+        member.release()
     return True

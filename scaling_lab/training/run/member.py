@@ -1,4 +1,4 @@
-"""Owns one run under way, alone or in a stack: its place in time, its claim, curve, checkpoints, mirror and record."""
+"""One run in training, alone or as a member of a stack: its claim, curve, checkpoints, tracker and record."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import IO
 
 from torch import Tensor
@@ -16,10 +15,10 @@ from scaling_lab.core.spec import PlannedRun, RunSpec
 from scaling_lab.core.storage.claims import Claim, ClaimLost
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.tracking.sink.trackers import Tracker
-from scaling_lab.training.engine.devices import environment
+from scaling_lab.training.engine.devices import run_environment
 from scaling_lab.training.engine.step import LOSS
-from scaling_lab.training.measure.divergence import Divergence
-from scaling_lab.training.measure.evaluation import Visit, evaluation_steps
+from scaling_lab.training.measure.divergence import DivergenceDetector
+from scaling_lab.training.measure.evaluation import EvaluationResult, evaluation_steps
 from scaling_lab.training.run.checkpoint import (
     KEPT,
     Checkpoint,
@@ -31,34 +30,34 @@ from scaling_lab.training.run.checkpoint import (
     write_checkpoint,
 )
 from scaling_lab.training.run.curve import CurveWriter
-from scaling_lab.training.run.pulse import Pulse
-from scaling_lab.training.run.session import Session
+from scaling_lab.training.run.heartbeat import Heartbeat
+from scaling_lab.training.run.session import TrainingSession
 
 log = logging.getLogger(__name__)
 
 
-class Progress:
-    """Where a run is."""
+class StepCounter:
+    """How far a run is, and when it is evaluated next."""
 
     def __init__(self, spec: RunSpec, done: int = 0) -> None:
         self.spec = spec
         self.done = done
-        """Steps."""
+        """Number of completed steps."""
         self.over = False
-        self._visits = evaluation_steps(spec)
+        self._evaluations = evaluation_steps(spec)
 
     @property
-    def visits_now(self) -> bool:
-        """Whether the validation set is visited at this step."""
-        return self.done in self._visits
+    def at_evaluation(self) -> bool:
+        """Whether the run is evaluated at this step."""
+        return self.done in self._evaluations
 
-    def until_visit(self) -> int:
-        """Steps to the next visit; the last one is at the run's last step."""
-        return next(step for step in self._visits if step > self.done) - self.done
+    def until_evaluation(self) -> int:
+        """Steps to the next evaluation; the last one is at the run's last step."""
+        return next(step for step in self._evaluations if step > self.done) - self.done
 
 
-class Member(Progress):
-    """A claimed run that this process trains. `record`, or `error`, says how it ended."""
+class Member(StepCounter):
+    """A claimed run that this process trains. In the end it has a `record` or an `error`."""
 
     def __init__(
         self, planned: PlannedRun, store: RunStore, claim: Claim, tracker: Tracker, slot: int = 0
@@ -67,45 +66,44 @@ class Member(Progress):
         self.planned, self.store, self.claim, self.slot = planned, store, claim, slot
         self.tracker = tracker
         self.folder = store.run_folder(planned.run_id)
-        self.pulse = Pulse(claim, planned.spec)
+        self.heartbeat = Heartbeat(claim, planned.spec)
         self.saved: Checkpoint | None = None
         self.record: RunRecord | None = None
         self.error: Exception | None = None
-        self._mirrored: int | None = None
-        """The last step whose point was shown; None before the mirror is opened."""
-        self.session: Session
+        self._tracked: int | None = None
+        """The last step whose point the tracker got; None before the tracker is started."""
+        self.session: TrainingSession
         self.curve: CurveWriter
-        self.watch: Divergence
+        self.divergence: DivergenceDetector
 
-    def look_back(self, fingerprint: str) -> None:
-        """Find the newest whole checkpoint whose part of the curve is there too; without one it begins from the start.
+    def find_checkpoint(self, fingerprint: str) -> None:
+        """Find the newest intact checkpoint whose part of the curve is intact too; without one the run starts over.
 
-        The checkpoint decides the micro-batch: memory may have run out since the plan was made.
+        The checkpoint decides the micro-batch, because memory may have run out since the plan was made.
         """
         planned = self.planned
         saved = load_latest(self.folder / "checkpoint", planned.run_id, planned.execution, fingerprint)
-        if saved is None:
-            if lost := len(self.store.read_curve(planned.run_id)):
-                log.warning(
-                    "run %s begins again: no whole checkpoint is left; its %d points are computed anew.",
-                    planned.run_id, lost,
-                )  # fmt: skip
-            self.saved = self.of_parent(fingerprint)
-            return
         points = len(self.store.read_curve(planned.run_id))
-        if points < saved.curve_points:
+        if saved is None:
+            if points:
+                log.warning(
+                    "run %s starts over: no intact checkpoint is left; its %d points are recomputed.",
+                    planned.run_id, points,
+                )  # fmt: skip
+            self.saved = self.from_parent(fingerprint)
+        elif points < saved.curve_points:
             log.warning(
-                "run %s begins again: its curve has %d of the %d points that its checkpoint counts on.",
+                "run %s starts over: its curve has %d of the %d points that its checkpoint needs.",
                 planned.run_id, points, saved.curve_points,
             )  # fmt: skip
-            self.saved = self.of_parent(fingerprint)
-            return
-        self.saved = saved
+            self.saved = self.from_parent(fingerprint)
+        else:
+            self.saved = saved
 
-    def of_parent(self, fingerprint: str) -> Checkpoint | None:
-        """Where this run leaves its parent, as the beginning of its own curve; None for a run without a parent.
+    def from_parent(self, fingerprint: str) -> Checkpoint | None:
+        """The parent's checkpoint from which this run starts, with an empty curve; None for a run without a parent.
 
-        Raises ValueError or OSError where the parent's checkpoint is not there or damaged.
+        Raises ValueError or OSError if the parent's checkpoint is missing or damaged.
         """
         spec = self.spec
         if spec.parent is None:
@@ -116,9 +114,9 @@ class Member(Progress):
             found, run_id=self.planned.run_id, curve_points=0, block_losses_nats=(), wall_time_s=0.0
         )
 
-    def begin(self, session: Session) -> IO[str]:
-        """Take up where the checkpoint left off; returns the curve's file, to be closed by the caller."""
-        # From here on files are changed: whoever was superseded while it loaded must not touch them.
+    def begin(self, session: TrainingSession) -> IO[str]:
+        """Resume from the checkpoint; returns the curve's file, which the caller closes."""
+        # From here on files are changed: a process that lost its claim while it loaded must not touch them.
         self.claim.check()
         self.session, saved = session, self.saved
         clean(self.folder / "checkpoint")
@@ -127,130 +125,118 @@ class Member(Progress):
             kept = self.store.read_curve(self.planned.run_id)[: saved.curve_points]
             session.step.load_state(saved.tensors)
             self.done = saved.step
-            log.info("run %s goes on from step %d of %d.", self.planned.run_id, self.done, self.spec.steps)
+            log.info("run %s resumes from step %d of %d.", self.planned.run_id, self.done, self.spec.steps)
         file: IO[str] = self.store.start_curve(self.planned.run_id, kept)
         if saved is not None:
             self.curve = CurveWriter(self.spec, file, kept, saved.block_losses_nats, saved.wall_time_s)
         else:
             self.curve = CurveWriter(self.spec, file)
-        self.watch = Divergence(self.spec, saved.divergence if saved else None)
+        self.divergence = DivergenceDetector(self.spec, saved.divergence if saved else None)
         self.saved = None  # its tensors are in the step
-        if self._mirrored is None:
+        if self._tracked is None:
             self.tracker.start(self.planned, session.fingerprint)
-            self._mirrored = 0
-            for point in kept:  # each attempt's mirror is whole in itself
-                self.mirror(point)
-        self.pulse.begin(self.done)
+            self._tracked = 0
+            for point in kept:  # each attempt sends the whole curve
+                self.track(point)
+        self.heartbeat.begin(self.done)
         return file
 
-    def take(self, told: Tensor, micro: int) -> None:
-        """Take what a block of steps told, (steps, 3): validate if it is time, and add to the curve."""
-        first, self.done = self.done, self.done + len(told)
-        validation = self.session.visit() if self.visits_now else None
-        measured = self.session.noise_at(self.done, told[-1], micro) if self.visits_now else None
-        scale = measured.scale_tokens if measured else None
-        losses: list[float] = told[:, LOSS].tolist()
-        for point in record_block(self.curve, first, losses, validation, self.watch, scale):
-            self.mirror(point)
+    def add_block(self, metrics: Tensor, micro: int) -> None:
+        """Add the metrics (steps, 3) of a block of steps to the curve; evaluate and checkpoint if it is time."""
+        first, self.done = self.done, self.done + len(metrics)
+        evaluation = self.session.evaluate() if self.at_evaluation else None
+        noise = self.session.measure_noise(self.done, metrics[-1], micro) if self.at_evaluation else None
+        scale = noise.scale_tokens if noise else None
+        losses: list[float] = metrics[:, LOSS].tolist()
+        for point in add_losses(self.curve, first, losses, evaluation, self.divergence, scale):
+            self.track(point)
         self.curve.flush()
-        if self.watch.reason:
+        if self.divergence.reason:
             self.finish()
             return
-        self.pulse.progress(self.done, losses[-1])
+        self.heartbeat.progress(self.done, losses[-1])
         if self.done in self.spec.keep_steps:
-            self.pulse.check()
-            keep(
-                self.folder / "checkpoint", self.planned, self.session, self.curve, self.watch, self.done,
-                for_others=True,
-            )  # fmt: skip
+            self.heartbeat.check()
+            self.checkpoint(permanent=True)
 
-    def mirror(self, point: EvalPoint) -> None:
-        """Show a point elsewhere, once: an attempt that ran out of memory may have shown it."""
-        if self._mirrored is not None and point.step > self._mirrored:
+    def track(self, point: EvalPoint) -> None:
+        """Send a point to the tracker, once: an attempt that ran out of memory may have sent it already."""
+        if self._tracked is not None and point.step > self._tracked:
             self.tracker.log(point)
-            self._mirrored = point.step
+            self._tracked = point.step
+
+    def checkpoint(self, *, permanent: bool = False) -> bool:
+        """Write a checkpoint; returns whether it is on disk. A write error is a warning: the run goes on, and would resume
+        from an older checkpoint. `permanent`: one that is kept for runs that continue from it."""
+        folder = self.folder / "checkpoint"
+        try:
+            self.curve.flush(durable=True)
+            checkpoint = Checkpoint(
+                run_id=self.planned.run_id,
+                step=self.done,
+                curve_points=len(self.curve.points),
+                block_losses_nats=self.curve.block_losses_nats,
+                wall_time_s=self.curve.wall_time_s,
+                execution=self.planned.execution,
+                data_fingerprint=self.session.fingerprint,
+                tensors=self.session.step.state(),
+                divergence=self.divergence.state(),
+            )
+            if permanent:
+                write_checkpoint(kept_path(folder, self.done), checkpoint)
+            else:
+                # A finished run keeps one: its weights, to sample from.
+                save_checkpoint(folder, checkpoint, keep=1 if self.done == self.spec.steps else KEPT)
+        except OSError as error:
+            log.warning("run %s: no checkpoint at step %d (%s).", self.planned.run_id, self.done, error)
+            return False
+        return True
 
     def finish(self) -> None:
-        """Write the record. Raises `ClaimLost` where another process has the run."""
-        record = make_record(self.planned, self.session, self.curve, self.watch.reason)
-        self.pulse.check()
+        """Write the record. Raises `ClaimLost` if another process has the run."""
+        record = make_record(self.planned, self.session, self.curve, self.divergence.reason)
+        self.heartbeat.check()
         if not self.store.write_record(record):
             raise ClaimLost(f"run {self.planned.run_id} already has a record")
         self.record, self.over = record, True
 
-    def drop(self, error: Exception) -> None:
-        """It ended here by an error of its own, or another process has it; others of its stack go on."""
+    def fail(self, error: Exception) -> None:
+        """The run ends here, by its own error or because another process took it over; the rest of its stack goes on."""
         self.error, self.over = error, True
 
     @property
     def micro(self) -> int | None:
-        """Sequences that are computed at once, where not the whole batch is."""
+        """Sequences per micro-batch; None for the whole batch."""
         return self.planned.execution.micro_batch_sequences
 
-    def compute_in_parts_of(self, micro_sequences: int | None) -> None:
-        """Checkpoints and the record say how a run was computed, also where memory ran out since it was planned."""
+    def set_micro_batch(self, micro_sequences: int | None) -> None:
+        """Checkpoints and the record state how the run was really computed, also if memory ran out after planning."""
         execution = replace(self.planned.execution, micro_batch_sequences=micro_sequences)
         self.planned = replace(self.planned, execution=execution)
 
-    def let_go(self) -> None:
-        """Free what an attempt that failed held; `begin` is to come again."""
+    def release(self) -> None:
+        """Free what a failed attempt held; `begin` will be called again."""
         self.done, self.saved = 0, None
         if hasattr(self, "session"):
             del self.session
 
 
-def keep(
-    folder: Path,
-    planned: PlannedRun,
-    session: Session,
-    curve: CurveWriter,
-    watch: Divergence,
-    step: int,
-    *,
-    for_others: bool = False,
-) -> bool:
-    """Checkpoint; says whether it is on the disk. A disk that refuses is a warning: the run goes on, and would begin
-    from an older one. `for_others`: one that is kept for runs that continue from it."""
-    try:
-        curve.flush(durable=True)
-        checkpoint = Checkpoint(
-            run_id=planned.run_id,
-            step=step,
-            curve_points=len(curve.points),
-            block_losses_nats=curve.block_losses_nats,
-            wall_time_s=curve.wall_time_s,
-            execution=planned.execution,
-            data_fingerprint=session.fingerprint,
-            tensors=session.step.state(),
-            divergence=watch.state(),
-        )
-        if for_others:
-            write_checkpoint(kept_path(folder, step), checkpoint)
-        else:
-            # A run that is over needs one: its weights, to sample from.
-            save_checkpoint(folder, checkpoint, keep=1 if step == planned.spec.steps else KEPT)
-    except OSError as error:
-        log.warning("run %s: no checkpoint at step %d (%s).", planned.run_id, step, error)
-        return False
-    return True
-
-
-def record_block(
+def add_losses(
     curve: CurveWriter,
     first: int,
     losses: list[float],
-    validation: Visit | None,
-    watch: Divergence,
+    evaluation: EvaluationResult | None,
+    divergence: DivergenceDetector,
     noise_scale_tokens: float | None = None,
 ) -> Iterator[EvalPoint]:
-    """Add a block's losses to the curve, up to the step at which the run diverged; yields the points made."""
+    """Add a block's losses to the curve, up to the step at which the run diverged; yields the new points."""
     for i, loss in enumerate(losses):
-        if watch.step(loss):
+        if divergence.step(loss):
             return
         step = first + i + 1
-        if validation and i == len(losses) - 1 and not watch.validation(validation.loss_nats):
+        if evaluation and i == len(losses) - 1 and not divergence.validation(evaluation.loss_nats):
             point = curve.add(
-                step, loss, validation.loss_nats, validation.sem_nats, noise_scale_tokens, validation.others
+                step, loss, evaluation.loss_nats, evaluation.sem_nats, noise_scale_tokens, evaluation.others
             )
         else:
             point = curve.add(step, loss)
@@ -258,8 +244,10 @@ def record_block(
             yield point
 
 
-def make_record(planned: PlannedRun, session: Session, curve: CurveWriter, reason: str | None) -> RunRecord:
-    """The record of a run that is over: diverged where there is a reason, else completed."""
+def make_record(
+    planned: PlannedRun, session: TrainingSession, curve: CurveWriter, reason: str | None
+) -> RunRecord:
+    """The record of a finished run: diverged if there is a reason, otherwise completed."""
     count = planned.spec.count()
     last = curve.points[-1] if curve.points else None
     done = reason is None and last is not None
@@ -274,7 +262,7 @@ def make_record(planned: PlannedRun, session: Session, curve: CurveWriter, reaso
         final_val_loss_nats=last.val_loss_nats if done and last else None,
         final_val_loss_sem_nats=last.val_loss_sem_nats if done and last else None,
         wall_time_s=round(curve.wall_time_s, 3),
-        environment=environment(session.device, session.fingerprint),
+        environment=run_environment(session.device, session.fingerprint),
         curve_points=len(curve.points),
         curve=tuple(curve.points),
         val_floor_nats=session.evaluation.floor_nats,
@@ -283,7 +271,7 @@ def make_record(planned: PlannedRun, session: Session, curve: CurveWriter, reaso
 
 
 def final_metrics(spec: RunSpec, last: EvalPoint) -> dict[str, float]:
-    """What is known of the final model beside its loss, by the names under which it is analysed."""
+    """Metrics of the final model other than its loss, by the names that the analysis uses."""
     sets = {each.name for each in spec.eval.sets}
     found = {(f"eval.{name}" if name in sets else name): value for name, value in (last.evals or {}).items()}
     bytes_per_token = spec.data.bytes_per_token

@@ -1,9 +1,11 @@
-"""Owns what training needs at hand: data checked and on the device, models built, and the program that steps them."""
+"""Everything needed to train: data checked and on the device, models built, and the program that runs their steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,33 +17,53 @@ from scaling_lab.training.data.feed import BLOCK_STEPS, Feed, device_tokens, ope
 from scaling_lab.training.data.order import WindowOrder
 from scaling_lab.training.engine.devices import apply_execution
 from scaling_lab.training.engine.optimizer import control_rows
-from scaling_lab.training.engine.step import LOSS, MEAN_PART_SQUARE, SQUARE, Slot, TrainStep
-from scaling_lab.training.measure.evaluation import Evaluation, ValidationSet, Visit, evaluation_steps
+from scaling_lab.training.engine.step import (
+    GRADIENT_SQUARE,
+    LOSS,
+    MICRO_GRADIENT_SQUARE,
+    StackSlot,
+    TrainStep,
+)
+from scaling_lab.training.measure.evaluation import (
+    EvaluationResult,
+    EvaluationSuite,
+    ValidationSet,
+    evaluation_steps,
+)
 from scaling_lab.training.measure.noise_scale import (
-    ENOUGH_PARTS,
-    PARTS,
-    Noise,
+    MIN_STEP_PARTS,
+    PROBE_SEQUENCES,
+    NoiseMeasurement,
     NoiseProbe,
-    noise,
-    visits_measured,
+    measured_steps,
+    noise_from_norms,
 )
 from scaling_lab.training.models import build_model
-from scaling_lab.training.parallel.distributed import current_team
+from scaling_lab.training.parallel.data_parallel import DataParallelStep
+from scaling_lab.training.parallel.team import Team, current_team
 
-__all__ = ["Program", "Session", "check_data", "device_tokens", "open_program", "open_session", "train_block"]
+__all__ = [
+    "Program",
+    "TrainingSession",
+    "check_data",
+    "device_tokens",
+    "open_program",
+    "open_session",
+    "train_block",
+]
 
 
 @dataclass
-class Session:
-    """What one run is trained with; of a stack's member `step` is its slot. Made by `open_session` or `open_program`."""
+class TrainingSession:
+    """What one run is trained with. For a member of a stack, `step` is its slot. Made by `open_session`/`open_program`."""
 
     spec: RunSpec
     device: torch.device
-    step: TrainStep | Slot
+    step: TrainStep | StackSlot
     feed: Feed
     slot: int
-    """Which of the feed's runs this is."""
-    evaluation: Evaluation
+    """Index of the run in the feed."""
+    evaluation: EvaluationSuite
     fingerprint: str
 
     @property
@@ -49,114 +71,123 @@ class Session:
         """Which window of the corpus the run sees at which position."""
         return self.feed.order(self.slot)
 
-    def visit(self) -> Visit:
-        """The validation set, and the other evaluation sets, at the current parameters."""
-        return self.evaluation.visit(self._mean_loss, self._scores)
+    def evaluate(self) -> EvaluationResult:
+        """The validation set and the other evaluation sets at the current parameters."""
+        return self.evaluation.evaluate(self._mean_loss, self._scores)
 
     def _mean_loss(self, name: str | None) -> tuple[float, float | None]:
-        team = current_team()
+        windows, team = self.evaluation.set(name), current_team()
         if team is not None:
-            return team.validation_loss(self, self.slot, name)
-        return self.evaluation.set(name).loss(
+            team.broadcast_command("window_losses", self.slot, name)
+            losses = self.window_losses(team, name)
+            assert losses is not None
+            return windows.summary(losses)
+        return windows.loss(
             self.step.model,
             self.step.parameters(),
             dtype=self.spec.dtype,
             vocab_size=self.spec.shape.vocab_size,
         )
 
-    def _scores(self, which: ValidationSet) -> dict[str, float]:
-        # Parameters that are spread over processes would have to be gathered for it.
+    def window_losses(self, team: Team, name: str | None) -> Tensor | None:
+        """Losses on the windows of an evaluation set, computed by all processes; None in all but the first."""
+        return team.window_losses(self.evaluation.set(name), self.step.logits, self.spec)
+
+    def _scores(self, windows: ValidationSet) -> dict[str, float]:
+        # Sharded parameters would have to be gathered for this.
         if not self.step.holds_all_parameters:
             return {}
-        return which.fact_scores(
+        return windows.fact_scores(
             self.step.model,
             self.step.parameters(),
             dtype=self.spec.dtype,
             vocab_size=self.spec.shape.vocab_size,
         )
 
-    def noise_at(self, step: int, told: Tensor, micro: int) -> Noise | None:
-        """The gradient noise after `step` steps, of which the last one told `told` (3,); None where none is measured."""
+    def measure_noise(self, step: int, metrics: Tensor, micro: int) -> NoiseMeasurement | None:
+        """The gradient noise after `step` steps, whose last one had these metrics (3,); None if it is not measured there."""
         spec = self.spec
-        if step not in visits_measured(spec, evaluation_steps(spec)) or not isinstance(
-            self.step, (TrainStep, Slot)
+        if step not in measured_steps(spec, evaluation_steps(spec)) or not isinstance(
+            self.step, (TrainStep, StackSlot)
         ):
             return None
-        if spec.batch_sequences // micro >= ENOUGH_PARTS:
-            part, whole = told[MEAN_PART_SQUARE].item(), told[SQUARE].item()
-            return noise(part, whole, micro * spec.shape.context, spec.batch_tokens)
-        windows = self.feed.windows(self.slot, step * spec.batch_sequences, PARTS)
+        if spec.batch_sequences // micro >= MIN_STEP_PARTS:
+            part, whole = metrics[MICRO_GRADIENT_SQUARE].item(), metrics[GRADIENT_SQUARE].item()
+            return noise_from_norms(part, whole, micro * spec.shape.context, spec.batch_tokens)
+        windows = self.feed.windows(self.slot, step * spec.batch_sequences, PROBE_SEQUENCES)
         return NoiseProbe(self.step.model, self.step.layout, spec).measure(self.step.flat, windows)
 
 
 @dataclass
 class Program:
-    """One step program and the sessions of its slots: one, or a stack's, in the order of the plan."""
+    """One step program and the sessions of its slots, in the order of the plan: a single one, or a stack's."""
 
     step: TrainStep
-    sessions: list[Session]
+    sessions: list[TrainingSession]
 
     @property
     def max_block_steps(self) -> int:
-        """How many steps `run_block` can do at once."""
+        """Maximum number of steps per call of `run_block`."""
         return self.sessions[0].feed.max_block_steps
 
-    def run_block(self, places: Mapping[int, int], count: int) -> Tensor:
-        """`count` steps of the members in the slots `places`, each from the step (counted from 0) that is given there.
+    def run_block(self, first_steps: Mapping[int, int], count: int) -> Tensor:
+        """Run `count` steps of the members in the slots `first_steps`, each from its own first step (counted from 0).
 
-        Returns what each step told, (count, slots, 3) float64 on the CPU, in one read; see `TrainStep.run`.
+        Returns the step metrics, (count, slots, 3) float64 on the CPU, read back at once; see `TrainStep.run`.
         """
         rows = [
-            inputs(session, places[k], count) if k in places else nothing(session, count)
+            inputs(session, first_steps[k], count) if k in first_steps else idle_inputs(session, count)
             for k, session in enumerate(self.sessions)
         ]
         device = self.sessions[0].device
         starts, controls = (torch.stack(each, 1).to(device) for each in zip(*rows, strict=True))
         if not self.step.stacked:
             starts, controls = starts[:, 0], controls[:, 0]
-        # Read back first: not every device has float64 (MPS).
-        told = self.step.run(starts, controls).cpu().double()
-        return told if self.step.stacked else told[:, None]
+        # Moved to the CPU first: not every device has float64 (MPS).
+        metrics = self.step.run(starts, controls).cpu().double()
+        return metrics if self.step.stacked else metrics[:, None]
 
 
-def inputs(session: Session, first: int, count: int) -> tuple[Tensor, Tensor]:
+def inputs(session: TrainingSession, first: int, count: int) -> tuple[Tensor, Tensor]:
     """Window starts (count, batch) and controls (count, 3) of a run's steps first .. first + count - 1."""
     spec = session.spec
     team = current_team()
     if team is not None and not session.feed.is_whole:
-        team.tell("load", session.slot, first, count)
+        team.broadcast_command("load", session.slot, first, count)
     starts = session.feed.starts(session.slot, first, count)
     rates = [spec.learning_rate(step) for step in range(first, first + count)]
     return starts, control_rows(rates, first, spec.optimizer)
 
 
-def nothing(session: Session, count: int) -> tuple[Tensor, Tensor]:
-    """The inputs under which a slot rests."""
+def idle_inputs(session: TrainingSession, count: int) -> tuple[Tensor, Tensor]:
+    """Inputs that leave a slot unchanged."""
     return torch.zeros(count, session.spec.batch_sequences, dtype=torch.int64), torch.zeros(count, 3)
 
 
-def train_block(session: Session, first: int, last: int) -> list[float]:
-    """Steps first .. last - 1 (from 0) of a run alone; their losses."""
+def train_block(session: TrainingSession, first: int, last: int) -> list[float]:
+    """Train steps first .. last - 1 (from 0) of a run that is not in a stack; returns their losses."""
     assert isinstance(session.step, TrainStep)
-    told = Program(session.step, [session]).run_block({0: first}, last - first)
-    losses: list[float] = told[:, 0, LOSS].tolist()
+    metrics = Program(session.step, [session]).run_block({0: first}, last - first)
+    losses: list[float] = metrics[:, 0, LOSS].tolist()
     return losses
 
 
 def check_data(spec: RunSpec, expected_fingerprint: str | None = None) -> str:
-    """The fingerprint of the run's data. Raises `UserError` where they are not the plan's."""
+    """The fingerprint of the run's data. Raises `UserError` if they differ from the plan's."""
     fingerprint: str = spec.data.fingerprint()
     if expected_fingerprint not in (None, fingerprint):
         raise UserError(
-            f"data={spec.data.kind} on this machine (content {fingerprint[:12]}) is not the plan's "
-            f"({str(expected_fingerprint)[:12]}): losses would not compare. Use the same Python version and files, "
-            "or make a new sweep."
+            f"data={spec.data.kind} on this machine (content {fingerprint[:12]}) differs from the plan's "
+            f"({str(expected_fingerprint)[:12]}), so losses would not be comparable. Use the same Python version and "
+            "files, or make a new sweep."
         )
     return fingerprint
 
 
-def open_session(spec: RunSpec, execution: Execution, expected_fingerprint: str | None = None) -> Session:
-    """Build the model of a run that is trained alone, load the data and check that they are the plan's."""
+def open_session(
+    spec: RunSpec, execution: Execution, expected_fingerprint: str | None = None
+) -> TrainingSession:
+    """Build the model of a single run, load its data and check that they are the plan's."""
     return open_program([spec], execution, expected_fingerprint, stacked=False).sessions[0]
 
 
@@ -167,11 +198,41 @@ def open_program(
     *,
     stacked: bool,
 ) -> Program:
-    """The program of one run, or of a stack of runs of one shape, batch and corpus; in a team, of all its processes."""
+    """The program of one run, or of a stack of runs with the same shape, batch and corpus; in a team, of all processes."""
     team = current_team()
-    if team is not None:
-        return team.open(specs, execution, expected_fingerprint, stacked)
-    return build_program(specs, execution, expected_fingerprint, stacked=stacked)
+    if team is None:
+        return build_program(specs, execution, expected_fingerprint, stacked=stacked)
+    strategy = team.strategy(specs[0], execution, stacked)
+    arguments = (specs, execution, expected_fingerprint, stacked, strategy, team.run_folder)
+    team.broadcast_command("open", *arguments)
+    return open_in_team(team, *arguments)
+
+
+def open_in_team(
+    team: Team,
+    specs: Sequence[RunSpec],
+    execution: Execution,
+    fingerprint: str | None,
+    stacked: bool,
+    strategy: str,
+    run_folder: Path | None,
+) -> Program:
+    """This process's program in a team; executed by all of its processes."""
+    from scaling_lab.training.parallel.sharded import (
+        ShardedStep,  # its imports take time, and few runs need it
+    )
+
+    step_class: Any = ShardedStep if strategy == "fsdp" else DataParallelStep
+    team.run_folder = run_folder
+    with team.shared_errors():
+        return build_program(
+            specs,
+            execution,
+            fingerprint,
+            stacked=stacked,
+            make_step=partial(step_class, team=team),
+            whole_models=strategy != "fsdp",
+        )
 
 
 def build_program(
@@ -183,13 +244,13 @@ def build_program(
     make_step: Callable[..., Any] = TrainStep,
     whole_models: bool = True,
 ) -> Program:
-    """This process's program. Without `whole_models` the step brings the models to the device, part by part."""
+    """This process's program. Without `whole_models`, `make_step` moves the models to the device, part by part."""
     spec = specs[0]
     device = apply_execution(execution, spec.dtype)
     fingerprint = check_data(spec, expected_fingerprint)
     if execution.compile:
-        # Dynamo keeps a few programs for each place in the source, and this one is the same for every run: beyond its limit
-        # (8) a worker's later runs would silently be computed eagerly. One process computes one program at a time.
+        # Dynamo keeps a limited number of programs (8) per place in the source, and this place is the same for every run:
+        # beyond the limit a worker's later runs would silently be eager. A process computes one program at a time.
         torch.compiler.reset()
     feed = open_feed(specs, device, BLOCK_STEPS)
     models = []
@@ -198,12 +259,12 @@ def build_program(
         model = build_model(each.shape, each.parametrization)
         models.append(model.to(device) if whole_models else model)
     step = make_step(models if stacked else models[0], feed.tokens, specs if stacked else spec, execution)
-    evaluation = Evaluation(spec, device)
+    evaluation = EvaluationSuite(spec, device)
     sessions = [
-        Session(
+        TrainingSession(
             spec=each,
             device=device,
-            step=Slot(step, k) if stacked else step,
+            step=StackSlot(step, k) if stacked else step,
             feed=feed,
             slot=k,
             evaluation=evaluation,

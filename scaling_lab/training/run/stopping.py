@@ -1,11 +1,11 @@
-"""Owns how a process that trains is told to checkpoint or to stop: by signals, by a launcher, by another thread.
+"""Requests to checkpoint or stop, from signals, a launcher or another thread.
 
-    SIGTERM, SIGINT, SIGUSR1   the run checkpoints after the block of steps in progress and stops; a worker exits with 75
-    a handler of somebody else's for one of these or SIGUSR2 (submitit's, which requeues the job through its launcher's
-        `checkpoint` hook) is kept: the run checkpoints first, then that handler is called, in the main thread
-    request_checkpoint()       the run checkpoints and goes on
+    SIGTERM, SIGINT, SIGUSR1   the run checkpoints after the current block of steps and stops; a worker exits with status 75
+    an existing handler for one of these or SIGUSR2 (submitit's, which requeues the job through its launcher's `checkpoint`
+        hook) is kept: the run checkpoints first, then that handler is called in the main thread
+    request_checkpoint()       the run checkpoints and continues
 
-While there is nothing to save (data are read, the step is compiled) the answer does not wait.
+While there is nothing to save (the data are read, the step is compiled) requests are handled at once.
 """
 
 from __future__ import annotations
@@ -18,103 +18,90 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from scaling_lab.core.errors import Preempted
+from scaling_lab.core.errors import Interrupted
 
 log = logging.getLogger(__name__)
 
-# Exit status of a worker that was told to stop and can go on later (the BSD sysexits' EX_TEMPFAIL, used for requeueing).
-EXIT_REQUEUE = 75
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
-# submitit's signal of preemption and timeout, unless SUBMITIT_PREEMPT_SIGNAL names another: only ever handed on.
-HANDED_ON_SIGNALS = (*STOP_SIGNALS, "SIGUSR2")
-
-
-class Interrupted(KeyboardInterrupt):
-    """The process was told to stop: the run goes on another time. No `Exception`, so that no library swallows it."""
-
-    def __init__(self, by_person: bool = False) -> None:
-        super().__init__("told to stop")
-        self.by_person = by_person
-
-    def saying(self, hint: str) -> KeyboardInterrupt:
-        """What a command ends with: Ctrl-C and preemption have their own exit statuses."""
-        return KeyboardInterrupt(hint) if self.by_person else Preempted(hint)
+# SIGUSR2 is submitit's signal for preemption and timeout, unless SUBMITIT_PREEMPT_SIGNAL names another; it is only forwarded.
+FORWARDED_SIGNALS = (*STOP_SIGNALS, "SIGUSR2")
 
 
 class Requests:
-    """What this process was asked for. The training loop looks between two blocks of steps and answers."""
+    """Pending requests to this process. The training loop handles them between two blocks of steps."""
 
     def __init__(self) -> None:
         self._stop, self._checkpoint = threading.Event(), threading.Event()
         self._written = threading.Condition()
         self._checkpoints = 0
-        self._handed_on: list[Callable[[], Any]] = []
-        self._at_once = self._by_person = False
+        self._forwarded: list[Callable[[], Any]] = []
+        self._immediate = self._by_person = False
 
     @property
     def stop(self) -> bool:
         """Whether to stop after the next checkpoint."""
         return self._stop.is_set()
 
-    def __call__(self) -> bool:
-        """Whether a checkpoint is asked for."""
-        return self._stop.is_set() or self._checkpoint.is_set() or bool(self._handed_on)
+    @property
+    def checkpoint(self) -> bool:
+        """Whether a checkpoint is requested."""
+        return self._stop.is_set() or self._checkpoint.is_set() or bool(self._forwarded)
 
     @contextmanager
-    def nothing_to_save(self, so: bool = True) -> Iterator[None]:
-        """Within it (if `so`) a request is answered when it comes: compiling may take longer than the time of grace."""
-        before, self._at_once = self._at_once, so
+    def handled_at_once(self, enabled: bool = True) -> Iterator[None]:
+        """For code with nothing to save: requests do not wait for it, as compiling may outlast a scheduler's grace period."""
+        before, self._immediate = self._immediate, enabled
         try:
-            if so:
-                self.answer()
+            if enabled:
+                self.handle()
             yield
         finally:
-            self._at_once = before
+            self._immediate = before
 
-    def saved(self) -> None:
-        """A checkpoint is on the disk: tells those who wait for one."""
+    def notify_saved(self) -> None:
+        """A checkpoint is on disk: wake up the threads that wait for it."""
         self._checkpoint.clear()
         with self._written:
             self._checkpoints += 1
             self._written.notify_all()
 
-    def answer(self) -> None:
-        """Whatever could be saved is saved: hand the signals on to their owners, then stop if told to.
+    def handle(self) -> None:
+        """To be called when everything is saved: forward the signals to their handlers, then stop if requested.
 
-        Raises `Interrupted`, and what an owner raises: submitit's handler ends the process by SystemExit.
+        Raises `Interrupted`, and whatever a handler raises: submitit's ends the process with SystemExit.
         """
-        while self._handed_on:
-            self._handed_on.pop(0)()
+        while self._forwarded:
+            self._forwarded.pop(0)()
         if self.stop:
             raise Interrupted(self._by_person)
 
-    def ask(self, *, stop: bool = False) -> None:
-        """Ask for a checkpoint, or for one and a stop; from any thread."""
+    def request(self, *, stop: bool = False) -> None:
+        """Request a checkpoint, or a checkpoint and a stop; from any thread."""
         (self._stop if stop else self._checkpoint).set()
 
     def wait_for_checkpoint(self, timeout_s: float) -> bool:
-        """Ask for a checkpoint and wait for it; says whether it came in time. Not from the training thread."""
+        """Request a checkpoint and wait for it; returns whether it came in time. Not for the training thread."""
         with self._written:
             before = self._checkpoints
             self._checkpoint.set()
             return self._written.wait_for(lambda: self._checkpoints > before, timeout_s)
 
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Handler of a signal that means: stop."""
-        again = self.stop and number == signal.SIGINT
+    def on_stop_signal(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler that requests a stop."""
+        repeated = self.stop and number == signal.SIGINT
         self._by_person = number == signal.SIGINT
         self._stop.set()
-        if self._at_once or again:
-            self.answer()
+        if self._immediate or repeated:
+            self.handle()
 
-    def handing_on(self, owner: Callable[[int, FrameType | None], Any]) -> Callable[..., None]:
-        """A handler that passes the signal to `owner` once a checkpoint is written."""
+    def forwarding(self, owner: Callable[[int, FrameType | None], Any]) -> Callable[..., None]:
+        """A signal handler that calls `owner` once a checkpoint is written."""
 
         def handler(number: int, frame: FrameType | None) -> None:
-            log.warning("%s: a checkpoint first, then its handler.", signal.Signals(number).name)
-            self._handed_on.append(lambda: owner(number, frame))
-            if self._at_once:
-                self.answer()
+            log.warning("%s: its handler is called after a checkpoint.", signal.Signals(number).name)
+            self._forwarded.append(lambda: owner(number, frame))
+            if self._immediate:
+                self.handle()
 
         return handler
 
@@ -124,9 +111,9 @@ _listening: list[Requests] = []
 
 @contextmanager
 def listen() -> Iterator[Requests]:
-    """Within it signals become requests. Inside another `listen` it is the same one: a worker listens between runs too.
+    """Turns signals into requests. Nested calls share one `Requests`: a worker also listens between its runs.
 
-    In another thread than the main one signals stay whose they are; `request_checkpoint` and `request_stop` reach it.
+    Outside the main thread signals are left alone; `request_checkpoint` and `request_stop` work there too.
     """
     if _listening:
         yield _listening[-1]
@@ -144,41 +131,48 @@ def listen() -> Iterator[Requests]:
             signal.signal(number, handler)
 
 
-def request_checkpoint(timeout_s: float | None = None) -> bool:
-    """Ask the run that this process trains for a checkpoint: for a launcher's hook, or any other thread.
+def ignore_signals() -> None:
+    """For processes that follow another one, which alone handles signals."""
+    for name in FORWARDED_SIGNALS:
+        if (number := getattr(signal, name, None)) is not None:
+            signal.signal(number, signal.SIG_IGN)
 
-    With `timeout_s` it waits until the checkpoint is on the disk. Returns whether one was asked for (or came in time):
-    False where no run is being trained.
+
+def request_checkpoint(timeout_s: float | None = None) -> bool:
+    """Request a checkpoint of the run that this process trains: for a launcher's hook, or any other thread.
+
+    With `timeout_s`, wait until the checkpoint is on disk. Returns whether one was requested (or came in time); False if no
+    run is being trained.
     """
     if not _listening:
         return False
     if timeout_s is not None:
         return _listening[-1].wait_for_checkpoint(timeout_s)
-    _listening[-1].ask()
+    _listening[-1].request()
     return True
 
 
 def request_stop() -> bool:
-    """Ask the run that this process trains to checkpoint and stop; False where none is being trained."""
+    """Ask the run that this process trains to checkpoint and stop; False if none is being trained."""
     if _listening:
-        _listening[-1].ask(stop=True)
+        _listening[-1].request(stop=True)
     return bool(_listening)
 
 
 def _install(requests: Requests) -> dict[int, Any]:
-    """Put our handlers in place; returns those that were there, by signal."""
+    """Install our handlers; returns the previous ones by signal."""
     before: dict[int, Any] = {}
-    for name in HANDED_ON_SIGNALS:
+    for name in FORWARDED_SIGNALS:
         number = getattr(signal, name, None)
         if number is None:
             continue
         owner = signal.getsignal(number)
-        if owner is None:  # not installed from Python: it could not be put back
+        if owner is None:  # not installed from Python, so it could not be restored
             continue
         if callable(owner) and owner is not signal.default_int_handler:
-            handler: Any = requests.handing_on(owner)
+            handler: Any = requests.forwarding(owner)
         elif name in STOP_SIGNALS:
-            handler = requests.on_signal
+            handler = requests.on_stop_signal
         else:
             continue
         before[number] = signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Owns what runs beside training by the clock: the claim's heartbeat, and when a checkpoint is due."""
+"""The claim's heartbeat while a run trains, and the timer that says when a checkpoint is due."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 2.0
 
 
-class Pulse:
-    """The claim's heartbeat, from a thread: compiling, evaluating or a slow step must not look like a dead process.
+class Heartbeat:
+    """Sends the claim's heartbeat from a thread: compiling, evaluating or a slow step must not look like a dead process.
 
-    The claim is released at the end, however the run ended. `check` raises `ClaimLost` if somebody took the run over.
+    It releases the claim at the end, however the run ended. `check` raises `ClaimLost` if another process has taken the run
+    over.
     """
 
     def __init__(self, claim: Claim, spec: RunSpec) -> None:
         self._claim, self._spec = claim, spec
         self._stop, self._lost = threading.Event(), threading.Event()
-        self._done = self._began_at = 0
+        self._done = self._first_step = 0
         self._loss: float | None = None
         self._began = time.monotonic()
         self._thread = threading.Thread(target=self._work, daemon=True, name="heartbeat")
 
-    def __enter__(self) -> Pulse:
+    def __enter__(self) -> Heartbeat:
         self._thread.start()
         return self
 
@@ -41,12 +42,12 @@ class Pulse:
             log.warning("the claim could not be released (%s): it ends with this process.", problem)
 
     def begin(self, step: int) -> None:
-        """Training begins after `step`: speed is counted from here."""
-        self._done = self._began_at = step
+        """Training starts after `step`; the speed is measured from here."""
+        self._done = self._first_step = step
         self._began = time.monotonic()
 
     def progress(self, step: int, train_loss_nats: float) -> None:
-        """Say how far the run is; raises `ClaimLost`."""
+        """Report how far the run is. Raises `ClaimLost`."""
         self._done, self._loss = step, train_loss_nats
         if self._lost.is_set():
             self._claim.check()
@@ -57,7 +58,7 @@ class Pulse:
     def _work(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
             elapsed = time.monotonic() - self._began
-            speed = (self._done - self._began_at) * self._spec.batch_tokens / elapsed
+            speed = (self._done - self._first_step) * self._spec.batch_tokens / elapsed
             try:
                 self._claim.heartbeat(self._done, self._spec.steps, speed or None, self._loss)
             except ClaimLost:
@@ -68,7 +69,7 @@ class Pulse:
 
 
 class Timer:
-    """Says every `every_s` seconds that it is time."""
+    """Due once every `every_s` seconds."""
 
     def __init__(self, every_s: float) -> None:
         self._every_s, self._last = every_s, time.monotonic()

@@ -1,6 +1,7 @@
-"""Owns running a step as one CUDA graph: gather, forward, backward, clip and update are launched with one call.
+"""The step as a CUDA graph: gather, forward, backward, clipping and update are launched by one call.
 
-A tiny model's step is dozens of kernels of a few microseconds each: launched one by one they cost more than they compute.
+A tiny model's step is dozens of kernels of a few microseconds each; launching them one by one would take longer than
+running them.
 """
 
 from __future__ import annotations
@@ -11,21 +12,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from scaling_lab.planning.memory import BLOCK_STEPS
 from scaling_lab.training.engine.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
-# Steps whose inputs the graph holds at once; longer blocks are run in parts.
-BLOCK_STEPS = 64
-# PyTorch's advice for work that is captured: let it run a few times first, on a side stream.
+# PyTorch's advice for capturing: run the work a few times first, on a side stream.
 WARM_UP_STEPS = 3
 
 
 class BlockGraph:
-    """A step on fixed buffers: a replay takes the next row of the block's inputs, by a counter on the device.
+    """A step captured on fixed buffers that hold the inputs of `BLOCK_STEPS` steps; longer blocks are split.
 
-    `state` is what the step changes in place; it is put back after the warm-up, so the graph begins where the eager step
-    would. Where capturing fails (a kernel that waits for the device) steps run one by one: the same kernels, slower.
+    Each replay reads the next row of the buffers, by a counter on the device. `state` are the tensors that the step changes
+    in place: they are restored after the warm-up, so that the graph starts where the eager step would. If capturing fails
+    (a kernel that waits for the device), steps are launched one by one: the same kernels, but slower.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class BlockGraph:
         self._next = torch.zeros(1, dtype=torch.int64, device=starts.device)
         self._starts.copy_(starts.expand_as(self._starts))
         self._controls.copy_(controls.expand_as(self._controls))
-        self._told: Tensor
+        self._metrics: Tensor
         self._graph: torch.cuda.CUDAGraph | None = None
         before = {name: tensor.clone() for name, tensor in state.items()}
         try:
@@ -62,28 +63,28 @@ class BlockGraph:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_STEPS):
-                told = self._step(self._starts[0], self._controls[0])
-            self._told = told.new_zeros((BLOCK_STEPS, *told.shape))
+                metrics = self._step(self._starts[0], self._controls[0])
+            self._metrics = metrics.new_zeros((BLOCK_STEPS, *metrics.shape))
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # A feed's thread may be pinning the next chunk: only what this thread does is part of the capture.
+        # A feed's thread may be pinning the next chunk: only the work of this thread is captured.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._one()
+            self._run_next_step()
         self._graph = graph
 
-    def _one(self) -> None:
-        """What is captured: the step on the row that the counter names, and the counter's advance."""
+    def _run_next_step(self) -> None:
+        """The captured work: the step on the row given by the counter, and incrementing the counter."""
         starts = self._starts.index_select(0, self._next).squeeze(0)
         controls = self._controls.index_select(0, self._next).squeeze(0)
-        self._told.index_copy_(0, self._next, self._step(starts, controls).unsqueeze(0))
+        self._metrics.index_copy_(0, self._next, self._step(starts, controls).unsqueeze(0))
         self._next.add_(1)
 
     def run(self, starts: Tensor, controls: Tensor) -> Tensor:
         """A block of steps; see `TrainStep.run`."""
         if self._graph is None:
             return torch.stack([self._step(starts[i], controls[i]) for i in range(len(starts))])
-        told = []
+        metrics = []
         for first in range(0, len(starts), BLOCK_STEPS):
             part, rates = starts[first : first + BLOCK_STEPS], controls[first : first + BLOCK_STEPS]
             self._starts[: len(part)].copy_(part)
@@ -91,5 +92,5 @@ class BlockGraph:
             self._next.zero_()
             for _ in range(len(part)):
                 self._graph.replay()
-            told.append(self._told[: len(part)].clone())
-        return torch.cat(told)
+            metrics.append(self._metrics[: len(part)].clone())
+        return torch.cat(metrics)
