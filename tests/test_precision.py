@@ -43,12 +43,12 @@ def test_tf32_is_of_the_run_that_asks_for_it(switches):
 
 
 def test_tf32_without_a_gpu_is_one_line(tmp_path, capsys):
-    with pytest.raises(UserError, match="dtype=tf32 needs device=cuda, not cpu"):
+    with pytest.raises(UserError, match="dtype=tf32 requires device=cuda, not cpu"):
         apply_execution(Execution(), "tf32")
     options = ["sweep=t", f"results_dir={tmp_path}", "device=cpu", "dtype=tf32"]
     assert main(["plan", *options]) == 2
     said = capsys.readouterr().err
-    assert "dtype=tf32 needs device=cuda, not cpu. Choices: float32, bfloat16." in said
+    assert "dtype=tf32 requires device=cuda, not cpu. Choices: float32, bfloat16." in said
     assert not (tmp_path / "t").exists()
 
 

@@ -162,8 +162,8 @@ def test_in_another_thread_signals_stay_whose_they_are(tmp_path, owner):
     found: list[object] = []
 
     def work():
-        with listen() as asked:
-            found.extend([signal.getsignal(signal.SIGTERM), asked()])
+        with listen() as requests:
+            found.extend([signal.getsignal(signal.SIGTERM), requests.checkpoint])
 
     thread = threading.Thread(target=work)
     thread.start()
