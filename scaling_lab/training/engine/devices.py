@@ -38,7 +38,9 @@ def apply_execution(execution: Execution, dtype: str = "float32") -> torch.devic
     """Set threads, determinism and precision for this process and return the device. A process computes one run, or one
     stack, at a time. Raises `UserError` for dtype=tf32 on a device without it."""
     if dtype == "tf32" and execution.device != "cuda":
-        raise UserError(f"dtype=tf32 requires device=cuda, not {execution.device}. Choices: float32, bfloat16.")
+        raise UserError(
+            f"dtype=tf32 requires device=cuda, not {execution.device}. Choices: float32, bfloat16."
+        )
     torch.set_num_threads(execution.threads)
     if execution.device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
