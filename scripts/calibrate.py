@@ -5,7 +5,7 @@
     scripts/calibrate.py --studies 50                 # a quick check, as in CI
     scripts/calibrate.py --cells "paper chinchilla"   # only cells whose name contains this
     scripts/calibrate.py --state build/calibration    # keep the studies; a later call resumes
-    scripts/calibrate.py --out results/calibration.txt
+    scripts/calibrate.py --out results/benchmarks/calibration.txt
 
 Cells, laws and the pass criterion are in scaling_lab/analysis/inference/calibration.py. The table includes median widths,
 because wide intervals cover easily. The exit status is 1 if a cell fails for which its approach claims calibration.

@@ -2,7 +2,7 @@
 """Measure the calibration of the fitted irreducible loss: z = (fitted E - true E) / standard error over simulated studies.
 
     scripts/calibrate_floor.py                    # 500 studies per noise level: about six minutes on one core
-    scripts/calibrate_floor.py --workers 2 --out results/calibration_floor.txt
+    scripts/calibrate_floor.py --workers 2 --out results/benchmarks/calibration_floor.txt
     scripts/calibrate_floor.py --studies 40       # a quick check
 
 Studies are simulated as in scripts/calibrate.py: a known law on the quickstart's grid with seed noise. A calibrated z has

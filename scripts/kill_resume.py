@@ -3,7 +3,7 @@
 
     scripts/kill_resume.py                              # 100 kills: about eight minutes of one core
     scripts/kill_resume.py --kills 20                   # as CI takes it
-    scripts/kill_resume.py --out results/kill_resume.txt
+    scripts/kill_resume.py --out results/benchmarks/kill_resume.txt
 
 Some kills come at a uniformly random time; others aim at a training step, at a checkpoint being written, at the record
 being written, or at a resumed run taking up its curve. Where a kill landed is proved, not guessed: the process announces

@@ -4,7 +4,7 @@ that nobody disturbed.
 
     scripts/kill_sweep.py                              # 200 kills: about twelve minutes of two cores
     scripts/kill_sweep.py --kills 40                   # as CI takes it
-    scripts/kill_sweep.py --out results/kill_sweep.txt
+    scripts/kill_sweep.py --out results/benchmarks/kill_sweep.txt
 
 Two `scaling-lab sweep` commands share one folder of 20 tiny runs, each with a worker. A kill takes a worker, a command
 (its worker is orphaned then), or one of each at once; commands that died are started again. Half of the kills come at a

@@ -150,7 +150,7 @@ def test_the_script_passes_what_is_calibrated_and_nothing_else(script: ModuleTyp
 
 @pytest.mark.slow
 def test_z_of_the_fitted_floor_over_simulated_studies(script: ModuleType) -> None:
-    """Forty studies: mean near 0, spread near 1; the committed table (results/calibration_floor.txt) has 500."""
+    """Forty studies: mean near 0, spread near 1; the committed table (results/benchmarks/calibration_floor.txt) has 500."""
     z = np.array(script.all_z(0.005, 40, 100, workers=1), dtype=float)
     assert z[:2].tolist() == script.all_z(0.005, 2, 100, workers=1)
     assert script.line(0.005, z, 0)[1]

@@ -238,3 +238,24 @@ def test_packages_in_pyproject_are_the_packages_there_are():
     there = {p for p in there if ".hydra_plugins" not in p}
     assert there <= listed, f"missing in pyproject.toml: {sorted(there - listed)}"
     assert listed - there == {"scaling_lab.conf", "hydra_plugins", "hydra_plugins.scaling_lab"}
+
+
+def git(*arguments: str) -> list[str]:
+    """Output lines of a git command in the repository; exit status 1, "no match", is not an error."""
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stderr
+    return done.stdout.splitlines()
+
+
+def test_git_ignores_no_source_file():
+    """A pattern such as `wandb/` without a leading slash would silently leave scaling_lab/tracking/wandb out of commits."""
+    caches = ("__pycache__", ".pytest_cache", ".hypothesis", ".mypy_cache", ".ruff_cache")
+    ignored = git("ls-files", "--others", "--ignored", "--exclude-standard", "scaling_lab", "conf", "tests")
+    assert [p for p in ignored if not p.endswith(".pyc") and not set(Path(p).parts) & set(caches)] == []
+    assert git("ls-files", "--cached", "--ignored", "--exclude-standard") == []
+
+
+def test_git_ignores_sweeps_but_no_published_results():
+    kept = [f"results/{folder}/some_new_file.txt" for folder in ("benchmarks", "published", "studies")]
+    sweep = "results/some_sweep/plan.json"
+    assert git("check-ignore", "--no-index", *kept, sweep) == [sweep]

@@ -1,5 +1,5 @@
 """Owns the sentences about intervals that are not known to cover: what scripts/calibrate.py measured to fail, or never
-measured. They stand among an estimate's diagnostics, beside the numbers; results/calibration.txt has the evidence.
+measured. They stand among an estimate's diagnostics, beside the numbers; results/benchmarks/calibration.txt has the evidence.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 from scaling_lab.analysis.estimate import Estimate
 from scaling_lab.analysis.inference.bands import Band
 
-_EVIDENCE = "results/calibration.txt"
+_EVIDENCE = "results/benchmarks/calibration.txt"
 # Predictions are calibrated at ten times the largest observed compute.
 CALIBRATED_EXTRAPOLATION = 10.0
 

@@ -164,6 +164,6 @@ def head_parameters(model: nn.Module, spec: RunSpec) -> tuple[str, ...]:
 def autocast(like: Tensor, spec: RunSpec) -> torch.autocast:
     """The run's precision: matrix products in bfloat16 for dtype=bfloat16; no autocast for float32 and tf32.
 
-    A bfloat16 copy of the weights was as fast and no closer to float32 (scripts/bench_bf16.py, results/bench_bf16.txt).
+    A bfloat16 copy of the weights was as fast and no closer to float32 (scripts/bench_bf16.py, results/benchmarks/bench_bf16.txt).
     """
     return torch.autocast(like.device.type, dtype=torch.bfloat16, enabled=spec.dtype == "bfloat16")

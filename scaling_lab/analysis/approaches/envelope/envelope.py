@@ -204,7 +204,7 @@ class Envelope:
         keep = at if self.settings.edge == "keep" else at[~edge]
         notes.append(
             "A hull has few vertices, mostly from runs with favorable noise, so intervals by run are too narrow (90% intervals"
-            " of the exponent covered the truth in 70% of simulated studies; results/calibration.txt)."
+            " of the exponent covered the truth in 70% of simulated studies; results/benchmarks/calibration.txt)."
         )
         verb = "kept" if self.settings.edge == "keep" else "dropped"
         notes.append(
