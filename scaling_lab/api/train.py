@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from scaling_lab.api.plan import PlanResult
 from scaling_lab.api.sweep import Sweep
 from scaling_lab.core.errors import UserError
+from scaling_lab.core.installation import require
 
 if TYPE_CHECKING:
     from scaling_lab.core.spec import Plan, PlannedRun
@@ -52,7 +53,7 @@ def train(
     >>> sl.train(made, workers=0, progress=False)
     sweep tiny in results/tiny: 4 completed
     """
-    require_torch()
+    require("torch", "training")
     if workers is not None and workers < 0:
         raise UserError(f"workers={workers} must be at least 1, or 0 to train in this process.")
     if retry not in (None, "failed"):
@@ -71,14 +72,6 @@ def train(
         store.reopen_failed(plan)
     _train_plan(store, plan, workers, tracker_dict(tracker), _reporter(progress))
     return _outcome(store, [run.run_id for run in plan.runs])
-
-
-def require_torch() -> None:
-    """Raise `UserError` in one line where torch is not installed."""
-    from importlib.util import find_spec
-
-    if find_spec("torch") is None:
-        raise UserError("training needs torch: pip install torch.")
 
 
 def tracker_dict(tracker: str | Mapping[str, Any] | None) -> dict[str, Any]:

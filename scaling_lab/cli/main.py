@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_USER, _os_message(error))
     except OSError as error:
         return _fail(error, EXIT_RUNS_FAILED, _os_message(error))
+    except ModuleNotFoundError as error:
+        return _missing_module(arguments, error)
     except Exception as error:
         text = f"internal error: {type(error).__name__}: {error}. Please report it; SCALING_LAB_TRACEBACK=1 shows the traceback."
         return _fail(error, EXIT_BUG, text)
@@ -93,6 +95,22 @@ def _fail(error: BaseException, status: int, message: str) -> int:
         traceback.print_exception(error)
     _say(f"error: {' '.join(message.split())}")
     return status
+
+
+def _missing_module(arguments: Arguments | None, error: ModuleNotFoundError) -> int:
+    """A dependency that is not installed is one line with the command that installs it; another module is a bug."""
+    from scaling_lab.core.installation import missing, package_of, requirements
+
+    package = package_of(error.name or "")
+    known = requirements()
+    if package not in known:
+        return _fail(
+            error,
+            EXIT_BUG,
+            f"internal error: {error}; SCALING_LAB_TRACEBACK=1 shows where. Please report it.",
+        )
+    command = "this" if arguments is None else f"`scaling-lab {arguments.command or ''}`"
+    return _fail(error, EXIT_USER, str(missing(package, command, known[package]["extra"] or None)))
 
 
 def _interrupted(arguments: Arguments | None, error: KeyboardInterrupt) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling_lab.core.errors import UserError, unknown
+from scaling_lab.core.installation import require
 from scaling_lab.corpora.reading import (
     ReadProgress,
     join_parts,
@@ -168,7 +169,8 @@ def row_count(stream: Any, split: str) -> int | None:
 
 
 def hub_text(source: str, text_column: str | None) -> HubText:
-    """A preset, or OWNER/NAME[:CONFIGURATION] on the Hub."""
+    """A preset, or OWNER/NAME[:CONFIGURATION] on the Hub. Raises `UserError` where the package datasets is missing."""
+    require("datasets", f"source={source}")
     if source in PRESETS:
         repository, configuration, column = PRESETS[source]
         return HubText(repository, configuration, text_column or column)

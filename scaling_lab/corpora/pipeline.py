@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from scaling_lab.core.errors import UserError
+from scaling_lab.core.installation import require
 from scaling_lab.core.sources.prepared import META
 from scaling_lab.core.storage.files import remove_temporary_files
 from scaling_lab.corpora.reading import ReadProgress
@@ -98,6 +99,8 @@ class PrepareSettings:
             raise UserError(f"max_tokens={self.max_tokens} must be at least 1.")
         if not self.tokenizer_mb > 0:
             raise UserError(f"tokenizer_mb={self.tokenizer_mb!r} must be positive.")
+        if self.tokenizer != BYTES:
+            require("tokenizers", f"tokenizer={self.tokenizer}")
         if self.tokenizer == BPE and self.vocab_size < SMALLEST_BPE:
             raise UserError(
                 f"vocab_size={self.vocab_size} must be at least {SMALLEST_BPE}: 256 bytes plus the separator."

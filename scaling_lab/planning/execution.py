@@ -6,6 +6,7 @@ plan.json and is not changed afterwards.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import sys
@@ -204,6 +205,17 @@ def usable_bytes(settings: ExecutionSettings) -> float | None:
 def usable_cores() -> int:
     """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def accelerator_is_possible() -> bool:
+    """Whether torch may find a GPU here: false only where no driver of one can be loaded."""
+    if sys.platform == "darwin" or Path("/dev/kfd").exists():  # Apple's and AMD's
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def can_compile_on_cpu() -> bool:

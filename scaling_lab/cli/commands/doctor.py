@@ -16,8 +16,10 @@ from scaling_lab.cli.options.arguments import Arguments
 from scaling_lab.cli.options.compose import read_command
 from scaling_lab.cli.options.forms import Form, build, options_of
 from scaling_lab.core.errors import UserError
+from scaling_lab.core.installation import absent, analysis_requirements, install_hint, is_installed
 
 LITTLE_DISK_BYTES = 2e9
+TORCH = "torch"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class CheckResult:
     found: str
     advice: str | None = None
     needed: bool = False
-    """Whether training is impossible without it."""
+    """Whether nothing works without it."""
 
 
 def form(arguments: Arguments) -> Form:
@@ -49,7 +51,7 @@ def run(arguments: Arguments) -> int:
     settings: DoctorCommand = build(DoctorCommand, command.tree)
     console = Console.for_flags(arguments.flags)
     checks: tuple[Callable[[], CheckResult], ...] = (
-        _version, _python, _torch, _gpu, _cores, _compiler, _wandb, lambda: _disk(settings.results_dir), _corpus,
+        _version, _python, _packages, _torch, _gpu, _cores, _compiler, _wandb, lambda: _disk(settings.results_dir), _corpus,
     )  # fmt: skip
     findings = []
     for check in checks:
@@ -61,11 +63,14 @@ def run(arguments: Arguments) -> int:
             if finding.advice:
                 console.print(f"{'':9}{'':<18} -> {finding.advice}", markup=False)
     healthy = all(f.ok for f in findings if f.needed)
+    can_train = healthy and all(f.ok for f in findings if f.what == TORCH)
     if console.json:
-        print(json.dumps({"ok": healthy, "findings": [asdict(f) for f in findings]}, indent=1))
-    console.next_step(
-        "scaling-lab quickstart" if healthy else "scaling-lab doctor, once everything missing is installed"
-    )
+        found = {"ok": healthy, "can_train": can_train, "findings": [asdict(f) for f in findings]}
+        print(json.dumps(found, indent=1))
+    if healthy:
+        console.next_step("scaling-lab quickstart" if can_train else "scaling-lab analyze runs=FILE")
+    else:
+        console.next_step("scaling-lab doctor, once everything missing is installed")
     return 0 if healthy else 1
 
 
@@ -81,21 +86,33 @@ def _python() -> CheckResult:
     return CheckResult("python", ok, f"{platform.python_version()} ({sys.executable})", advice, needed=True)
 
 
+def _packages() -> CheckResult:
+    """Dependencies that are missing: those of analysis are needed; torch and wandb have checks of their own."""
+    needed = analysis_requirements()[1]
+    optional = {"datasets": "prepare-data source=", "tokenizers": "prepare-data tokenizer=bpe"}
+    gone, extra = absent(needed), absent(optional)
+    if gone:
+        advice = f"nothing works without them: {install_hint(*gone)}"
+        return CheckResult("packages", False, f"without {', '.join(gone)}", advice, needed=True)
+    if extra:
+        what = " and ".join(optional[name] for name in extra)
+        advice = f"{what} need them: {install_hint(*extra)}"
+        return CheckResult("packages", False, f"without {', '.join(extra)}", advice)
+    return CheckResult("packages", True, "all dependencies of analysis and of data preparation")
+
+
 def _torch() -> CheckResult:
     try:
         import torch
     except ImportError as error:
         return CheckResult(
-            "torch",
+            TORCH,
             False,
             str(error),
-            "pip install torch (training needs it; analysis does not).",
-            needed=True,
+            f"training needs it, analysis and planning do not: {install_hint('torch')}",
         )
     threads = torch.get_num_threads()
-    return CheckResult(
-        "torch", True, f"{torch.__version__}, {threads} thread{'s' * (threads != 1)} by default"
-    )
+    return CheckResult(TORCH, True, f"{torch.__version__}, {threads} thread{'s' * (threads != 1)} by default")
 
 
 def _gpu() -> CheckResult:
@@ -137,14 +154,12 @@ def _compiler() -> CheckResult:
 
 
 def _wandb() -> CheckResult:
-    from importlib.util import find_spec
-
-    if find_spec("wandb") is None:
+    if not is_installed("wandb"):
         return CheckResult(
             "Weights & Biases",
             False,
             "not installed",
-            "pip install wandb, only needed for tracker=wandb.",
+            f"only tracker=wandb and the W&B commands need it: {install_hint('wandb')}",
         )
     from scaling_lab.tracking.sink.trackers import wandb_mode
 

@@ -15,6 +15,7 @@ from scaling_lab.cli.options.forms import Form
 from scaling_lab.cli.options.study import SweepOnly, study_form, sweep_settings
 from scaling_lab.cli.planning import defines_plan
 from scaling_lab.core.errors import UserError
+from scaling_lab.core.installation import require
 from scaling_lab.core.spec import Plan
 from scaling_lab.core.storage.files import disk_error
 from scaling_lab.core.storage.store import RunStore
@@ -71,6 +72,7 @@ def mirror_whole_sweep(store: RunStore, text: str, console: Console) -> None:
 
 def execute(command: Command, console: Console) -> tuple[int, Plan]:
     """Run the multirun; the exit status that the records tell, and the plan."""
+    require("torch", "training")
     store: RunStore = store_of(command)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(

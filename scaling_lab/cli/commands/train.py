@@ -13,6 +13,7 @@ from scaling_lab.cli.options.forms import Form
 from scaling_lab.cli.options.study import TrainOnly, form_of_tree, study_form, sweep_settings, tracker_options
 from scaling_lab.core.errors import Interrupted, UserError
 from scaling_lab.core.formatting import human_count, human_time
+from scaling_lab.core.installation import require
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.spec import PlannedRun
 from scaling_lab.core.storage.store import RunStore
@@ -39,6 +40,7 @@ def run(arguments: Arguments) -> int:
         multirun=multirun,
         launches=multirun,
     )
+    require("torch", "training")
     # Every run is planned before the first is launched: an impossible one refuses them all.
     planned = {p.run_id: p for p in (planned_run(c.tree) for c in command.combinations)}
     from scaling_lab.training.parallel.team import joined

@@ -12,6 +12,7 @@ from scaling_lab.cli.options.arguments import Arguments
 from scaling_lab.cli.options.compose import read_command
 from scaling_lab.cli.options.forms import Form, build, options_of
 from scaling_lab.core.errors import UserError
+from scaling_lab.core.installation import missing
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,7 @@ def run(arguments: Arguments) -> int:
             import_module(f"wandb_workspaces.{name}") for name in ("workspaces", "reports.v2")
         )
     except ImportError:
-        raise UserError(
-            "this needs the package wandb-workspaces: pip install 'scaling-lab[wandb]'."
-        ) from None
+        raise missing("wandb-workspaces", "wandb-workspace", "wandb") from None
     if not logged_in():
         raise UserError(f"you are not logged in at {base_url()}: run `wandb login`, then this command again.")
     target = Target.load(wandb_folder(store.folder)) or Target()

@@ -13,6 +13,7 @@ from scaling_lab.cli.options.arguments import Arguments
 from scaling_lab.cli.options.compose import read_command
 from scaling_lab.cli.options.forms import Form, build, options_of
 from scaling_lab.core.errors import Interrupted, UserError
+from scaling_lab.core.installation import require
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def run(arguments: Arguments) -> int:
     command = read_command(arguments, None, lambda tree: form(arguments))
     given: WorkerCommand = build(WorkerCommand, command.tree)
     tracker = None if given.tracker is None else _tracker(given.tracker)
+    require("torch", "training")
     from scaling_lab.launching.worker import WorkerOptions, run_worker
 
     level = logging.WARNING if "quiet" in arguments.flags else logging.INFO

@@ -21,9 +21,11 @@ from scaling_lab.cli.options.forms import Form, GroupOption, Option, build, opti
 from scaling_lab.cli.options.values import read_value, unquoted
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError, unknown
+from scaling_lab.core.installation import is_installed
 from scaling_lab.core.parametrization import parametrization_class
 from scaling_lab.core.registry import member
 from scaling_lab.core.spec import DTYPES, EvalSpec, schedule_class, shape_class, source_class
+from scaling_lab.planning.execution import accelerator_is_possible
 from scaling_lab.planning.settings import CorpusUse, ExecutionSettings, ModelSettings, SweepSettings
 
 # Config groups with one choice each, whose options depend on the choice.
@@ -260,7 +262,7 @@ def sweep_settings(
 def execution_settings(common: Common, device: str) -> ExecutionSettings:
     """How runs should be computed, with the memory of this machine's GPU unless memory_gb is given."""
     memory_gb = common.memory_gb
-    if memory_gb is None and device == "cuda":
+    if memory_gb is None and device == "cuda" and is_installed("torch"):
         from scaling_lab.training.engine.devices import cuda_memory_gb
 
         memory_gb = cuda_memory_gb()
@@ -281,12 +283,16 @@ def complete(data_node: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def resolve_device(name: str) -> str:
-    """The device for `device=auto` on this machine (needs torch); other names are returned unchanged.
+    """The device for `device=auto` on this machine; other names are returned unchanged.
+
+    torch is imported only where there may be a GPU; without torch it is the CPU.
 
     A named device need not exist here, since a login node may plan for its cluster's GPUs; training checks it.
     """
     if name != "auto":
         return name
+    if not (accelerator_is_possible() and is_installed("torch")):
+        return "cpu"
     from scaling_lab.training.engine.devices import resolve_device as resolve
 
     return resolve(name)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from scaling_lab.core.errors import UserError
+from scaling_lab.core.installation import require
 from scaling_lab.core.storage.files import write_atomic
 
 log = logging.getLogger(__name__)
@@ -203,10 +203,9 @@ def client_settings(wandb: Any, finish_timeout_s: float | None = None) -> Any:
 
 def require_wandb() -> Any:
     """The wandb package. Raises `UserError` where it is not installed."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("this needs the wandb package: pip install wandb.") from None
+    require("wandb", "W&B")
+    import wandb
+
     return wandb
 
 
