@@ -13,13 +13,14 @@ _MOVED: dict[str, dict[str, str]] = {
     "analyse": {
         "analysis": "*",
         "analysis.approaches.isoflop": "grid_bias",
-        "analysis.data": "ledger observations record_losses record_observations table_files table_rows tables units",
+        "analysis.data": "ledger observations record_losses record_observations table_files table_rows tables "
+        "tuning_records=sweep_records units",
         "analysis.fitting": "fitting=fit fitting_newton=newton fitting_objective=objective fitting_profile=profile "
         "fitting_scale=scale fitting_search=search fitting_status=status",
         "analysis.inference": "agreement bounded=bands calibration caveats compare_laws=law_comparison predict=prediction "
         "profiles sensitivity uncertainty=bootstrap",
-        "analysis.studies": "fact_exponents known_floor known_floor_error lr_transfer skills tuning tuning_fit "
-        "tuning_records",
+        "analysis.studies": "fact_exponents known_floor lr_transfer skills",
+        "analysis.studies.shared": "known_floor_error=floor_error tuning=excess_loss tuning_fit=lr_quadratic",
         "tracking.wandb": "foreign_runs=mapping",
     },
     "analyse.approaches": {
@@ -41,7 +42,12 @@ _MOVED: dict[str, dict[str, str]] = {
     },
     "plan": {"planning": "* design=plan"},
     "prepare": {"corpora": "*"},
-    "report": {"reporting": "* report=page report_tables=tables"},
+    "report": {
+        "analysis.studies": "floor_words=known_floor",
+        "reporting": "* figures_floor=finding_figures figures_skills=finding_figures gallery=figure_list report=page "
+        "report_tables=tables tables_checks=tables tables_tuning=tables words=captions",
+        "reporting.studies": "figures_transfer=lr_transfer figures_tuning=tuning",
+    },
     "train": {
         "training": "*",
         "launching": "worker",

@@ -21,10 +21,11 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator
 
+from scaling_lab.analysis.text import significant
 from scaling_lab.core.parametrization import STANDARD, CompleteP, MuP
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.spec import shape_class
-from scaling_lab.reporting.style import figure_style, log_axis, significant
+from scaling_lab.reporting.style import figure_style, log_axis
 from scaling_lab.reporting.svg import on_white, to_png, to_svg
 from scaling_lab.training.measure.coordinates import (
     BRANCHES,

@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from scaling_lab.analysis.studies.tuning import Trained, Tuning, measure
-from scaling_lab.analysis.studies.tuning_records import trained
+from scaling_lab.analysis.studies.shared.excess_loss import TrainedRuns, Tuning, measure_excess_loss
+from scaling_lab.analysis.studies.tuning import as_finding, trained_runs
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.record import RunRecord
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.planning.recipes.base import SweepHorizons
 from scaling_lab.planning.recipes.default import DefaultRecipe
-from scaling_lab.reporting.figures_tuning import learning_rate_bowls
+from scaling_lab.reporting.finding_figures import draw_finding
 from scaling_lab.reporting.style import FIGURE_WIDTH, figure_style
 from scaling_lab.reporting.svg import to_png
 
@@ -69,14 +69,14 @@ def main() -> int:
     # The recipe's own runs are the sweep, the others tune it.
     multiplier = multipliers(folder)
     own = np.array([abs(multiplier[name] - 1) < 1e-6 for name in runs.names])
-    tuning, _ = measure(runs.at(own), runs.at(~own))
+    tuning, _ = measure_excess_loss(runs.at(own), runs.at(~own))
     text = table(tuning, device)
     if missing := unfinished(folder):
         text += f"not trained yet, and left out: {', '.join(missing)}\n"
     (PUBLISHED / "recipe_default.txt").write_text(text, encoding="utf-8")
     with figure_style():
         figure = Figure(figsize=(FIGURE_WIDTH, 4.2))
-        learning_rate_bowls(figure.subplots(), tuning)
+        draw_finding(figure, as_finding(tuning))
         (PUBLISHED / "recipe_default.png").write_bytes(to_png(figure))
     print(text)
     return 0
@@ -99,11 +99,11 @@ def records_of(folder: Path) -> Iterator[RunRecord]:
         yield from RunStore(folder / sweep).load_records(curve=False)[0]
 
 
-def read(folder: Path) -> tuple[Trained, str]:
+def read(folder: Path) -> tuple[TrainedRuns, str]:
     """Every completed run once, and the device they were trained on."""
     once = {record.run_id: record for record in records_of(folder)}
     devices = sorted({r.environment.device_name for r in once.values()})
-    return trained(list(once.values()), Convention.SIX_N_WITH_HEAD), ", ".join(devices)
+    return trained_runs(list(once.values()), Convention.SIX_N_WITH_HEAD), ", ".join(devices)
 
 
 def multipliers(folder: Path) -> dict[str, float]:
@@ -131,12 +131,12 @@ def table(tuning: Tuning, device: str) -> str:
     largest = max(c.n_params for c in tuning.cells)
     verdicts = []
     for c in tuning.cells:
-        if c.bowl is None or c.debt_nats is None:
+        if c.fit is None or c.excess_nats is None:
             lines.append(f"{c.budget_flops:>8.1e} {c.n_params:>8.0f} {c.n_runs:>5}  {c.message}")
             continue
         ratio, span = c.best_over_used[0], c.best_over_used_intervals[0]
-        floor = c.bowl.floor_nats
-        share = [100 * v / floor for v in (c.debt_nats, c.debt_interval.lo, c.debt_interval.hi)]
+        floor = c.fit.floor_nats
+        share = [100 * v / floor for v in (c.excess_nats, c.excess_interval.lo, c.excess_interval.hi)]
         lines.append(
             f"{c.budget_flops:>8.1e} {c.n_params:>8.0f} {c.n_runs:>5}  "
             f"{f'{ratio:.2f} ({span.lo:.2f} to {span.hi:.2f})':<22} "

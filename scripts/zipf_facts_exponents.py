@@ -20,21 +20,17 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from scaling_lab.analysis.studies.fact_exponents import Comparison, comparisons
+from scaling_lab.analysis.studies.fact_exponents import Comparison, as_finding, comparisons
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord
 from scaling_lab.core.storage.store import RunStore
-from scaling_lab.reporting.style import FIGURE_WIDTH, INK, figure_style, format_count, log_axis, significant
+from scaling_lab.reporting.finding_figures import draw_finding
+from scaling_lab.reporting.style import FIGURE_WIDTH, figure_style
 from scaling_lab.reporting.svg import to_png
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOPES = (0.3, 0.7)
 EXPERIMENT = "zipf_facts_exponents"
-COLOURS = ("#0072b2", "#d55e00", "#008f6b")
-TITLES = {
-    "1 - exact_match": "values not known, share",
-    "value_loss_nats": "loss of values, nats per token",
-}
 
 
 def main() -> int:
@@ -129,21 +125,11 @@ def table(found: Sequence[Comparison], records: Sequence[RunRecord]) -> str:
 
 
 def figure(found: Sequence[Comparison]) -> Figure:
-    """Each score against D: dots are runs, lines the prediction with its fitted scale, dashes s / (1 + s)."""
-    drawn = Figure(figsize=(FIGURE_WIDTH, 3.2))
-    for ax, score in zip(drawn.subplots(1, len(TITLES)), TITLES, strict=True):
-        for colour, each in zip(COLOURS, [c for c in found if c.score == score], strict=False):
-            d = each.train_tokens
-            label = f"s = {each.source.slope:g}: {each.exponent.value:.2f}, predicted {each.predicted_exponent:.2f}"
-            ax.plot(d, each.measured, "o", color=colour, label=label)
-            ax.plot(d, each.predicted, "-", color=colour)
-            ax.plot(d, each.predicted[0] * (d / d[0]) ** -each.asymptote, "--", color=colour, linewidth=0.9)
-        ax.set(title=TITLES[score], xlabel="D, training tokens")
-        values = np.concatenate([np.r_[c.measured, c.predicted] for c in found if c.score == score])
-        tokens = np.concatenate([c.train_tokens for c in found])
-        log_axis(ax, "x", tokens.min(), tokens.max(), format_count, most=5)
-        log_axis(ax, "y", values.min(), values.max(), lambda y: significant(y, 2))
-        ax.legend(fontsize=7.5, labelcolor=INK, frameon=False)
+    """The figure of the study."""
+    finding = as_finding(found)
+    assert finding.chart is not None
+    drawn = Figure(figsize=(FIGURE_WIDTH, finding.chart.height_inches))
+    draw_finding(drawn, finding)
     return drawn
 
 

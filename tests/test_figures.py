@@ -24,6 +24,7 @@ from scaling_lab.analysis.estimate import (
     PowerLaw,
 )
 from scaling_lab.analysis.inference.bands import Band
+from scaling_lab.analysis.text import format_count, format_flops, significant
 from scaling_lab.reporting import figures_checks, figures_curves, figures_frontier, style, svg
 
 A = 0.6
@@ -73,7 +74,7 @@ def law_fit(observations: Observations, residuals_log: np.ndarray) -> FitResult:
      (float("inf"), "∞")],
 )  # fmt: skip
 def test_flops_are_written_as_powers(value: float, text: str) -> None:
-    assert style.format_flops(value) == text
+    assert format_flops(value) == text
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_flops_are_written_as_powers(value: float, text: str) -> None:
      (999_950, "1M"), (999_400, "999k"), (9_999, "10k"), (2.5e16, "2.5e16"), (float("inf"), "∞"), (float("-inf"), "−∞")],
 )  # fmt: skip
 def test_counts_are_written_with_a_suffix(value: float, text: str) -> None:
-    assert style.format_count(value) == text
+    assert format_count(value) == text
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_counts_are_written_with_a_suffix(value: float, text: str) -> None:
     [(250.4, 2, "250"), (0.0123, 2, "0.012"), (1259.0, 4, "1259"), (2.5e9, 2, "2.5e9")],
 )
 def test_significant_figures_without_an_exponent(value: float, digits: int, text: str) -> None:
-    assert style.significant(value, digits) == text
+    assert significant(value, digits) == text
 
 
 @given(st.floats(-30, 30), st.floats(0.02, 20), st.integers(4, 8))
@@ -125,7 +126,7 @@ def test_text_is_readable_on_white_whatever_the_line_is() -> None:
         return 1.05 / (float(linear @ [0.2126, 0.7152, 0.0722]) + 0.05)
 
     for share in np.linspace(0, 1, 11):
-        assert contrast(style.text_colour(style.sequential_map()(share))) >= 4.5
+        assert contrast(style.text_color(style.sequential_map()(share))) >= 4.5
         assert contrast(style.sequential_map()(share)) >= 1.9  # lines need less than text, but must be seen
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from importlib import resources
+from pathlib import Path
 
 import jsonschema
 import numpy as np
 import pytest
+from markupsafe import escape
 from matplotlib.figure import Figure
 
 from helpers.synthetic import QUICKSTART_LAW, synthetic_records
@@ -21,14 +24,14 @@ from scaling_lab.analysis.studies.known_floor import (
     MIN_POINTS,
     STRAIGHT_WITHIN,
     KnownFloor,
+    as_finding,
     known_floor,
     loss_frontier,
     straight_line,
 )
-from scaling_lab.analysis.studies.known_floor_error import floor_errors
-from scaling_lab.reporting.figures_floor import reducible_loss
-from scaling_lab.reporting.floor_words import floor_line, floor_words
-from scaling_lab.reporting.gallery import draw_all
+from scaling_lab.analysis.studies.shared.floor_error import floor_errors
+from scaling_lab.reporting.finding_figures import draw_finding
+from scaling_lab.reporting.page import write_report
 
 QUICK = AnalysisSettings(
     bootstrap=BootstrapSettings(resamples=100), sensitivity=False, backtest=False, profile=False
@@ -121,6 +124,18 @@ def test_the_frontier_is_what_no_cheaper_evaluation_beats() -> None:
     assert loss.tolist() == [3.0, 2.0, 1.9, 1.5]
 
 
+def known_of(analysis: Analysis) -> KnownFloor | None:
+    """The numbers behind the finding."""
+    approach = Parametric(analysis.settings.approach.parametric)
+    return known_floor(analysis.points, approach, analysis.estimates[2], analysis.bands[2])
+
+
+def words(known: KnownFloor) -> str:
+    """Everything that the finding says."""
+    finding = as_finding(known, 0.9)
+    return " ".join((finding.answer, *finding.caveats))
+
+
 def of_floor(
     noise: float = 0.005, floors: tuple[float, ...] = (QUICKSTART_LAW.E,), **options: object
 ) -> Analysis:
@@ -137,7 +152,7 @@ def analysis() -> Analysis:
 
 
 def test_fitted_and_true_floor_are_compared_in_standard_errors(analysis: Analysis) -> None:
-    known, band = analysis.known_floor, analysis.band("parametric")
+    known, band = known_of(analysis), analysis.band("parametric")
     assert known is not None
     assert known.floor_nats == QUICKSTART_LAW.E
     assert known.fitted_nats == analysis.estimate("parametric").fits[0].parameters["E"]
@@ -167,7 +182,7 @@ def test_fitted_and_true_floor_are_compared_in_standard_errors(analysis: Analysi
 
 def test_a_known_floor_changes_no_resample(analysis: Analysis) -> None:
     unknown = analyze(replace(analysis.observations, extra={}), analysis.settings)
-    assert unknown.known_floor is None
+    assert unknown.finding("known_floor") is None
     for one, other in zip(unknown.bands, analysis.bands):
         assert one.samples.keys() == other.samples.keys()
         for name, values in one.samples.items():
@@ -191,11 +206,11 @@ def test_points_of_one_run_are_not_independent_and_have_the_resamples_error() ->
     assert known.standard_error_nats is not None
     assert not known.error_simulated
     assert known.standard_error_nats == pytest.approx(np.std(samples[np.isfinite(samples)], ddof=1))
-    assert "is the spread of E over the resamples" in floor_words(known)
+    assert "is the spread of E over the resamples" in words(known)
 
 
 def test_without_resamples_there_is_no_z() -> None:
-    known = of_floor(bootstrap=BootstrapSettings(resamples=0)).known_floor
+    known = known_of(of_floor(bootstrap=BootstrapSettings(resamples=0)))
     assert known is not None
     assert (known.standard_error_nats, known.z, known.error_simulated) == (None, None, False)
 
@@ -203,7 +218,7 @@ def test_without_resamples_there_is_no_z() -> None:
 def test_without_noise_the_fitted_floor_is_the_true_one_and_the_reducible_loss_the_laws(
     analysis: Analysis,
 ) -> None:
-    known = of_floor(noise=0.0).known_floor
+    known = known_of(of_floor(noise=0.0))
     assert known is not None
     assert known.fitted_nats == pytest.approx(QUICKSTART_LAW.E, abs=1e-3)
     # The valley's bottom falls with alpha beta / (alpha + beta); curves in mid-run lie above it, so it is only near.
@@ -216,22 +231,22 @@ def test_without_noise_the_fitted_floor_is_the_true_one_and_the_reducible_loss_t
 
 def test_losses_below_the_floor_are_left_out(analysis: Analysis) -> None:
     lowest = float(analysis.observations.loss_nats.min())
-    known = of_floor(floors=(lowest + 0.05,)).known_floor
+    known = known_of(of_floor(floors=(lowest + 0.05,)))
     assert known is not None
     assert known.reducible_nats.min() > 0
 
 
 def test_no_floor_or_several_are_no_known_floor(analysis: Analysis) -> None:
-    assert of_floor(floors=(1.0, 1.1)).known_floor is None
+    assert known_of(of_floor(floors=(1.0, 1.1))) is None
     points = replace(analysis.points, extra={})
     assert known_floor(points, Parametric(), analysis.estimates[2], analysis.bands[2]) is None
 
 
 def test_a_law_without_a_floor_has_no_z() -> None:
-    known = of_floor(approach=ApproachSettings(parametric=ParametricSettings(law="kaplan_nd"))).known_floor
+    known = known_of(of_floor(approach=ApproachSettings(parametric=ParametricSettings(law="kaplan_nd"))))
     assert known is not None
     assert (known.fitted_nats, known.z) == (None, None)
-    assert "no law with an E was fitted" in floor_line(known)
+    assert "no law with an E was fitted" in words(known)
 
 
 # -- as it is shown
@@ -241,7 +256,7 @@ def test_it_is_in_analysis_json_and_valid(analysis: Analysis) -> None:
     schema = json.loads(resources.files("scaling_lab.analysis").joinpath("analysis.schema.json").read_text())
     data = json.loads(json.dumps(analysis.to_json_dict(), allow_nan=False))
     jsonschema.validate(data, schema)
-    told, known = data["known_floor"], analysis.known_floor
+    told, known = data["known_floor"], known_of(analysis)
     assert known is not None
     assert known.line is not None
     assert told["floor_nats"] == QUICKSTART_LAW.E
@@ -253,37 +268,40 @@ def test_it_is_in_analysis_json_and_valid(analysis: Analysis) -> None:
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(broken, schema)
     few = replace(known, line=None, fitted_nats=None, interval=None, standard_error_nats=None)
-    jsonschema.validate(json.loads(json.dumps(replace(analysis, known_floor=few).to_json_dict())), schema)
+    with_few = replace(analysis, findings=(as_finding(few, 0.9),))
+    jsonschema.validate(json.loads(json.dumps(with_few.to_json_dict())), schema)
 
 
 def test_the_words_have_the_numbers(analysis: Analysis) -> None:
     line = straight_line(FLOPS, FLOPS**-0.2)
     known = KnownFloor(1.25, 1.3, (1.1, 1.4), 0.05, FLOPS, FLOPS**-0.2, line)
-    words = floor_words(known)
+    said = words(known)
     for part in (
         "1.2500 nats; Approach 3 finds E = 1.3000 (1.1000 to 1.4000), z = +1.00 standard errors.",
         "falls as C^-0.200 from 1e+10 to 1e+13 FLOPs (31 points, none further than 0.0% from the line)",
         "from 0.200 to 0.200: ",
     ):
-        assert part in words
-    assert "0.0500 nats, is the spread of E over the resamples." in words
-    simulated = floor_words(replace(known, error_simulated=True))
+        assert part in said
+    assert "0.0500 nats, is the spread of E over the resamples." in said
+    simulated = words(replace(known, error_simulated=True))
     assert (
-        "One standard error, 0.0500 nats, is how far E strays above the truth in sweeps simulated"
+        "One standard error, 0.0500 nats, is the root mean square error of E above the truth in sweeps simulated"
         in simulated
     )
-    assert "strays below" in floor_words(replace(known, error_simulated=True, fitted_nats=1.2))
-    assert "Too few evaluations" in floor_words(replace(known, line=None))
+    assert "error of E below" in words(replace(known, error_simulated=True, fitted_nats=1.2))
+    assert "Too few evaluations" in words(replace(known, line=None))
 
 
 def test_the_figure_shows_the_measured_points_and_their_line(analysis: Analysis) -> None:
-    known = analysis.known_floor
+    known = known_of(analysis)
     assert known is not None
     assert known.line is not None
-    axes = Figure().add_subplot()
-    reducible_loss(axes, known)
-    drawn = np.asarray(axes.collections[0].get_offsets())
-    np.testing.assert_allclose(drawn, np.stack([known.compute_flops, known.reducible_nats], axis=1))
+    figure = Figure()
+    draw_finding(figure, as_finding(known, 0.9))
+    (axes,) = figure.axes
+    drawn = next(line for line in axes.lines if line.get_label() == "loss less the true floor")
+    np.testing.assert_allclose(drawn.get_xdata(), known.compute_flops)
+    np.testing.assert_allclose(drawn.get_ydata(), known.reducible_nats)
     straight = next(a for a in axes.lines if str(a.get_label()).startswith("C^-"))
     x, y = (np.log(np.asarray(v, dtype=float)) for v in straight.get_data())
     assert np.polyfit(x, y, 1)[0] == pytest.approx(-known.line.exponent)
@@ -291,9 +309,13 @@ def test_the_figure_shows_the_measured_points_and_their_line(analysis: Analysis)
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
 
 
-def test_the_report_has_the_figure_with_its_words(analysis: Analysis) -> None:
-    assert analysis.known_floor is not None
-    plate = next(p for p in draw_all(analysis, []) if p.name == "reducible_loss")
-    assert floor_words(analysis.known_floor) in str(getattr(plate, "caption", ""))
-    none = replace(analysis, known_floor=None)
-    assert "reducible_loss" not in {p.name for p in draw_all(none, [])}
+def test_the_report_has_the_figure(analysis: Analysis, tmp_path: Path) -> None:
+    known = known_of(analysis)
+    assert known is not None
+    page = write_report(analysis, (), tmp_path / "with").read_text()
+    assert known.line is not None
+    for said in words(known).split(". "):
+        assert re.sub(r"C\^(-[\d.]+)", r"C<sup>\1</sup>", str(escape(said))) in page
+    assert (tmp_path / "with" / "figures" / "reducible_loss.png").exists()
+    none = replace(analysis, findings=())
+    assert "reducible_loss" not in write_report(none, (), tmp_path / "without").read_text()

@@ -15,7 +15,7 @@ from scaling_lab.analysis.approaches import Parametric, ParametricSettings
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.estimate import Array, FitResult
 from scaling_lab.analysis.inference.calibration import LAWS, Cell, simulate
-from scaling_lab.analysis.studies.known_floor_error import FloorErrors, floor_errors
+from scaling_lab.analysis.studies.shared.floor_error import FloorErrors, floor_errors
 
 TRUTH = LAWS["quickstart"]
 

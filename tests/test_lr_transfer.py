@@ -9,7 +9,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from helpers.synthetic import QUICKSTART_LAW, make_record
-from scaling_lab.analysis.studies.lr_transfer import TransferCell, drift, transfer_cells
+from scaling_lab.analysis.analysis import find_in_records
+from scaling_lab.analysis.data.sweep_records import split_by_role
+from scaling_lab.analysis.studies.lr_transfer import TransferCell, as_finding, drift, transfer_cells
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.parametrization import STANDARD, CompleteP, MuP
 from scaling_lab.core.record import RunRecord, RunStatus
@@ -17,8 +19,8 @@ from scaling_lab.core.schedules import Cosine
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.spec import OptimizerSpec, RunSpec
-from scaling_lab.reporting.figures_transfer import lr_transfer, transfer_words
-from scaling_lab.reporting.gallery import Drawn, draw_all
+from scaling_lab.reporting.figure_list import Drawn, draw_finding_figures
+from scaling_lab.reporting.finding_figures import draw_finding
 from scaling_lab.reporting.style import figure_style
 
 CURVATURE, NOISE = 0.05, 0.004
@@ -106,25 +108,51 @@ def test_what_is_not_of_the_study_is_left_out():
     assert transfer_cells(others[:1]) == []
 
 
-def test_the_report_has_the_figure_and_its_words():
-    names = [p.name for p in draw_all(None, sweep(NOISE, 2)) if isinstance(p, Drawn)]
-    assert "lr_transfer" in names
-    caption, alt = transfer_words(transfer_cells(sweep()))
-    assert "under standard by 0.25 from the least to the largest width and 1 from" in caption
-    assert "under completep by 1 from" in alt
-    assert "lr_transfer" not in [
-        p.name for p in draw_all(None, [record(MuP(), 32, 2, 0.007, role="isoflop")])
+def test_the_finding_has_the_figure_and_its_words():
+    (found,) = find_in_records(split_by_role(sweep(NOISE, 2)))
+    assert found.name == "lr_transfer"
+    (figure,) = draw_finding_figures([found])
+    assert isinstance(figure, Drawn)
+    assert figure.name == "lr_transfer"
+    exact = as_finding(transfer_cells(sweep()))
+    assert (
+        "factor of 0.25 (standard), 1.00 (mup), 1.00 (completep) from the smallest to the largest width"
+        in exact.answer
+    )
+    assert (
+        "of 1.00 (standard), 1.00 (mup), 1.00 (completep) from the smallest to the largest depth"
+        in exact.answer
+    )
+    assert exact.answer in exact.chart.alt
+    assert [row[4] for row in exact.table("best_rates").rows[:1]] == [
+        pytest.approx(BEST["standard"](32), rel=1e-6)
     ]
+    assert find_in_records(split_by_role([record(MuP(), 32, 2, 0.007, role="isoflop")])) == ()
+
+
+def test_rates_that_tune_a_sweep_are_not_compared_between_sizes():
+    """The study `tuning` measures those, size by size."""
+    both = [*sweep(NOISE, 2), record(MuP(), 32, 2, 0.007, role="isoflop")]
+    ours = [r for r in both if r.spec.parametrization.kind == "mup"]
+    assert find_in_records(split_by_role(ours)) == ()
+
+
+def draw(cells: list[TransferCell]) -> Figure:
+    with figure_style():
+        figure = Figure()
+        draw_finding(figure, as_finding(cells))
+    return figure
 
 
 def test_the_figure_shows_every_size():
-    cells: list[TransferCell] = transfer_cells(sweep())
-    with figure_style():
-        figure = Figure()
-        lr_transfer(figure, cells)
+    figure = draw(transfer_cells(sweep()))
     above, below = figure.axes[:3], figure.axes[3:6]
     assert [ax.get_title(loc="left") for ax in above] == ["standard", "mup", "completep"]
-    for ax in below:
-        assert len(ax.containers) == 6  # an error bar a size
-    drawn = sorted(float(c[0].get_ydata()[0]) for c in below[0].containers)
+    marks = [[line for line in ax.lines if line.get_linestyle() == "None"] for ax in below]
+    assert [len(each) for each in marks] == [6, 6, 6]  # a mark for each size
+    drawn = sorted(float(line.get_ydata()[0]) for line in marks[0])
     assert drawn == pytest.approx(sorted(BEST["standard"](w) for w in (32, 64, 128) for _ in range(2)))
+    with_errors = draw(transfer_cells(sweep(NOISE, 2, np.random.default_rng(1))))
+    for ax in with_errors.axes[3:6]:
+        known = [line for line in ax.lines if line.get_linestyle() == "None"]
+        assert len(ax.containers) == len(known) >= 4  # an error bar for each

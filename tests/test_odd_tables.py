@@ -20,10 +20,11 @@ from scaling_lab.analysis.analysis import AnalysisSettings, analyze, observation
 from scaling_lab.analysis.settings import BootstrapSettings
 from scaling_lab.cli.display.console import fitting_table
 from scaling_lab.cli.main import main
+from scaling_lab.core.errors import STRICT_VARIABLE
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.storage.store import RunStore
-from scaling_lab.reporting import figures_frontier, gallery
-from scaling_lab.reporting.gallery import Drawn, NotDrawn, draw_all
+from scaling_lab.reporting import figures_frontier
+from scaling_lab.reporting.figure_list import Drawn, NotDrawn, draw_figures
 
 FAST = {"bootstrap": BootstrapSettings(resamples=0), "sensitivity": False, "backtest": False}
 
@@ -81,7 +82,7 @@ def test_exact_duplicate_rows_are_no_curve(tmp_path: Path) -> None:
     settings = AnalysisSettings(**FAST)
     analysis = analyze(read_observations(table(tmp_path, rows + rows[1:6]), settings), settings)
     assert "no curves" in analysis.estimate("envelope").message
-    assert any(isinstance(p, Drawn) and p.name == "loss_vs_flops" for p in draw_all(analysis, []))
+    assert any(isinstance(p, Drawn) and p.name == "loss_vs_flops" for p in draw_figures(analysis, []))
 
 
 def test_equal_and_nonsense_losses_are_drawn_or_said(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_equal_and_nonsense_losses_are_drawn_or_said(tmp_path: Path) -> None:
         rows[1:] = [",".join([*r.split(",")[:4], repr(float(x))]) for r, x in zip(rows[1:], losses)]
         settings = AnalysisSettings(**FAST)
         analysis = analyze(read_observations(table(tmp_path, rows), settings), settings)
-        assert len(draw_all(analysis, [])) == 8
+        assert len(draw_figures(analysis, [])) == 8
 
 
 def test_a_figure_that_fails_leaves_the_others(
@@ -104,10 +105,10 @@ def test_a_figure_that_fails_leaves_the_others(
     analysis = analyze(read_observations(table(tmp_path, rows_of_a_law()), settings), settings)
     monkeypatch.setattr(figures_frontier, "isoflop_valleys", broken)
     with pytest.raises(IndexError):
-        draw_all(analysis, [])
-    monkeypatch.delenv(gallery.STRICT_VARIABLE)
+        draw_figures(analysis, [])
+    monkeypatch.delenv(STRICT_VARIABLE)
     with caplog.at_level(logging.ERROR):
-        plates = {p.name: p for p in draw_all(analysis, [])}
+        plates = {p.name: p for p in draw_figures(analysis, [])}
     failed = plates["isoflop_valleys"]
     assert isinstance(failed, NotDrawn)
     assert "IndexError: no such thing" in failed.reason

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 
 from helpers.synthetic import QUICKSTART_LAW, Law, make_record, synthetic_records
-from scaling_lab.analysis.analysis import AnalysisSettings, analyze, observations_of_sweep
+from scaling_lab.analysis.analysis import Analysis, AnalysisSettings, analyze, observations_of_sweep
 from scaling_lab.analysis.approaches import EnvelopeSettings, ParametricSettings
 from scaling_lab.analysis.data.observations import FLOOR
 from scaling_lab.analysis.data.record_losses import is_loss, loss_names, with_loss
 from scaling_lab.analysis.data.record_observations import observations_from_records
+from scaling_lab.analysis.data.sweep_records import SweepRecords
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 from scaling_lab.analysis.laws import get_law
 from scaling_lab.analysis.settings import ApproachSettings
-from scaling_lab.analysis.studies.tuning_records import TunedRecords
+from scaling_lab.analysis.studies.skills import Skills, skill_optima
+from scaling_lab.analysis.studies.tuning import records_with_loss
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord
 from scaling_lab.core.storage.store import RunStore
@@ -30,6 +32,13 @@ CODE = Law(E=0.6, A=55.3, B=2800.0, alpha=0.50, beta=0.57)
 QUICK = AnalysisSettings(
     bootstrap=BootstrapSettings(resamples=60), sensitivity=False, backtest=False, profile=False
 )
+
+
+def skills_of(analysis: Analysis) -> Skills:
+    """The numbers behind the finding."""
+    found = skill_optima(analysis.observations, analysis.settings, analysis.mean_compute_flops)
+    assert found is not None
+    return found
 
 
 def noiseless(record: RunRecord, law: Law) -> RunRecord:
@@ -85,8 +94,7 @@ def test_a_metric_named_loss_is_the_loss() -> None:
 def test_skills_of_a_sweep_are_those_of_each_loss_alone() -> None:
     names = ("loss", "eval.code", "eval.facts")
     settings = replace(QUICK, metrics=names)
-    skills = analyze(observations_of_sweep(records(), settings), settings).skills
-    assert skills is not None
+    skills = skills_of(analyze(observations_of_sweep(records(), settings), settings))
     for skill, law in zip(skills.columns, (QUICKSTART_LAW, CODE, FACTS)):
         alone = replace(QUICK, metric=skill.column)
         wanted = analyze(observations_of_sweep(records(), alone), alone)
@@ -113,8 +121,7 @@ def test_runs_without_the_metric_are_dropped_with_the_reason() -> None:
     ]
     assert found.n_runs == len(records()) - 2
     settings = replace(QUICK, metrics=("eval.code",))
-    skills = analyze(observations_of_sweep(lacking, settings), settings).skills
-    assert skills is not None
+    skills = skills_of(analyze(observations_of_sweep(lacking, settings), settings))
     assert (skills.columns[0].n_runs, skills.columns[0].n_left_out) == (len(records()) - 2, 2)
 
 
@@ -126,8 +133,7 @@ def test_a_loss_that_was_evaluated_at_the_end_alone_has_no_curves_of_its_own() -
     assert found.separate_curves is None
     assert analyze(found, QUICK).estimate("isoflop").frontier is not None
     settings = replace(QUICK, metrics=("eval.code",))
-    skills = analyze(observations_of_sweep(ends, settings), settings).skills
-    assert skills is not None
+    skills = skills_of(analyze(observations_of_sweep(ends, settings), settings))
     assert skills.columns[0].estimates[1].frontier is not None
 
 
@@ -151,11 +157,11 @@ def test_what_is_no_loss_of_the_sweep_is_one_clear_error(option: dict[str, objec
 
 
 def test_tuning_debt_is_of_the_same_loss() -> None:
-    tuned = TunedRecords(tuple(records()), tuple(records()[:3])).with_loss("eval.code")
-    for part, originals in ((tuned.sweep, records()), (tuned.tuned, records()[:3])):
+    tuned = records_with_loss(SweepRecords(tuple(records()), tuple(records()[:3])), "eval.code")
+    for part, originals in ((tuned.law, records()), (tuned.lr_sweep, records()[:3])):
         assert [r.final_val_loss_nats for r in part] == [r.metrics["eval.code"] for r in originals]
     with pytest.raises(UserError, match=r"metric \(with tuning\)='eval.code' is not known"):
-        TunedRecords(tuple(records()), tuple(plain())).with_loss("eval.code")
+        records_with_loss(SweepRecords(tuple(records()), tuple(plain())), "eval.code")
 
 
 def test_the_data_constrained_law_sees_a_sweeps_unique_tokens() -> None:

@@ -18,7 +18,7 @@ from scaling_lab.analysis.estimate import BudgetStatus, FitStatus
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 from scaling_lab.analysis.settings import AnalysisSettings
 from scaling_lab.core.record import RunRecord
-from scaling_lab.reporting import words, write_report
+from scaling_lab.reporting import captions, write_report
 from scaling_lab.reporting.page import ReportOptions, banner
 
 SETTINGS = AnalysisSettings(bootstrap=BootstrapSettings(resamples=40))
@@ -186,11 +186,10 @@ def test_page_and_json_say_the_same_numbers(made: tuple[Path, Analysis, Page]) -
 
 def test_headline_is_the_truth_that_the_records_were_made_from(made: tuple[Path, Analysis, Page]) -> None:
     _, analysis, page = made
-    quoted = words.headline_estimate(analysis)
+    quoted = captions.headline_estimate(analysis.to_json_dict())
     assert quoted is not None
-    assert quoted.approach == "isoflop"
-    assert quoted.frontier is not None
-    assert quoted.frontier.params.exponent == pytest.approx(QUICKSTART_LAW.params_exponent, abs=0.03)
+    assert quoted["approach"] == "isoflop"
+    assert quoted["params_exponent"] == pytest.approx(QUICKSTART_LAW.params_exponent, abs=0.03)
     assert page.text.count("Kaplan et al. 2020") >= 2
 
 
@@ -344,14 +343,14 @@ def test_an_answer_that_did_not_converge_says_so_first(made: tuple[Path, Analysi
             analysis.agreement, agree=False, message="isoflop and parametric disagree on everything"
         ),
     )
-    said = words.caveats(doubtful)
+    said = captions.caveats(doubtful.to_json_dict())
     assert any("too flat" in c for c in said)
     assert any("a parameter ended at its bound. E ended at 0" in c for c in said)
     assert any(c.startswith("1 budget(s) show no usable minimum: 1e11 (edge)") for c in said)
     assert any("disagree on everything" in c for c in said)
-    quoted = words.headline_estimate(doubtful)
+    quoted = captions.headline_estimate(doubtful.to_json_dict())
     assert quoted is not None
-    assert quoted.approach == "envelope"  # the only one that converged
+    assert quoted["approach"] == "envelope"  # the only one that converged
     assert any(c.startswith("The headline quotes the envelope approach") for c in said)
 
 
@@ -362,11 +361,13 @@ def test_no_frontier_at_all_gives_no_headline_number(made: tuple[Path, Analysis,
         estimates=tuple(
             replace(e, frontier=None, status=FitStatus.NOT_APPLICABLE) for e in analysis.estimates
         ),
+        grid_bias=None,
     )
     assert (
-        words.headline(nothing) == "These runs do not yet say how the optimal model size grows with compute."
+        captions.headline(nothing.to_json_dict())
+        == "These runs do not yet show how the optimal model size grows with compute."
     )
-    assert not re.search(r"\d", words.plain_meaning(nothing))
+    assert not re.search(r"\d", captions.plain_meaning(nothing.to_json_dict()))
 
 
 @pytest.mark.parametrize("exponent", [412.0, -412.0, float("nan"), 1e300])
@@ -379,9 +380,10 @@ def test_an_exponent_out_of_this_world_is_said_in_words(
         params = replace(estimate.frontier.params, exponent=exponent)
         return replace(estimate, frontier=replace(estimate.frontier, params=params))
 
-    said = words.plain_meaning(replace(analysis, estimates=tuple(wild(e) for e in analysis.estimates)))
+    beyond = replace(analysis, estimates=tuple(wild(e) for e in analysis.estimates))
+    said = captions.plain_meaning(beyond.to_json_dict())
     assert "do not show how the best size grows" in said
-    assert "times larger" in words.plain_meaning(analysis)
+    assert "times larger" in captions.plain_meaning(analysis.to_json_dict())
 
 
 def test_text_from_outside_cannot_become_markup(records: list[RunRecord], tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from helpers.synthetic import Law
 from scaling_lab.analysis.analysis import Analysis, AnalysisSettings, analyze, read_observations
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
-from scaling_lab.analysis.studies.skills import column_of
+from scaling_lab.analysis.studies import law_comparison
+from scaling_lab.analysis.studies.skills import Skills, column_of, skill_optima
 from scaling_lab.core.errors import UserError
 
 # The same sizes and tokens, but what knowledge gains from parameters falls more slowly than what code does.
@@ -47,6 +48,13 @@ def table(noise: float = 0.002, seed: int = 0) -> pd.DataFrame:
 COLUMNS = ("eval/code (nats)", "facts")
 
 
+def skills_of(analysis: Analysis) -> Skills:
+    """The numbers behind the finding."""
+    found = skill_optima(analysis.observations, analysis.settings, analysis.mean_compute_flops)
+    assert found is not None
+    return found
+
+
 @pytest.fixture(scope="module")
 def analysis(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
     path = tmp_path_factory.mktemp("skills") / "t.csv"
@@ -55,11 +63,15 @@ def analysis(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
     return analyze(read_observations(path, settings), settings)
 
 
+@pytest.fixture(scope="module")
+def skills(analysis: Analysis) -> Skills:
+    return skills_of(analysis)
+
+
 @pytest.mark.parametrize("approach", ["isoflop", "parametric"])
-def test_each_column_has_its_own_optimum(analysis: Analysis, approach: str) -> None:
-    assert analysis.skills is not None
+def test_each_column_has_its_own_optimum(analysis: Analysis, skills: Skills, approach: str) -> None:
     c = analysis.mean_compute_flops
-    for skill, law in zip(analysis.skills.columns, (CODE, FACTS)):
+    for skill, law in zip(skills.columns, (CODE, FACTS)):
         found = next(p for p in skill.at_mean_compute if p is not None and p.approach == approach)
         truth = law.params_opt(c)
         assert found.params_opt.estimate == pytest.approx(truth, rel=0.1)
@@ -69,10 +81,9 @@ def test_each_column_has_its_own_optimum(analysis: Analysis, approach: str) -> N
         assert found.tokens_per_param.interval is not None
 
 
-def test_there_is_an_optimum_with_interval_at_every_budget(analysis: Analysis) -> None:
-    assert analysis.skills is not None
-    assert analysis.skills.budgets_flops == pytest.approx(BUDGETS)
-    for skill, law in zip(analysis.skills.columns, (CODE, FACTS)):
+def test_there_is_an_optimum_with_interval_at_every_budget(skills: Skills) -> None:
+    assert skills.budgets_flops == pytest.approx(BUDGETS)
+    for skill, law in zip(skills.columns, (CODE, FACTS)):
         rows = [p for p in skill.at_budgets if p.approach == "isoflop"]
         assert [p.compute_flops for p in rows] == pytest.approx(BUDGETS)
         for p in rows:
@@ -80,11 +91,10 @@ def test_there_is_an_optimum_with_interval_at_every_budget(analysis: Analysis) -
             assert p.params_opt.interval is not None
 
 
-def test_the_columns_are_said_to_differ_by_the_right_factor(analysis: Analysis) -> None:
-    assert analysis.skills is not None
+def test_the_columns_are_said_to_differ_by_the_right_factor(skills: Skills) -> None:
     truth = CODE.params_opt(1e19) / FACTS.params_opt(1e19)
     assert truth < 0.2
-    ratios = {r.approach: r for r in analysis.skills.ratios}
+    ratios = {r.approach: r for r in skills.ratios}
     for approach in ("isoflop", "parametric"):
         r = ratios[approach]
         assert r.columns == COLUMNS
@@ -99,17 +109,15 @@ def test_equal_columns_are_not_said_to_differ(tmp_path: Path) -> None:
     again = table(seed=1)
     table().assign(other=again["facts"]).to_csv(path, index=False)
     settings = replace(QUICK, metrics=("facts", "other"))
-    found = analyze(read_observations(path, settings), settings).skills
-    assert found is not None
+    found = skills_of(analyze(read_observations(path, settings), settings))
     assert all(r.differ is False for r in found.ratios if r.approach == "isoflop")
 
 
-def test_a_columns_optimum_is_that_of_the_column_analysed_alone(analysis: Analysis, tmp_path: Path) -> None:
+def test_a_columns_optimum_is_that_of_the_column_analyzed_alone(skills: Skills, tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     table().to_csv(path, index=False)
     alone = analyze(read_observations(path, s := replace(QUICK, metric="facts")), s)
-    assert analysis.skills is not None
-    for one, two in zip(alone.estimates, analysis.skills.columns[1].estimates):
+    for one, two in zip(alone.estimates, skills.columns[1].estimates):
         assert one.status == two.status
         if one.frontier is not None and two.frontier is not None:
             assert two.frontier.params.exponent == pytest.approx(one.frontier.params.exponent, rel=1e-9)
@@ -132,7 +140,7 @@ def test_no_metrics_no_block() -> None:
     t = table()
     obs = Observations.from_arrays(n_params=t["params"], n_tokens=t["tokens"], loss_nats=t["loss"])
     analysis = analyze(obs, QUICK)
-    assert analysis.skills is None
+    assert analysis.finding("skills") is None
     assert analysis.to_json_dict()["skills"] is None
 
 
@@ -146,8 +154,7 @@ def test_cells_without_a_value_are_left_out_and_counted(tmp_path: Path) -> None:
     settings = replace(QUICK, metrics=("facts", "empty"))
     found = analyze(read_observations(path, settings), settings)
     assert found.observations.n_points == len(t)  # the loss itself is whole
-    assert found.skills is not None
-    facts, empty = found.skills.columns
+    facts, empty = skills_of(found).columns
     assert (facts.n_points, facts.n_left_out) == (len(t) - 3, 3)
     assert empty.message is not None
     assert "0 row(s)" in empty.message
@@ -165,8 +172,7 @@ def test_curves_of_a_column_are_its_own(tmp_path: Path) -> None:
     pd.DataFrame(rows, columns=["run_id", "params", "tokens", "loss", "facts"]).to_parquet(path)
     settings = replace(QUICK, points="final", metrics=("facts",), bootstrap=BootstrapSettings(resamples=0))
     analysis = analyze(read_observations(path, settings), settings)
-    assert analysis.skills is not None
-    envelope = analysis.skills.columns[0].estimates[0]
+    envelope = skills_of(analysis).columns[0].estimates[0]
     assert envelope.frontier is not None
     assert float(envelope.frontier.params(1e17)) == pytest.approx(FACTS.params_opt(1e17), rel=0.1)
 
@@ -200,8 +206,7 @@ def compared(noise: float, laws: tuple[str, ...]) -> Analysis:
 
 def test_the_law_that_made_the_data_predicts_best() -> None:
     analysis = compared(0.002, ("kaplan_nd", "power_c"))
-    found = analysis.law_comparison
-    assert found is not None
+    found = law_comparison.compare(analysis.points, analysis.settings)
     assert next(s.law.name for s in found.scores) == "chinchilla"  # the analysis's own is always among them
     assert {s.law.name for s in found.scores} == {"chinchilla", "kaplan_nd", "power_c"}
     best, worst = found.scores[0], found.scores[-1]
@@ -231,8 +236,7 @@ def test_a_last_budget_with_most_of_the_runs_is_still_predicted_from_the_others(
         n_params=t["params"], n_tokens=t["tokens"], loss_nats=t["facts"], compute_flops=t["flops"]
     )
     settings = replace(QUICK, compare_laws=("kaplan_nd",), bootstrap=BootstrapSettings(resamples=0))
-    found = analyze(obs, settings).law_comparison
-    assert found is not None
+    found = law_comparison.compare(obs, settings)
     assert found.threshold_flops == pytest.approx(BUDGETS[-2])
     best = found.scores[0].extrapolation
     assert best is not None
@@ -258,7 +262,7 @@ def test_the_summary_shows_skills_and_laws(
     common = ["analyze", "runs=t.csv", "bootstrap.resamples=60", "sensitivity=false", "backtest=false"]
     assert main([*common, "metrics=[eval/code (nats),facts]", "compare_laws=kaplan_nd"]) == 0
     out = capsys.readouterr().out
-    for part in ("optima per skill", "eval/code (nats)", "facts", "differ", "kaplan_nd", "left out"):
+    for part in ("Optima per skill", "eval/code (nats)", "facts", "differ", "kaplan_nd", "left out"):
         assert part in out
     assert main([*common, "compare_laws=chinchila"]) == 2
     assert "compare_laws" in capsys.readouterr().err

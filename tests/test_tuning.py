@@ -1,4 +1,4 @@
-"""The tuning debt: recovered where it is known, with intervals that cover, and refused where it cannot be known."""
+"""Excess loss from mistuned learning rates: recovered where it is known, with intervals that cover, refused where unknown."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ import pytest
 
 from helpers.synthetic import QUICKSTART_LAW, synthetic_records
 from scaling_lab.analysis.data.observations import Observations
+from scaling_lab.analysis.data.sweep_records import SweepRecords, split_by_role
 from scaling_lab.analysis.settings import ApproachSettings
-from scaling_lab.analysis.studies.tuning import Trained, measure, tuned_exponents
-from scaling_lab.analysis.studies.tuning_fit import debt_at, fit_bowl, why_no_bowl, window
-from scaling_lab.analysis.studies.tuning_records import split_by_role
+from scaling_lab.analysis.studies.shared.excess_loss import TrainedRuns, measure_excess_loss, tuned_exponents
+from scaling_lab.analysis.studies.shared.lr_quadratic import (
+    fit_quadratic,
+    near_best,
+    quadratic_rise,
+    underdetermined_reason,
+)
 from scaling_lab.cli.main import main
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.parametrization import MuP
@@ -36,19 +41,21 @@ def used_lr(n):
 
 
 def best_over_used(n):
-    """Too low by 2 at 5e3 parameters, too high by 2 at 2e5: the debt is nothing in between, and tilts the law."""
+    """Too low by 2 at 5e3 parameters, too high by 2 at 2e5: the excess is nothing in between, and tilts the law."""
     return np.exp(np.log(2) * (1 - 2 * np.log(n / 5e3) / np.log(2e5 / 5e3)))
 
 
 def loss_of(n, budget, lr):
-    return QUICKSTART_LAW.loss_nats(n, budget / (6 * n)) + debt_of(n, lr)
+    return QUICKSTART_LAW.loss_nats(n, budget / (6 * n)) + excess_of(n, lr)
 
 
-def debt_of(n, lr):
+def excess_of(n, lr):
     return 0.5 * CURVATURE * np.log(lr / (used_lr(n) * best_over_used(n))) ** 2
 
 
-def trained(n, budget, lr, noise=0.0, rng=None, batch=512.0, seed=0.0, loss=None, prefix="run") -> Trained:
+def trained(
+    n, budget, lr, noise=0.0, rng=None, batch=512.0, seed=0.0, loss=None, prefix="run"
+) -> TrainedRuns:
     n, budget, lr, batch, seed = (
         np.asarray(v, float) for v in np.broadcast_arrays(n, budget, lr, batch, seed)
     )
@@ -58,7 +65,7 @@ def trained(n, budget, lr, noise=0.0, rng=None, batch=512.0, seed=0.0, loss=None
     names = np.array(
         [f"{prefix}-{a:.6g}-{b:.3g}-{c:.4g}-{d:g}-{e:g}" for a, b, c, d, e in zip(n, budget, lr, batch, seed)]
     )
-    return Trained(names.astype(object), n, budget, lr, batch, value, seed)
+    return TrainedRuns(names.astype(object), n, budget, lr, batch, value, seed)
 
 
 def grid() -> tuple[np.ndarray, np.ndarray]:
@@ -80,7 +87,7 @@ def lr_sweep(noise=0.0, rng=None, seeds=1, log_lr=LR):
     return trained(n, c, used_lr(n) * np.exp(x), noise, rng, seed=seed)
 
 
-def observations(sweep: Trained) -> Observations:
+def observations(sweep: TrainedRuns) -> Observations:
     return Observations.from_arrays(
         n_params=sweep.n_params,
         n_tokens=sweep.budget_flops / (6 * sweep.n_params),
@@ -92,23 +99,23 @@ def observations(sweep: Trained) -> Observations:
 
 
 def test_a_parabola_by_hand():
-    """L = 2 + 3 (x - 0.5)^2 at x = -1, 0, 1: minimum at 0.5, curvature 6, and 0.75 owed at x = 0."""
+    """L = 2 + 3 (x - 0.5)^2 at x = -1, 0, 1: minimum at 0.5, curvature 6, and an excess of 0.75 at x = 0."""
     x = np.array([[-1.0], [0.0], [1.0]])
-    bowl = fit_bowl(x, (2 + 3 * (x[:, 0] - 0.5) ** 2)[None])
-    assert bowl.optimum[0, 0] == pytest.approx(0.5)
-    assert bowl.hessian[0, 0, 0] == pytest.approx(6.0)
-    assert bowl.floor_nats == pytest.approx(2.0)
-    assert bowl.debt_nats[0] == pytest.approx(0.75)
+    fit = fit_quadratic(x, (2 + 3 * (x[:, 0] - 0.5) ** 2)[None])
+    assert fit.optimum[0, 0] == pytest.approx(0.5)
+    assert fit.hessian[0, 0, 0] == pytest.approx(6.0)
+    assert fit.floor_nats == pytest.approx(2.0)
+    assert fit.excess_nats[0] == pytest.approx(0.75)
 
 
-def test_a_bowl_in_two_settings_by_hand():
-    """L = 1 + (x - .3)^2 + 2 (y + .2)^2 + (x - .3)(y + .2) on nine points: owed at the origin .09 + .08 - .06."""
+def test_a_quadratic_in_two_settings_by_hand():
+    """L = 1 + (x - .3)^2 + 2 (y + .2)^2 + (x - .3)(y + .2) on nine points: excess at the origin .09 + .08 - .06."""
     x, y = (v.ravel() for v in np.meshgrid([-0.7, 0.0, 0.7], [-0.7, 0.0, 0.7]))
     loss = 1 + (x - 0.3) ** 2 + 2 * (y + 0.2) ** 2 + (x - 0.3) * (y + 0.2)
-    bowl = fit_bowl(np.stack([x, y], axis=1), loss[None])
-    assert bowl.optimum[0] == pytest.approx([0.3, -0.2])
-    assert bowl.debt_nats[0] == pytest.approx(0.09 + 0.08 - 0.06)
-    assert debt_at(-bowl.optimum, bowl.hessian)[0] == pytest.approx(bowl.debt_nats[0])
+    fit = fit_quadratic(np.stack([x, y], axis=1), loss[None])
+    assert fit.optimum[0] == pytest.approx([0.3, -0.2])
+    assert fit.excess_nats[0] == pytest.approx(0.09 + 0.08 - 0.06)
+    assert quadratic_rise(-fit.optimum, fit.hessian)[0] == pytest.approx(fit.excess_nats[0])
 
 
 @pytest.mark.parametrize(
@@ -116,22 +123,22 @@ def test_a_bowl_in_two_settings_by_hand():
     [((1.0, 2.0, 1.0), "do not bend up"), ((1.0, 2.0, 4.0), "outside of what was tried")],
 )
 def test_no_minimum_is_said(loss, said):
-    found = fit_bowl(np.array([[-1.0], [0.0], [1.0]]), np.array([loss]))
+    found = fit_quadratic(np.array([[-1.0], [0.0], [1.0]]), np.array([loss]))
     assert isinstance(found, str)
     assert said in found
 
 
-def test_what_determines_no_bowl():
-    assert why_no_bowl(np.array([[0.0], [0.7]])) == "2 settings are near enough, 3 are needed"
+def test_what_determines_no_quadratic():
+    assert underdetermined_reason(np.array([[0.0], [0.7]])) == "2 settings are near enough, 3 are needed"
     line = np.stack([np.linspace(-1, 1, 7), np.linspace(-1, 1, 7)], axis=1)
-    assert why_no_bowl(line) == "the settings lie on a line"
-    assert why_no_bowl(np.array([[-1.0], [0.0], [1.0]])) is None
+    assert underdetermined_reason(line) == "the settings lie on a line"
+    assert underdetermined_reason(np.array([[-1.0], [0.0], [1.0]])) is None
 
 
 def test_far_settings_are_left_out():
     """Best at 2 times, reference at 1: from 1/2.3 to 4.6 times."""
     x = np.log([[0.25], [0.5], [1.0], [2.0], [4.0], [8.0]])
-    assert window(x, np.array([9.0, 3.0, 2.0, 1.0, 2.0, 30.0])).tolist() == [
+    assert near_best(x, np.array([9.0, 3.0, 2.0, 1.0, 2.0, 30.0])).tolist() == [
         False,
         True,
         True,
@@ -144,7 +151,7 @@ def test_far_settings_are_left_out():
 def test_one_lucky_seed_does_not_choose_the_window():
     """At half the rate one of three seeds is lucky; their mean is worse than the reference, which stays the centre."""
     x = np.log([[0.25], [0.5], [0.5], [0.5], [1.0], [2.0]])
-    assert window(x, np.array([5.0, 0.5, 3.0, 3.0, 1.0, 2.0])).tolist() == [
+    assert near_best(x, np.array([5.0, 0.5, 3.0, 3.0, 1.0, 2.0])).tolist() == [
         False,
         True,
         True,
@@ -154,15 +161,15 @@ def test_one_lucky_seed_does_not_choose_the_window():
     ]
 
 
-def test_a_known_debt_is_recovered_at_every_run():
-    """Without noise: the debt is linear in what is interpolated, so it is exact at the sizes in between as well."""
+def test_a_known_excess_is_recovered_at_every_run():
+    """Without noise: the excess is linear in what is interpolated, so it is exact at the sizes in between as well."""
     n, c = grid()
     sweep = trained(n, c, used_lr(n))
-    tuning, samples = measure(sweep, lr_sweep())
-    inside = tuning.debt_nats
+    tuning, samples = measure_excess_loss(sweep, lr_sweep())
+    inside = tuning.excess_nats
     assert tuning.varied == ("LR",)
     assert [cell.status for cell in tuning.cells] == ["ok"] * 9
-    np.testing.assert_allclose(inside, debt_of(n, used_lr(n)), atol=1e-9)
+    np.testing.assert_allclose(inside, excess_of(n, used_lr(n)), atol=1e-9)
     assert inside.max() > 0.01
     assert inside.min() < 1e-3
     for cell in tuning.cells:
@@ -170,7 +177,7 @@ def test_a_known_debt_is_recovered_at_every_run():
     assert samples.shape[1] == len(n)
 
 
-def test_the_exponents_without_the_debt_are_those_of_tuned_runs():
+def test_the_exponents_without_the_excess_are_those_of_tuned_runs():
     n, c = grid()
     sweep = trained(n, c, used_lr(n))
     best = trained(n, c, used_lr(n) * best_over_used(n))
@@ -178,7 +185,7 @@ def test_the_exponents_without_the_debt_are_those_of_tuned_runs():
     approaches = ApproachSettings().all()[:2]
     plain = [a.estimate(points) for a in approaches]
     truth = [a.estimate(tuned_points) for a in approaches]
-    tuning, samples = measure(sweep, lr_sweep())
+    tuning, samples = measure_excess_loss(sweep, lr_sweep())
     found = tuned_exponents(tuning, samples, points, approaches, plain).exponents
     assert found[0].status == "not_applicable"
     for e, was, true in zip(found[1:], plain[1:], truth[1:], strict=True):
@@ -188,31 +195,31 @@ def test_the_exponents_without_the_debt_are_those_of_tuned_runs():
         assert abs(e.tuned_params_exponent - e.params_exponent) > 0.01
 
 
-def test_intervals_of_the_debt_cover():
+def test_intervals_of_the_excess_cover():
     """200 sweeps with seed noise of 0.004 nats: 90% intervals hold the truth about nine times in ten."""
     n, c = grid()
     held, noises, total = 0, [], 0
     for study in range(200):
         rng = np.random.default_rng(study)
         sweep = trained(n, c, used_lr(n), 0.004, rng)
-        tuning, _ = measure(sweep, lr_sweep(0.004, rng, seeds=2), seed=study)
+        tuning, _ = measure_excess_loss(sweep, lr_sweep(0.004, rng, seeds=2), seed=study)
         noises.append(tuning.noise_nats)
         for cell in tuning.cells:
-            # Where nothing is owed an interval of a square cannot reach below zero.
-            if cell.bowl is not None and debt_of(cell.n_params, used_lr(cell.n_params)) > 0.004:
+            # Where there is no excess an interval of a square cannot reach below zero.
+            if cell.fit is not None and excess_of(cell.n_params, used_lr(cell.n_params)) > 0.004:
                 total += 1
-                held += cell.debt_interval.contains(debt_of(cell.n_params, used_lr(cell.n_params)))
+                held += cell.excess_interval.contains(excess_of(cell.n_params, used_lr(cell.n_params)))
     assert np.mean(noises) == pytest.approx(0.004, rel=0.05)
     assert total > 500
     assert 0.84 < held / total < 0.95
 
 
-def test_what_a_seed_does_to_every_setting_is_no_noise_of_the_debt():
-    """The second seed is worse by 0.1 nats everywhere: parabolas shift, and nothing is owed for it."""
+def test_what_a_seed_does_to_every_setting_is_no_noise_of_the_excess():
+    """The second seed is worse by 0.1 nats everywhere: parabolas shift, and there is no excess for it."""
     tuned = lr_sweep(seeds=2)
     tuned = replace(tuned, loss_nats=tuned.loss_nats + 0.1 * tuned.seed)
     n, c = grid()
-    tuning, _ = measure(trained(n, c, used_lr(n)), tuned)
+    tuning, _ = measure_excess_loss(trained(n, c, used_lr(n)), tuned)
     assert tuning.noise_nats < 1e-9
     assert "less what a seed does" in tuning.noise_source
 
@@ -220,19 +227,19 @@ def test_what_a_seed_does_to_every_setting_is_no_noise_of_the_debt():
 def test_noise_without_seeds_is_from_the_distances_and_without_spare_points_is_unknown():
     n, c = grid()
     rng = np.random.default_rng(1)
-    tuning, _ = measure(trained(n, c, used_lr(n), 0.004, rng), lr_sweep(0.004, rng))
+    tuning, _ = measure_excess_loss(trained(n, c, used_lr(n), 0.004, rng), lr_sweep(0.004, rng))
     assert "distances" in tuning.noise_source
     assert 0.001 < tuning.noise_nats < 0.01
-    assert tuning.cells[0].debt_interval is not None
-    bare, _ = measure(trained(n, c, used_lr(n)), lr_sweep(log_lr=LR[[1, 3]]))
+    assert tuning.cells[0].excess_interval is not None
+    bare, _ = measure_excess_loss(trained(n, c, used_lr(n)), lr_sweep(log_lr=LR[[1, 3]]))
     assert bare.noise_nats is None
     assert "not known" in bare.noise_source
-    assert bare.cells[0].debt_nats is not None
-    assert bare.cells[0].debt_interval is None
-    assert np.isnan(bare.debt_standard_error).all()
+    assert bare.cells[0].excess_nats is not None
+    assert bare.cells[0].excess_interval is None
+    assert np.isnan(bare.excess_standard_error).all()
 
 
-def test_a_batch_that_was_varied_is_part_of_the_debt():
+def test_a_batch_that_was_varied_is_part_of_the_excess():
     """Best batch 1.5 times the sweep's: the LR alone would miss that part."""
     n, c = grid()
     at = [0, 5, 12, 15]
@@ -252,25 +259,25 @@ def test_a_batch_that_was_varied_is_part_of_the_debt():
         size, budget, used_lr(size) * np.exp(x), batch=512 * np.exp(y), loss=loss(size, budget, x, y)
     )
     sweep = trained(n, c, used_lr(n), loss=loss(n, c, 0.0, 0.0))
-    tuning, _ = measure(sweep, tuned)
+    tuning, _ = measure_excess_loss(sweep, tuned)
     assert [c.message for c in tuning.cells] == [None] * 4
     assert tuning.varied == ("LR", "batch")
     d = -np.log(best_over_used(n[at]))
     true = 0.5 * (0.06 * d**2 + 0.04 * np.log(1.5) ** 2) + 0.01 * d * np.log(1.5)
-    np.testing.assert_allclose([cell.debt_nats for cell in tuning.cells], true, atol=1e-9)
+    np.testing.assert_allclose([cell.excess_nats for cell in tuning.cells], true, atol=1e-9)
     assert tuning.cells[0].best_over_used[1] == pytest.approx(1.5)
 
 
-def test_a_best_setting_at_the_edge_gives_no_debt_there():
+def test_a_best_setting_at_the_edge_gives_no_excess_there():
     """At the smallest size nothing above the sweep's LR was tried: its best lies outside, the others count."""
     n, c = grid()
     tuned = lr_sweep()
     tuned = tuned.at((tuned.n_params > n.min() + 1) | (tuned.peak_lr < used_lr(tuned.n_params) * 1.01))
-    tuning, _ = measure(trained(n, c, used_lr(n)), tuned)
+    tuning, _ = measure_excess_loss(trained(n, c, used_lr(n)), tuned)
     assert tuning.cells[0].status == "outside"
-    assert tuning.cells[0].debt_nats is None
-    assert np.isfinite(tuning.debt_nats).all()
-    nothing, samples = measure(trained(n, c, used_lr(n)), tuned.at(tuned.n_params < n.min() + 1))
+    assert tuning.cells[0].excess_nats is None
+    assert np.isfinite(tuning.excess_nats).all()
+    nothing, samples = measure_excess_loss(trained(n, c, used_lr(n)), tuned.at(tuned.n_params < n.min() + 1))
     assert "No size has a best setting" in nothing.message
     assert np.isnan(samples).all()
 
@@ -281,25 +288,25 @@ def test_a_size_tuned_at_another_batch_alone_says_so():
     tuned = lr_sweep()
     other = np.where(tuned.n_params < n.min() + 1, 2048.0, 512.0)
     sweep = trained(n, c, used_lr(n)).at(n > n.min() + 1)
-    tuning, _ = measure(sweep, replace(tuned, batch_tokens=other))
-    assert (tuning.cells[0].status, tuning.cells[0].debt_nats) == ("too_few", None)
+    tuning, _ = measure_excess_loss(sweep, replace(tuned, batch_tokens=other))
+    assert (tuning.cells[0].status, tuning.cells[0].excess_nats) == ("too_few", None)
     assert "0 settings are near enough" in tuning.cells[0].message
-    assert np.isfinite(tuning.debt_nats).all()
+    assert np.isfinite(tuning.excess_nats).all()
 
 
 def test_nothing_to_measure_with_is_one_line():
     n, c = grid()
     with pytest.raises(UserError, match="learning-rate sweep has no completed run"):
-        measure(trained(n, c, used_lr(n)), trained([], [], []))
+        measure_excess_loss(trained(n, c, used_lr(n)), trained([], [], []))
 
 
 def at_lr(record: RunRecord, multiplier: float) -> RunRecord:
     """The record's run under another LR, as a learning-rate sweep would have it: best at 1.5 times the sweep's."""
-    owed = 0.5 * CURVATURE * (math.log(multiplier / 1.5) ** 2 - math.log(1.5) ** 2)
+    excess = 0.5 * CURVATURE * (math.log(multiplier / 1.5) ** 2 - math.log(1.5) ** 2)
     optimizer = replace(record.spec.optimizer, peak_lr=record.spec.optimizer.peak_lr * multiplier)
     spec = replace(record.spec, optimizer=optimizer, role="lr_sweep", sweep="tuned")
     return replace(
-        record, run_id=spec.run_id(), spec=spec, final_val_loss_nats=record.final_val_loss_nats + owed
+        record, run_id=spec.run_id(), spec=spec, final_val_loss_nats=record.final_val_loss_nats + excess
     )
 
 
@@ -319,19 +326,20 @@ def tuned_records(records: list[RunRecord]) -> list[RunRecord]:
 
 
 def test_records_of_a_learning_rate_sweep_are_no_points_of_the_law(records, tuned_records):
-    own, tuned = split_by_role([*records, *tuned_records])
-    assert own == records
-    assert len(tuned.tuned) == len(tuned_records)
-    assert split_by_role(records) == (records, None)
+    split = split_by_role([*records, *tuned_records])
+    assert split.law == tuple(records)
+    assert split.lr_sweep == tuple(tuned_records)
+    assert split_by_role(records) == SweepRecords(tuple(records), ())
     with pytest.raises(UserError, match="analyze the sweep that they tune, with tuning=tuned"):
-        split_by_role(tuned_records)
+        split_by_role(tuned_records).require_law()
+    split.require_law()
 
 
 def test_rates_under_another_parametrisation_are_refused(records, tuned_records):
     other = [replace(r, spec=replace(r.spec, parametrization=MuP())) for r in tuned_records]
     with pytest.raises(UserError, match="its runs have parametrization MuP.*those of the sweep Standard"):
         split_by_role(records, other)
-    assert split_by_role(records, tuned_records)[1] is not None
+    assert split_by_role(records, tuned_records).lr_sweep == tuple(tuned_records)
 
 
 def write(store: RunStore, records: list[RunRecord]) -> None:
@@ -349,39 +357,54 @@ def test_analyze_with_a_learning_rate_sweep_beside(tmp_path, monkeypatch, capsys
     light = ["sensitivity=false", "backtest=false", "profile=false", "bootstrap.resamples=50"]
     assert main(["analyze", "sweep=base", "tuning=base-lr", *light]) == 0
     out = capsys.readouterr().out
-    assert "tuning debt" in out
+    assert "Checking LR tuning" in out
     assert "if every size were tuned" in out
     data = json.loads(Path("results/base/report/analysis.json").read_text())
     schema = json.loads(resources.files("scaling_lab.analysis").joinpath("analysis.schema.json").read_text())
     jsonschema.validate(data, schema)
-    # The same factor everywhere: every run owes 0.06 / 2 ln(1.5)^2, and the exponents stay.
+    # The same factor everywhere: every run's excess is 0.06 / 2 ln(1.5)^2, and the exponents stay.
     assert len(data["tuning"]["runs"]) == len(records)
-    owed = [r["debt_nats"] for r in data["tuning"]["runs"]]
-    np.testing.assert_allclose(owed, 0.03 * math.log(1.5) ** 2, atol=1e-4)
+    excess = [r["debt_nats"] for r in data["tuning"]["runs"]]
+    np.testing.assert_allclose(excess, 0.03 * math.log(1.5) ** 2, atol=1e-4)
     found = [c["best_over_used"]["LR"]["estimate"] for c in data["tuning"]["cells"]]
     assert found == pytest.approx([1.5] * 6, rel=0.02)
     for e in data["tuning"]["exponents"][1:]:
         assert e["tuned_params_exponent"] == pytest.approx(e["params_exponent"], abs=0.01)
     page = Path("results/base/report/report.html").read_text()
-    assert "If every size were tuned" in page
-    assert "The learning rates, tried" in page
+    assert "Checking LR tuning" in page
+    assert "Loss against learning rate" in page
     assert Path("results/base/report/figures/tuning.png").stat().st_size > 5000
     for argv, said in (
-        (["sweep=base-lr"], "runs of a learning-rate sweep alone"),
+        (
+            ["sweep=base-lr", "study=tuning"],
+            "study=tuning: its data are not here. It needs a learning-rate sweep",
+        ),
+        (["sweep=base-lr", "metrics=[loss]", "study=skills"], "study=skills: its data are not here"),
         (["sweep=base", "tuning=nothing"], "tuning='nothing' has no finished runs"),
         (["runs=x.csv", "tuning=base-lr"], "is for a sweep"),
     ):
         assert main(["analyze", *argv]) == 2
         assert said in capsys.readouterr().err
+    # A learning-rate sweep of its own has no law; what it shows of the best rates is a finding.
+    assert main(["analyze", "sweep=base-lr"]) == 0
+    shown = capsys.readouterr()
+    assert "holds only runs of a learning-rate sweep" in shown.err
+    assert "tuning=tuned" in shown.err
+    assert "Transfer of the best learning rate" in shown.out
+    alone = json.loads(Path("results/base-lr/report/analysis.json").read_text())
+    jsonschema.validate(alone, schema)
+    assert alone["estimates"] == []
+    assert [f["name"] for f in alone["findings"]] == ["lr_transfer"]
+    assert "learning-rate sweep" in alone["problem"]
     # Without the learning-rate sweep the report is as it was.
     assert main(["analyze", "sweep=base", *light]) == 0
-    assert "tuning debt" not in capsys.readouterr().out
+    assert "Checking LR tuning" not in capsys.readouterr().out
     assert json.loads(Path("results/base/report/analysis.json").read_text())["tuning"] is None
 
 
 @pytest.mark.slow
 def test_a_real_sweep_and_its_learning_rate_sweep(tmp_path, monkeypatch, capsys):
-    """Tiny models trained at a quarter of the recipe's rate: the debt says so, and its exponents are still exponents."""
+    """Tiny models trained at a quarter of the recipe's rate: the excess shows it, and its exponents are still exponents."""
     monkeypatch.chdir(tmp_path)
     tiny = [
         "device=cpu", "compile=false", "data.max_mb=1", "model.context=16", "model.head_dim=4", "eval.tokens=2048",

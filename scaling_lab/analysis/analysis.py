@@ -1,4 +1,4 @@
-"""Owns the analysis as a whole: `analyze(observations, settings) -> Analysis`, and reading observations for it.
+"""The analysis as a whole: `analyze(observations, settings) -> Analysis`, and reading observations for it.
 
     settings = AnalysisSettings(columns={"loss": "val_loss"})
     analysis = analyze(read_observations("runs.csv", settings), settings)
@@ -17,26 +17,24 @@ from typing import Any
 
 import numpy as np
 
+from scaling_lab.analysis.analysis_json import document, law_fields
 from scaling_lab.analysis.approaches import IsoFlop, Parametric
 from scaling_lab.analysis.approaches.isoflop.grid_bias import GridBias, bias_sentence, grid_bias
 from scaling_lab.analysis.data.observations import AS_GIVEN, Observations, from_table
 from scaling_lab.analysis.data.record_observations import observations_from_records
+from scaling_lab.analysis.data.sweep_records import SweepRecords
 from scaling_lab.analysis.data.tables import read_table
 from scaling_lab.analysis.estimate import Array, Estimate, FitStatus
+from scaling_lab.analysis.finding import Finding
 from scaling_lab.analysis.inference.agreement import Agreement, agreement, explained
 from scaling_lab.analysis.inference.bands import Band
 from scaling_lab.analysis.inference.bootstrap import Approach, bootstrap
 from scaling_lab.analysis.inference.caveats import caveats
-from scaling_lab.analysis.inference.law_comparison import LawComparison, compare_laws
 from scaling_lab.analysis.inference.prediction import Backtest, Prediction, backtest, predict
-from scaling_lab.analysis.inference.profiles import Profile, profile
 from scaling_lab.analysis.inference.sensitivity import SensitivityRow, sensitivity
-from scaling_lab.analysis.laws import get_law, law_names
-from scaling_lab.analysis.settings import ALL_LAWS, AnalysisSettings
-from scaling_lab.analysis.studies.known_floor import KnownFloor, known_floor
-from scaling_lab.analysis.studies.skills import Skills, skill_optima
-from scaling_lab.analysis.studies.tuning import Tuning
-from scaling_lab.analysis.studies.tuning_records import TunedRecords, tuning_of
+from scaling_lab.analysis.settings import AnalysisSettings
+from scaling_lab.analysis.studies import NO_STUDY, find_all, get_study
+from scaling_lab.analysis.studies.base import LawAnalysis, StudyInput
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord
@@ -47,7 +45,7 @@ _NEXT_DECADE = 10.0
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything that the report and analysis.json say, as values."""
+    """Everything that the report and analysis.json show, as values."""
 
     observations: Observations
     """Every row, before `points` chose among them."""
@@ -55,7 +53,7 @@ class Analysis:
     estimates: tuple[Estimate, ...]
     """Always envelope, isoflop, parametric, in this order."""
     bands: tuple[Band, ...]
-    """One an estimate."""
+    """One for each estimate."""
     mean_compute_flops: float
     """Geometric mean of the points' FLOPs, where all approaches are compared."""
     at_mean_compute: tuple[Prediction | None, ...]
@@ -63,18 +61,14 @@ class Analysis:
     sensitivity: tuple[SensitivityRow, ...]
     backtest: tuple[Backtest, ...]
     predictions: tuple[Prediction, ...]
-    skills: Skills | None = None
-    """The optimum of every column of `metrics`; None where none was asked for."""
-    law_comparison: LawComparison | None = None
-    """Laws by their error out of sample; None where `compare_laws` names none."""
-    profile: Profile | None = None
-    """Profile-likelihood intervals of the parametric fit (None where they were not asked for)."""
-    tuning: Tuning | None = None
-    """What the runs owe to their learning rates; None where no runs tell."""
-    known_floor: KnownFloor | None = None
-    """The true irreducible loss beside the fitted one (None where the corpus's entropy is not known)."""
     grid_bias: GridBias | None = None
-    """The bias that IsoFLOP's sizes and budgets give it, under the fitted law; None where that cannot be told."""
+    """The bias that IsoFLOP's sizes and budgets give it, under the fitted law; None where it is unknown."""
+    findings: tuple[Finding, ...] = ()
+    """What the studies found whose data are there, by name."""
+
+    def __repr__(self) -> str:
+        """Short: the arrays of an analysis are thousands of numbers long."""
+        return f"Analysis({self.observations!r}, {', '.join(map(repr, self.estimates))})"
 
     @cached_property
     def points(self) -> Observations:
@@ -87,17 +81,29 @@ class Analysis:
     def band(self, approach: str) -> Band:
         return next(b for b in self.bands if b.approach == approach)
 
-    def __repr__(self) -> str:
-        """Short: the arrays of an analysis are thousands of numbers long."""
-        return f"Analysis({self.observations!r}, {', '.join(map(repr, self.estimates))})"
+    def finding(self, study: str) -> Finding | None:
+        """What a study found; None where its data are not there."""
+        return next((f for f in self.findings if f.name == study), None)
 
     def to_json_dict(
         self, command: str = "", versions: dict[str, str] | None = None, source: str | None = None
     ) -> dict[str, Any]:
         """analysis.json as plain data: see analysis.schema.json."""
-        from scaling_lab.analysis.analysis_json import to_json_dict
-
-        return to_json_dict(self, command, versions, source)
+        laws = law_fields(
+            settings=self.settings,
+            observations=self.observations,
+            points=self.points,
+            estimates=self.estimates,
+            bands=self.bands,
+            at_mean_compute=self.at_mean_compute,
+            mean_compute_flops=self.mean_compute_flops,
+            grid_bias=self.grid_bias,
+            agreement=self.agreement,
+            sensitivity=self.sensitivity,
+            backtest=self.backtest,
+            predictions=self.predictions,
+        )
+        return document(command=command, versions=versions, source=source, findings=self.findings, laws=laws)
 
 
 def read_observations(path: str | Path, settings: AnalysisSettings | None = None) -> Observations:
@@ -140,19 +146,22 @@ def select_points(observations: Observations, settings: AnalysisSettings) -> Obs
 def analyze(
     observations: Observations,
     settings: AnalysisSettings | None = None,
-    tuned: TunedRecords | None = None,
+    records: SweepRecords | None = None,
 ) -> Analysis:
-    """The three approaches with their intervals, whether they agree, how they react to choices, and how they predict.
+    """The three approaches with their intervals, whether they agree, how they react to choices, how they predict, and
+    what the studies find.
 
     An approach that cannot be applied returns an estimate that says why; it is not an error.
 
     Args:
-        tuned: records that measure the tuning debt of the observations' runs (`tuning_records.split_by_role`).
+        records: of the sweep that the observations come from, for the studies that look at runs themselves.
 
     Raises:
-        UserError: the law needs a column that is missing, or weights=loss_sem without standard errors.
+        UserError: the law needs a column that is missing, weights=loss_sem without standard errors, or an unknown study.
     """
     s = settings or AnalysisSettings()
+    if s.study not in (None, NO_STUDY):
+        get_study(s.study)  # an unknown name is refused before the work
     points = select_points(observations, s)
     weights = point_weights(points, s)
     approaches: tuple[Approach, ...] = s.approach.all()
@@ -171,6 +180,7 @@ def analyze(
         for a, e, b in zip(approaches, estimates, bands)
     )
     others = sensitivity(approaches, estimates, points, weights) if s.sensitivity else ()
+    laws = LawAnalysis(observations, points, weights, mean_compute, estimates, bands)
     return Analysis(
         observations,
         s,
@@ -182,13 +192,43 @@ def analyze(
         others,
         backtest(approaches, points, s.bootstrap, s.seed, weights) if s.backtest else (),
         tuple(p for p in predictions if p is not None),
-        skill_optima(observations, s, mean_compute),
-        _law_comparison(points, s),
-        _profile(points, estimates[2], s, weights),
-        _tuning(tuned, points, s, approaches, estimates),
-        known_floor=known_floor(points, Parametric(s.approach.parametric), estimates[2], bands[2], weights),
         grid_bias=bias,
+        findings=find_all(StudyInput(s, records or SweepRecords(), laws)),
     )
+
+
+@np.errstate(all="ignore")
+def find_in_records(records: SweepRecords, settings: AnalysisSettings | None = None) -> tuple[Finding, ...]:
+    """What the studies find in runs to which no law can be fitted.
+
+    Raises:
+        UserError: the study that `settings.study` names does not exist, or its data are not there.
+    """
+    return find_all(StudyInput(settings or AnalysisSettings(), records))
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What the records of a sweep gave: an analysis, or findings alone and the reason why there is no law."""
+
+    analysis: Analysis | None
+    findings: tuple[Finding, ...]
+    problem: str | None = None
+
+
+def analyze_records(records: SweepRecords, settings: AnalysisSettings | None = None) -> SweepResult:
+    """The analysis of a sweep; where no law can be fitted to its runs, what the studies find in them.
+
+    Raises:
+        UserError: the study that `settings.study` names does not exist, or its data are not there.
+    """
+    s = settings or AnalysisSettings()
+    try:
+        records.require_law()
+        analysis = analyze(observations_of_sweep(records.law, s), s, records)
+    except UserError as error:
+        return SweepResult(None, find_in_records(records, s), str(error))
+    return SweepResult(analysis, analysis.findings)
 
 
 def anything_estimated(analysis: Analysis) -> bool:
@@ -209,54 +249,6 @@ def _with_bias(
         return estimates, None
     sentence = bias_sentence(bias, found, settings.approach.isoflop.minimum)
     return (envelope, replace(found, diagnostics=(*found.diagnostics, sentence)), fitted), bias
-
-
-def _law_comparison(points: Observations, settings: AnalysisSettings) -> LawComparison | None:
-    """The laws of `compare_laws`, and the analysis's own, on the same points; rows of one run are left out together."""
-    if not settings.compare_laws:
-        return None
-    own = settings.approach.parametric
-    names = law_names() if ALL_LAWS in settings.compare_laws else settings.compare_laws
-    laws = [get_law(own.law, **own.law_options), *(get_law(n) for n in dict.fromkeys(names) if n != own.law)]
-    columns = {
-        **points.extra,
-        "n_params": points.n_params,
-        "n_tokens": points.n_tokens,
-        "compute_flops": points.compute_flops,
-    }
-    return compare_laws(
-        laws,
-        columns,
-        loss_nats=points.loss_nats,
-        groups=points.run_index,
-        compute_flops=points.compute_flops,
-        huber_delta=own.huber_delta,
-        objective=own.objective,  # type: ignore[arg-type]
-        seed=settings.seed,
-    )
-
-
-def _tuning(
-    tuned: TunedRecords | None,
-    points: Observations,
-    settings: AnalysisSettings,
-    approaches: tuple[Approach, ...],
-    estimates: tuple[Estimate, ...],
-) -> Tuning | None:
-    if tuned is None:
-        return None
-    if settings.metric is not None:
-        tuned = tuned.with_loss(settings.metric)
-    return tuning_of(tuned, points, approaches, estimates, settings.bootstrap.level, settings.seed)
-
-
-def _profile(
-    points: Observations, parametric: Estimate, settings: AnalysisSettings, weights: Array | None
-) -> Profile | None:
-    if not settings.profile:
-        return None
-    approach = Parametric(settings.approach.parametric)
-    return profile(approach, points, parametric, settings.bootstrap.level, weights)
 
 
 def point_weights(points: Observations, settings: AnalysisSettings) -> Array | None:

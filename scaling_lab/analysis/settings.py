@@ -1,4 +1,4 @@
-"""Owns the options of an analysis: one frozen tree whose field names are the option names of `scaling-lab analyze`."""
+"""The options of an analysis: one frozen tree whose field names are the option names of `scaling-lab analyze`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ApproachSettings:
 
 @dataclass(frozen=True)
 class AnalysisSettings:
-    """Everything that decides an analysis beside its observations."""
+    """Everything that decides an analysis, apart from its observations."""
 
     points: Literal["final", "all"] = "final"
     """One point a run (its last by tokens), or every row. The envelope always uses every row."""
@@ -61,7 +61,7 @@ class AnalysisSettings:
     convention: str | None = None
     """What N and C count; None is as_given for a table, and the plan's for a sweep."""
     weights: str | None = None
-    """loss_sem weights each point by 1 / loss_sem^2; None weights all alike."""
+    """loss_sem weights each point by 1 / loss_sem^2; None weights all equally."""
     strict: bool = False
     """Every bad row is an error."""
     seed: int = 0
@@ -69,13 +69,15 @@ class AnalysisSettings:
     approach: ApproachSettings = field(default_factory=ApproachSettings)
     bootstrap: BootstrapSettings = field(default_factory=BootstrapSettings)
     predict_flops: tuple[float, ...] = ()
-    """Further budgets (FLOPs) to predict the optimum at, beside ten times the largest observed."""
+    """Further budgets (FLOPs) to predict the optimum at, in addition to ten times the largest observed."""
     sensitivity: bool = True
-    """Whether to ask the same question under other choices."""
+    """Whether to repeat the analysis under other choices."""
     backtest: bool = True
     """Whether to predict the largest budget from the others."""
     profile: bool = True
-    """Whether to trace profile-likelihood intervals of the parametric fit, beside the bootstrap's."""
+    """Whether to trace profile-likelihood intervals of the parametric fit, in addition to the bootstrap's."""
+    study: str | None = None
+    """One study by name, or none; default: every study whose data are there."""
 
     def __post_init__(self) -> None:
         if self.points not in POINTS:

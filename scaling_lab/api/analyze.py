@@ -49,7 +49,8 @@ def analyze(
         columns: the same for any column, ours to theirs.
         units: the unit a column is written in: `{"params": "M", "tokens": "B", "loss": "bits"}`.
         where: rows to keep: `{"dataset": "c4", "params.min": 1e6}`.
-        tuning: folder of a sweep of `design=learning_rate`, to measure what each run of the sweep owes to its learning rate.
+        tuning: folder of a sweep of `design=learning_rate`, to measure the excess loss of each run from a mistuned learning
+            rate.
         **options: those of `scaling-lab analyze`, by the same names (`AnalysisOptions`).
 
     Returns:
@@ -99,7 +100,7 @@ def predict(data: Any, compute_flops: float | Iterable[float], **options: Any) -
             raise UserError(f"{min(options)}: the analysis is made already; give the option to analyze.")
         analysis = data
     else:
-        quick = {"sensitivity": False, "backtest": False, "profile": False}
+        quick = {"sensitivity": False, "backtest": False, "profile": False, "study": "none"}
         analysis = analyze(data, **{**quick, **options})
     found = analysis.predict(budgets)
     if not found.runs:
@@ -215,16 +216,19 @@ def analyze_sweep(
 ) -> AnalysisResult:
     """The analysis of a sweep's finished runs; a record that cannot be read is a warning."""
     from scaling_lab.analysis import analysis as core
-    from scaling_lab.analysis.studies.tuning_records import split_by_role
+    from scaling_lab.analysis.data.sweep_records import split_by_role
     from scaling_lab.core.storage.store import RunStore
 
     records, problems = _records(store, "data")
     elsewhere = [] if tuning is None else _records(RunStore(Path(tuning).expanduser()), "tuning")[0]
-    own, tuned = split_by_role(records, elsewhere)
-    analysis = core.analyze(core.observations_of_sweep(own, settings), settings, tuned)
+    split = split_by_role(records, elsewhere)
+    split.require_law()
+    analysis = core.analyze(core.observations_of_sweep(split.law, settings), settings, split)
     document = analysis.to_json_dict(command=command)
     plan = store.read_plan() if store.plan_path.exists() else None
-    return AnalysisResult(document, store.folder.name, analysis, records=own, plan=plan, problems=problems)
+    return AnalysisResult(
+        document, store.folder.name, analysis, records=split.law, plan=plan, problems=problems
+    )
 
 
 def _records(store: RunStore, option: str) -> tuple[list[RunRecord], list[tuple[str, str]]]:

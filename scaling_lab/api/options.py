@@ -45,6 +45,8 @@ class AnalysisOptions(TypedDict, total=False):
     """Whether to predict the largest budget from the others."""
     profile: bool
     """Whether to trace profile-likelihood intervals of the parametric fit."""
+    study: str
+    """One study by name, or "none"; by default every study whose data are there."""
 
 
 def analysis_settings(options: Mapping[str, Any]) -> AnalysisSettings:

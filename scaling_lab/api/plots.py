@@ -108,8 +108,8 @@ class Plots:
 
     def sensitivity(self, ax: Axes | None = None) -> Axes:
         """The exponent a under every other choice that was tried, beside the analysis's own."""
+        from scaling_lab.reporting.figure_list import forest_rows
         from scaling_lab.reporting.figures_checks import forest_height, sensitivity_forest
-        from scaling_lab.reporting.gallery import forest_rows
 
         analysis = self._open()
         rows = forest_rows(analysis)

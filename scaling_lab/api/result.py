@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from scaling_lab.analysis.analysis import Analysis
+    from scaling_lab.analysis.finding import Finding
     from scaling_lab.core.record import RunRecord
     from scaling_lab.core.spec import Plan
 
@@ -90,9 +91,11 @@ class AnalysisResult:
         return tuple(self._document["observations"]["warnings"])
 
     @property
-    def findings(self) -> tuple[Any, ...]:
-        """Answers of the studies whose data are there; empty where there are none."""
-        return tuple(self._document.get("findings") or ())
+    def findings(self) -> tuple[Finding, ...]:
+        """What the studies found whose data are there: answer, quantities, tables. Empty where there are none."""
+        from scaling_lab.analysis.analysis_json import findings_of
+
+        return findings_of(self._document)
 
     @property
     def analysis(self) -> Analysis:

@@ -21,7 +21,9 @@ from scaling_lab.planning.plan import make_plan
 from scaling_lab.planning.settings import SweepSettings
 
 # Options that say where, with what and for whom a sweep runs, not which runs it has.
-NOT_OF_THE_PLAN = frozenset({"sweep", "results_dir", "config_dir", "workers", "tracker", "run_ids", "retry"})
+NOT_OF_THE_PLAN = frozenset(
+    {"sweep", "results_dir", "config_dir", "workers", "tracker", "run_ids", "retry", "study"}
+)
 EXECUTION = frozenset({"device", "compile", "threads", "deterministic", "stack", "memory_gb"})
 
 

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 # Exit status of a process that was asked to stop and can resume later (EX_TEMPFAIL in BSD's sysexits): schedulers requeue it.
 EXIT_REQUEUE = 75
 
+STRICT_VARIABLE = "SCALING_LAB_STRICT"
+"""Environment variable that lets the error of one figure or study through: tests set it, so that no bug stays unseen."""
+
 
 class UserError(ValueError):
     """Bad input. The message is one line that names the option, the value and the choices."""

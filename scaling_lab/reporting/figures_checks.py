@@ -10,16 +10,15 @@ from matplotlib.axes import Axes
 
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.estimate import FitResult
+from scaling_lab.analysis.text import format_count, format_flops
 from scaling_lab.reporting.style import (
-    APPROACH_COLOURS,
+    APPROACH_COLORS,
     APPROACH_MARKERS,
     FAINT,
     INK,
     MUTED,
-    format_count,
-    format_flops,
     log_axis,
-    sequential_colours,
+    sequential_colors,
     size_bar,
 )
 
@@ -30,8 +29,8 @@ def residuals(ax_n: Axes, ax_d: Axes, observations: Observations, fit: FitResult
     off = 100.0 * np.expm1(-fit.residuals_log)
     if off.size != observations.n_points:
         raise ValueError(f"{off.size} residuals for {observations.n_points} points")
-    colour, norm, colours = sequential_colours(observations.compute_flops)
-    shades = [colour(c) for c in observations.compute_flops]
+    color, norm, colors = sequential_colors(observations.compute_flops)
+    shades = [color(c) for c in observations.compute_flops]
     size = 20 if off.size <= 400 else 6
     reach = 1.12 * max(float(np.max(np.abs(off))), 0.05)
     for ax, x, name in (
@@ -45,7 +44,7 @@ def residuals(ax_n: Axes, ax_d: Axes, observations: Observations, fit: FitResult
         ax.set_xlabel(name)
     ax_n.set_ylabel("measured minus fitted (% of loss)")
     ax_d.tick_params(labelleft=False)
-    size_bar(ax_d, norm, colours, format_flops, "training FLOPs")
+    size_bar(ax_d, norm, colors, format_flops, "training FLOPs")
 
 
 @dataclass(frozen=True)
@@ -74,19 +73,19 @@ def sensitivity_forest(
         base: interval of each approach under the report's own choices, shaded for comparison (None: not drawn).
     """
     labels = list(dict.fromkeys(r.label for r in rows))
-    approaches = [a for a in APPROACH_COLOURS if any(r.approach == a for r in rows)]
+    approaches = [a for a in APPROACH_COLORS if any(r.approach == a for r in rows)]
     height = {label: len(labels) - 1 - i for i, label in enumerate(labels)}
     for i in range(0, len(labels), 2):
         ax.axhspan(height[labels[i]] - 0.5, height[labels[i]] + 0.5, color=FAINT, alpha=0.22, lw=0, zorder=0)
     for approach in approaches:
         shaded = base.get(approach)
         if shaded is not None:
-            ax.axvspan(*shaded, color=APPROACH_COLOURS[approach], alpha=0.09, lw=0, zorder=0.5)
+            ax.axvspan(*shaded, color=APPROACH_COLORS[approach], alpha=0.09, lw=0, zorder=0.5)
     limits = _limits([r.value for r in rows], [r.interval for r in rows])
     ax.set_xlim(*limits)
     for row in rows:
         rank = approaches.index(row.approach) - (len(approaches) - 1) / 2
-        y, shade = height[row.label] - 0.24 * rank, APPROACH_COLOURS[row.approach]
+        y, shade = height[row.label] - 0.24 * rank, APPROACH_COLORS[row.approach]
         if row.interval is not None:
             _bar(ax, row.interval, y, shade, limits)
         marker = APPROACH_MARKERS[row.approach]
@@ -97,7 +96,7 @@ def sensitivity_forest(
             [],
             [],
             marker,
-            color=APPROACH_COLOURS[approach],
+            color=APPROACH_COLORS[approach],
             ms=5,
             label=approach.replace("isoflop", "IsoFLOP"),
         )
@@ -126,7 +125,7 @@ def predicted_and_reached(
     limits = _limits([v for r in rows for v in (r[2], r[4])], [r[3] for r in rows])
     ax.set_xlim(*limits)
     for i, (_, approach, predicted, interval, reached) in enumerate(rows):
-        y, shade = len(rows) - 1 - i, APPROACH_COLOURS[approach]
+        y, shade = len(rows) - 1 - i, APPROACH_COLORS[approach]
         if interval is not None:
             _bar(ax, interval, y, shade, limits)
         ax.plot([predicted], [y], APPROACH_MARKERS[approach], color=shade, ms=5.5, mec="white", mew=0.6)

@@ -11,15 +11,14 @@ from matplotlib.collections import LineCollection
 
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.estimate import Array, Estimate
+from scaling_lab.analysis.text import format_count, format_flops
 from scaling_lab.core.record import RunRecord, RunStatus
 from scaling_lab.reporting.style import (
-    APPROACH_COLOURS,
+    APPROACH_COLORS,
     INK,
-    format_count,
-    format_flops,
     halo,
     log_axis,
-    sequential_colours,
+    sequential_colors,
     size_bar,
 )
 
@@ -32,7 +31,7 @@ DECADES_BEFORE_FIRST_END = 1.0
 
 
 def loss_vs_flops(ax: Axes, observations: Observations, estimates: Iterable[Estimate]) -> dict[str, int]:
-    """Every run's loss against its training FLOPs, coloured by N, with the lower envelope and its crossings.
+    """Every run's loss against its training FLOPs, colored by N, with the lower envelope and its crossings.
 
     Returns how many runs have a curve and how many of them are drawn, for the caption.
     """
@@ -41,7 +40,7 @@ def loss_vs_flops(ax: Axes, observations: Observations, estimates: Iterable[Esti
     np.maximum.at(end, curves.run_index, curves.compute_flops)
     rows = np.bincount(curves.run_index, minlength=observations.n_runs)
     final = observations.points(observations.is_final)
-    colour, norm, colours = sequential_colours(observations.n_params)
+    color, norm, colors = sequential_colors(observations.n_params)
     runs = np.flatnonzero(rows >= 2)
     drawn = _every_kth_by_size(runs, curves.run_index, curves.n_params)
     start_c = float(final.compute_flops.min()) / 10**DECADES_BEFORE_FIRST_END
@@ -56,13 +55,13 @@ def loss_vs_flops(ax: Axes, observations: Observations, estimates: Iterable[Esti
             continue
         x, y = thin(curves.compute_flops[at], curves.loss_nats[at])
         lines.append(np.column_stack([x, y]))
-        shades.append(colour(float(curves.n_params[at[0]])))
+        shades.append(color(float(curves.n_params[at[0]])))
         top = max(top, float(np.quantile(y, 0.9)))
     ax.add_collection(LineCollection(lines, colors=shades, linewidths=0.9, alpha=0.75))
     dots = final.compute_flops, final.loss_nats
     size = 16 if final.n_points <= 400 else 5
     ax.scatter(
-        *dots, s=size, c=[colour(n) for n in final.n_params], linewidths=0.5, edgecolors="white", zorder=4.5
+        *dots, s=size, c=[color(n) for n in final.n_params], linewidths=0.5, edgecolors="white", zorder=4.5
     )
     _envelope(ax, estimates)
     low = float(min(final.loss_nats.min(), min((line[:, 1].min() for line in lines), default=np.inf)))
@@ -70,7 +69,7 @@ def loss_vs_flops(ax: Axes, observations: Observations, estimates: Iterable[Esti
     log_axis(ax, "y", low, top, lambda v: f"{v:g}", margin=0.06)
     ax.set_xlabel("training FLOPs")
     ax.set_ylabel("loss (nats per token)")
-    size_bar(ax, norm, colours, format_count, "parameters N")
+    size_bar(ax, norm, colors, format_count, "parameters N")
     return {"curves": int(runs.size), "drawn": len(lines), "runs": observations.n_runs}
 
 
@@ -95,7 +94,7 @@ def _envelope(ax: Axes, estimates: Iterable[Estimate]) -> None:
                 frontier.compute_flops,
                 frontier.loss_opt,
                 "o",
-                color=APPROACH_COLOURS["envelope"],
+                color=APPROACH_COLORS["envelope"],
                 mec="white",
                 mew=0.7,
                 ms=6,
@@ -114,12 +113,12 @@ def training_curves(ax_loss: Axes, ax_lr: Axes, records: Sequence[RunRecord]) ->
     if not runs:
         return {"curves": 0, "drawn": 0}
     sizes = np.array([r.spec.n_params() for r in runs])
-    colour, norm, colours = sequential_colours(sizes)
+    color, norm, colors = sequential_colors(sizes)
     picked = runs[:: max(1, -(-len(runs) // MAX_CURVES))]
     lowest, starts = np.inf, []
     schedules: set[tuple[Any, ...]] = set()
     for record in picked:
-        shade = colour(record.spec.n_params())
+        shade = color(record.spec.n_params())
         share, loss = _smoothed(record)
         if loss.size:
             ax_loss.plot(share, loss, color=shade, lw=0.8, alpha=0.8)
@@ -153,7 +152,7 @@ def training_curves(ax_loss: Axes, ax_lr: Axes, records: Sequence[RunRecord]) ->
     ax_lr.set_ylabel("learning rate")
     ax_lr.set_xlabel("share of the run done")
     ax_loss.tick_params(labelbottom=False)
-    size_bar(ax_loss, norm, colours, format_count, "parameters N")
+    size_bar(ax_loss, norm, colors, format_count, "parameters N")
     return {"curves": len(runs), "drawn": len(picked)}
 
 

@@ -20,30 +20,28 @@ from scaling_lab.analysis.estimate import (
 )
 from scaling_lab.analysis.inference.bands import Band
 from scaling_lab.analysis.laws import get_law
+from scaling_lab.analysis.text import SHORT_APPROACH_NAMES, format_count, format_flops
 from scaling_lab.reporting.style import (
-    APPROACH_COLOURS,
+    APPROACH_COLORS,
     APPROACH_MARKERS,
     INK,
     MUTED,
-    SHORT_APPROACH_NAMES,
-    format_count,
-    format_flops,
     halo,
     log_axis,
     margin_labels,
-    sequential_colours,
+    sequential_colors,
     size_bar,
-    text_colour,
+    text_color,
 )
 
 # Hoffmann et al. 2022 (arXiv 2203.15556): about 20 training tokens a parameter.
 CHINCHILLA_TOKENS_PER_PARAM = 20.0
-# Slopes of the papers, drawn through our own centre: Kaplan et al. 2020 (arXiv 2001.08361) N ~ C^.73; Hoffmann et al.
+# Slopes of the papers, drawn through our own center: Kaplan et al. 2020 (arXiv 2001.08361) N ~ C^.73; Hoffmann et al.
 # 2022, table 2, approach 1, N ~ C^.50.
 REFERENCE_PARAMS_EXPONENTS = (("Kaplan's slope", 0.73), ("Chinchilla's slope", 0.50))
 # How far beyond the largest compute the frontier is drawn, dashed, as extrapolation.
 EXTRAPOLATION_DRAWN = 4.0
-# Up to so many budgets are named one by one; more are told by a colour bar.
+# Up to so many budgets are named one by one; more are told by a color bar.
 NAMED_BUDGETS = 8
 # Losses over more than this factor are drawn on a logarithmic axis, or the low valleys would be flat.
 LOG_LOSS_RATIO = 1.8
@@ -69,7 +67,7 @@ def isoflop_valleys(
     if not shown:
         ax.text(0.5, 0.5, "no budget has enough sizes", transform=ax.transAxes, ha="center", color=MUTED)
         return {"budgets": 0, "ok": 0, "too_few": few}
-    colour, norm, colours = sequential_colours([b.budget_flops for b in shown])
+    color, norm, colors = sequential_colors([b.budget_flops for b in shown])
     sizes, losses = (np.concatenate([v[i] for v in seen]) for i in (0, 1))
     log_axis(ax, "x", float(sizes.min()), float(sizes.max()), format_count)
     fits = [b.fit_loss for b in shown if b.fit_loss is not None]
@@ -83,7 +81,7 @@ def isoflop_valleys(
     named = len(shown) <= NAMED_BUDGETS
     names: list[tuple[float, str, Any]] = []
     for budget, (n, loss) in zip(shown, seen):
-        names.append(_valley(ax, n, loss, budget, colour(budget.budget_flops)))
+        names.append(_valley(ax, n, loss, budget, color(budget.budget_flops)))
     minima = [b for b in shown if b.status is BudgetStatus.OK]
     if minima:
         x = np.array([b.params_opt for b in minima], dtype=np.float64)
@@ -92,11 +90,11 @@ def isoflop_valleys(
     if named:
         margin_labels(ax, names)
     else:
-        size_bar(ax, norm, colours, format_flops, "training FLOPs")
+        size_bar(ax, norm, colors, format_flops, "training FLOPs")
     ax.set_xlabel("parameters N")
     ax.set_ylabel("final loss (nats per token)")
     if named:
-        _name_minima(ax, [(b, colour(b.budget_flops)) for b in minima], sizes, losses)
+        _name_minima(ax, [(b, color(b.budget_flops)) for b in minima], sizes, losses)
     return {"budgets": len(shown), "ok": len(minima), "too_few": few}
 
 
@@ -147,23 +145,23 @@ def _name_minima(ax: Axes, minima: Sequence[tuple[BudgetOptimum, Any]], n: Array
         text = f"N = {format_count(float(budget.params_opt or 0))}"
         # Half the text's width and height, and the radius of a point.
         half = np.array([0.29 * _NAME_SIZE * len(text), 0.5 * _NAME_SIZE]) + 2.5
-        centre = ax.transData.transform(star) / unit
+        center = ax.transData.transform(star) / unit
         covered = [
-            int(np.all(np.abs(taken - (centre + place)) < half, axis=1).sum())
-            + 100 * int(centre[1] + place[1] - half[1] < low_y)
+            int(np.all(np.abs(taken - (center + place)) < half, axis=1).sum())
+            + 100 * int(center[1] + place[1] - half[1] < low_y)
             for place in _NAME_PLACES
         ]
         place = _NAME_PLACES[int(np.argmin(covered))]
         ax.annotate(
             text, star, place, textcoords="offset points", ha="center", va="center", size=_NAME_SIZE,
-            color=text_colour(shade), path_effects=halo(), zorder=6,
+            color=text_color(shade), path_effects=halo(), zorder=6,
         )  # fmt: skip
         corners = np.array([(i, j) for i in (-0.7, 0.0, 0.7) for j in (-0.5, 0.5)]) * half
-        taken = np.vstack([taken, centre + place + corners])
+        taken = np.vstack([taken, center + place + corners])
 
 
 def _valley(ax: Axes, n: Array, loss: Array, budget: BudgetOptimum, shade: Any) -> tuple[float, str, Any]:
-    """One budget's points, fit and minimum; returns the height, text and colour of its name."""
+    """One budget's points, fit and minimum; returns the height, text and color of its name."""
     ax.plot(n, loss, "o", color=shade, ms=4.2, mec="white", mew=0.5, zorder=3)
     ok = budget.status is BudgetStatus.OK
     end = float(loss[np.argmax(n)])
@@ -221,16 +219,16 @@ def _scaling_panel(
 ) -> list[tuple[float, str, Any]]:
     """Lines, points and bands of one quantity; returns the names to write at the right edge."""
     entries: list[tuple[float, str, Any]] = []
-    centre_c = float(np.sqrt(grid[0] * grid[-1] / EXTRAPOLATION_DRAWN))
+    center_c = float(np.sqrt(grid[0] * grid[-1] / EXTRAPOLATION_DRAWN))
     if known:
-        centre = float(np.exp(np.mean([np.log(getattr(f, which)(centre_c)) for _, f in known])))
+        center = float(np.exp(np.mean([np.log(getattr(f, which)(center_c)) for _, f in known])))
         for name, slope in REFERENCE_PARAMS_EXPONENTS:
             exponent = slope if which == "params" else 1.0 - slope
-            reference = centre * (grid / centre_c) ** exponent
+            reference = center * (grid / center_c) ** exponent
             ax.plot(grid, reference, color=MUTED, lw=0.7, zorder=1)
             entries.append((float(reference[-1]), f"{name} {exponent:.2f}", MUTED))
     for estimate, frontier in known:
-        shade, law = APPROACH_COLOURS[estimate.approach], getattr(frontier, which)
+        shade, law = APPROACH_COLORS[estimate.approach], getattr(frontier, which)
         low, high = frontier.compute_range_flops
         band = bands.get(estimate.approach)
         envelope = None if band is None else frontier_band(band, which, grid)
@@ -298,16 +296,14 @@ def parametric_contour(ax: Axes, observations: Observations, estimate: Estimate)
     levels = _levels(loss, observations.loss_nats)
     if not levels.size:
         return False
-    _, norm, colours = sequential_colours(levels)
-    lines = ax.contour(
-        grid_d, grid_n, loss, levels=levels, cmap=colours.reversed(), norm=norm, linewidths=0.9
-    )
+    _, norm, colors = sequential_colors(levels)
+    lines = ax.contour(grid_d, grid_n, loss, levels=levels, cmap=colors.reversed(), norm=norm, linewidths=0.9)
     _iso_flop_lines(ax, observations, estimate, grid_n)
     ax.plot(
         d, n, "o", color=INK, ms=2.8 if n.size <= 400 else 1.4, mec="white", mew=0.3, alpha=0.85, zorder=4
     )
     if estimate.frontier is not None:
-        shade = APPROACH_COLOURS["parametric"]
+        shade = APPROACH_COLORS["parametric"]
         c = np.geomspace(observations.compute_flops.min() / 10, observations.compute_flops.max() * 10, 200)
         x, y = estimate.frontier.tokens(c), estimate.frontier.params(c)
         ax.plot(x, y, color=shade, lw=2.2, zorder=5, path_effects=halo(3.6))
@@ -330,7 +326,7 @@ def parametric_contour(ax: Axes, observations: Observations, estimate: Estimate)
     log_axis(ax, "y", float(grid_n[0]), float(grid_n[-1]), format_count, margin=0.0)
     names = ax.clabel(lines, fmt=lambda v: f"{v:g}", fontsize=7, inline=True, inline_spacing=2)
     for name in names:
-        name.set_color(text_colour(name.get_color()))
+        name.set_color(text_color(name.get_color()))
     ax.set_xlabel("training tokens D")
     ax.set_ylabel("parameters N")
     return True

@@ -1,8 +1,10 @@
-"""Owns the report on disk: report.html (self-contained), analysis.json and figures/, replaced one file at a time.
+"""The report on disk: report.html (self-contained), analysis.json and figures/, replaced one file at a time.
 
     write_report(analysis, records, folder)
+    report_from_json("analysis.json", folder)
 
-The page needs no network and no JavaScript. Every number in it comes from the analysis and the records given.
+The page needs no network and no JavaScript. Its sentences and tables are made from analysis.json as plain data, and so are
+the figures of findings: without the runs only their own figures and tables are missing.
 """
 
 from __future__ import annotations
@@ -10,22 +12,24 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from scaling_lab.analysis.analysis import Analysis
-from scaling_lab.analysis.data.observations import AS_GIVEN
+from scaling_lab.analysis.analysis_json import document, findings_of, read_document
+from scaling_lab.analysis.finding import Finding
+from scaling_lab.analysis.text import GREEK, SHORT_APPROACH_NAMES
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.record import RunRecord, RunStatus
 from scaling_lab.core.spec import Plan
 from scaling_lab.core.storage.files import write_atomic
 from scaling_lab.core.storage.serialization import dumps
-from scaling_lab.reporting import tables as tables
-from scaling_lab.reporting import tables_checks, tables_tuning, words
-from scaling_lab.reporting.gallery import Drawn, Plate, draw_all
+from scaling_lab.reporting import captions, tables
+from scaling_lab.reporting.captions import Document, estimate_of
+from scaling_lab.reporting.figure_list import Drawn, ReportFigure, draw_figures, draw_finding_figures
 
 REPORT_NAME = "report.html"
 ANALYSIS_NAME = "analysis.json"
@@ -47,7 +51,7 @@ REFERENCES = (
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What a report says beside its analysis and its records."""
+    """What a report shows in addition to its analysis and its records."""
 
     title: str | None = None
     """Default: the sweep's name, else "A table of runs"."""
@@ -61,6 +65,10 @@ class ReportOptions:
     """Of a sweep: which runs there should be; a banner says how many are done."""
     problem: str | None = None
     """Why there is no analysis, where there is none."""
+    findings: Sequence[Finding] = ()
+    """What studies found in the records, where there is no analysis; otherwise the analysis has them."""
+    study: str | None = None
+    """The study that the sweep was made for: its finding comes first."""
     unreadable: Sequence[tuple[str, str]] = ()
     """(run id, reason) of records that could not be read (the second value of `RunStore.load_records`)."""
     made_on: datetime | None = None
@@ -78,7 +86,8 @@ def write_report(
     """Write report.html, analysis.json and figures/*.svg, *.png into `folder`; returns the page's path.
 
     Files of an older report are replaced atomically, each by itself; nothing else in the folder is touched. Without an
-    analysis (a sweep too young to be analysed) the page says why and shows the runs; analysis.json is then not written.
+    analysis (a sweep too young for one) the page says why and shows findings and runs; without either, analysis.json is
+    not written.
 
     Args:
         analysis: from `scaling_lab.analysis.analysis.analyze`.
@@ -86,28 +95,80 @@ def write_report(
         folder: made if it does not exist.
     """
     o = options or ReportOptions()
+    data = document_of(analysis, o)
+    findings = tuple(o.findings) if analysis is None else analysis.findings
     folder = Path(folder)
-    figures = folder / FIGURES_NAME
-    figures.mkdir(parents=True, exist_ok=True)
-    plates = draw_all(analysis, records)
-    for plate in plates:
-        if isinstance(plate, Drawn):
-            write_atomic(figures / f"{plate.name}.svg", plate.svg, durable=False)
-            _write_bytes(figures / f"{plate.name}.png", plate.png)
-        else:  # an older report's figure that these data do not allow would show other data
-            for ending in ("svg", "png"):
-                (figures / f"{plate.name}.{ending}").unlink(missing_ok=True)
-    if analysis is not None:
-        write_atomic(folder / ANALYSIS_NAME, dumps(analysis.to_json_dict(o.command, o.versions, o.source)))
+    figures = draw_figures(analysis, records, findings)
+    _write_figures(folder, figures)
+    if analysis is not None or findings:
+        write_atomic(folder / ANALYSIS_NAME, dumps(data))
     page = folder / REPORT_NAME
-    write_atomic(page, render(analysis, records, plates, o))
+    runs = tables.runs(analysis, records, o.plan)
+    write_atomic(page, render(data, figures, o, records, runs))
     return page
 
 
+def document_of(analysis: Analysis | None, options: ReportOptions) -> dict[str, Any]:
+    """analysis.json as plain data, also of findings without an analysis."""
+    o = options
+    if analysis is not None:
+        return analysis.to_json_dict(o.command, o.versions, o.source)
+    problem = o.problem or "There are not yet enough completed runs."
+    return document(
+        command=o.command, versions=o.versions, source=o.source, findings=o.findings, problem=problem
+    )
+
+
+def report_from_json(path: Path | str, folder: Path | str, options: ReportOptions | None = None) -> Path:
+    """Write report.html and figures/ from an analysis.json alone; returns the page's path.
+
+    What needs the runs themselves is left out: their table, and the figures of the three approaches.
+
+    Raises:
+        UserError: the file is not an analysis.json that this version can read.
+    """
+    data = read_document(path)
+    figures = draw_finding_figures(findings_of(data))
+    folder = Path(folder)
+    _write_figures(folder, figures)
+    page = folder / REPORT_NAME
+    o = options or ReportOptions(command=str(data.get("command", "")))
+    write_atomic(page, render(data, figures, replace(o, title=o.title or _name_of(Path(path)))))
+    return page
+
+
+def _name_of(path: Path) -> str:
+    """What an analysis.json is of, by the folder it lies in: results/SWEEP/report or results/tables/TABLE."""
+    folder = path.resolve().parent
+    return folder.parent.name if folder.name == "report" else folder.name
+
+
+def _write_figures(folder: Path, figures: Sequence[ReportFigure]) -> None:
+    """Each figure as SVG and PNG; an older report's file of a figure that is not drawn now would show other data."""
+    place = folder / FIGURES_NAME
+    place.mkdir(parents=True, exist_ok=True)
+    for figure in figures:
+        if isinstance(figure, Drawn):
+            write_atomic(place / f"{figure.name}.svg", figure.svg, durable=False)
+            _write_bytes(place / f"{figure.name}.png", figure.png)
+        else:
+            for ending in ("svg", "png"):
+                (place / f"{figure.name}.{ending}").unlink(missing_ok=True)
+
+
 def render(
-    analysis: Analysis | None, records: Sequence[RunRecord], plates: Sequence[Plate], options: ReportOptions
+    data: Document,
+    figures: Sequence[ReportFigure],
+    options: ReportOptions,
+    records: Sequence[RunRecord] = (),
+    runs: tables.TextTable | None = None,
 ) -> str:
-    """The whole page as HTML text."""
+    """The whole page as HTML text.
+
+    Args:
+        data: analysis.json.
+        records, runs: of a sweep, and its table of runs; None where the page is made from analysis.json alone.
+    """
     import jinja2
     from markupsafe import Markup
 
@@ -122,64 +183,82 @@ def render(
     environment.filters["formula"] = lambda text: Markup(_formula(str(text)))
     environment.filters["power"] = lambda text: Markup(_with_powers(str(text)))
     style = Markup((package / "page.css").read_text(encoding="utf-8"))
-    by_name = {p.name: p for p in plates}
-    context = _context(analysis, records, options)
+    by_name = {f.name: f for f in figures}
+    context = _context(data, options, records) | {"runs": runs}
     return environment.get_template("page.html").render(
         style=style, figures=by_name, drawn=Drawn, safe=Markup, references=REFERENCES, **context
     )
 
 
-def _context(
-    analysis: Analysis | None, records: Sequence[RunRecord], options: ReportOptions
-) -> dict[str, Any]:
+def _context(data: Document, options: ReportOptions, records: Sequence[RunRecord]) -> dict[str, Any]:
     sweeps = sorted({r.spec.sweep for r in records})
     title = options.title or (", ".join(sweeps) if sweeps else "A table of runs")
     made_on = (options.made_on or datetime.now(UTC)).strftime("%d %B %Y, %H:%M %Z").lstrip("0")
+    findings = ordered(findings_of(data), options.study)
     context: dict[str, Any] = {
         "title": title,
         "made_on": made_on,
         "command": options.command,
         "banner": banner(records, options.plan),
-        "analysis": analysis,
-        "problem": options.problem or "There are not yet enough completed runs.",
-        "runs": tables.runs(analysis, records, options.plan),
+        "laws": bool(data["estimates"]),
+        "problem": data.get("problem"),
+        "findings": [FindingView(f) for f in findings],
+        "lead": _lead(findings, options.study, bool(data["estimates"])),
         "environment": environment_rows(records),
         "plan_notes": [*options.plan.notes, *options.plan.rounding] if options.plan else [],
-        "next_commands": options.next_commands or default_next_commands(analysis, sweeps),
+        "next_commands": options.next_commands or default_next_commands(data, sweeps),
         "from_records": bool(records),
-        "dropped": tables.dropped(analysis, options.unreadable),
+        "dropped": tables.dropped(data, options.unreadable),
     }
-    if analysis is None:
-        return context
-    estimates = analysis.estimates
-    return context | {
-        "headline": words.headline(analysis),
-        "meaning": words.plain_meaning(analysis),
-        "caveats": words.caveats(analysis),
-        "tiles": words.key_numbers(analysis, records),
-        "exponents": tables.exponents(analysis),
-        "law": tables.law_parameters(analysis),
-        "law_formula": law_formula(analysis),
-        "budgets": tables.budgets(analysis),
-        "backtest": tables.backtest(analysis),
-        "backtest_messages": [(words.SHORT_APPROACH_NAMES[t.approach], t.message) for t in analysis.backtest],
-        "predictions": tables.predictions(analysis),
-        "agreement": tables.agreement(analysis),
-        "agreement_message": analysis.agreement.message,
-        "sensitivity": tables.sensitivity(analysis),
-        "tuning": None if analysis.tuning is None else tables_tuning.cells(analysis.tuning),
-        "tuned_exponents": None if analysis.tuning is None else tables_tuning.exponents(analysis.tuning),
-        "profile": tables_checks.profile(analysis.profile, analysis),
-        "profile_message": None if analysis.profile is None else analysis.profile.message,
-        "skills": None if analysis.skills is None else tables_checks.skills(analysis.skills),
-        "skill_ratios": None if analysis.skills is None else tables_checks.skill_ratios(analysis.skills),
-        "laws": None if analysis.law_comparison is None else tables_checks.laws(analysis.law_comparison),
-        "warnings": analysis.observations.warnings,
-        "diagnostics": [
-            (words.SHORT_APPROACH_NAMES[e.approach], e.message, e.diagnostics) for e in estimates
-        ],
-        "choices": choices(analysis),
+    return context | _laws_context(data, records) if data["estimates"] else context
+
+
+def _laws_context(data: Document, records: Sequence[RunRecord]) -> dict[str, Any]:
+    """What the sections of the three approaches show."""
+    parametric = estimate_of(data, "parametric")
+    names = SHORT_APPROACH_NAMES
+    return {
+        "headline": captions.headline(data),
+        "meaning": captions.plain_meaning(data),
+        "caveats": captions.caveats(data),
+        "tiles": captions.key_numbers(data, records),
+        "exponents": tables.exponents(data),
+        "law": tables.law_parameters(data),
+        "law_formula": (parametric.get("fit") or {}).get("formula") or "",
+        "budgets": tables.budgets(data),
+        "backtest": tables.backtest(data),
+        "backtest_messages": [(names[t["approach"]], t["message"]) for t in data["backtest"]],
+        "predictions": tables.predictions(data),
+        "agreement": tables.agreement(data),
+        "agreement_message": data["agreement"]["message"],
+        "sensitivity": tables.sensitivity(data),
+        "warnings": data["observations"]["warnings"],
+        "diagnostics": [(names[e["approach"]], e["message"], e["diagnostics"]) for e in data["estimates"]],
+        "choices": [(c["what"], c["which"]) for c in data.get("choices", ())],
     }
+
+
+@dataclass(frozen=True)
+class FindingView:
+    """A finding as the page shows it."""
+
+    finding: Finding
+
+    @property
+    def tables(self) -> list[tuple[str, tables.TextTable]]:
+        return tables.finding_tables(self.finding)
+
+
+def ordered(findings: Sequence[Finding], first: str | None) -> list[Finding]:
+    """The findings with that of the study `first` before the others."""
+    return sorted(findings, key=lambda finding: finding.name != first)
+
+
+def _lead(findings: Sequence[Finding], study: str | None, laws: bool) -> Finding | None:
+    """What the page begins with instead of the laws: the finding of the study that the sweep was made for."""
+    if study is None and not laws:
+        return next((f for f in findings if f.is_answered), None)
+    return next((f for f in findings if f.name == study), None)
 
 
 def banner(records: Sequence[RunRecord], plan: Plan | None) -> str | None:
@@ -191,43 +270,11 @@ def banner(records: Sequence[RunRecord], plan: Plan | None) -> str | None:
         done = sum(p.run_id in have for p in plan.runs)
         if done < len(plan.runs):
             parts.append(
-                f"{done} of {len(plan.runs)} runs are done: this is a half-done sweep, and its answer will move."
+                f"{done} of {len(plan.runs)} runs are done: this is a half-done sweep, and its answer will change."
             )
     if bad:
-        parts.append(f"{len(bad)} run(s) diverged or failed and are not analysed.")
+        parts.append(f"{len(bad)} run(s) diverged or failed and are not analyzed.")
     return " ".join(parts) or None
-
-
-def law_formula(analysis: Analysis) -> str:
-    """The fitted law's formula and source, in words."""
-    from scaling_lab.analysis.laws import get_law
-
-    law = analysis.estimate("parametric").law
-    if law is None:
-        return ""
-    known = get_law(law, **analysis.settings.approach.parametric.law_options)
-    return f"{known.formula} ({known.source})" if known.source else known.formula
-
-
-def choices(analysis: Analysis) -> list[tuple[str, str]]:
-    """Conventions and options that decided the numbers: (what, which)."""
-    s, a = analysis.settings, analysis.settings.approach
-    convention = analysis.observations.convention
-    points = "one point a run, its last" if s.points == "final" else "every row"
-    return [
-        ("How N and C are counted", f"{convention}: {words.convention_words(convention)}" if convention != AS_GIVEN
-         else f"{AS_GIVEN}: {words.convention_words(AS_GIVEN)}"),
-        ("C = 6 N D", "holds to 1% at every point" if analysis.points.is_six_nd else
-         "does not hold here: the frontier uses the FLOPs per token as counted"),
-        ("Loss", s.metric or "the validation loss (of a table: the column loss), nats per token"),
-        ("Points", points),
-        ("Envelope", f"{analysis.points.curves.kind}; method {a.envelope.method}, edge sizes: {a.envelope.edge}"),
-        ("IsoFLOP", f"{a.isoflop.minimum} in ln N, " + ("all sizes of a budget" if a.isoflop.window_log_params is None
-         else f"sizes within {a.isoflop.window_log_params:.3g} in ln N of the best")),
-        ("Parametric", f"law {a.parametric.law}, objective {a.parametric.objective}, Huber delta {a.parametric.huber_delta:g}"),
-        ("Intervals", f"{s.bootstrap.level:.0%}, {s.bootstrap.resamples} resamples, unit {s.bootstrap.unit}, seed {s.seed}"),
-        ("Weights", s.weights or "all points alike"),
-    ]  # fmt: skip
 
 
 def environment_rows(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
@@ -251,13 +298,13 @@ def environment_rows(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
     return [*rows, ("this page", f"Python {platform.python_version()}")]
 
 
-def default_next_commands(analysis: Analysis | None, sweeps: Sequence[str]) -> list[tuple[str, str]]:
+def default_next_commands(data: Document, sweeps: Sequence[str]) -> list[tuple[str, str]]:
     """What can follow, by what is there."""
     if not sweeps:
         return [
             (
                 "scaling-lab analyze runs=FILE convention=six_n_total",
-                "the same table, saying what its params count",
+                "the same table, with what its params count stated",
             ),
             (
                 "scaling-lab analyze runs=FILE bootstrap.unit=budget",
@@ -265,23 +312,21 @@ def default_next_commands(analysis: Analysis | None, sweeps: Sequence[str]) -> l
             ),
         ]
     sweep = sweeps[0]
-    out = (
-        [(f"scaling-lab sweep sweep={sweep}", "train what of the plan is not done")]
-        if analysis is None
-        else []
-    )
-    if analysis is not None:
-        ten = 10 * float(analysis.points.compute_flops.max())
-        out.append(
-            (
-                f"scaling-lab predict sweep={sweep} compute_flops={ten:.3g}",
-                "the best model at ten times the compute",
-            )
-        )
-        kaplan = f"scaling-lab analyze sweep={sweep} convention={Convention.SIX_N_NON_EMBEDDING}"
-        out.append((kaplan, "the same runs, N and C counted as Kaplan et al. counted them"))
-    out.append((f"scaling-lab report sweep={sweep}", "this page again, with what has been trained since"))
-    return out
+    again = (f"scaling-lab report sweep={sweep}", "this page again, with what has been trained since")
+    if not data["estimates"]:
+        return [(f"scaling-lab sweep sweep={sweep}", "train the runs of the plan that are not done"), again]
+    ten = 10 * float(data["observations"]["points_compute_range_flops"][1])
+    return [
+        (
+            f"scaling-lab predict sweep={sweep} compute_flops={ten:.3g}",
+            "the best model at ten times the compute",
+        ),
+        (
+            f"scaling-lab analyze sweep={sweep} convention={Convention.SIX_N_NON_EMBEDDING}",
+            "the same runs, N and C counted as Kaplan et al. counted them",
+        ),
+        again,
+    ]
 
 
 def _formula(text: str) -> str:
@@ -291,9 +336,9 @@ def _formula(text: str) -> str:
     from markupsafe import escape
 
     def letter(match: re.Match[str]) -> str:
-        return tables.GREEK[match.group()]
+        return GREEK[match.group()]
 
-    greek = re.sub("|".join(rf"\b{name}" for name in tables.GREEK), letter, str(escape(text)))
+    greek = re.sub("|".join(rf"\b{name}" for name in GREEK), letter, str(escape(text)))
     return re.sub(r"\^(\w+|\([^()]*\))", r"<sup>\1</sup>", greek)
 
 

@@ -1,6 +1,6 @@
-"""Owns how figures look: colours, sizes, number formats and readable logarithmic axes. No data, no files.
+"""How figures look: colors, sizes and readable logarithmic axes. No data, no files.
 
-Figures are drawn on a transparent ground in dark ink; the page turns them light in dark mode, so nothing here may rely
+Figures are drawn on a transparent background in dark ink; the page turns them light in dark mode, so nothing here may rely
 on a white background.
 """
 
@@ -26,15 +26,13 @@ INK = "#1d2127"
 MUTED = "#6b727c"
 FAINT = "#c9ced6"
 
-# Okabe & Ito's palette, distinguishable under the common forms of colour blindness: one colour an approach.
-APPROACH_COLOURS = {"envelope": "#0072b2", "isoflop": "#d55e00", "parametric": "#008f6b"}
+# Okabe & Ito's palette, distinguishable under the common forms of color blindness: one color for each approach.
+APPROACH_COLORS = {"envelope": "#0072b2", "isoflop": "#d55e00", "parametric": "#008f6b"}
 APPROACH_MARKERS = {"envelope": "o", "isoflop": "s", "parametric": "D"}
-APPROACH_NAMES = {
-    "envelope": "Approach 1, envelope",
-    "isoflop": "Approach 2, IsoFLOP",
-    "parametric": "Approach 3, parametric",
-}
-SHORT_APPROACH_NAMES = {"envelope": "envelope", "isoflop": "IsoFLOP", "parametric": "parametric"}
+# Further colors of the same palette, for series that belong to no approach.
+ACCENTS = ("#0072b2", "#d55e00", "#008f6b", "#cc79a7", "#56b4e9", "#a07000")
+MARKERS = "osD^vP*X"
+LINE_STYLES = ("-", "--", ":", "-.")
 
 _RC: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # ships with matplotlib: the same on every machine
@@ -95,20 +93,20 @@ def sequential_map() -> Colormap:
     return LinearSegmentedColormap.from_list("sizes", mpl.colormaps["viridis"](np.linspace(0.0, 0.74, 64)))
 
 
-def sequential_colours(
+def sequential_colors(
     values: Sequence[float] | np.ndarray,
 ) -> tuple[Callable[[float], Any], LogNorm, Colormap]:
-    """A colour for a positive value by its place in the (logarithmic) range of `values`, with its norm and map."""
+    """A color for a positive value by its place in the (logarithmic) range of `values`, with its norm and map."""
     lo, hi = float(np.min(values)), float(np.max(values))
     if not hi > lo:
         lo, hi = lo / 1.5, hi * 1.5
-    norm, colours = LogNorm(lo, hi), sequential_map()
-    return (lambda value: colours(norm(value))), norm, colours
+    norm, colors = LogNorm(lo, hi), sequential_map()
+    return (lambda value: colors(norm(value))), norm, colors
 
 
-def text_colour(colour: Any) -> Any:
-    """The colour, darkened until text in it is readable on white (contrast 4.5 to 1, as WCAG 2.1 has it)."""
-    rgb = np.array(to_rgb(colour))
+def text_color(color: Any) -> Any:
+    """The color, darkened until text in it is readable on white (contrast 4.5 to 1, as WCAG 2.1 has it)."""
+    rgb = np.array(to_rgb(color))
     for _ in range(30):
         linear = np.where(rgb <= 0.03928, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
         if 1.05 / (float(linear @ [0.2126, 0.7152, 0.0722]) + 0.05) >= 4.5:
@@ -118,58 +116,8 @@ def text_colour(colour: Any) -> Any:
 
 
 def halo(width: float = 2.2) -> list[Any]:
-    """A white outline that keeps a label readable across lines (black in dark mode, as all colours turn)."""
+    """A white outline that keeps a label readable across lines (black in dark mode, as all colors turn)."""
     return [patheffects.withStroke(linewidth=width, foreground="white")]
-
-
-# -- numbers as people write them
-
-
-def format_flops(value: float) -> str:
-    """1e11, 4e11, 1.6e12, 5.76e23."""
-    return _scientific(value, 3)
-
-
-def format_count(value: float) -> str:
-    """Parameters and tokens: 640, 17k, 1.2M, 70B, 1.4T; three significant figures."""
-    if value == 0:
-        return "0"
-    if not math.isfinite(value):
-        return significant(value, 3)
-    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        # 999,950 rounds to 1.00M, not to 1000k.
-        if abs(value) >= size * 0.9995:
-            number = significant(value / size, 3)
-            # Beyond the last suffix, figures of more than four digits read better as a power.
-            return f"{number}{suffix}" if len(number) <= 4 or "." in number else f"{_scientific(value, 3)}"
-    return significant(value, 3)
-
-
-def significant(value: float, digits: int) -> str:
-    """So many significant figures, without an exponent between a ten-thousandth and a million: 250, not 2.5e+02."""
-    if not math.isfinite(value):
-        return {math.inf: "∞", -math.inf: "−∞"}.get(value, "not known")
-    text = f"{value:.{digits}g}"
-    if "e" not in text:
-        return text
-    if 1 <= abs(value) < 1e6:
-        return f"{value:.0f}"
-    return _scientific(value, digits)
-
-
-def _scientific(value: float, digits: int) -> str:
-    if value == 0:
-        return "0"
-    if not math.isfinite(value):
-        return significant(value, digits)
-    mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
-    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-    return f"{mantissa}e{int(exponent)}"
-
-
-def format_loss(value: float) -> str:
-    """A loss in nats with three decimals."""
-    return f"{value:.3f}"
 
 
 # -- axes
@@ -248,11 +196,11 @@ def log_axis(
     (ax.set_xlim if which == "x" else ax.set_ylim)(*limits)
 
 
-def size_bar(ax: Axes, norm: LogNorm, colours: Colormap, text: Callable[[float], str], label: str) -> None:
-    """A slim colour bar with the same readable ticks as an axis, for a quantity that has no axis of its own."""
+def size_bar(ax: Axes, norm: LogNorm, colors: Colormap, text: Callable[[float], str], label: str) -> None:
+    """A slim color bar with the same readable ticks as an axis, for a quantity that has no axis of its own."""
     # Two dozen steps look like a gradient and weigh a tenth of one.
     bar = ax.figure.colorbar(
-        mpl.cm.ScalarMappable(norm, colours.resampled(24)), ax=ax, pad=0.015, fraction=0.03, aspect=32
+        mpl.cm.ScalarMappable(norm, colors.resampled(24)), ax=ax, pad=0.015, fraction=0.03, aspect=32
     )
     ticks = log_ticks(float(norm.vmin or 0.0), float(norm.vmax or 0.0), most=6)
     bar.ax.yaxis.set_major_locator(FixedLocator(ticks))
@@ -269,7 +217,7 @@ def size_bar(ax: Axes, norm: LogNorm, colours: Colormap, text: Callable[[float],
 def spread(
     positions: Sequence[float], gap: float, lo: float = -math.inf, hi: float = math.inf
 ) -> list[float]:
-    """Positions moved as little as needed so that neighbours are at least `gap` apart, within [lo, hi] where it fits."""
+    """Positions moved as little as needed so that neighbors are at least `gap` apart, within [lo, hi] where it fits."""
     order = sorted(range(len(positions)), key=lambda i: positions[i])
     placed = [positions[i] for i in order]
     for _ in range(200):
@@ -298,7 +246,7 @@ def margin_labels(
     """Names beside the right edge of the axes, each at the height (data units) of its line there, pushed apart.
 
     Args:
-        entries: (y in data units, text, colour).
+        entries: (y in data units, text, color).
         gap: least distance of two names as a share of the axes' height; default by the figure's height.
     """
     if not entries:
@@ -317,15 +265,15 @@ def margin_labels(
         inches = (figure.get_figheight() if isinstance(figure, Figure) else 4.0) * ax.get_position().height
         gap = 1.25 * size / 72 / max(inches, 0.5)
     wanted = [min(1.02, max(-0.02, height(y))) for y, _, _ in entries]
-    for at, y, (_, text, colour) in zip(wanted, spread(wanted, gap, 0.0, 1.0), entries):
+    for at, y, (_, text, color) in zip(wanted, spread(wanted, gap, 0.0, 1.0), entries):
         if abs(at - y) > gap / 3:
-            ax.plot([1.0, 1.012], [at, y], transform=ax.transAxes, color=colour, lw=0.6, clip_on=False)
+            ax.plot([1.0, 1.012], [at, y], transform=ax.transAxes, color=color, lw=0.6, clip_on=False)
         ax.text(
             1.016,
             y,
             text,
             transform=ax.transAxes,
-            color=text_colour(colour),
+            color=text_color(color),
             size=size,
             va="center",
             ha="left",

@@ -1,27 +1,28 @@
-"""Owns the report's tables: plain text cells, ready for the page, every number from the analysis or the records."""
+"""The report's tables: plain text cells, ready for the page, from analysis.json as plain data and from the records."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scaling_lab.analysis.analysis import Analysis
-from scaling_lab.analysis.estimate import BudgetStatus, FitStatus, Interval
-from scaling_lab.analysis.inference.bands import Band
-from scaling_lab.analysis.inference.prediction import Quantity
-from scaling_lab.core.errors import UserError
-from scaling_lab.core.record import RunRecord, RunStatus
-from scaling_lab.core.spec import Plan
-from scaling_lab.reporting.style import (
+from scaling_lab.analysis.estimate import BudgetStatus, FitStatus
+from scaling_lab.analysis.finding import Finding, FindingTable, KeyQuantity
+from scaling_lab.analysis.text import (
     APPROACH_NAMES,
+    GREEK,
+    NOTHING,
     SHORT_APPROACH_NAMES,
     format_count,
     format_flops,
-    significant,
+    format_range,
+    number_format,
 )
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.record import RunRecord, RunStatus
+from scaling_lab.core.spec import Plan
+from scaling_lab.reporting.captions import Document, estimate_of, has_frontier
 
-NOTHING = "–"
-GREEK = {"alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "eta": "η"}
 # Rows of a table of runs beyond this are left to analysis.json and the records: a page of 10,000 rows is not read.
 MAX_ROWS = 400
 # Reading a corpus to count its tokens takes a second a hundred MB; a larger one is not read for a column of the report.
@@ -39,7 +40,9 @@ PUBLISHED = (
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
+    """One row of text cells."""
+
     cells: tuple[str, ...]
     mark: str = ""
     """CSS class: "published", "warn", or nothing."""
@@ -50,31 +53,29 @@ class TextTable:
     """`numeric` columns are set flush right; `note` goes below."""
 
     columns: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     numeric: frozenset[int] = frozenset()
     note: str = ""
 
 
-def exponents(analysis: Analysis) -> TextTable:
+def exponents(document: Document) -> TextTable:
     """Ours beside Kaplan's and Chinchilla's."""
     rows, how = [], []
-    for estimate, band in zip(analysis.estimates, analysis.bands):
-        frontier = estimate.frontier
-        ok = estimate.status is FitStatus.CONVERGED
+    for estimate in document["estimates"]:
+        ok = estimate["status"] == FitStatus.CONVERGED
         values = (NOTHING,) * 4
-        if frontier is not None:
+        if has_frontier(estimate):
             values = (
-                f"{frontier.params.exponent:.3f}",
-                span_text(band.interval("params_exponent")),
-                f"{frontier.tokens.exponent:.3f}",
-                span_text(band.interval("tokens_exponent")),
+                _maybe(estimate["params_exponent"], ".3f"),
+                _range(estimate["interval"]["params_exponent"], ".3f"),
+                _maybe(estimate["tokens_exponent"], ".3f"),
+                _range(estimate["interval"]["tokens_exponent"], ".3f"),
             )
-            how.append(f"{SHORT_APPROACH_NAMES[estimate.approach]}, {_how(band)}")
-        rows.append(
-            Row((APPROACH_NAMES[estimate.approach], *values, estimate.status.value), "" if ok else "warn")
-        )
-    rows += [Row((*p, "published"), "published") for p in PUBLISHED]
-    level = f"{analysis.settings.bootstrap.level:.0%}"
+            how.append(f"{SHORT_APPROACH_NAMES[estimate['approach']]}, {_how(estimate['interval'])}")
+        cells = (APPROACH_NAMES[estimate["approach"]], *values, estimate["status"])
+        rows.append(TableRow(cells, "" if ok else "warn"))
+    rows += [TableRow((*p, "published"), "published") for p in PUBLISHED]
+    level = _level(document)
     return TextTable(
         ("", "N as C to the", level, "D as C to the", level, "status"),
         tuple(rows),
@@ -85,159 +86,208 @@ def exponents(analysis: Analysis) -> TextTable:
     )
 
 
-def _how(band: Band) -> str:
-    if band.interval("params_exponent") is None:
-        return band.message or "no interval"
-    unit = "" if band.unit in band.method else f" by {band.unit}"
-    text = f"{band.method}{unit}, {band.requested - band.failed} of {band.requested} resamples"
-    return text if band.message is None else f"{text}. {band.message}"
+def _level(document: Document) -> str:
+    """The level of the intervals, "90%"."""
+    return f"{document['estimates'][0]['interval']['level']:.0%}"
 
 
-def law_parameters(analysis: Analysis) -> TextTable | None:
+def _how(interval: Document) -> str:
+    """How intervals were made: the method, the unit of resampling, how many resamples succeeded."""
+    if interval["params_exponent"] is None:
+        return interval["message"] or "no interval"
+    unit = "" if interval["unit"] in interval["method"] else f" by {interval['unit']}"
+    done = f"{interval['resamples'] - interval['failed']} of {interval['resamples']} resamples"
+    text = f"{interval['method']}{unit}, {done}"
+    return text if interval["message"] is None else f"{text}. {interval['message']}"
+
+
+def law_parameters(document: Document) -> TextTable | None:
     """The fitted law's parameters with bootstrap standard errors; None where no law was fitted."""
-    estimate, band = analysis.estimate("parametric"), analysis.band("parametric")
-    if not estimate.fits:
+    estimate = estimate_of(document, "parametric")
+    if estimate["parameters"] is None:
         return None
-    fit = estimate.fits[0]
-    rows = []
-    for name, value in fit.parameters.items():
-        se = band.standard_error(name)
-        rows.append(
-            Row(
-                (
-                    GREEK.get(name, name),
-                    significant(value, 4),
-                    _maybe(se, lambda v: significant(v, 2)),
-                    span_text(band.interval(name), lambda v: significant(v, 4)),
-                )
+    rows = [
+        TableRow(
+            (
+                GREEK.get(name, name),
+                _maybe(value, "sig4"),
+                _maybe(estimate["standard_errors"].get(name), "sig2"),
+                _range(estimate["interval"].get(name), "sig4"),
             )
         )
+        for name, value in estimate["parameters"].items()
+    ]
+    fit = estimate.get("fit") or {"message": "", "huber_delta": None}  # of version 2
+    delta = _maybe(fit["huber_delta"], "g")
+    objective = _maybe(estimate["objective"], ".6g")
     note = (
-        f"{fit.message} Objective {fit.objective:.6g} (sum of Huber losses of ln L, "
-        f"delta {analysis.settings.approach.parametric.huber_delta:g}) over {fit.n_observations} points. "
-        f"Standard errors and intervals: {_how(band)}."
+        f"{fit['message']} Objective {objective} (sum of Huber losses of ln L, delta {delta}) over "
+        f"{estimate['n_observations']} points. Standard errors and intervals: {_how(estimate['interval'])}."
     )
-    level = f"{band.level:.0%}"
-    return TextTable(("", "value", "standard error", level), tuple(rows), frozenset({1, 2, 3}), note)
+    columns = ("", "value", "standard error", f"{estimate['interval']['level']:.0%}")
+    return TextTable(columns, tuple(rows), frozenset({1, 2, 3}), note.strip())
 
 
-def budgets(analysis: Analysis) -> TextTable:
+def budgets(document: Document) -> TextTable:
     """The IsoFLOP valleys: each budget's minimum, or why it has none."""
     rows = []
-    for b in analysis.estimate("isoflop").budgets:
-        ratio = None if b.params_opt is None or b.tokens_opt is None else b.tokens_opt / b.params_opt
-        rows.append(
-            Row(
-                (
-                    format_flops(b.budget_flops),
-                    str(b.n_runs),
-                    _maybe(b.params_opt, format_count),
-                    _maybe(b.tokens_opt, format_count),
-                    _maybe(ratio, lambda v: f"{v:.3g}"),
-                    _maybe(b.loss_opt, lambda v: f"{v:.4f}"),
-                    b.status.value,
-                    b.message or "",
-                ),
-                "" if b.status is BudgetStatus.OK else "warn",
-            )
+    for b in estimate_of(document, "isoflop")["budgets"]:
+        n, d = b["params_opt"], b["tokens_opt"]
+        cells = (
+            format_flops(b["budget_flops"]),
+            str(b["n_runs"]),
+            _maybe(n, "count"),
+            _maybe(d, "count"),
+            _maybe(None if not n or d is None else d / n, ".3g"),
+            _maybe(b["loss_opt"], ".4f"),
+            b["status"],
+            b["message"] or "",
         )
+        rows.append(TableRow(cells, "" if b["status"] == BudgetStatus.OK else "warn"))
     columns = ("FLOPs", "runs", "best N", "best D", "D / N", "loss there", "status", "why")
     return _limited(TextTable(columns, tuple(rows), frozenset(range(6))))
 
 
-def backtest(analysis: Analysis) -> TextTable:
+def backtest(document: Document) -> TextTable:
     """Predicted against reached at the largest budget, which the fits had not seen."""
     rows = []
-    for t in analysis.backtest:
-        p = t.predicted
-        rows.append(
-            Row(
-                (
-                    APPROACH_NAMES[t.approach],
-                    quantity_text(p.loss_opt if p else None, lambda v: f"{v:.4f}"),
-                    f"{t.best_sampled_loss_nats:.4f}",
-                    quantity_text(p.params_opt if p else None, format_count),
-                    _maybe(t.observed.params_opt, format_count),
-                    _maybe(p.extrapolation_factor if p else None, lambda v: f"{v:.3g}x"),
-                ),
-                "" if p is not None else "warn",
-            )
+    for test in document["backtest"]:
+        p = test["predicted"]
+        cells = (
+            APPROACH_NAMES[test["approach"]],
+            _quantity(p and p["loss_opt"], ".4f"),
+            f"{test['best_sampled_loss_nats']:.4f}",
+            _quantity(p and p["params_opt"], "count"),
+            _maybe(test["observed"]["params_opt"], "count"),
+            NOTHING if p is None else f"{_maybe(p['extrapolation_factor'], '.3g')}x",
         )
+        rows.append(TableRow(cells, "" if p is not None else "warn"))
     columns = ("", "loss predicted", "best run", "best N predicted", "best N found", "beyond the fit")
     return TextTable(columns, tuple(rows), frozenset({1, 2, 3, 4, 5}))
 
 
-def predictions(analysis: Analysis) -> TextTable:
+def predictions(document: Document) -> TextTable:
     """What each approach expects at larger budgets."""
     rows = [
-        Row(
+        TableRow(
             (
-                format_flops(p.compute_flops),
-                SHORT_APPROACH_NAMES[p.approach],
-                quantity_text(p.params_opt, format_count),
-                quantity_text(p.tokens_opt, format_count),
-                quantity_text(p.tokens_per_param, lambda v: f"{v:.3g}"),
-                quantity_text(p.loss_opt, lambda v: f"{v:.3f}"),
-                f"{p.extrapolation_factor:.3g}x",
+                format_flops(p["compute_flops"]),
+                SHORT_APPROACH_NAMES[p["approach"]],
+                _quantity(p["params_opt"], "count"),
+                _quantity(p["tokens_opt"], "count"),
+                _quantity(p["tokens_per_param"], ".3g"),
+                _quantity(p["loss_opt"], ".3f"),
+                f"{_maybe(p['extrapolation_factor'], '.3g')}x",
             ),
-            "warn" if p.extrapolation_factor > 30 else "",
+            "warn" if (p["extrapolation_factor"] or 0.0) > 30 else "",
         )
-        for p in analysis.predictions
+        for p in document["predictions"]
     ]
     columns = ("FLOPs", "by", "best N", "best D", "D / N", "loss", "beyond the data")
     return TextTable(columns, tuple(rows), frozenset({0, 2, 3, 4, 5, 6}))
 
 
-def agreement(analysis: Analysis) -> TextTable:
+def agreement(document: Document) -> TextTable:
     """Every pair of approaches: difference, its interval, and whether it may be zero."""
-    words = {
+    at = document["estimates"][0]["at_mean_compute"]["compute_flops"]
+    names = {
         "params_exponent": "exponent of N",
         "tokens_exponent": "exponent of D",
-        "log_params_opt": f"ln N at {format_flops(analysis.mean_compute_flops)} FLOPs",
+        "log_params_opt": f"ln N at {format_flops(at)} FLOPs",
     }
     rows = [
-        Row(
+        TableRow(
             (
-                " - ".join(SHORT_APPROACH_NAMES[a] for a in p.approaches),
-                words.get(p.quantity, p.quantity),
-                f"{p.difference:+.3f}",
-                span_text(p.interval, lambda v: f"{v:+.3f}"),
-                {True: "yes", False: "no", None: "not known"}[p.agree],
+                " - ".join(SHORT_APPROACH_NAMES[a] for a in p["approaches"]),
+                names.get(p["quantity"], p["quantity"]),
+                _maybe(p["difference"], "+.3f"),
+                _range(p["interval"], "+.3f"),
+                {True: "yes", False: "no", None: "not known"}[p["agree"]],
             ),
-            "warn" if p.agree is False else "",
+            "warn" if p["agree"] is False else "",
         )
-        for p in analysis.agreement.pairs
+        for p in document["agreement"]["pairs"]
     ]
-    columns = ("", "quantity", "difference", f"{analysis.settings.bootstrap.level:.0%}", "agree")
+    columns = ("", "quantity", "difference", _level(document), "agree")
     return TextTable(columns, tuple(rows), frozenset({2, 3}))
 
 
-def sensitivity(analysis: Analysis) -> TextTable:
-    """The question under every other choice that was tried."""
+def sensitivity(document: Document) -> TextTable:
+    """The same question under every other choice that was tried."""
     rows = [
-        Row(
+        TableRow(
             (
-                r.kind,
-                r.choice,
-                SHORT_APPROACH_NAMES[r.approach],
-                _maybe(r.params_exponent, lambda v: f"{v:.3f}"),
-                _maybe(r.tokens_exponent, lambda v: f"{v:.3f}"),
-                _maybe(r.change, lambda v: f"{v:+.3f}"),
-                r.message or ("" if r.status == "converged" else r.status),
+                r["kind"],
+                r["choice"],
+                SHORT_APPROACH_NAMES[r["approach"]],
+                _maybe(r["params_exponent"], ".3f"),
+                _maybe(r["tokens_exponent"], ".3f"),
+                _maybe(r["change"], "+.3f"),
+                r["message"] or ("" if r["status"] == "converged" else r["status"]),
             ),
-            "" if r.status == "converged" else "warn",
+            "" if r["status"] == "converged" else "warn",
         )
-        for r in analysis.sensitivity
+        for r in document["sensitivity"]
     ]
     columns = ("kind", "choice", "approach", "N as C to the", "D as C to the", "change in N's", "")
     return TextTable(columns, tuple(rows), frozenset({3, 4, 5}))
 
 
-def dropped(analysis: Analysis | None, unreadable: Sequence[tuple[str, str]] = ()) -> TextTable:
-    """Rows and runs that are not analysed, and records that could not be read, with the reason of each."""
-    found = () if analysis is None else analysis.observations.dropped
-    rows = [Row((d.run_id, NOTHING if d.row is None else str(d.row), d.reason)) for d in found]
-    rows += [Row((run_id, NOTHING, reason), "warn") for run_id, reason in unreadable]
+def finding_tables(finding: Finding) -> list[tuple[str, TextTable]]:
+    """(caption, table) of a finding: its numbers where they are in no table of its own or beside published ones."""
+    tables = []
+    if finding.quantities and (not finding.tables or any(q.published for q in finding.quantities)):
+        tables.append(("The numbers of the answer", quantities(finding)))
+    return [*tables, *((t.caption, finding_table(t)) for t in finding.tables)]
+
+
+def quantities(finding: Finding) -> TextTable:
+    """The numbers of the answer, beside what papers give for the same."""
+    level = "" if finding.level is None else f", {finding.level:.0%}"
+    published = any(q.published for q in finding.quantities)
+    rows = [
+        TableRow(
+            (
+                q.name,
+                format_range(q.estimate, q.interval, q.form),
+                q.unit,
+                *([_published(q)] if published else []),
+            )
+        )
+        for q in finding.quantities
+    ]
+    columns = ("", f"value{level}", "unit", *(["published"] if published else []))
+    return TextTable(columns, tuple(rows), frozenset({1}))
+
+
+def _published(quantity: KeyQuantity) -> str:
+    return "; ".join(
+        f"{format_range(p.value, p.interval, quantity.form)} ({p.source})" for p in quantity.published
+    )
+
+
+def finding_table(table: FindingTable) -> TextTable:
+    """A finding's table as text."""
+    columns = tuple(c.title for c in table.columns)
+    rows = tuple(
+        TableRow(
+            tuple(column.text(cell) for cell, column in zip(row, table.columns)),
+            "warn" if i in table.warnings else "",
+        )
+        for i, row in enumerate(table.rows)
+    )
+    numeric = frozenset(i for i, column in enumerate(table.columns) if column.form)
+    return _limited(TextTable(columns, rows, numeric, table.note))
+
+
+def dropped(document: Document | None, unreadable: Sequence[tuple[str, str]] = ()) -> TextTable:
+    """Rows and runs that are not analyzed, and records that could not be read, with the reason of each."""
+    observations = (document or {}).get("observations") or {"dropped": ()}
+    rows = [
+        TableRow((d["run_id"], NOTHING if d["row"] is None else str(d["row"]), d["reason"]))
+        for d in observations["dropped"]
+    ]
+    rows += [TableRow((run_id, NOTHING, reason), "warn") for run_id, reason in unreadable]
     return _limited(TextTable(("run", "row", "why it is left out"), tuple(rows), frozenset({1})))
 
 
@@ -266,18 +316,18 @@ def runs(analysis: Analysis | None, records: Sequence[RunRecord], plan: Plan | N
             epochs.of(r),
             f"{r.spec.optimizer.peak_lr:.3g}",
             loss,
-            _maybe(r.metrics.get("bits_per_byte"), "{:.4f}".format),
+            _maybe(r.metrics.get("bits_per_byte"), ".4f"),
             status,
             f"{r.wall_time_s:.3g} s",
         )
-        rows.append(Row(cells, "" if r.status is RunStatus.COMPLETED else "warn"))
+        rows.append(TableRow(cells, "" if r.status is RunStatus.COMPLETED else "warn"))
     done = {r.run_id for r in records}
     for p in plan.runs if plan is not None else ():
         if p.run_id not in done:
             s = p.spec
             n = s.n_params()
             rows.append(
-                Row(
+                TableRow(
                     (p.run_id, format_flops(s.budget_flops), str(s.shape.width), str(s.shape.depth), format_count(n),
                      format_count(s.train_tokens), f"{s.train_tokens / n:.3g}", NOTHING,
                      f"{s.optimizer.peak_lr:.3g}", NOTHING, NOTHING, "not done yet", NOTHING),
@@ -296,7 +346,7 @@ def runs(analysis: Analysis | None, records: Sequence[RunRecord], plan: Plan | N
 def _runs_of_table(analysis: Analysis) -> TextTable:
     p = analysis.points.with_budgets()
     rows = tuple(
-        Row(
+        TableRow(
             (
                 str(p.run_id[i]),
                 format_flops(float(p.compute_flops[i])),
@@ -353,24 +403,20 @@ def _limited(table: TextTable) -> TextTable:
     return TextTable(table.columns, table.rows[:MAX_ROWS], table.numeric, note)
 
 
-def _three(value: float) -> str:
-    return f"{value:.3f}"
+def _maybe(value: float | None, form: str) -> str:
+    return NOTHING if value is None else number_format(form)(value)
 
 
-def span_text(interval: Interval | None, text: Callable[[float], str] = _three) -> str:
-    return NOTHING if interval is None else f"{text(interval.lo)} to {text(interval.hi)}"
-
-
-def _maybe(value: float | None, text: Callable[[float], str]) -> str:
-    return NOTHING if value is None else text(value)
-
-
-def quantity_text(quantity: Quantity | None, text: Callable[[float], str]) -> str:
-    if quantity is None:
+def _range(interval: Sequence[float | None] | None, form: str) -> str:
+    """The two ends of an interval."""
+    if interval is None:
         return NOTHING
-    value = text(quantity.estimate)
-    return (
-        value
-        if quantity.interval is None
-        else f"{value} ({text(quantity.interval.lo)} to {text(quantity.interval.hi)})"
-    )
+    low, high = ("unbounded" if end is None else number_format(form)(end) for end in interval)
+    return f"{low} to {high}"
+
+
+def _quantity(quantity: Document | None, form: str) -> str:
+    """An estimate with its interval."""
+    if quantity is None or quantity["estimate"] is None:
+        return NOTHING
+    return format_range(quantity["estimate"], quantity["interval"], form)

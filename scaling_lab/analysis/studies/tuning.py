@@ -1,385 +1,334 @@
-"""Owns the tuning debt: how much loss each run of a sweep owes to settings that are not its size's best, and the exponents
-if every size were tuned.
-
-Tuning that is right at one size and wrong at another tilts a scaling law: it is the largest of Porian et al.'s causes
-(2024, arXiv 2406.19146) of the disagreement between Kaplan and Chinchilla. Runs at a few learning rates (and batches)
-around the sweep's own (design=learning_rate) measure it at some sizes; in between, the distance to the best setting and the
-curvature are interpolated in ln N, and between budgets in ln C.
-"""
+"""Study: how far the learning rates of a sweep are from the best, what that costs, and the exponents without that cost."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from scaling_lab.analysis.data.observations import Observations
-from scaling_lab.analysis.estimate import Array, Estimate, Interval
-from scaling_lab.analysis.inference.bootstrap import Approach
-from scaling_lab.analysis.studies.tuning_fit import (
-    SAME_SETTING_LOG,
-    Bowl,
-    at_the_edge,
-    debt_at,
-    fit_bowl,
-    settings_of,
-    why_no_bowl,
-    window,
+from scaling_lab.analysis.data.record_losses import check_losses, with_loss
+from scaling_lab.analysis.data.sweep_records import SweepRecords
+from scaling_lab.analysis.estimate import Array, Interval
+from scaling_lab.analysis.finding import (
+    Axis,
+    Cell,
+    Chart,
+    Column,
+    Finding,
+    FindingStatus,
+    FindingTable,
+    KeyQuantity,
+    Panel,
+    Series,
+    values,
 )
-from scaling_lab.core.errors import UserError
+from scaling_lab.analysis.json_parts import interval_json, number
+from scaling_lab.analysis.studies.base import LawAnalysis, StudyInput
+from scaling_lab.analysis.studies.shared.excess_loss import (
+    TrainedRuns,
+    TunedCell,
+    TunedExponents,
+    Tuning,
+    measure_excess_loss,
+    tuned_exponents,
+)
+from scaling_lab.analysis.studies.shared.lr_quadratic import quadratic_rise
+from scaling_lab.analysis.text import SHORT_APPROACH_NAMES, format_count, format_flops
+from scaling_lab.core.counts import Convention
+from scaling_lab.core.record import RunRecord, RunStatus
 
-# Random losses for the error of the debt, and how many of them the laws are fitted to again.
-SAMPLES = 400
-REFITS = 40
+QUESTION = "How much loss do the sweep's learning rates cost, and what are the exponents without that?"
+NEEDS = "a learning-rate sweep of the same sizes and budgets: tuning=SWEEP, or runs of design=learning_rate in the sweep"
 
-
-@dataclass(frozen=True)
-class Trained:
-    """Runs with the settings they were trained under: equal-length arrays (runs,)."""
-
-    names: NDArray[np.object_]
-    n_params: Array
-    budget_flops: Array
-    peak_lr: Array
-    batch_tokens: Array
-    loss_nats: Array
-    seed: Array
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def at(self, keep: NDArray[np.bool_] | NDArray[np.int64]) -> Trained:
-        return Trained(*(getattr(self, name)[keep] for name in self.__dataclass_fields__))
-
-    def with_runs_of(self, other: Trained) -> Trained:
-        """Both, a run that is in both once."""
-        new = ~np.isin(other.names.astype(str), self.names.astype(str))
-        return Trained(
-            *(
-                np.concatenate([getattr(self, name), getattr(other, name)[new]])
-                for name in self.__dataclass_fields__
-            )
-        )
-
-    def log_settings(self) -> Array:
-        """(runs, 2) ln LR and ln batch."""
-        return np.stack([np.log(self.peak_lr), np.log(self.batch_tokens)], axis=1)
+# Parabolas are drawn this far, in ln LR, beyond the best setting and the sweep's own.
+_DRAWN_BEYOND = 0.85
 
 
-@dataclass(frozen=True)
-class TunedCell:
-    """One size at one budget whose learning rate (and batch) were varied."""
-
-    n_params: float
-    budget_flops: float
-    n_runs: int
-    status: str
-    """ok, or why there is no debt: too_few, concave, outside (the words of a valley's status)."""
-    message: str | None
-    log_settings: Array
-    """(runs, 2) ln of LR and batch over the sweep's own, of the runs of the cell."""
-    loss_nats: Array
-    """(runs,)"""
-    bowl: Bowl | None = None
-    """Its point estimate comes first."""
-    best_over_used: tuple[float, ...] = ()
-    """Best LR over the sweep's, and best batch over the sweep's where batches were varied."""
-    best_over_used_intervals: tuple[Interval | None, ...] = ()
-    debt_nats: float | None = None
-    debt_interval: Interval | None = None
-    debt_standard_error: float | None = None
+def find(given: StudyInput) -> Finding | None:
+    laws, records = given.laws, given.records
+    if laws is None or not records.law or not records.lr_sweep:
+        return None
+    if given.settings.metric is not None:
+        records = records_with_loss(records, given.settings.metric)
+    tuning = measure_tuning(
+        records, laws, given.settings.bootstrap.level, given.settings.seed, given.settings.approach.all()
+    )
+    return replace(as_finding(tuning), documented={"tuning": _documented(tuning, laws.points)})
 
 
-@dataclass(frozen=True)
-class TunedExponents:
-    """One approach on the losses as trained and on the losses less their debt."""
-
-    approach: str
-    status: str
-    message: str
-    params_exponent: float | None
-    tokens_exponent: float | None
-    tuned_params_exponent: float | None
-    tuned_tokens_exponent: float | None
-    change_interval: Interval | None
-    """Of the exponent of N, tuned less as trained: from the error of the debt alone."""
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """The debt of a sweep's runs, measured at some of them."""
-
-    cells: tuple[TunedCell, ...]
-    varied: tuple[str, ...]
-    """("LR",) or ("LR", "batch")."""
-    noise_nats: float | None
-    """Standard deviation of one loss about its cell's surface; None where nothing tells."""
-    noise_source: str
-    level: float
-    debt_nats: Array
-    """(points,) what every point of the sweep owes."""
-    debt_standard_error: Array
-    """(points,) NaN where the noise is not known."""
-    exponents: tuple[TunedExponents, ...] = ()
-    message: str | None = None
-    """Why there is no debt, where there is none."""
-
-
-def measure(sweep: Trained, tuned: Trained, *, level: float = 0.9, seed: int = 0) -> tuple[Tuning, Array]:
-    """The debt of every run of `sweep`, and (samples, runs) of it under the noise, the estimate first.
-
-    Args:
-        sweep: the runs whose debt is asked for, at the sweep's own settings.
-        tuned: runs of some of the same sizes and budgets under other settings.
-        level: of the intervals.
-
-    Raises:
-        UserError: no run in one of the two.
-    """
-    if not len(sweep) or not len(tuned):
-        which = "sweep" if not len(sweep) else "learning-rate sweep"
-        raise UserError(f"tuning: the {which} has no completed run.")
-    groups = [_CellRuns(sweep, runs) for runs in _cells(sweep, tuned)]
-    both = all(g.varies_batch() for g in groups)
-    dims = 2 if both else 1
-    kept = [g.near(dims) for g in groups]
-    noise, source = _noise(kept)
-    rng = np.random.default_rng([seed, 7])
-    cells = tuple(_cell(g, k, dims, noise, level, rng) for g, k in zip(groups, kept))
-    good = [c for c in cells if c.bowl is not None]
-    varied = ("LR", "batch")[:dims]
-    if not good:
-        nothing = np.full(len(sweep), np.nan)
-        why = "No size has a best setting within what was tried: " + "; ".join(
-            sorted({c.message for c in cells if c.message})
-        )
-        return Tuning(cells, varied, noise, source, level, nothing, nothing, (), why + "."), nothing[None]
-    samples = _interpolated(sweep, good)
-    error = samples[1:].std(axis=0, ddof=1) if noise is not None else np.full(len(sweep), np.nan)
-    return Tuning(cells, varied, noise, source, level, samples[0], error), samples
-
-
-def tuned_exponents(
-    tuning: Tuning,
-    samples: Array,
-    points: Observations,
-    approaches: Sequence[Approach],
-    estimates: Sequence[Estimate],
-) -> Tuning:
-    """`tuning` with the exponents of every approach that reads final losses, on the losses less their debt.
-
-    Args:
-        samples: (samples, points) debts, the estimate first.
-        estimates: of `approaches` on the losses as they are.
-    """
-    if tuning.message is not None:
-        return tuning
-    found = []
-    for approach, plain in zip(approaches, estimates):
-        if approach.name == "envelope":
-            why = "The envelope reads losses within the runs, and the debt is known at their ends."
-            found.append(
-                TunedExponents("envelope", "not_applicable", why, *_exponents(plain), None, None, None)
-            )
-            continue
-        best = approach.estimate(_less(points, samples[0]))
-        change = None
-        if best.frontier is not None and plain.frontier is not None and tuning.noise_nats is not None:
-            moved = [
-                _exponents(approach.estimate(_less(points, s)))[0]
-                for s in samples[1 :: max(1, (len(samples) - 1) // REFITS)]
-            ]
-            base = plain.frontier.params.exponent
-            change = _interval(np.array([np.nan if m is None else m - base for m in moved]), tuning.level)
-        found.append(
-            TunedExponents(
-                approach.name, best.status.value, best.message, *_exponents(plain), *_exponents(best), change
-            )
-        )
-    return replace(tuning, exponents=tuple(found))
-
-
-def _less(points: Observations, debt: Array) -> Observations:
-    return replace(points, loss_nats=points.loss_nats - debt)
-
-
-def _exponents(estimate: Estimate) -> tuple[float | None, float | None]:
-    f = estimate.frontier
-    return (None, None) if f is None else (f.params.exponent, f.tokens.exponent)
-
-
-@dataclass(frozen=True)
-class _CellRuns:
-    """The runs of one size and budget, and the settings that the sweep uses there."""
-
-    sweep: Trained
-    runs: Trained
-
-    @property
-    def reference(self) -> Array:
-        """(2,) ln LR and ln batch of the sweep at this size and budget, interpolated in ln N at the nearest budget."""
-        distance = np.abs(np.log(self.sweep.budget_flops / self.runs.budget_flops[0]))
-        near = self.sweep.at(distance <= distance.min() + 1e-9)
-        order = np.argsort(near.n_params, kind="stable")
-        log_n, settings = np.log(near.n_params[order]), near.log_settings()[order]
-        at = np.log(self.runs.n_params[0])
-        return np.array([np.interp(at, log_n, settings[:, i]) for i in range(2)])
-
-    def offsets(self) -> Array:
-        """(runs, 2) ln of each run's settings over the reference."""
-        return self.runs.log_settings() - self.reference
-
-    def varies_batch(self) -> bool:
-        x = self.offsets()
-        return why_no_bowl(x[window(x, self.runs.loss_nats)]) is None
-
-    def near(self, dims: int) -> tuple[Array, Trained]:
-        """(settings (runs, dims), runs) near enough to fit; with LR alone only those of the sweep's batch."""
-        x = self.offsets()
-        if dims == 1:
-            same = np.abs(x[:, 1]) <= SAME_SETTING_LOG
-            x, runs = x[same, :1], self.runs.at(same)
-        else:
-            runs = self.runs
-        if not len(runs):
-            return x, runs
-        close = window(x, runs.loss_nats)
-        return x[close], runs.at(close)
-
-
-def _cells(sweep: Trained, tuned: Trained) -> list[Trained]:
-    """The tuned sizes and budgets, ascending, each with the sweep's own runs of it."""
-    everything = sweep.with_runs_of(tuned)
-
-    def key(runs: Trained) -> NDArray[np.str_]:
-        return np.array([f"{b:.9e} {n:.9e}" for b, n in zip(runs.budget_flops, runs.n_params)])
-
-    keys = key(everything)
-    order = np.lexsort((tuned.n_params, tuned.budget_flops))
-    return [everything.at(keys == k) for k in dict.fromkeys(key(tuned)[order].tolist())]
-
-
-def _noise(cells: Sequence[tuple[Array, Trained]]) -> tuple[float | None, str]:
-    """(standard deviation of one loss, where it is from)."""
-    for source, estimator in (
-        (
-            "runs that share settings and differ in their seed, less what a seed does to all settings",
-            _two_way,
-        ),
-        ("runs that share settings and differ in their seed", _one_way),
-        ("the distances of the losses from their parabolas", _residuals),
-    ):
-        parts = [estimator(x, runs) for x, runs in cells]
-        squares, freedom = sum(p[0] for p in parts), sum(p[1] for p in parts)
-        if freedom >= 2:
-            return float(np.sqrt(squares / freedom)), f"{source} ({freedom} degrees of freedom)"
-    return None, "not known: there are neither seeds nor settings to spare, so the debt has no error bar"
-
-
-def _two_way(x: Array, runs: Trained) -> tuple[float, int]:
-    """Sum of squares and degrees of freedom of the losses less the means of their setting and of their seed."""
-    label = settings_of(x) if len(runs) else np.zeros(0, np.int64)
-    table = {(int(s), float(seed)): loss for s, seed, loss in zip(label, runs.seed, runs.loss_nats)}
-    seeds = sorted({seed for _, seed in table})
-    rows = [s for s in sorted({s for s, _ in table}) if all((s, seed) in table for seed in seeds)]
-    if len(rows) < 2 or len(seeds) < 2:
-        return 0.0, 0
-    values = np.array([[table[s, seed] for seed in seeds] for s in rows])
-    left = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
-    return float((left**2).sum()), (len(rows) - 1) * (len(seeds) - 1)
-
-
-def _one_way(x: Array, runs: Trained) -> tuple[float, int]:
-    label = settings_of(x) if len(runs) else np.zeros(0, np.int64)
-    squares, freedom = 0.0, 0
-    for s in np.unique(label):
-        values = runs.loss_nats[label == s]
-        squares += float(((values - values.mean()) ** 2).sum())
-        freedom += len(values) - 1
-    return squares, freedom
-
-
-def _residuals(x: Array, runs: Trained) -> tuple[float, int]:
-    if why_no_bowl(x) is not None:
-        return 0.0, 0
-    found = fit_bowl(x, runs.loss_nats[None])
-    if isinstance(found, str):
-        return 0.0, 0
-    return found.residual_squares, found.n_runs - {1: 3, 2: 6}[x.shape[1]]
-
-
-def _cell(
-    group: _CellRuns,
-    near: tuple[Array, Trained],
-    dims: int,
-    noise: float | None,
-    level: float,
-    rng: np.random.Generator,
-) -> TunedCell:
-    x, runs = near
-    base = TunedCell(
-        float(group.runs.n_params[0]), float(group.runs.budget_flops[0]), len(runs), "ok", None,
-        group.offsets(), group.runs.loss_nats,
-    )  # fmt: skip
-    why = why_no_bowl(x)
-    if why is not None:
-        if at_the_edge(base.log_settings[:, :dims], base.loss_nats):
-            return replace(base, status="outside", message="the best setting tried is the last on its side")
-        return replace(base, status="too_few", message=why)
-    shaken = (noise or 0.0) * rng.standard_normal((SAMPLES + 1, len(runs)))
-    shaken[0] = 0.0
-    bowl = fit_bowl(x, runs.loss_nats + shaken)
-    if isinstance(bowl, str):
-        return replace(base, status="concave" if "bend up" in bowl else "outside", message=bowl)
-    debt = bowl.debt_nats
-    known = noise is not None
-    return replace(
-        base,
-        bowl=bowl,
-        best_over_used=tuple(float(v) for v in np.exp(bowl.optimum[0])),
-        best_over_used_intervals=tuple(
-            _interval(np.exp(bowl.optimum[1:, i]), level) if known else None for i in range(dims)
-        ),
-        debt_nats=float(debt[0]),
-        debt_interval=_interval(debt[1:], level) if known else None,
-        debt_standard_error=float(debt[1:].std(ddof=1)) if known else None,
+def as_finding(tuning: Tuning) -> Finding:
+    """The excess loss of every tuned size and the exponents without it, with their figure."""
+    return Finding(
+        name="tuning",
+        title="Checking LR tuning",
+        question=QUESTION,
+        answer=_answer(tuning),
+        status=FindingStatus.ANSWERED if tuning.message is None else FindingStatus.NOT_ANSWERED,
+        reason=tuning.message,
+        level=tuning.level,
+        quantities=_quantities(tuning),
+        tables=(_exponents_table(tuning), _cells_table(tuning))
+        if tuning.exponents
+        else (_cells_table(tuning),),
+        chart=_chart(tuning),
     )
 
 
-def _interpolated(sweep: Trained, cells: Sequence[TunedCell]) -> Array:
-    """(samples, runs) debts: offset and curvature linear in ln N within a budget and in ln C between budgets, held at the
-    ends. A mean of bowls is a bowl, so the debt is never negative."""
-    budgets = sorted({c.budget_flops for c in cells})
-    log_n, log_c = np.log(sweep.n_params), np.log(sweep.budget_flops)
-    layers = []
-    for budget in budgets:
-        of_budget = sorted((c for c in cells if c.budget_flops == budget), key=lambda c: c.n_params)
-        bowls = [c.bowl for c in of_budget if c.bowl is not None]
-        weights = _linear_weights(log_n, np.log([c.n_params for c in of_budget]))
-        layers.append(
+def records_with_loss(records: SweepRecords, name: str) -> SweepRecords:
+    """The records with another loss in place of the validation loss. Raises `UserError` where no tuned run has it."""
+    check_losses(records.lr_sweep, "metric (with tuning)", [name])
+    return SweepRecords(
+        *(tuple(with_loss(r, name) for r in part) for part in (records.law, records.lr_sweep))
+    )
+
+
+def trained_runs(records: Sequence[RunRecord], convention: Convention) -> TrainedRuns:
+    """The completed runs of `records`, N counted under `convention`."""
+    done = [r for r in records if r.status is RunStatus.COMPLETED and r.final_val_loss_nats is not None]
+    return TrainedRuns(
+        names=np.array([r.run_id for r in done], dtype=object),
+        n_params=np.array([r.count().n_params(convention) for r in done]),
+        budget_flops=np.array([r.spec.budget_flops for r in done]),
+        peak_lr=np.array([r.spec.optimizer.peak_lr for r in done]),
+        batch_tokens=np.array([float(r.spec.batch_tokens) for r in done]),
+        loss_nats=np.array([float(r.final_val_loss_nats or np.nan) for r in done]),
+        seed=np.array([float(r.spec.seed_init) for r in done]),
+    )
+
+
+def measure_tuning(
+    records: SweepRecords, laws: LawAnalysis, level: float, seed: int, approaches: Sequence[Any]
+) -> Tuning:
+    """The excess loss of every point of the law and the exponents without it; one point a run."""
+    convention = Convention(laws.points.convention)
+    sweep = trained_runs(records.law, convention)
+    place = {name: i for i, name in enumerate(sweep.names)}
+    # In the order of the points, without runs that are not among them.
+    sweep = sweep.at(np.array([place[name] for name in laws.points.run_id], dtype=np.int64))
+    tuning, samples = measure_excess_loss(
+        sweep, trained_runs(records.lr_sweep, convention), level=level, seed=seed
+    )
+    return tuned_exponents(tuning, samples, laws.points, approaches, laws.estimates)
+
+
+def _answer(tuning: Tuning) -> str:
+    excess = [c.excess_nats for c in tuning.cells if c.excess_nats is not None]
+    if not excess:
+        return "No tuned size shows which learning rate is best."
+    known = [
+        e for e in tuning.exponents if e.params_exponent is not None and e.tuned_params_exponent is not None
+    ]
+    told = "; ".join(
+        f"from {e.params_exponent:.3f} to {e.tuned_params_exponent:.3f} ({SHORT_APPROACH_NAMES[e.approach]})"
+        for e in known
+    )
+    change = f", and tuning every size would move the exponent of N {told}" if told else ""
+    return f"Mistuned learning rates cost at most {max(excess):.4f} nats at the tuned sizes{change}."
+
+
+def _change(exponents: TunedExponents) -> float | None:
+    if exponents.params_exponent is None or exponents.tuned_params_exponent is None:
+        return None
+    return exponents.tuned_params_exponent - exponents.params_exponent
+
+
+def _quantities(tuning: Tuning) -> tuple[KeyQuantity, ...]:
+    changes = [
+        KeyQuantity(
+            f"change of the exponent of N, {SHORT_APPROACH_NAMES[e.approach]}",
+            change,
+            _ends(e.change_interval),
+            form="+.3f",
+        )
+        for e in tuning.exponents
+        if (change := _change(e)) is not None
+    ]
+    worst = max(
+        (c for c in tuning.cells if c.excess_nats is not None),
+        key=lambda c: c.excess_nats or 0.0,
+        default=None,
+    )
+    if worst is None:
+        return tuple(changes)
+    return (
+        KeyQuantity("largest excess loss", worst.excess_nats, _ends(worst.excess_interval), "nats", ".4f"),
+        *changes,
+    )
+
+
+def _ends(interval: Interval | None) -> tuple[float, float] | None:
+    return None if interval is None else (interval.lo, interval.hi)
+
+
+def _with_ends(value: float | None, interval: Interval | None) -> Cell:
+    return value if value is None or interval is None else (value, interval.lo, interval.hi)
+
+
+def _exponents_table(tuning: Tuning) -> FindingTable:
+    rows = [
+        (
+            SHORT_APPROACH_NAMES[e.approach],
+            e.params_exponent,
+            e.tuned_params_exponent,
+            _with_ends(_change(e), e.change_interval),
+            e.message if _change(e) is None else "",
+        )
+        for e in tuning.exponents
+    ]
+    return FindingTable(
+        name="exponents",
+        caption="The exponent of N as trained, and with each run's excess loss subtracted",
+        columns=(
+            Column("approach"), Column("as trained", ".3f"), Column("if every size were tuned", ".3f"),
+            Column("change", "+.3f"), Column(""),
+        ),
+        rows=tuple(rows),
+        note="The interval comes from the error of the excess loss alone; the exponents' own intervals are above.",
+    )  # fmt: skip
+
+
+def _cells_table(tuning: Tuning) -> FindingTable:
+    """One row a tuned size and budget."""
+    rows: list[tuple[Cell, ...]] = []
+    for c in tuning.cells:
+        best: list[Cell] = [_with_ends(v, i) for v, i in zip(c.best_over_used, c.best_over_used_intervals)]
+        rows.append(
             (
-                np.einsum("rc,csi->sri", weights, np.stack([b.optimum for b in bowls])),
-                np.einsum("rc,csij->srij", weights, np.stack([b.hessian for b in bowls])),
+                c.budget_flops,
+                c.n_params,
+                c.n_runs,
+                *(best or [None] * len(tuning.varied)),
+                _with_ends(c.excess_nats, c.excess_interval),
+                c.message or "",
             )
         )
-    weights = _linear_weights(log_c, np.log(budgets))
-    offset = np.einsum("rb,bsri->sri", weights, np.stack([o for o, _ in layers]))
-    hessian = np.einsum("rb,bsrij->srij", weights, np.stack([h for _, h in layers]))
-    return debt_at(offset, hessian)
+    noise = (
+        f"The noise of one loss is {tuning.noise_source}."
+        if tuning.noise_nats is None
+        else f"The noise of one loss, {tuning.noise_nats:.2g} nats, is estimated from {tuning.noise_source}; intervals are at {tuning.level:.0%}."
+    )
+    return FindingTable(
+        name="cells",
+        caption="Excess loss from the sweep's learning rate at each tuned size",
+        columns=(
+            Column("FLOPs", "flops"), Column("N", "count"), Column("runs", "d"),
+            *(Column(f"best {v} / the sweep's", ".2f") for v in tuning.varied),
+            Column("excess loss", ".4f", "nats"), Column(""),
+        ),
+        rows=tuple(rows),
+        warnings=tuple(i for i, c in enumerate(tuning.cells) if c.message is not None),
+        note=f"{noise} Between these sizes and budgets the distance to the best setting and the curvature are interpolated.",
+    )  # fmt: skip
 
 
-def _linear_weights(x: Array, knots: Array) -> Array:
-    """(x, knots) weights of linear interpolation, held at the ends."""
-    return np.stack([np.interp(x, knots, unit) for unit in np.eye(len(knots))], axis=1)
+def _chart(tuning: Tuning) -> Chart:
+    """Loss above each cell's best against LR over the sweep's own: a mark for each run, a curve for each fitted parabola."""
+    markers = {budget: i for i, budget in enumerate(sorted({c.budget_flops for c in tuning.cells}))}
+    series: list[Series] = []
+    for cell in tuning.cells:
+        runs = np.exp(cell.log_settings[:, 0]), cell.loss_nats - _floor(cell)
+        name = f"N = {format_count(cell.n_params)}, {format_flops(cell.budget_flops)} FLOPs"
+        marker = markers[cell.budget_flops]
+        series.append(
+            Series("points", values(runs[0]), values(runs[1]), label=name, scale=cell.n_params, marker=marker)
+        )
+        if cell.fit is not None:
+            x, rise = _parabola(cell)
+            series.append(Series("line", values(np.exp(x)), values(rise), scale=cell.n_params))
+    low, high = _reach(tuning.cells)
+    most = max((c.excess_nats for c in tuning.cells if c.excess_nats is not None), default=None)
+    return Chart(
+        name="tuning",
+        title="Loss against learning rate",
+        caption="Each mark is a run: its learning rate over the one that the sweep uses for its size, and its loss above the "
+        "best of that size and budget. A parabola through the nearby marks gives the best rate; where it crosses the line "
+        "at 1, its height is the excess loss of the sweep's own rate. Excess losses that differ between sizes tilt the "
+        "law. The shaded band is a factor of 2 on either side.",
+        alt=f"Loss against learning rate for {len(tuning.cells)} sizes and budgets."
+        + ("" if most is None else f" The largest excess loss is {most:.3f} nats."),
+        panels=(
+            Panel(
+                Axis("learning rate / the sweep's own", log=True, form="g"),
+                Axis("loss above the best (nats)", low=low, high=high),
+                tuple(series),
+            ),
+        ),
+        height_inches=4.0,
+    )
 
 
-def _interval(values: Array, level: float) -> Interval | None:
-    """Central percentiles; None where fewer than 20 values are finite."""
-    values = values[np.isfinite(values)]
-    if values.size < 20:
-        return None
-    tail = (1 - level) / 2
-    lo, hi = np.quantile(values, [tail, 1 - tail])
-    return Interval(float(lo), float(hi))
+def _parabola(cell: TunedCell) -> tuple[Array, Array]:
+    """(ln LR over the sweep's own, rise above the minimum) of the cell's point estimate."""
+    assert cell.fit is not None
+    best = float(cell.fit.optimum[0, 0])
+    grid = np.linspace(min(best, 0.0) - _DRAWN_BEYOND, max(best, 0.0) + _DRAWN_BEYOND, 80)
+    offset = np.zeros((grid.size, cell.fit.optimum.shape[1]))
+    offset[:, 0] = grid - best
+    return grid, quadratic_rise(offset, cell.fit.hessian[0])
+
+
+def _floor(cell: TunedCell) -> float:
+    """The loss at the minimum of the cell's parabola, or the lowest loss where it has none."""
+    return float(cell.loss_nats.min()) if cell.fit is None else cell.fit.floor_nats
+
+
+def _reach(cells: Sequence[TunedCell]) -> tuple[float, float]:
+    """Limits for what is within a factor of 4: a diverging run would flatten everything else."""
+    seen = [
+        loss - _floor(cell)
+        for cell in cells
+        for x, loss in zip(cell.log_settings[:, 0], cell.loss_nats)
+        if abs(x) < np.log(4.1)
+    ]
+    top = max([0.05, *seen])
+    return min([0.0, *seen]) - 0.05 * top, 1.1 * top
+
+
+def _documented(tuning: Tuning, points: Observations) -> dict[str, Any]:
+    """The field `tuning` of analysis.json."""
+    return {
+        "varied": list(tuning.varied),
+        "message": tuning.message,
+        "noise_nats": number(tuning.noise_nats),
+        "noise_source": tuning.noise_source,
+        "level": tuning.level,
+        "cells": [
+            {
+                "n_params": c.n_params,
+                "budget_flops": c.budget_flops,
+                "n_runs": c.n_runs,
+                "status": c.status,
+                "message": c.message,
+                "best_over_used": {
+                    name: {"estimate": number(value), "interval": interval_json(interval)}
+                    for name, value, interval in zip(
+                        tuning.varied, c.best_over_used, c.best_over_used_intervals
+                    )
+                },
+                "debt_nats": number(c.excess_nats),
+                "debt_interval": interval_json(c.excess_interval),
+                "debt_standard_error": number(c.excess_standard_error),
+            }
+            for c in tuning.cells
+        ],
+        "runs": [
+            {"run_id": str(name), "debt_nats": number(excess), "standard_error": number(error)}
+            for name, excess, error in zip(points.run_id, tuning.excess_nats, tuning.excess_standard_error)
+        ],
+        "exponents": [
+            {
+                "approach": e.approach,
+                "status": e.status,
+                "message": e.message,
+                "params_exponent": number(e.params_exponent),
+                "tokens_exponent": number(e.tokens_exponent),
+                "tuned_params_exponent": number(e.tuned_params_exponent),
+                "tuned_tokens_exponent": number(e.tuned_tokens_exponent),
+                "change_interval": interval_json(e.change_interval),
+            }
+            for e in tuning.exponents
+        ],
+    }

@@ -1,4 +1,4 @@
-"""Owns `scaling-lab analyze`: the three approaches on a sweep or on any table, as a table, as JSON, as a report.
+"""`scaling-lab analyze`: the three approaches and the studies on a sweep or any table, as a table, as JSON, as a report.
 
 A table never needs torch: nothing here imports it.
 """
@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,10 +26,10 @@ from scaling_lab.core.storage.store import RunStore
 from scaling_lab.tracking.wandb.study import mirror_study
 
 if TYPE_CHECKING:
-    from scaling_lab.analysis.analysis import Analysis, AnalysisSettings
+    from scaling_lab.analysis.analysis import AnalysisSettings, SweepResult
 
 
-# What a page of ours says of itself in its head.
+# What our pages have in their head.
 GENERATOR = b'<meta name="generator" content="scaling-lab">'
 NOT_OURS = object()
 # Options that decide which observations there are and how they are counted: a next command needs them too.
@@ -46,7 +46,7 @@ class Where:
     runs: str | None = None
     """Or a table: CSV, TSV, Parquet, JSON records or JSON lines"""
     tuning: str | None = None
-    """A sweep of design=learning_rate in results_dir: how much each run owes to its learning rate, and the exponents if every size were tuned"""
+    """A sweep of design=learning_rate in results_dir: the excess loss of each run from a mistuned learning rate, and the exponents if every size were tuned"""
     out: str | None = None
     """Folder for report.html, analysis.json and the figures; default RESULTS/SWEEP/report or RESULTS/tables/FILE"""
     results_dir: str = "results"
@@ -67,7 +67,7 @@ class Where:
 
     @property
     def source(self) -> str | None:
-        """Absolute path of the table; None of a sweep."""
+        """Absolute path of the table; None for a sweep."""
         return None if self.runs is None else str(Path(self.runs).expanduser().resolve())
 
     def settled_folder(self) -> Path:
@@ -90,7 +90,7 @@ class Where:
 
 @dataclass(frozen=True)
 class AnalyzeWhere(Where):
-    """And where else it is shown."""
+    """And where else to show it."""
 
     wandb: Literal["auto", "off"] = "auto"
     """auto: the report goes to W&B too where the sweep's runs were mirrored there"""
@@ -101,7 +101,7 @@ class AnalyzeWhere(Where):
 
 
 def checked_out(folder: Path) -> Path:
-    """`folder`, unless it has a report.html of somebody else's; then `UserError`."""
+    """`folder`. Raises `UserError` where it has a report.html that scaling-lab did not write."""
     page = folder / "report.html"
     if page.is_file() and GENERATOR not in page.read_bytes()[:4096] and _known_source(folder) is NOT_OURS:
         raise UserError(
@@ -112,13 +112,13 @@ def checked_out(folder: Path) -> Path:
 
 
 def _free_for(folder: Path, source: str | None) -> bool:
-    """Whether a table's report may go there: nothing is there yet, or one of the same table."""
+    """Whether a table's report may go there: nothing is there yet, or a report of the same table."""
     taken = (folder / "analysis.json").exists() or (folder / "report.html").exists()
     return not taken or _known_source(folder) == source
 
 
 def _known_source(folder: Path) -> Any:
-    """The table that the analysis in `folder` is of (None: a sweep, or not said); NOT_OURS without an analysis of ours."""
+    """The table of the analysis in `folder` (None: a sweep, or unknown); NOT_OURS where there is no analysis of ours."""
     try:
         found = json.loads((folder / "analysis.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -139,8 +139,8 @@ def run(arguments: Arguments) -> int:
     settings = analysis_settings(command.tree, skip=own)
     console = Console.for_flags(arguments.flags)
     folder = where.settled_folder()  # before minutes of work
-    analysis, records = analyse_source(where, settings, console)
-    return publish(analysis, records, where, folder, arguments, console)
+    result, records = analyze_source(where, settings, console)
+    return publish(result, records, where, folder, arguments, console)
 
 
 def sweeps_of(results_dir: str) -> list[str]:
@@ -153,36 +153,47 @@ def sweeps_of(results_dir: str) -> list[str]:
     )
 
 
-def analyse_source(
-    where: Any, settings: AnalysisSettings, console: Console
-) -> tuple[Analysis, list[RunRecord]]:
-    """Read the observations and analyze them; the records are empty for a table."""
-    from scaling_lab.analysis.analysis import analyze, observations_of_sweep, read_observations
-    from scaling_lab.analysis.studies.tuning_records import split_by_role
+def analyze_source(
+    where: Where, settings: AnalysisSettings, console: Console
+) -> tuple[SweepResult, Sequence[RunRecord]]:
+    """Read the observations and analyze them; the records are empty for a table.
+
+    Where no law can be fitted to a sweep there are findings alone, if any; otherwise `UserError` says why.
+    """
+    from scaling_lab.analysis.analysis import SweepResult, analyze, analyze_records, read_observations
+    from scaling_lab.analysis.data.sweep_records import split_by_role
 
     if where.runs is not None:
         path = Path(where.runs).expanduser()
         console.note(f"reading {path}")
-        return analyze(read_observations(path, settings), settings), []
+        analysis = analyze(read_observations(path, settings), settings)
+        return SweepResult(analysis, analysis.findings), ()
+    assert where.sweep is not None
     for_tables = {"where.": settings.where, "columns.": settings.columns, "units.": settings.units}
     for key, given in for_tables.items():
         if given:
             raise UserError(
                 f"{key}: this option is for tables (runs=FILE); of a sweep's records metric= and metrics= choose the loss."
             )
-    records = read_records(where.results_dir, where.sweep, "sweep", console)
+    found = read_records(where.results_dir, where.sweep, "sweep", console)
     elsewhere = (
         [] if where.tuning is None else read_records(where.results_dir, where.tuning, "tuning", console)
     )
-    records, tuned = split_by_role(records, elsewhere)
+    records = split_by_role(found, elsewhere)
     console.note(
-        f"analysing {len(records)} runs of {RunStore.for_sweep(where.results_dir, where.sweep).folder}"
+        f"analyzing {len(found)} runs of {RunStore.for_sweep(where.results_dir, where.sweep).folder}"
     )
-    return analyze(observations_of_sweep(records, settings), settings, tuned), records
+    result = analyze_records(records, settings)
+    if result.analysis is None:
+        # Runs of which some can have a law are an error without one, unless one study was asked for.
+        if not result.findings or (records.law and settings.study is None):
+            raise UserError(str(result.problem))
+        console.warn(f"no scaling law: {result.problem}")
+    return result, records.law or found
 
 
 def read_records(results_dir: str, sweep: str, option: str, console: Console) -> list[RunRecord]:
-    """A sweep's records; the unreadable ones are said. Raises `UserError` where there are none."""
+    """A sweep's records, with a warning for each unreadable one. Raises `UserError` where there are none."""
     from scaling_lab.analysis.data.ledger import load_ledger
 
     store = RunStore.for_sweep(results_dir, sweep)
@@ -196,25 +207,33 @@ def read_records(results_dir: str, sweep: str, option: str, console: Console) ->
 
 
 def publish(
-    analysis: Analysis,
-    records: list[RunRecord],
+    result: SweepResult,
+    records: Sequence[RunRecord],
     where: AnalyzeWhere,
     folder: Path,
     arguments: Arguments,
     console: Console,
 ) -> int:
     """Write the report and print the summary, or print analysis.json alone."""
-    from scaling_lab.cli.display.summary import print_analysis
+    from scaling_lab.cli.display.summary import print_result
+    from scaling_lab.reporting.page import ReportOptions, document_of, write_report
 
-    text = command_text(arguments)
-    if "json" in arguments.flags:
-        print(json.dumps(analysis.to_json_dict(command=text, source=where.source), indent=1, allow_nan=False))
+    options = ReportOptions(
+        command=command_text(arguments),
+        source=where.source,
+        problem=result.problem,
+        findings=result.findings,
+    )
+    as_json = "json" in arguments.flags
+    if as_json:
+        print(json.dumps(document_of(result.analysis, options), indent=1, allow_nan=False))
         if where.out is None:
             return 0
     else:
-        print_analysis(console, analysis)
-    report = write(analysis, records, folder, text, where.source)
-    if "json" in arguments.flags:
+        print_result(console, result)
+    with writing_into(folder):
+        report = write_report(result.analysis, records, folder, options)
+    if as_json:
         return 0
     console.print(f"report: {report}", style="bold", highlight=False)
     where.show_elsewhere(console, report.parent)
@@ -223,24 +242,17 @@ def publish(
         for a in arguments.assignments
         if a.key in ("sweep", "runs", "results_dir", *CARRIED) or a.key.startswith(CARRIED_UNDER)
     )
-    largest = float(analysis.observations.compute_flops.max())
+    if result.analysis is None:
+        console.next_step(f"scaling-lab status {source}")
+        return 0
+    largest = float(result.analysis.observations.compute_flops.max())
     console.next_step(f"scaling-lab predict {source} compute_flops={100 * largest:.0e}".replace("e+", "e"))
     return 0
 
 
-def write(
-    analysis: Analysis, records: list[RunRecord], folder: Path, command: str, source: str | None = None
-) -> Path:
-    """The report and analysis.json in `folder`; returns the report's path."""
-    from scaling_lab.reporting.page import ReportOptions, write_report
-
-    with writing_into(folder):
-        return write_report(analysis, records, folder, ReportOptions(command=command, source=source))
-
-
 @contextlib.contextmanager
 def writing_into(folder: Path) -> Iterator[None]:
-    """Within it a disk that refuses is an error that says where else a report may go."""
+    """Within it a disk that cannot be written is an error that says where else a report may go."""
     try:
         yield
     except OSError as error:

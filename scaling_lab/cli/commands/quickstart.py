@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 from scaling_lab.cli.commands.analyze import command_text
 from scaling_lab.cli.commands.plan import read_study, store_of
 from scaling_lab.cli.commands.report import write_sweep_report
 from scaling_lab.cli.commands.sweep import execute
 from scaling_lab.cli.display.console import Console
-from scaling_lab.cli.display.summary import print_analysis
+from scaling_lab.cli.display.summary import print_result
 from scaling_lab.cli.options.arguments import Arguments
 from scaling_lab.cli.options.forms import Form
 from scaling_lab.cli.options.study import SweepOnly, study_form
@@ -28,18 +26,23 @@ def run(arguments: Arguments) -> int:
     status, _ = execute(command, console)
     store = store_of(command)
     console.say("analysing ...")
-    analysis, report = write_sweep_report(store, command_text(arguments), console)
-    mirror_study(store, console, report.parent)
-    if analysis is None:
+    study = command.tree.get("study")
+    made = write_sweep_report(store, command_text(arguments), console, study=study)
+    mirror_study(store, console, made.page.parent)
+    analysis, findings = made.result.analysis, made.result.findings
+    if analysis is None and not findings:
         return status or 1
     if "json" in arguments.flags:
-        print(json.dumps(analysis.to_json_dict(command=command_text(arguments)), indent=1, allow_nan=False))
+        print((made.page.parent / "analysis.json").read_text(encoding="utf-8"), end="")
         return status
-    print_analysis(console, analysis)
-    console.print(f"report: {report}", style="bold", highlight=False)
+    print_result(console, made.result, study)
+    console.print(f"report: {made.page}", style="bold", highlight=False)
     say_what_is_missing(store, console)
     results = command.tree["results_dir"]
     where = "" if results == "results" else f" results_dir={results}"
+    if analysis is None:
+        console.next_step(f"scaling-lab status sweep={store.folder.name}{where}")
+        return status
     largest = float(analysis.observations.compute_flops.max())
     console.next_step(
         f"scaling-lab predict sweep={store.folder.name}{where} compute_flops={100 * largest:.0e}".replace(

@@ -1,4 +1,4 @@
-"""Owns `scaling-lab report`: a sweep's report again, also of a sweep that is only half done."""
+"""`scaling-lab report`: a sweep's report again, also of a sweep that is only half done, or a page from an analysis.json."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from scaling_lab.cli.commands.analyze import checked_out, command_text, sweeps_of, writing_into
 from scaling_lab.cli.display.console import Console
-from scaling_lab.cli.display.summary import print_analysis
+from scaling_lab.cli.display.summary import print_result
 from scaling_lab.cli.options.arguments import Arguments
 from scaling_lab.cli.options.compose import read_command
 from scaling_lab.cli.options.forms import Form, build, options_of
@@ -17,21 +17,30 @@ from scaling_lab.core.storage.store import RunStore
 from scaling_lab.tracking.wandb.study import mirror_study
 
 if TYPE_CHECKING:
-    from scaling_lab.analysis.analysis import Analysis
+    from scaling_lab.analysis.analysis import SweepResult
 
 
 @dataclass(frozen=True)
 class ReportCommand:
     """Options of `report`."""
 
-    sweep: str
+    sweep: str | None = None
     """The sweep, a folder of results_dir"""
+    analysis: str | None = None
+    """Or an analysis.json, to write the page from it alone, without the figures that need the runs"""
     results_dir: str = "results"
     """Folder of the sweeps"""
     out: str | None = None
-    """Folder for the report; default RESULTS/SWEEP/report"""
+    """Folder for the report; default RESULTS/SWEEP/report, or that of the analysis.json"""
     wandb: Literal["auto", "off"] = "auto"
     """auto: the report goes to W&B too where the sweep's runs were mirrored there"""
+
+    def __post_init__(self) -> None:
+        if (self.sweep is None) == (self.analysis is None):
+            known = ", ".join(sweeps_of(self.results_dir)) or "none yet"
+            raise UserError(
+                f"give sweep=NAME or analysis=FILE, one of them (sweeps in {self.results_dir}: {known})."
+            )
 
 
 def form(arguments: Arguments) -> Form:
@@ -42,18 +51,30 @@ def run(arguments: Arguments) -> int:
     command = read_command(arguments, None, lambda tree: form(arguments))
     settings: ReportCommand = build(ReportCommand, command.tree)
     console = Console.for_flags(arguments.flags)
-    store = existing_sweep(settings.results_dir, settings.sweep)
     out = None if settings.out is None else checked_out(Path(settings.out).expanduser())
-    analysis, report = write_sweep_report(store, command_text(arguments), console, out)
-    if analysis is not None:
-        print_analysis(console, analysis)
-    console.print(f"report: {report}", style="bold", highlight=False)
+    if settings.analysis is not None:
+        return _from_json(Path(settings.analysis).expanduser(), out, console)
+    assert settings.sweep is not None
+    store = existing_sweep(settings.results_dir, settings.sweep)
+    made = write_sweep_report(store, command_text(arguments), console, out)
+    print_result(console, made.result)
+    console.print(f"report: {made.page}", style="bold", highlight=False)
     if settings.wandb == "auto":
-        mirror_study(store, console, report.parent)
+        mirror_study(store, console, made.page.parent)
     where = "" if settings.results_dir == "results" else f" results_dir={settings.results_dir}"
-    console.next_step(
-        f"scaling-lab {'status' if analysis is None else 'analyze'} sweep={settings.sweep}{where}"
-    )
+    following = "status" if made.result.analysis is None else "analyze"
+    console.next_step(f"scaling-lab {following} sweep={settings.sweep}{where}")
+    return 0
+
+
+def _from_json(path: Path, out: Path | None, console: Console) -> int:
+    """The page of an analysis.json alone."""
+    from scaling_lab.reporting.page import report_from_json
+
+    folder = out or checked_out(path.parent)
+    with writing_into(folder):
+        page = report_from_json(path, folder)
+    console.print(f"report: {page}", style="bold", highlight=False)
     return 0
 
 
@@ -66,28 +87,51 @@ def existing_sweep(results_dir: str, sweep: str) -> RunStore:
     return store
 
 
+@dataclass(frozen=True)
+class SweepReport:
+    """What a sweep's records gave, and the page that shows it."""
+
+    result: SweepResult
+    page: Path
+
+
 def write_sweep_report(
-    store: RunStore, command: str, console: Console, out: Path | None = None
-) -> tuple[Analysis | None, Path]:
-    """Analyse what is done of a sweep and write its report; no analysis where there is too little, and the page says so."""
-    from scaling_lab.analysis.analysis import AnalysisSettings, analyze, observations_of_sweep
+    store: RunStore, command: str, console: Console, out: Path | None = None, study: str | None = None
+) -> SweepReport:
+    """Analyze the finished runs of a sweep and write its report; without enough of them the page says so.
+
+    Args:
+        study: what the sweep was made for: its finding comes first, and a warning says where there is none.
+    """
+    from scaling_lab.analysis.analysis import SweepResult, analyze_records
     from scaling_lab.analysis.data.ledger import load_ledger
-    from scaling_lab.analysis.studies.tuning_records import split_by_role
+    from scaling_lab.analysis.data.sweep_records import split_by_role
+    from scaling_lab.analysis.studies import get_study
     from scaling_lab.reporting.page import ReportOptions, write_report
 
-    records, problems = load_ledger(store)
+    found, problems = load_ledger(store)
     for run_id, reason in problems:
         console.warn(f"{run_id} is left out: {reason}")
     plan = store.read_plan() if store.plan_path.exists() else None
-    settings = AnalysisSettings()
-    analysis, problem = None, None
+    records = found
     try:
-        records, tuned = split_by_role(records)
-        analysis = analyze(observations_of_sweep(records, settings), settings, tuned)
+        split = split_by_role(found)
+        records = list(split.law) or found
+        result = analyze_records(split)
     except UserError as error:
-        problem = str(error)
-        console.warn(f"no analysis yet: {problem}")
-    options = ReportOptions(command=command, plan=plan, problem=problem)
+        result = SweepResult(None, (), str(error))
+    if result.problem is not None:
+        console.warn(f"no scaling law: {result.problem}")
+    if study is not None and all(finding.name != study for finding in result.findings):
+        console.warn(f"study={study}: its data are not here. It needs {get_study(study).NEEDS}.")
+    options = ReportOptions(
+        command=command,
+        plan=plan,
+        problem=result.problem,
+        findings=result.findings,
+        study=study,
+        unreadable=problems,
+    )
     folder = out or store.report_folder
     with writing_into(folder):
-        return analysis, write_report(analysis, records, folder, options)
+        return SweepReport(result, write_report(result.analysis, records, folder, options))

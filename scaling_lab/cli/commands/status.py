@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scaling_lab.cli.commands.analyze import sweeps_of
 from scaling_lab.cli.commands.report import existing_sweep
@@ -20,6 +20,9 @@ from scaling_lab.core.errors import UserError
 from scaling_lab.core.formatting import human_count, human_time
 from scaling_lab.core.spec import Plan
 from scaling_lab.core.storage.store import LIVE, RunStore
+
+if TYPE_CHECKING:
+    from scaling_lab.analysis.finding import Finding
 
 WATCH_EVERY_S = 2.0
 # Of a large sweep the screen shows so many runs, those first that somebody may have to look at.
@@ -60,11 +63,14 @@ def run(arguments: Arguments) -> int:
     plan = plan_of(store)
     now = standing(store, plan)
     if console.json:
-        print(json.dumps(status_json(settings.sweep, now), indent=1, allow_nan=False))
+        found = [finding.to_json() for finding in findings_of_report(store)]
+        print(json.dumps({**status_json(settings.sweep, now), "findings": found}, indent=1, allow_nan=False))
         return 0
     if "watch" in arguments.flags:
         now = _watch(console, store, plan, settings.sweep, now)
     _print_standing(console, settings.sweep, now)
+    for finding in findings_of_report(store):
+        console.print(f"{finding.title}: {finding.answer}", markup=False)
     bad = sum(now.counts.get(name, 0) for name in ("failed", "diverged"))
     if bad:
         console.say(f"to try them again: scaling-lab sweep sweep={settings.sweep}{where} retry=failed")
@@ -72,6 +78,17 @@ def run(arguments: Arguments) -> int:
     following = "analyze" if now.is_over else "report" if at_work else "sweep"
     console.next_step(f"scaling-lab {following} sweep={settings.sweep}{where}")
     return 0
+
+
+def findings_of_report(store: RunStore) -> tuple[Finding, ...]:
+    """What the sweep's last report found; nothing where there is no report that this version can read."""
+    from scaling_lab.analysis.analysis_json import findings_of, read_document
+
+    path = store.report_folder / "analysis.json"
+    try:
+        return findings_of(read_document(path)) if path.exists() else ()
+    except UserError:
+        return ()
 
 
 def plan_of(store: RunStore) -> Plan | None:

@@ -61,8 +61,8 @@ def mirror_whole_sweep(store: RunStore, text: str, console: Console) -> None:
         return
     console.say("W&B: analysing what is done, for the analysis run ...")
     try:
-        _, page = write_sweep_report(store, text, console)
-        mirror_study(store, console, page.parent)
+        made = write_sweep_report(store, text, console)
+        mirror_study(store, console, made.page.parent)
     except (
         Exception
     ) as error:  # the runs are trained: what comes after them on W&B must not end the sweep otherwise

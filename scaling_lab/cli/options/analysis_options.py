@@ -39,10 +39,12 @@ def _choices() -> dict[str, Any]:
     from scaling_lab.analysis.data.observations import CONVENTIONS
     from scaling_lab.analysis.laws import law_names
     from scaling_lab.analysis.settings import ALL_LAWS, WEIGHTS
+    from scaling_lab.analysis.studies import NO_STUDY, study_names
 
     laws = (ALL_LAWS, *law_names())
     return {
         "convention": Literal[CONVENTIONS] | None,
+        "study": Literal[(*study_names(), NO_STUDY)] | None,
         "weights": Literal[WEIGHTS] | None,
         "approach.parametric.law": Literal[law_names()],
         "compare_laws": tuple[Literal[laws], ...],  # type: ignore[valid-type]

@@ -88,10 +88,16 @@ class SweepOnly:
     """Worker processes of the local launcher; default: one per core, or a few per GPU"""
     retry: Literal["failed"] | None = None
     """failed: train failed runs again from their last checkpoint, and diverged runs from scratch"""
+    study: str | None = None
+    """What the sweep is for: the report begins with what this study finds. No run depends on it"""
 
     def __post_init__(self) -> None:
         if self.retry not in (None, "failed"):
             raise unknown("retry", self.retry, ("failed",))
+        if self.study is not None:
+            from scaling_lab.analysis.studies import get_study
+
+            get_study(self.study)
         if self.workers is not None and self.workers < 1:
             raise UserError(f"workers={self.workers} must be at least 1.")
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.formatting import human_time
@@ -27,6 +27,9 @@ from scaling_lab.tracking.sink.wandb_client import (
     wandb_folder,
     wandb_mode,
 )
+
+if TYPE_CHECKING:
+    from scaling_lab.analysis.finding import Finding
 
 # Of a run's folder what the ledger is: no checkpoints, no claims.
 LEDGER_FILES = ("spec.json", "record.json", "curve.jsonl")
@@ -120,6 +123,8 @@ def publish_study(
     """Log the ledger and the report; returns the run's address where there is one. Raises what wandb raises."""
     import wandb
 
+    from scaling_lab.analysis.analysis_json import findings_of
+
     name = store.folder.name
     card = RunCard(
         id=f"{name}-analysis",
@@ -135,8 +140,9 @@ def publish_study(
         analysis = _read_json(report_folder / "analysis.json")
         logged = report_media(wandb, report_folder)
         if analysis is not None:
-            logged |= analysis_tables(wandb, analysis)
-            run.summary.update(exponents(analysis))
+            findings = findings_of(analysis)
+            logged |= analysis_tables(wandb, analysis) | finding_tables(wandb, findings)
+            run.summary.update(exponents(analysis) | finding_numbers(findings))
         if logged:
             run.log(logged)
     except BaseException:
@@ -214,6 +220,34 @@ def exponents(analysis: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in (estimate.get("parameters") or {}).items():
             found[f"{approach}/{name}"] = value
         found[f"{approach}/status"] = estimate["status"]
+    return found
+
+
+def finding_tables(wandb: Any, findings: Sequence[Finding]) -> dict[str, Any]:
+    """One table of all answers, and each finding's own tables as text: `findings`, `findings/STUDY/TABLE`."""
+    if not findings:
+        return {}
+    answers = [[f.name, f.question, f.answer, f.status.value, f.reason] for f in findings]
+    columns = ["study", "question", "answer", "status", "reason"]
+    tables = {"findings": wandb.Table(columns=columns, data=answers, allow_mixed_types=True)}
+    for f in findings:
+        for table in f.tables:
+            rows = [[c.text(cell) for c, cell in zip(table.columns, row)] for row in table.rows]
+            names = [column.title or "remark" for column in table.columns]
+            tables[f"findings/{f.name}/{table.name}"] = wandb.Table(columns=names, data=rows)
+    return tables
+
+
+def finding_numbers(findings: Sequence[Finding]) -> dict[str, Any]:
+    """The numbers of every answer for the table of runs: `finding/STUDY/QUANTITY`, with `_low` and `_high`."""
+    found: dict[str, Any] = {}
+    for f in findings:
+        found[f"finding/{f.name}/status"] = f.status.value
+        for q in f.quantities:
+            key = f"finding/{f.name}/{q.name}"
+            found[key] = q.estimate
+            if q.interval is not None:
+                found[f"{key}_low"], found[f"{key}_high"] = q.interval
     return found
 
 

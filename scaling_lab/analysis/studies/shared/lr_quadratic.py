@@ -1,7 +1,7 @@
-"""Owns the bowl: the quadratic of the loss in ln LR (and ln batch) about the setting that a sweep used.
+"""Quadratic fit of the loss in ln LR (and ln batch) around the setting that a sweep used.
 
 Near its minimum the loss is a parabola in ln LR; far from it, it is not (above, it diverges), so settings far from both
-the best and the sweep's own are left out.
+the best and the sweep's own are left out of the fit.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from numpy.typing import NDArray
 
 from scaling_lab.analysis.estimate import Array
 
-# Points within this factor of the stretch between the best setting tried and the reference are fitted; a factor of 2
-# between settings thus gives the neighbours on both sides.
+# Points within this factor of the range between the best setting tried and the reference are fitted: with a factor of 2
+# between settings these are the neighbors on both sides.
 WINDOW_FACTOR = 2.3
 # Settings are the same where they differ by less (batches are rounded).
 SAME_SETTING_LOG = 0.1
 
 
 @dataclass(frozen=True)
-class Bowl:
+class QuadraticFit:
     """Quadratics fitted to many loss vectors of one cell: leading axis samples, the point estimate first."""
 
     optimum: Array
-    """(samples, dims) ln(best / reference), where the quadratic has its minimum; within what was tried."""
+    """(samples, dims) ln(best / reference), where the quadratic has its minimum; within the settings tried."""
     hessian: Array
     """(samples, dims, dims) second derivatives, nats."""
     floor_nats: float
@@ -36,32 +36,32 @@ class Bowl:
     n_runs: int
 
     @property
-    def debt_nats(self) -> Array:
+    def excess_nats(self) -> Array:
         """(samples,) loss at the reference less that at the optimum."""
-        return debt_at(-self.optimum, self.hessian)
+        return quadratic_rise(-self.optimum, self.hessian)
 
 
-def debt_at(offset: Array, hessian: Array) -> Array:
-    """(...,) the quadratic's height at `offset` (..., dims) from its minimum: offset' H offset / 2."""
+def quadratic_rise(offset: Array, hessian: Array) -> Array:
+    """(...,) how far the quadratic rises from its minimum to `offset` (..., dims): offset' H offset / 2."""
     return np.asarray(0.5 * np.einsum("...i,...ij,...j->...", offset, hessian, offset))
 
 
-def window(x: Array, loss: Array) -> NDArray[np.bool_]:
-    """(runs,) which runs are near enough. `x` is (runs, dims), ln of the setting over the reference."""
+def near_best(x: Array, loss: Array) -> NDArray[np.bool_]:
+    """(runs,) which runs are near enough to be fitted. `x` is (runs, dims), ln of the setting over the reference."""
     best = best_setting(x, loss)
     margin = np.log(WINDOW_FACTOR)
     low, high = np.minimum(best, 0.0) - margin, np.maximum(best, 0.0) + margin
     return np.asarray(((x >= low) & (x <= high)).all(axis=1))
 
 
-def at_the_edge(x: Array, loss: Array) -> bool:
-    """Whether the best of the settings `x` (runs, dims) is the least or the largest that was tried of any of them."""
+def best_at_edge(x: Array, loss: Array) -> bool:
+    """Whether the best of the settings `x` (runs, dims) is the smallest or largest tried, in any of the dimensions."""
     best = best_setting(x, loss)
     return bool(((best <= x.min(axis=0)) | (best >= x.max(axis=0))).any())
 
 
 def best_setting(x: Array, loss: Array) -> Array:
-    """(dims,) of the settings `x` (runs, dims) the one with the lowest mean: a single seed may be lucky."""
+    """(dims,) the setting among `x` (runs, dims) with the lowest mean loss over its seeds."""
     label = settings_of(x)
     means = np.bincount(label, loss) / np.bincount(label)
     return np.asarray(x[int(np.argmin(means[label]))])
@@ -80,7 +80,7 @@ def features(x: Array) -> Array:
     return np.stack(columns, axis=1)
 
 
-def why_no_bowl(x: Array) -> str | None:
+def underdetermined_reason(x: Array) -> str | None:
     """Why the settings `x` (runs, dims) determine no quadratic; None where they do."""
     matrix = features(x)
     distinct = len(np.unique(settings_of(x)))
@@ -91,7 +91,7 @@ def why_no_bowl(x: Array) -> str | None:
     return None
 
 
-def fit_bowl(x: Array, losses: Array) -> Bowl | str:
+def fit_quadratic(x: Array, losses: Array) -> QuadraticFit | str:
     """Least squares for every row of `losses` (samples, runs) at settings `x` (runs, dims); the sentence that says why
     where the first row has no minimum among the settings.
 
@@ -118,5 +118,7 @@ def fit_bowl(x: Array, losses: Array) -> Bowl | str:
         return "the best setting lies outside of what was tried"
     residual = losses[0] - matrix @ coefficients[0]
     distinct = int(settings_of(x).max()) + 1
-    floor = float(coefficients[0, 0] - debt_at(optimum[0], hessian[0]))
-    return Bowl(np.clip(optimum, low, high), hessian, floor, float(residual @ residual), distinct, len(x))
+    floor = float(coefficients[0, 0] - quadratic_rise(optimum[0], hessian[0]))
+    return QuadraticFit(
+        np.clip(optimum, low, high), hessian, floor, float(residual @ residual), distinct, len(x)
+    )

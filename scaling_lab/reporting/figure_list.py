@@ -1,4 +1,4 @@
-"""Owns which figures a report has: each drawn from the analysis, with a caption that says how to read it."""
+"""The figures of a report: each drawn from the analysis or a finding, with a caption that says how to read it."""
 
 from __future__ import annotations
 
@@ -13,44 +13,34 @@ from matplotlib.figure import Figure
 
 from scaling_lab.analysis.analysis import Analysis
 from scaling_lab.analysis.estimate import BudgetStatus
+from scaling_lab.analysis.finding import Finding
 from scaling_lab.analysis.laws import get_law
-from scaling_lab.analysis.studies.known_floor import KnownFloor
-from scaling_lab.analysis.studies.lr_transfer import transfer_cells
-from scaling_lab.analysis.studies.skills import Skills
-from scaling_lab.analysis.studies.tuning import Tuning
-from scaling_lab.analysis.studies.tuning_records import LR_SWEEP
+from scaling_lab.analysis.text import SHORT_APPROACH_NAMES, format_count, format_flops, format_loss
+from scaling_lab.core.errors import STRICT_VARIABLE
 from scaling_lab.core.record import RunRecord
 from scaling_lab.reporting import (
     figures_checks,
     figures_curves,
-    figures_floor,
     figures_frontier,
-    figures_skills,
-    figures_transfer,
-    figures_tuning,
 )
-from scaling_lab.reporting.floor_words import floor_words
+from scaling_lab.reporting.finding_figures import draw_finding
 from scaling_lab.reporting.style import (
     FIGURE_WIDTH,
-    SHORT_APPROACH_NAMES,
     figure_style,
-    format_count,
-    format_flops,
-    format_loss,
 )
 from scaling_lab.reporting.svg import inline, on_white, to_png, to_svg
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One figure in every form in which it leaves the program."""
+    """One figure in all its file formats."""
 
     name: str
     """File name without its ending, and the id in the page."""
     title: str
     caption: str
     alt: str
-    """What a reader who cannot see it should know: the same facts in words."""
+    """The same facts in words, for a reader who cannot see it."""
     inline_svg: str
     svg: str
     png: bytes
@@ -58,17 +48,15 @@ class Drawn:
 
 @dataclass(frozen=True)
 class NotDrawn:
-    """A figure that these data do not allow, and why."""
+    """A figure that cannot be drawn from these data, and why."""
 
     name: str
     title: str
     reason: str
 
 
-Plate = Drawn | NotDrawn
+ReportFigure = Drawn | NotDrawn
 
-STRICT_VARIABLE = "SCALING_LAB_STRICT"
-"""Environment variable that lets an error of a figure through: tests set it, so that no bug hides in a report."""
 _log = logging.getLogger(__name__)
 
 MINIMUM_WORDS = {
@@ -79,33 +67,32 @@ MINIMUM_WORDS = {
 }
 
 
-def draw_all(analysis: Analysis | None, records: Sequence[RunRecord]) -> list[Plate]:
+def draw_figures(
+    analysis: Analysis | None, records: Sequence[RunRecord], findings: Sequence[Finding] = ()
+) -> list[ReportFigure]:
     """Every figure of the report, in its order."""
-    plates: list[Plate] = []
+    figures: list[ReportFigure] = []
     if analysis is not None:
-        plates = [
-            f(analysis) for f in (_loss, _valleys, _scaling, _contour, _residuals, _backtest, _sensitivity)
-        ]
-        if analysis.skills is not None:
-            plates.append(_skills(analysis.skills))
-        if analysis.tuning is not None:
-            plates.append(_tuning(analysis.tuning))
-        if analysis.known_floor is not None:
-            plates.insert(1, _known_floor(analysis.known_floor))
-    if any(r.spec.role == LR_SWEEP for r in records):
-        plates.append(_transfer(records))
-    plates.append(_training(records))
-    return plates
+        draws = (_loss, _valleys, _scaling, _contour, _residuals, _backtest, _sensitivity)
+        figures = [draw(analysis) for draw in draws]
+    return [*figures, *draw_finding_figures(findings), _training(records)]
 
 
-def _finish(name: str, title: str, height: float, draw: Callable[[Figure], tuple[str, str] | str]) -> Plate:
+def draw_finding_figures(findings: Sequence[Finding]) -> list[ReportFigure]:
+    """The figures of findings, from the findings alone."""
+    return [_of_finding(finding) for finding in findings if finding.chart is not None]
+
+
+def _finish(
+    name: str, title: str, height: float, draw: Callable[[Figure], tuple[str, str] | str]
+) -> ReportFigure:
     """Draw into a new figure. `draw` returns (caption, alt), or the reason why there is nothing to draw."""
     try:
         return _draw(name, title, height, draw)
     except Exception as error:
         if os.environ.get(STRICT_VARIABLE):
             raise
-        # Hours of training and a good analysis must not be without a report for the sake of one picture.
+        # Hours of training and a good analysis must not be without a report because of one figure.
         _log.error("the figure %s could not be drawn", name, exc_info=error)
         what = " ".join(f"{type(error).__name__}: {error}".split())
         return NotDrawn(
@@ -113,19 +100,21 @@ def _finish(name: str, title: str, height: float, draw: Callable[[Figure], tuple
         )
 
 
-def _draw(name: str, title: str, height: float, draw: Callable[[Figure], tuple[str, str] | str]) -> Plate:
+def _draw(
+    name: str, title: str, height: float, draw: Callable[[Figure], tuple[str, str] | str]
+) -> ReportFigure:
     with figure_style():
         # Without pyplot: no window system is asked for, and no global state is left behind.
         figure = Figure(figsize=(FIGURE_WIDTH, height))
-        told = draw(figure)
-        if isinstance(told, str):
-            return NotDrawn(name, title, told)
-        caption, alt = told
+        drawn = draw(figure)
+        if isinstance(drawn, str):
+            return NotDrawn(name, title, drawn)
+        caption, alt = drawn
         svg = to_svg(figure)
         return Drawn(name, title, caption, alt, inline(svg, name, alt), on_white(svg), to_png(figure))
 
 
-def _loss(analysis: Analysis) -> Plate:
+def _loss(analysis: Analysis) -> ReportFigure:
     def draw(figure: Figure) -> tuple[str, str]:
         points = analysis.points
         shown = figures_curves.loss_vs_flops(figure.add_subplot(), points, analysis.estimates)
@@ -153,7 +142,7 @@ def _loss(analysis: Analysis) -> Plate:
             "the lowest loss among the runs still in training there: a run that has ended no longer counts. Where it passes from one size to the next, marked in blue, "
             f"both sizes are equally good: those points are Approach 1.{said} The line steps "
             f"up where the runs of one budget end.{some}",
-            f"Loss against training FLOPs of {shown['runs']} runs on logarithmic axes, coloured by size, with their "
+            f"Loss against training FLOPs of {shown['runs']} runs on logarithmic axes, colored by size, with their "
             f"lower envelope, which falls from {format_loss(float(points.curves.loss_nats.max()))} to "
             f"{format_loss(float(points.loss_nats.min()))} nats.",
         )
@@ -161,7 +150,7 @@ def _loss(analysis: Analysis) -> Plate:
     return _finish("loss_vs_flops", "Loss against compute", 4.2, draw)
 
 
-def _valleys(analysis: Analysis) -> Plate:
+def _valleys(analysis: Analysis) -> ReportFigure:
     estimate = analysis.estimate("isoflop")
 
     def draw(figure: Figure) -> tuple[str, str] | str:
@@ -206,7 +195,7 @@ def _valleys(analysis: Analysis) -> Plate:
     return _finish("isoflop_valleys", "IsoFLOP valleys", 4.2, draw)
 
 
-def _scaling(analysis: Analysis) -> Plate:
+def _scaling(analysis: Analysis) -> ReportFigure:
     def draw(figure: Figure) -> tuple[str, str] | str:
         if all(e.frontier is None for e in analysis.estimates):
             return "No approach gave a frontier: " + " ".join(e.message for e in analysis.estimates)
@@ -234,7 +223,7 @@ def _scaling(analysis: Analysis) -> Plate:
     return _finish("frontier_scaling", "Optimal size and tokens against compute", 6.6, draw)
 
 
-def _contour(analysis: Analysis) -> Plate:
+def _contour(analysis: Analysis) -> ReportFigure:
     estimate = analysis.estimate("parametric")
 
     def draw(figure: Figure) -> tuple[str, str] | str:
@@ -256,7 +245,7 @@ def _contour(analysis: Analysis) -> Plate:
     return _finish("parametric_contour", "The fitted law and its efficient frontier", 4.4, draw)
 
 
-def _residuals(analysis: Analysis) -> Plate:
+def _residuals(analysis: Analysis) -> ReportFigure:
     estimate = analysis.estimate("parametric")
 
     def draw(figure: Figure) -> tuple[str, str] | str:
@@ -276,7 +265,7 @@ def _residuals(analysis: Analysis) -> Plate:
     return _finish("residuals", "What the law does not explain", 2.9, draw)
 
 
-def _backtest(analysis: Analysis) -> Plate:
+def _backtest(analysis: Analysis) -> ReportFigure:
     rows = []
     for test in analysis.backtest:
         loss = test.predicted.loss_opt if test.predicted is not None else None
@@ -302,7 +291,7 @@ def _backtest(analysis: Analysis) -> Plate:
     return _finish("backtest", "Predicted and reached", 0.95 + 0.33 * max(2, len(rows)), draw)
 
 
-def _sensitivity(analysis: Analysis) -> Plate:
+def _sensitivity(analysis: Analysis) -> ReportFigure:
     rows = forest_rows(analysis)
 
     def draw(figure: Figure) -> tuple[str, str] | str:
@@ -354,67 +343,18 @@ def short_choice(choice: str) -> str:
     return "\n".join(textwrap.wrap(text, 40, max_lines=2, placeholder=" ..."))
 
 
-def _skills(skills: Skills) -> Plate:
-    def draw(figure: Figure) -> tuple[str, str] | str:
-        best = [(s.column, s.best) for s in skills.columns]
-        if all(b is None for _, b in best):
-            return "No loss column shows an optimum: " + " ".join(s.message or "" for s in skills.columns)
-        figures_skills.optima(figure.add_subplot(), skills)
-        told = "; ".join(
-            f"{name}: N = {format_count(b.params_opt.estimate)}" for name, b in best if b is not None
-        )
-        return (
-            f"The best size at {format_flops(skills.compute_flops)} FLOPs for each loss: the same runs, judged by different "
-            "text. A row further right asks for a larger model trained on fewer tokens. Bars that overlap "
-            "leave open whether two skills differ; the table of ratios below says it pair by pair.",
-            f"Best parameters of each loss column. {told}.",
-        )
+def _of_finding(finding: Finding) -> ReportFigure:
+    chart = finding.chart
+    assert chart is not None
 
-    return _finish("skills", "Optima per skill", figures_skills.height(skills), draw)
-
-
-def _tuning(tuning: Tuning) -> Plate:
     def draw(figure: Figure) -> tuple[str, str]:
-        figures_tuning.learning_rate_bowls(figure.subplots(), tuning)
-        debts = [c.debt_nats for c in tuning.cells if c.debt_nats is not None]
-        most = f" The largest debt is {max(debts):.3f} nats." if debts else ""
-        return (
-            "Each mark is a run, its learning rate over the one that the sweep uses for its size; the height is the loss "
-            "above the best of that size and budget. A parabola through the nearby marks gives the best rate. Where it "
-            "crosses the line at 1 is what the sweep owes there. Debts that differ between sizes tilt the law; the shaded "
-            "band is a factor of 2 on either side.",
-            f"Loss against learning rate for {len(tuning.cells)} sizes and budgets.{most}",
-        )
+        draw_finding(figure, finding)
+        return chart.caption, chart.alt
 
-    return _finish("tuning", "The learning rates, tried", 4.0, draw)
+    return _finish(chart.name, chart.title, chart.height_inches, draw)
 
 
-def _transfer(records: Sequence[RunRecord]) -> Plate:
-    def draw(figure: Figure) -> tuple[str, str] | str:
-        cells = transfer_cells(records)
-        if not any(len(cell.peak_lr) > 1 for cell in cells):
-            return "no size has completed runs at two learning rates."
-        figures_transfer.lr_transfer(figure, cells)
-        return figures_transfer.transfer_words(cells)
-
-    return _finish(
-        "lr_transfer", "Does the best learning rate transfer?", figures_transfer.transfer_height(), draw
-    )
-
-
-def _known_floor(known: KnownFloor) -> Plate:
-    def draw(figure: Figure) -> tuple[str, str] | str:
-        if known.compute_flops.size < 2:
-            return "Fewer than two evaluations lie above the floor."
-        figures_floor.reducible_loss(figure.add_subplot(), known)
-        return floor_words(
-            known
-        ), f"Loss above its true floor of {known.floor_nats:.4f} nats against training FLOPs."
-
-    return _finish("reducible_loss", "What is left above the true floor", 3.6, draw)
-
-
-def _training(records: Sequence[RunRecord]) -> Plate:
+def _training(records: Sequence[RunRecord]) -> ReportFigure:
     def draw(figure: Figure) -> tuple[str, str] | str:
         if not any(len(r.curve) >= 2 for r in records):
             return "This needs the runs' own records with their curves; the analysis was made from a plain table."

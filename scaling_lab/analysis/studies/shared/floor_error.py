@@ -1,16 +1,16 @@
-"""Owns the standard error of a fitted E where the true E is known: how far the same fit strays from it in simulated sweeps.
+"""The standard error of a fitted E where the true E is known, from the errors of the same fit in simulated sweeps.
 
-The truth being known, nothing need be assumed about where E is. Sweeps are simulated under the null that E is the true
+As the truth is known, nothing need be assumed about where E is. Sweeps are simulated under the null that E is the true
 one: the law with E held there and its other parameters fitted again, by least squares, plus Gaussian noise in ln L at the
 observed points. Each is fitted exactly as the observations were. Resamples about the fit itself, from which the printed
-intervals come, are centred on the fitted E instead; their spread grows as that E falls, and their noise has the scale of
-residuals that a nearly L1 fit left, whose squares exceed least squares' by 7 to 10% (results/LOG.md): z came out a tenth too small.
+intervals come, are centered on the fitted E instead; their spread grows as that E falls, and their noise has the scale of
+residuals of a nearly L1 fit, whose squares exceed least squares' by 7 to 10% (results/LOG.md): z came out a tenth too small.
 
 Two things make z = (fitted - true) / standard error have mean square 1 over sweeps of the same truth:
 
 - Both errors of E, the observed and the simulated, are divided by the noise scale of their own sweep, sqrt(SSE / (n - p)) of
   the least-squares fit with E free. As Student's ratio it does not depend on the unknown noise, only on where the points are.
-- E does not stray equally far below the truth and above it: the standard error is the root mean square of the simulated
+- The errors of E below the truth and above it differ in size: the standard error is the root mean square of the simulated
   errors on the fitted E's own side.
 """
 
@@ -30,7 +30,7 @@ from scaling_lab.analysis.fitting.fit import fit, fit_many
 from scaling_lab.analysis.laws.base import LawInputs, LossLaw
 from scaling_lab.analysis.laws.sums import LogSumLaw
 
-# Fewer simulated errors than this say nothing of their spread (as for `Band.standard_error`).
+# Fewer simulated errors than this do not give their spread (as for `Band.standard_error`).
 _FEWEST = 20
 # With fewer degrees of freedom than this Student's ratio has no finite variance.
 _FEWEST_FREE = 3
@@ -48,15 +48,15 @@ class FloorErrors:
     """The noise scale of the observations: sqrt(SSE / (n - p)) in ln L, of the least-squares fit with E free."""
 
     def standard_error(self, error_nats: float) -> float | None:
-        """Root mean square error of E, nats, on the side of `error_nats` = fitted - true; None where too few sweeps tell.
+        """Root mean square error of E, nats, on the side of `error_nats` = fitted - true; None where there are too few.
 
         Where fewer than 20 lie on that side (a true E near 0, which no fit goes below), of both sides together.
         """
         side = self.ratios[(self.ratios < 0) == (error_nats < 0)]
-        told = side if side.size >= _FEWEST else self.ratios
-        if told.size < _FEWEST:
+        used = side if side.size >= _FEWEST else self.ratios
+        if used.size < _FEWEST:
             return None
-        return self.noise_log * float(np.sqrt(np.mean(told**2)))
+        return self.noise_log * float(np.sqrt(np.mean(used**2)))
 
 
 def floor_errors(
@@ -76,8 +76,8 @@ def floor_errors(
         weights: (points,) of the fit; the noise of a point is taken to fall as 1 / sqrt(weight).
 
     Returns:
-        None where there is no such simulation: several points a run, fewer than three more points than parameters, or
-        nothing left over by the fit.
+        None where this cannot be simulated: several points a run, fewer than three more points than parameters, or no
+        residuals.
     """
     law, n, p = approach.law, observations.n_points, len(fitted.parameters)
     if np.bincount(observations.run_index).max() > 1 or n - p < _FEWEST_FREE:

@@ -1,0 +1,76 @@
+"""The run records of a sweep, with those that vary the learning rate apart from those that a scaling law is fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.record import RunRecord
+from scaling_lab.core.spec import RunSpec
+
+LR_SWEEP = "lr_sweep"
+"""The role of runs that vary the learning rate: they are not points of a scaling law."""
+
+
+@dataclass(frozen=True)
+class SweepRecords:
+    """Every record of a sweep, whatever its status."""
+
+    law: tuple[RunRecord, ...] = ()
+    """Runs that a law is fitted to."""
+    lr_sweep: tuple[RunRecord, ...] = ()
+    """Runs at other learning rates, of this sweep and of the one that `tuning=` names."""
+
+    @property
+    def all(self) -> tuple[RunRecord, ...]:
+        return (*self.law, *self.lr_sweep)
+
+    def require_law(self) -> None:
+        """Raises `UserError` where every run is one of a learning-rate sweep."""
+        if self.lr_sweep and not self.law:
+            name = self.lr_sweep[0].spec.sweep
+            raise UserError(
+                f"sweep={name!r} holds only runs of a learning-rate sweep, to which no scaling law can be fitted: analyze "
+                f"the sweep that they tune, with tuning={name}, or see the best rates of each size: scaling-lab report "
+                f"sweep={name}."
+            )
+
+
+def split_by_role(records: Sequence[RunRecord], tuned_elsewhere: Sequence[RunRecord] = ()) -> SweepRecords:
+    """The records by what they are for.
+
+    Args:
+        records: of the sweep.
+        tuned_elsewhere: of another sweep, which varies the learning rate of this one.
+
+    Raises:
+        UserError: the learning-rate sweep was trained differently.
+    """
+    law = [r for r in records if r.spec.role != LR_SWEEP]
+    tuned = [*(r for r in records if r.spec.role == LR_SWEEP), *tuned_elsewhere]
+    if law and tuned:
+        _refuse_other_training(law, tuned)
+    return SweepRecords(tuple(law), tuple(tuned))
+
+
+def _refuse_other_training(law: Sequence[RunRecord], tuned: Sequence[RunRecord]) -> None:
+    """A learning rate means something else under another parametrization or schedule, and a loss on other data."""
+    ours, theirs = ([_training(r.spec) for r in part] for part in (law, tuned))
+    for what in ours[0]:
+        known = {each[what] for each in ours}
+        if other := {each[what] for each in theirs} - known:
+            raise UserError(
+                f"tuning={tuned[0].spec.sweep}: its runs have {what} {min(other)}, those of the sweep "
+                f"{', '.join(sorted(known))}: their learning rates cannot be compared."
+            )
+
+
+def _training(spec: RunSpec) -> dict[str, str]:
+    """What must be equal for rates and losses to compare. Of a schedule its kind: its warm-up may follow from the size."""
+    return {
+        "parametrization": repr(spec.parametrization),
+        "schedule": spec.schedule.kind,
+        "data": repr(spec.data),
+        "dtype": spec.dtype,
+    }
