@@ -225,7 +225,7 @@ def test_a_server_that_fails_at_once_is_a_warning(tmp_path, server, monkeypatch,
         assert_unhurt(record, store)
     said = [r.getMessage() for r in caplog.records if r.name.startswith("scaling_lab")]
     assert len(said) == 1
-    assert "`scaling-lab upload-wandb sweep=sweep` brings it up later" in said[0]
+    assert "`scaling-lab upload-wandb sweep=sweep` uploads it later" in said[0]
     assert server.operations.count("RunResumeStatus") <= 1
 
 
@@ -325,7 +325,7 @@ def test_login_at_a_server_of_ones_own(monkeypatch, tmp_path):
 def test_online_without_a_login_asks_nobody_and_goes_offline(tmp_path, caplog):
     record = mirrored(tmp_path, mode="online")
     assert record.status is RunStatus.COMPLETED
-    assert "nobody is logged in" in caplog.text
+    assert "not logged in at" in caplog.text
     assert len(wandb_client.offline_folders(tmp_path / "sweep" / "wandb")) == 1
 
 
@@ -475,6 +475,6 @@ def test_the_end_of_a_sweep_asks_what_is_missing(sweep, server, capsys):  # noqa
         "1 runs are not whole on W&B: the local records are complete; scaling-lab upload-wandb sweep=sweep"
         in said
     )
-    wandb_client.server_failed(TimeoutError("no answer"))
+    wandb_client.remember_failure(TimeoutError("no answer"))
     say_what_is_missing(sweep, Console())
     assert "W&B could not be asked" in capsys.readouterr().err

@@ -26,11 +26,11 @@ def fresh_wandb(monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
-    wandb_client.ask_again()
+    wandb_client.forget_failures()
     tracking.reported_reasons.clear()
     yield
     tracking.wait_for_mirrors(20)
-    wandb_client.ask_again()
+    wandb_client.forget_failures()
     wandb: Any = sys.modules.get("wandb")
     if wandb is not None:
         # Its settings, the server's address among them, are read once for each service process.

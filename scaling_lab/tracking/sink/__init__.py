@@ -1,1 +1,1 @@
-"""Trackers as sinks: what a training run mirrors elsewhere. Imports core alone."""
+"""What a training run writes to a tracker. Imports only core."""

@@ -1,4 +1,4 @@
-"""Owns trackers: sinks that mirror a run elsewhere. Never a source: the record on disk is the truth."""
+"""Experiment trackers that mirror a run. They are only written to: the source of truth is the record on disk."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from scaling_lab.tracking.sink.wandb_client import (
     DEFAULT_PROJECT,
     FINISH_TIMEOUT_S,
     WANDB_MODES,
-    RunCard,
+    RunInfo,
     ServerFailed,
     Target,
     open_run,
-    server_failed,
+    remember_failure,
     wandb_folder,
     wandb_mode,
 )
 
 log = logging.getLogger(__name__)
 
-# Beyond what the client itself waits for a server that hangs.
+# Longer than the client itself waits for a server that does not respond.
 DRAIN_TIMEOUT_S = FINISH_TIMEOUT_S + 15.0
-# A process that was told to stop has little time left.
+# A process that was asked to stop has little time left.
 ABANDON_TIMEOUT_S = 5.0
 
 
 class Tracker(Protocol):
-    """Told what happens in a run. No call may raise or wait: training does not depend on it."""
+    """Receives the events of a run. No call may raise or block: training does not depend on it."""
 
     def start(self, planned: PlannedRun, data_fingerprint: str) -> None: ...
     def log(self, point: EvalPoint) -> None: ...
@@ -47,7 +47,7 @@ class Tracker(Protocol):
 
 
 class NoTracker:
-    """Mirrors nothing."""
+    """Does nothing."""
 
     kind: ClassVar[str] = "none"
 
@@ -65,7 +65,7 @@ class NoTracker:
 
 
 def run_config(planned: PlannedRun, data_fingerprint: str) -> dict[str, Any]:
-    """A run's configuration as a browser of runs wants it: N, D, C under every convention, and the whole spec."""
+    """A run's configuration for the tracker's tables: N, D, C under every convention, and the whole spec."""
     spec, count = planned.spec, planned.spec.count()
     config: dict[str, Any] = {
         "run_id": planned.run_id,
@@ -84,11 +84,11 @@ def run_config(planned: PlannedRun, data_fingerprint: str) -> dict[str, Any]:
     return config
 
 
-def run_card(planned: PlannedRun, data_fingerprint: str) -> RunCard:
-    """How a training run stands on W&B."""
+def run_info(planned: PlannedRun, data_fingerprint: str) -> RunInfo:
+    """Name, group and configuration of a training run on W&B."""
     spec = planned.spec
-    return RunCard(
-        # An id is unique in a project: the sweep's name keeps the same run of two sweeps apart.
+    return RunInfo(
+        # Ids are unique within a project; the sweep's name distinguishes the same run in two sweeps.
         id=f"{spec.sweep}-{planned.run_id}",
         name=planned.run_id,
         group=spec.sweep,
@@ -99,10 +99,10 @@ def run_card(planned: PlannedRun, data_fingerprint: str) -> RunCard:
 
 
 class WandbTracker:
-    """Mirrors a run to Weights & Biases from a thread of its own: offline where nobody is logged in, never fatal.
+    """Mirrors a run to Weights & Biases from its own thread: offline if the user is not logged in, and never fatal.
 
-    Group = sweep, x-axis = train FLOPs. A failure of any kind (no package, no disk, no server) is one warning, and the
-    local record is complete without it. Several may work in one process.
+    Group = sweep, x-axis = training FLOPs. Any failure (no package, full disk, no server) is one warning; the local record
+    is complete without the mirror. A process may have several of these trackers.
     """
 
     kind: ClassVar[str] = "wandb"
@@ -130,7 +130,7 @@ class WandbTracker:
         self._end("finish", record)
 
     def abandon(self) -> None:
-        """The run stopped without a record here (interrupted, taken over): its mirror is closed, to be resumed."""
+        """The run stopped here without a record (interrupted, taken over): close its mirror, which may be resumed."""
         self._end("abandon", None)
 
     def _end(self, kind: str, record: RunRecord | None) -> None:
@@ -139,7 +139,7 @@ class WandbTracker:
             _ending.append(self._thread)
 
     def _work(self, planned: PlannedRun, data_fingerprint: str, mode: str) -> None:
-        # wandb raises its own kinds, SystemExit among them; none may reach training.
+        # wandb raises its own exceptions and SystemExit; none of them may reach training.
         try:
             run = open_mirror(planned, data_fingerprint, self._target, self._folder, mode)
             while True:
@@ -150,19 +150,19 @@ class WandbTracker:
                     close_mirror(run, value)
                     return
         except ServerFailed as error:
-            say_stopped(str(error), self._folder)
+            warn_stopped(str(error), self._folder)
         except TimeoutError as error:
-            say_stopped(str(server_failed(error)), self._folder)
+            warn_stopped(str(remember_failure(error)), self._folder)
         except BaseException as error:
-            say_stopped(f"{type(error).__name__}: {error}", self._folder)
+            warn_stopped(f"{type(error).__name__}: {error}", self._folder)
 
 
-def say_stopped(reason: str, folder: Path) -> None:
-    """A warning, once for each reason in a process: with a server that is down every run would say the same."""
+def warn_stopped(reason: str, folder: Path) -> None:
+    """Warn once per reason and process: if the server is down, every run has the same one."""
     if reason not in reported_reasons:
         reported_reasons.add(reason)
         log.warning(
-            "tracker=wandb stopped (%s): the local record is complete; `scaling-lab upload-wandb sweep=%s` brings it up later.",
+            "tracker=wandb stopped (%s): the local record is complete; `scaling-lab upload-wandb sweep=%s` uploads it later.",
             reason, folder.parent.name,
         )  # fmt: skip
 
@@ -172,7 +172,7 @@ _ending: list[threading.Thread] = []
 
 
 def wait_for_mirrors(timeout_s: float | None = None) -> None:
-    """Before a process ends: give the mirrors of ended runs this much time (default: what a slow server may take)."""
+    """Before a process ends: give the mirrors of finished runs this much time (default: enough for a slow server)."""
     deadline = time.monotonic() + (DRAIN_TIMEOUT_S if timeout_s is None else timeout_s)
     while _ending:
         thread = _ending.pop()
@@ -184,7 +184,7 @@ def wait_for_mirrors(timeout_s: float | None = None) -> None:
 
 @contextlib.contextmanager
 def mirrors_closed() -> Iterator[None]:
-    """Whatever ends inside is closed when this is left, within the time that there is."""
+    """Waits on exit for the mirrors of the runs that ended inside, for a short time after an error."""
     try:
         yield
     except BaseException:
@@ -201,22 +201,22 @@ def open_mirror(
     mode: str,
     finish_timeout_s: float | None = None,
 ) -> Any:
-    """The W&B run of a training run, train FLOPs as its x-axis."""
-    target.save(folder)  # first: whatever becomes of the mirror, the sweep has one
-    run = open_run(run_card(planned, data_fingerprint), target, folder, mode, finish_timeout_s)
+    """Open the W&B run of a training run, with training FLOPs as its x-axis."""
+    target.save(folder)  # first, so that the sweep has a target even if opening fails
+    run = open_run(run_info(planned, data_fingerprint), target, folder, mode, finish_timeout_s)
     run.define_metric("train_flops")
     run.define_metric("*", step_metric="train_flops")
     return run
 
 
 def log_point(run: Any, point: EvalPoint) -> None:
-    """One point, at its own step: what a resumed run has on the server already is not sent twice."""
+    """Log one point at its own step. Points that a resumed run already has on the server are not sent again."""
     if point.step >= run.starting_step:
         run.log(point_metrics(point), step=point.step)
 
 
 def close_mirror(run: Any, record: RunRecord | None) -> None:
-    """End the W&B run as the training run ended; without a record it is to be resumed."""
+    """Finish the W&B run with the status of the record; without a record, mark it as to be resumed."""
     if record is None:
         with contextlib.suppress(Exception):
             run.mark_preempting()
@@ -226,18 +226,18 @@ def close_mirror(run: Any, record: RunRecord | None) -> None:
     run.finish(exit_code=0 if completed else 1)
 
 
-# Fields of a point that would read as something else on W&B.
+# Fields of a point whose names have another meaning on W&B.
 RENAMED = {"step": "train_step", "wall_time_s": "train_time_s"}
 
 
 def point_metrics(point: EvalPoint) -> dict[str, float]:
-    """One line of the curve as metrics; FLOPs, tokens and losses go in one call, or histories come back torn."""
+    """A point of the curve as metrics. They are logged in one call, so that a history has all of them in one row."""
     values = {f.name: getattr(point, f.name) for f in dataclasses.fields(point)}
     return {RENAMED.get(name, name): value for name, value in values.items() if value is not None}
 
 
 def record_summary(record: RunRecord) -> dict[str, Any]:
-    """What the table of runs shows of a run that is over: its loss, bits per byte, other distributions, ..."""
+    """The summary of a finished run for the table of runs: its loss, bits per byte, losses on other sets, ..."""
     return {
         "status": record.status.value,
         "reason": record.reason,
@@ -250,7 +250,7 @@ def record_summary(record: RunRecord) -> dict[str, Any]:
 
 
 def make_tracker(settings: dict[str, Any] | None, folder: Path) -> Tracker:
-    """The tracker that `settings` (`kind` and its options) describe. Raises `UserError` for an unknown one."""
+    """The tracker described by `settings` (`kind` and its options). Raises `UserError` for an unknown kind or mode."""
     options = dict(settings or {"kind": "none"})
     kind = options.pop("kind", "none")
     if kind == NoTracker.kind:

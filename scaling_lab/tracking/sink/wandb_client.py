@@ -1,7 +1,7 @@
-"""Owns how we talk to the wandb client: whether anybody is logged in, how a run is opened, and what may go wrong.
+"""The interface to the wandb client: login state, opening runs, failures and offline files.
 
-Nothing here waits longer than its time limits, and a server that fails once is not asked again by this process:
-`scaling-lab upload-wandb` brings everything up later from the records.
+Nothing here waits longer than its time limits. After one failure of the server this process does not contact it again:
+`scaling-lab upload-wandb` uploads everything later from the records.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ DEFAULT_PROJECT = "scaling_lab"
 DEFAULT_HOST = "api.wandb.ai"
 INIT_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 15.0
-# What the mirror of a sweep is called on W&B, kept beside its files.
+# The file in a sweep's W&B folder that holds its target.
 TARGET_NAME = "tracker.json"
 
-# Why this process no longer asks the server; empty while it does.
-_failed: list[str] = []
+# Why this process no longer contacts the server; empty while it does.
+_failures: list[str] = []
 _opening = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where on W&B a sweep's runs go."""
+    """The W&B project that a sweep's runs go to."""
 
     project: str = DEFAULT_PROJECT
     entity: str | None = None
@@ -56,7 +56,7 @@ class Target:
 
     @staticmethod
     def load(folder: Path) -> Target | None:
-        """The target of the sweep whose W&B files are in `folder`; None where its runs were never mirrored."""
+        """The target of the sweep whose W&B files are in `folder`; None if its runs were never mirrored."""
         try:
             data = json.loads((folder / TARGET_NAME).read_text(encoding="utf-8"))
             return Target(str(data["project"]), data.get("entity"), str(data.get("mode", "auto")))
@@ -65,8 +65,8 @@ class Target:
 
 
 @dataclass(frozen=True)
-class RunCard:
-    """What a W&B run is called and where it stands."""
+class RunInfo:
+    """The name, group, tags and configuration of a W&B run."""
 
     id: str
     name: str
@@ -77,12 +77,12 @@ class RunCard:
 
 
 def wandb_folder(sweep_folder: Path) -> Path:
-    """Where a sweep keeps its W&B files."""
+    """The folder of a sweep's W&B files."""
     return sweep_folder / "wandb"
 
 
 def wandb_mode(mode: str) -> str:
-    """`auto`: what WANDB_MODE says, else online where a key is known, else offline. Asks nobody anything."""
+    """`auto`: the value of WANDB_MODE, else online if an API key is known, else offline. Contacts no server."""
     if mode != "auto":
         return mode
     given = os.environ.get("WANDB_MODE")
@@ -92,7 +92,7 @@ def wandb_mode(mode: str) -> str:
 
 
 def logged_in() -> bool:
-    """Whether a key is known for the server that the client would ask: from the environment, or from `wandb login`."""
+    """Whether an API key for the client's server is known, from the environment or from `wandb login`."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlparse(base_url()).hostname or DEFAULT_HOST
@@ -104,7 +104,7 @@ def logged_in() -> bool:
 
 
 def base_url() -> str:
-    """The server's address: WANDB_BASE_URL, else what `wandb login --host` wrote down, else W&B's own."""
+    """The server's address: WANDB_BASE_URL, else the one saved by `wandb login --host`, else W&B's own."""
     given = os.environ.get("WANDB_BASE_URL")
     if given:
         return given
@@ -118,54 +118,54 @@ def base_url() -> str:
 
 
 class ServerFailed(Exception):
-    """The server did not take something; it is not asked again by this process."""
+    """The server did not accept a request; this process does not contact it again."""
 
 
 def open_run(
-    card: RunCard, target: Target, folder: Path, mode: str, finish_timeout_s: float | None = None
+    info: RunInfo, target: Target, folder: Path, mode: str, finish_timeout_s: float | None = None
 ) -> Any:
-    """A wandb run in its own right. The id is stable: the same training run is the same W&B run however often it starts.
+    """Open a new wandb run. Its id is stable: the same training run is the same W&B run however often it starts.
 
-    Raises `ServerFailed` at once where the server failed before, and what wandb raises (SystemExit among it).
+    Raises `ServerFailed` at once if the server failed before, and whatever wandb raises (which may be SystemExit).
     """
     import wandb
 
     if mode == "online" and not logged_in():
-        log.warning("tracker=wandb goes on offline: nobody is logged in at %s (`wandb login`).", base_url())
+        log.warning("tracker=wandb continues offline: not logged in at %s (`wandb login`).", base_url())
         mode = "offline"
     if mode != "online":
-        run = _init(wandb, card, target, folder, mode)
+        run = _init(wandb, info, target, folder, mode)
         if mode == "offline":
-            remove_superseded(folder, card.id, keep=Path(run.dir).parent)
+            remove_superseded(folder, info.id, keep=Path(run.dir).parent)
         return run
-    with _opening:  # one after the other: when the first finds the server dead, the others need not
-        if _failed:
-            raise ServerFailed(_failed[0])
+    with _opening:  # one at a time: if the first finds the server down, the others do not have to wait for it
+        if _failures:
+            raise ServerFailed(_failures[0])
         try:
-            return _init(wandb, card, target, folder, mode, finish_timeout_s)
+            return _init(wandb, info, target, folder, mode, finish_timeout_s)
         except BaseException as error:
-            # (Not tried again offline: wandb-core holds the id of a run that it could not open.)
-            raise server_failed(error) from None
+            # Not retried offline: wandb-core still holds the id of a run that it could not open.
+            raise remember_failure(error) from None
 
 
-def server_failed(error: BaseException) -> ServerFailed:
-    """Remember that the server failed; the exception to raise."""
-    _failed.append(" ".join(f"{type(error).__name__}: {error}".split())[:300])
-    return ServerFailed(_failed[-1])
+def remember_failure(error: BaseException) -> ServerFailed:
+    """Remember that the server failed; returns the exception to raise."""
+    _failures.append(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+    return ServerFailed(_failures[-1])
 
 
-def has_failed() -> bool:
-    """Whether the server failed in this process."""
-    return bool(_failed)
+def server_has_failed() -> bool:
+    """Whether the server has failed in this process."""
+    return bool(_failures)
 
 
-def ask_again() -> None:
-    """Forget that the server failed: a new attempt of the user's."""
-    _failed.clear()
+def forget_failures() -> None:
+    """Contact the server again, for a new attempt by the user."""
+    _failures.clear()
 
 
 def _init(
-    wandb: Any, card: RunCard, target: Target, folder: Path, mode: str, finish_timeout_s: float | None = None
+    wandb: Any, info: RunInfo, target: Target, folder: Path, mode: str, finish_timeout_s: float | None = None
 ) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     return wandb.init(
@@ -173,21 +173,21 @@ def _init(
         entity=target.entity,
         dir=str(folder),
         mode=mode,
-        id=card.id,
-        name=card.name,
-        group=card.group,
-        job_type=card.job_type,
-        tags=list(card.tags),
-        config=card.config,
+        id=info.id,
+        name=info.name,
+        group=info.group,
+        job_type=info.job_type,
+        tags=list(info.tags),
+        config=info.config,
         resume="allow",
-        # A run that hangs or failed may still be open in this process: never log into it.
+        # A run that hangs or has failed may still be open in this process; never log to that one.
         reinit="create_new",
         settings=client_settings(wandb, finish_timeout_s),
     )
 
 
 def client_settings(wandb: Any, finish_timeout_s: float | None = None) -> Any:
-    """Quiet, and bounded in time; of these the ones that the installed version knows."""
+    """Settings for a quiet client with time limits, as far as the installed version supports them."""
     wanted = {
         "silent": True,
         "console": "off",
@@ -202,7 +202,7 @@ def client_settings(wandb: Any, finish_timeout_s: float | None = None) -> Any:
 
 
 def require_wandb() -> Any:
-    """The wandb package. Raises `UserError` where it is not installed."""
+    """The wandb package. Raises `UserError` if it is not installed."""
     require("wandb", "W&B")
     import wandb
 
@@ -211,7 +211,7 @@ def require_wandb() -> Any:
 
 # -- offline files
 def offline_folders(folder: Path, run_id: str | None = None) -> list[Path]:
-    """The folders of offline runs below a sweep's W&B folder that were not uploaded, oldest first; of one id, or of all."""
+    """Folders of offline runs in a sweep's W&B folder that are not uploaded yet, oldest first; of one id, or of all."""
     found = []
     for path in sorted(folder.glob("wandb/offline-run-*")):
         parts = path.name.split("-", 3)  # offline-run-20261124_170204-<id>
@@ -223,10 +223,10 @@ def offline_folders(folder: Path, run_id: str | None = None) -> list[Path]:
 
 
 def remove_superseded(folder: Path, run_id: str, keep: Path | None = None) -> None:
-    """Remove the offline files of a run's former attempts.
+    """Delete the offline files of a run's earlier attempts.
 
-    A newer attempt holds the kept curve from the first point. `wandb sync` does not join files with one id, and gives up
-    the whole run at a killed attempt's file, which lacks its end (wandb 0.31; github.com/wandb/wandb/issues/5865).
+    Each attempt's file holds the whole curve. `wandb sync` does not merge files with the same id, and skips the whole run
+    if the file of a killed attempt has no proper end (wandb 0.31; github.com/wandb/wandb/issues/5865).
     """
     for path in offline_folders(folder, run_id):
         if keep is None or path.name != keep.name:

@@ -20,7 +20,7 @@ from scaling_lab.core.reporter import Reporter
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.tracking.sink import wandb_client
 from scaling_lab.tracking.sink.wandb_client import (
-    RunCard,
+    RunInfo,
     Target,
     offline_folders,
     open_run,
@@ -71,7 +71,7 @@ def mirror_study(store: RunStore, reporter: Reporter, report_folder: Path | None
         if isinstance(error, KeyboardInterrupt):
             raise
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        reporter.warn(f"the analysis is not on W&B ({problem}); {upload_command(store)} brings it up later.")
+        reporter.warn(f"the analysis is not on W&B ({problem}); {upload_command(store)} uploads it later.")
         return
     if mode == "online" and address:
         reporter.say(f"W&B: {address}")
@@ -90,7 +90,7 @@ def say_what_is_missing(store: RunStore, reporter: Reporter) -> None:
         return
     missing = None
     try:
-        if wandb_client.has_failed():
+        if wandb_client.server_has_failed():
             raise wandb_client.ServerFailed
         there = uploaded_runs(target, store.folder.name)
         records, _ = store.load_records(curve=False)
@@ -126,7 +126,7 @@ def publish_study(
     from scaling_lab.analysis.analysis_json import findings_of
 
     name = store.folder.name
-    card = RunCard(
+    info = RunInfo(
         id=f"{name}-analysis",
         name=f"{name} analysis",
         group=name,
@@ -134,7 +134,7 @@ def publish_study(
         tags=["analysis"],
         config={"sweep": name},
     )
-    run = open_run(card, target, wandb_folder(store.folder), mode, finish_timeout_s)
+    run = open_run(info, target, wandb_folder(store.folder), mode, finish_timeout_s)
     try:
         run.log_artifact(ledger_artifact(wandb, store))
         analysis = _read_json(report_folder / "analysis.json")
