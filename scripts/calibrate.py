@@ -41,7 +41,7 @@ from scaling_lab.analysis.inference.calibration import (
     PASS_RANGE,
     Cell,
     Coverage,
-    Covering,
+    StudyInterval,
     coverages,
     run_study,
 )
@@ -99,7 +99,7 @@ class Results:
             np.allclose((c.lo, c.hi, c.truth), then[name], rtol=1e-6) for name, c in now.items()
         )
 
-    def add(self, cell: Cell, studies: Sequence[dict[str, Covering]]) -> None:
+    def add(self, cell: Cell, studies: Sequence[dict[str, StudyInterval]]) -> None:
         kept = self.kept[cell.name]
         kept["studies"] += [{k: (c.lo, c.hi, c.truth) for k, c in s.items()} for s in studies]
         kept["revisions"] = sorted({*kept["revisions"], self.now})
@@ -113,8 +113,8 @@ class Results:
     def count(self, cell: Cell) -> int:
         return len(self.kept[cell.name]["studies"])
 
-    def studies(self, cell: Cell) -> list[dict[str, Covering]]:
-        return [{k: Covering(*v) for k, v in s.items()} for s in self.kept[cell.name]["studies"]]
+    def studies(self, cell: Cell) -> list[dict[str, StudyInterval]]:
+        return [{k: StudyInterval(*v) for k, v in s.items()} for s in self.kept[cell.name]["studies"]]
 
     def _file(self, cell: Cell) -> Path | None:
         return None if self.folder is None else self.folder / f"{cell.name.replace(' ', '_')}.json"
@@ -145,7 +145,7 @@ def verdict(c: Coverage, claimed: bool) -> str:
     return f"FAIL: too {side}" if claimed else f"too {side} (not claimed)"
 
 
-def tables(rows: Sequence[tuple[Cell, Sequence[dict[str, Covering]]]]) -> Iterator[str]:
+def tables(rows: Sequence[tuple[Cell, Sequence[dict[str, StudyInterval]]]]) -> Iterator[str]:
     """Lines of the summary, then of every quantity of every cell."""
     yield f"{'grid':18} {'law':13} {'noise':>6}  {'approach':19} {'studies':>7} {'no interval':>11}  verdict"
     found = {cell.name: coverages(studies) for cell, studies in rows}

@@ -25,7 +25,7 @@ from scaling_lab.analysis.inference.calibration import (
     LEVEL,
     QUANTITIES,
     Cell,
-    Covering,
+    StudyInterval,
     coverages,
     run_study,
     simulate,
@@ -78,16 +78,20 @@ def test_wilsons_interval_at_points_computed_by_hand() -> None:
 
 
 def test_counting_of_hits_misses_and_widths() -> None:
-    studies = [{"E": Covering(1.0, 2.0, 1.5), "A": Covering(np.exp(1), np.exp(3), 5.0)} for _ in range(90)]
-    studies += [{"E": Covering(1.0, 2.0, 0.5)} for _ in range(6)] + [
-        {"E": Covering(1.0, 2.0, 2.5)} for _ in range(4)
+    studies = [
+        {"E": StudyInterval(1.0, 2.0, 1.5), "A": StudyInterval(np.exp(1), np.exp(3), 5.0)} for _ in range(90)
+    ]
+    studies += [{"E": StudyInterval(1.0, 2.0, 0.5)} for _ in range(6)] + [
+        {"E": StudyInterval(1.0, 2.0, 2.5)} for _ in range(4)
     ]
     a, e = sorted(coverages([*studies, {}]), key=lambda c: c.quantity)
     assert (a.quantity, a.n, a.hits, a.median_width) == ("A", 90, 90, pytest.approx(2.0))
     assert (e.quantity, e.n, e.hits, e.below, e.median_width) == ("E", 100, 90, 6, 1.0)
     assert e.passes
-    assert not coverages([{"E": Covering(1, 2, 3)}] * 10 + [{"E": Covering(1, 2, 1.5)}] * 10)[0].passes
-    assert not coverages([{"E": Covering(1, 2, 1.5)}] * 500)[0].passes  # 100% of 500 is too wide
+    assert not coverages([{"E": StudyInterval(1, 2, 3)}] * 10 + [{"E": StudyInterval(1, 2, 1.5)}] * 10)[
+        0
+    ].passes
+    assert not coverages([{"E": StudyInterval(1, 2, 1.5)}] * 500)[0].passes  # 100% of 500 is too wide
 
 
 def test_cells_are_distinct_and_cover_what_is_asked() -> None:
@@ -156,7 +160,7 @@ def test_the_script_resumes_and_its_table_is_of_what_was_counted(
     asked = []
     real = run_study
 
-    def counting(cell: Cell, study: int, resamples: int) -> dict[str, Covering]:
+    def counting(cell: Cell, study: int, resamples: int) -> dict[str, StudyInterval]:
         asked.append(study)
         return real(cell, study, resamples)
 

@@ -17,7 +17,7 @@ from scaling_lab.analysis.approaches.isoflop.grid_bias import GridBias
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.estimate import Array, Estimate, FitStatus, Frontier, PowerLaw
 from scaling_lab.analysis.frontiers import fit_loss_curves
-from scaling_lab.analysis.inference.agreement import agreement, explained
+from scaling_lab.analysis.inference.agreement import compare_approaches, explain_disagreement
 from scaling_lab.analysis.inference.bands import Band
 from scaling_lab.analysis.inference.bootstrap import UNITS, BootstrapSettings, Draws, NoInterval, bootstrap
 from scaling_lab.analysis.inference.prediction import predict
@@ -282,7 +282,9 @@ def test_estimates_whose_coefficients_underflow_are_compared_without_warnings() 
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = agreement(estimates, [band("isoflop", 60.0, -2700.0), band("parametric", 0.5, -2.3)], 1e19)
+        found = compare_approaches(
+            estimates, [band("isoflop", 60.0, -2700.0), band("parametric", 0.5, -2.3)], 1e19
+        )
     by_quantity = {p.quantity: p for p in found.pairs}
     assert by_quantity["log_params_opt"].agree is None
     assert by_quantity["params_exponent"].agree is False
@@ -367,12 +369,12 @@ def akima(other: float) -> list[SensitivityRow]:
 @pytest.mark.parametrize(("other", "says"), [(0.51, "minimum=akima"), (0.8, "No single other choice")])
 def test_a_disagreement_names_the_choice_that_explains_it(other: float, says: str) -> None:
     estimates, bands = two_approaches("isoflop", 0.7, "parametric", 0.5)
-    found = agreement(estimates, bands, 1.0)
+    found = compare_approaches(estimates, bands, 1.0)
     assert found.agree is False
-    message = explained(found, akima(other), estimates).message
+    message = explain_disagreement(found, akima(other), estimates).message
     assert message.startswith(f"{found.message.rstrip('.')}. ")
     assert says in message
-    assert explained(found, [], estimates) == found
+    assert explain_disagreement(found, [], estimates) == found
 
 
 @pytest.mark.parametrize("order", ["isoflop first", "isoflop second"])
@@ -402,8 +404,10 @@ def test_the_bias_of_the_grid_and_other_choices_make_one_statement(
 ) -> None:
     names = ("isoflop", 0.7, "parametric", 0.5)
     estimates, bands = two_approaches(*(names if order == "isoflop first" else (*names[2:], *names[:2])))
-    found = agreement(estimates, bands, 1.0)
-    message = explained(found, akima(other), estimates, GridBias("chinchilla", off, -off, 0.0, 1.0)).message
+    found = compare_approaches(estimates, bands, 1.0)
+    message = explain_disagreement(
+        found, akima(other), estimates, GridBias("chinchilla", off, -off, 0.0, 1.0)
+    ).message
     assert message.startswith(f"{found.message.rstrip('.')}. ")
     for words in says:
         assert words in message
@@ -413,9 +417,9 @@ def test_the_bias_of_the_grid_and_other_choices_make_one_statement(
 
 def test_the_bias_of_the_grid_is_no_reason_between_other_approaches() -> None:
     estimates, bands = two_approaches("envelope", 0.7, "parametric", 0.5)
-    found = agreement(estimates, bands, 1.0)
+    found = compare_approaches(estimates, bands, 1.0)
     bias = GridBias("chinchilla", 0.2, -0.2, 0.0, 1.0)
-    assert explained(found, [], estimates, bias) == found
+    assert explain_disagreement(found, [], estimates, bias) == found
 
 
 def test_a_bias_of_the_size_alone_is_compared_by_its_size() -> None:
@@ -425,12 +429,16 @@ def test_a_bias_of_the_size_alone_is_compared_by_its_size() -> None:
     shifted = np.full(200, 0.5) + 0.01 * np.random.default_rng(1).standard_normal(200)
     estimates[0] = replace(estimates[0], frontier=replace(frontier, params=PowerLaw(0.5, float(np.exp(0.5)))))
     bands[0] = replace(bands[0], samples={**bands[0].samples, "params_log_coefficient": shifted})
-    found = agreement(estimates, bands, 1.0)
+    found = compare_approaches(estimates, bands, 1.0)
     assert "N_opt at the mean compute (a factor 1.65" in found.message
-    whole = explained(found, akima(0.8), estimates, GridBias("chinchilla", 0.0, 0.0, 0.5, 1.0)).message
+    whole = explain_disagreement(
+        found, akima(0.8), estimates, GridBias("chinchilla", 0.0, 0.0, 0.5, 1.0)
+    ).message
     assert "budgets explains it" in whole
     assert "a factor 1.00 remains" in whole
-    part = explained(found, akima(0.8), estimates, GridBias("chinchilla", 0.0, 0.0, 0.2, 1.0)).message
+    part = explain_disagreement(
+        found, akima(0.8), estimates, GridBias("chinchilla", 0.0, 0.0, 0.2, 1.0)
+    ).message
     assert "does not explain it alone" in part
     assert "a factor 1.35 remains" in part
 

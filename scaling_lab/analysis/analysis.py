@@ -26,10 +26,10 @@ from scaling_lab.analysis.data.sweep_records import SweepRecords
 from scaling_lab.analysis.data.tables import read_table
 from scaling_lab.analysis.estimate import Array, Estimate, FitStatus
 from scaling_lab.analysis.finding import Finding
-from scaling_lab.analysis.inference.agreement import Agreement, agreement, explained
+from scaling_lab.analysis.inference.agreement import Agreement, compare_approaches, explain_disagreement
 from scaling_lab.analysis.inference.bands import Band
 from scaling_lab.analysis.inference.bootstrap import Approach, bootstrap
-from scaling_lab.analysis.inference.caveats import caveats
+from scaling_lab.analysis.inference.caveats import interval_caveats
 from scaling_lab.analysis.inference.prediction import Backtest, Prediction, backtest, predict
 from scaling_lab.analysis.inference.sensitivity import SensitivityRow, sensitivity
 from scaling_lab.analysis.settings import AnalysisSettings
@@ -172,11 +172,17 @@ def analyze(
     mean_compute = float(np.exp(np.log(points.compute_flops).mean()))
     budgets = (*s.predict_flops, _NEXT_DECADE * float(points.compute_flops.max()))
     predictions = [predict(e, b, c) for c in sorted(set(budgets)) for e, b in zip(estimates, bands)]
-    farthest = max(budgets) / float(points.compute_flops.max())
-    compared = agreement(estimates, bands, mean_compute)
+    extrapolation_factor = max(budgets) / float(points.compute_flops.max())
+    compared = compare_approaches(estimates, bands, mean_compute)
     estimates, bias = _with_bias(s, estimates, points, mean_compute)
     estimates = tuple(
-        replace(e, diagnostics=(*e.diagnostics, *caveats(e, b, a.default_unit(points), farthest)))
+        replace(
+            e,
+            diagnostics=(
+                *e.diagnostics,
+                *interval_caveats(e, b, a.default_unit(points), extrapolation_factor),
+            ),
+        )
         for a, e, b in zip(approaches, estimates, bands)
     )
     others = sensitivity(approaches, estimates, points, weights) if s.sensitivity else ()
@@ -188,7 +194,7 @@ def analyze(
         bands,
         mean_compute,
         tuple(predict(e, b, mean_compute) for e, b in zip(estimates, bands)),
-        explained(compared, others, estimates, bias),
+        explain_disagreement(compared, others, estimates, bias),
         others,
         backtest(approaches, points, s.bootstrap, s.seed, weights) if s.backtest else (),
         tuple(p for p in predictions if p is not None),

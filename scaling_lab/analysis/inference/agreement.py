@@ -1,4 +1,4 @@
-"""Owns the question whether the three approaches agree within their intervals, and the answer as data and a sentence."""
+"""Whether the three approaches agree within their intervals, and what explains a disagreement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EXPLAINS = "that choice explains it"
 
 @dataclass(frozen=True)
 class PairAgreement:
-    """One quantity of two approaches."""
+    """Comparison of one quantity between two approaches."""
 
     approaches: tuple[str, str]
     quantity: str
@@ -28,23 +28,25 @@ class PairAgreement:
     """First minus second."""
     interval: Interval | None
     agree: bool | None
-    """None where an interval is missing."""
+    """None if an interval is missing."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Over all pairs of approaches that have a frontier."""
+    """Comparison of all pairs of approaches that have a frontier."""
 
     agree: bool | None
     pairs: tuple[PairAgreement, ...]
     message: str
 
 
-def agreement(estimates: Sequence[Estimate], bands: Sequence[Band], compute_flops: float) -> Agreement:
-    """Compare every pair: do 0 and the interval of the difference meet?
+def compare_approaches(
+    estimates: Sequence[Estimate], bands: Sequence[Band], compute_flops: float
+) -> Agreement:
+    """Compare all pairs of approaches: they agree if the interval of their difference contains 0.
 
-    The samples of two approaches are taken as independent. They are of the same runs, so the difference is, if
-    anything, better known than its interval says.
+    The samples of two approaches are treated as independent. Since both use the same runs, the true uncertainty of the
+    difference is, if anything, smaller.
     """
     usable = [(e, b) for e, b in zip(estimates, bands) if e.frontier is not None]
     pairs = []
@@ -65,19 +67,21 @@ def _summary(
         left_out = [e.approach for e in estimates if e.frontier is None]
         return Agreement(None, tuple(pairs), f"Nothing to compare: no frontier from {', '.join(left_out)}.")
     if all(p.agree is None for p in pairs):
-        return Agreement(None, tuple(pairs), "The approaches have no intervals to be compared within.")
+        return Agreement(
+            None, tuple(pairs), "The approaches cannot be compared, because they have no intervals."
+        )
     apart = [p for p in pairs if p.agree is False]
     if not apart:
         unknown = sorted({a for p in pairs if p.agree is None for a in p.approaches})
         text = f"{', '.join(e.approach for e, _ in usable)} agree within their intervals."
         return Agreement(
-            True, tuple(pairs), text + (f" Not all have intervals ({', '.join(unknown)})." if unknown else "")
+            True, tuple(pairs), text + (f" Some have no intervals ({', '.join(unknown)})." if unknown else "")
         )
     worst = max(apart, key=_excess)
     names = {"log_params_opt": "N_opt at the mean compute", "params_exponent": "the exponent of N"}
     what = names.get(worst.quantity, "the exponent of D")
     size = _size(worst.quantity, worst.difference)
-    reasons = [_explanation(e) for e, _ in usable if e.approach in worst.approaches]
+    reasons = [_possible_reason(e) for e, _ in usable if e.approach in worst.approaches]
     text = (
         f"{worst.approaches[0]} and {worst.approaches[1]} disagree on {what} ({size}; beyond their intervals). "
         + " ".join(r for r in reasons if r)
@@ -85,25 +89,28 @@ def _summary(
     return Agreement(False, tuple(pairs), text)
 
 
-def explained(
+def explain_disagreement(
     found: Agreement,
     rows: Sequence[SensitivityRow],
     estimates: Sequence[Estimate],
     bias: GridBias | None = None,
 ) -> Agreement:
-    """A disagreement with what would explain it, said of the two approaches that are furthest apart: the bias of IsoFLOP's
-    grid, the other choice of `rows` under which they come within their interval, or neither. Anything else is returned as it is.
+    """Add to a disagreement what explains it: the bias of IsoFLOP's grid, another choice, or neither.
+
+    The explanation is about the two approaches that are furthest apart. Without a disagreement `found` is returned
+    unchanged.
 
     Args:
-        bias: IsoFLOP's, under the fitted law, at the compute where `found` compares N_opt; None where it is not known.
+        rows: the sensitivity analysis; a choice explains a disagreement if it brings the approaches within their interval.
+        bias: of IsoFLOP under the fitted law, at the compute where `found` compares N_opt; None if unknown.
     """
     worst = max((p for p in found.pairs if p.agree is False), key=_excess, default=None)
     if worst is None:
         return found
     apart = [p for p in found.pairs if p.agree is False and p.approaches == worst.approaches]
-    by_bias, is_explained = _bias_verdict(worst, apart, bias)
+    by_bias, is_explained = _bias_sentence(worst, apart, bias)
     of_choices = max((p for p in apart if p.quantity != "log_params_opt"), key=_excess, default=None)
-    by_choice = "" if of_choices is None else _choice_verdict(of_choices, rows, estimates)
+    by_choice = "" if of_choices is None else _choice_sentence(of_choices, rows, estimates)
     if is_explained:
         by_choice = (
             "" if by_choice.startswith(_NO_CHOICE) else by_choice.replace(_EXPLAINS, f"{_EXPLAINS} too")
@@ -112,11 +119,11 @@ def explained(
     return replace(found, message=f"{found.message.rstrip('.')}. {reasons}") if reasons else found
 
 
-def _bias_verdict(
+def _bias_sentence(
     worst: PairAgreement, apart: Sequence[PairAgreement], bias: GridBias | None
 ) -> tuple[str, bool]:
-    """What correcting IsoFLOP's bias does to a pair of approaches ('' where that says nothing), and whether it explains all
-    in which they are `apart`."""
+    """A sentence on whether correcting IsoFLOP's bias resolves the disagreement of a pair ('' if that does not apply), and
+    whether it does for all quantities in which they are `apart`."""
     if bias is None or not bias.large or "isoflop" not in worst.approaches:
         return "", False
     sign = 1.0 if worst.approaches[0] == "isoflop" else -1.0
@@ -126,18 +133,18 @@ def _bias_verdict(
     size = _size(worst.quantity, left[worst.quantity])
     if all(abs(left[p.quantity]) <= _half_width(p) for p in apart):
         return (
-            "The bias of IsoFLOP's sizes and budgets explains it: on noise-free losses of the fitted law it is off likewise;"
-            f" corrected for that (grid_bias), {size} remains."
+            "The bias of IsoFLOP's sizes and budgets explains it: on noise-free losses of the fitted law it is off by as much;"
+            f" corrected for this bias (grid_bias), {size} remains."
         ), True
     return (
         f"The bias of IsoFLOP's sizes and budgets does not explain it alone: corrected for it (grid_bias), {size} remains."
     ), False
 
 
-def _choice_verdict(
+def _choice_sentence(
     worst: PairAgreement, rows: Sequence[SensitivityRow], estimates: Sequence[Estimate]
 ) -> str:
-    """The other choice that brings a pair's exponents together, or that none does; '' where none was tried."""
+    """A sentence on the choice that brings the exponents of a pair together, or that none does; '' if none was tried."""
     if not rows:
         return ""
     base = {e.approach: _value(e, worst.quantity, 1.0) for e in estimates if e.frontier is not None}
@@ -156,7 +163,7 @@ def _choice_verdict(
 
 
 def _size(quantity: str, difference: float) -> str:
-    """A difference in words."""
+    """A difference, formatted."""
     if quantity == "log_params_opt":
         return f"a factor {np.exp(abs(difference)):.2f}"
     return f"{difference:+.3f}"
@@ -168,14 +175,14 @@ def _half_width(pair: PairAgreement) -> float:
 
 
 def _excess(pair: PairAgreement) -> float:
-    """How many half-widths of its interval the difference is away from 0."""
+    """Distance of the difference from 0, in half-widths of its interval."""
     return abs(pair.difference) / max(_half_width(pair), 1e-12)
 
 
-def _explanation(estimate: Estimate) -> str:
-    """The approach's own known weakness here, from its diagnostics."""
-    telling = ("may be biased", "not used", "numerically", "smooth function")
-    found = [d for d in estimate.diagnostics if any(t in d for t in telling)]
+def _possible_reason(estimate: Estimate) -> str:
+    """The diagnostic of an approach that may explain the disagreement."""
+    reasons = ("may be biased", "not used", "numerically", "smooth function")
+    found = [d for d in estimate.diagnostics if any(t in d for t in reasons)]
     return f"{estimate.approach}: {found[-1]}" if found else ""
 
 
@@ -186,7 +193,7 @@ def _value(estimate: Estimate, quantity: str, compute_flops: float) -> float:
         return frontier.params.exponent
     if quantity == "tokens_exponent":
         return frontier.tokens.exponent
-    # A coefficient that underflowed to 0 leaves no N to compare.
+    # If the coefficient underflowed to 0 there is no N to compare.
     log_k = frontier.params.log_k
     return (
         log_k + frontier.params.exponent * float(np.log(compute_flops))

@@ -1,8 +1,8 @@
-"""Owns resampling: which unit is drawn anew, how often, and the `Band` that the samples make.
+"""Bootstrap: the resampling units, the draws, and the resulting `Band`.
 
-A unit is what may be taken as independent: a run (never a row of its curve unless asked), runs that differ only in
-their seed, whole budgets, or, for IsoFLOP grids, the noise about the fitted valleys. Approaches refit all resamples at
-once; here are only the draws and the accounting.
+A unit is what is assumed to be independent: runs (rows of their curves only on request), runs that differ only in their
+seed, whole budgets, or residuals (noise about the fit). Each approach refits all resamples at once; this module makes the
+draws and counts failures.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class BootstrapSettings:
     """Options `bootstrap.*`."""
 
     resamples: int = 1000
-    """0 gives no intervals."""
+    """Number of resamples; 0 gives no intervals."""
     unit: Literal["auto", "run", "row", "seed", "budget", "residual"] = "auto"
-    """What is drawn anew; auto: the approach's own for these data, the one that is calibrated."""
+    """What is resampled; auto: the default of the approach for these data, which is calibrated."""
     level: float = 0.9
-    """Of every interval, in (0, 1)."""
+    """Level of all intervals, in (0, 1)."""
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
@@ -44,22 +44,22 @@ class BootstrapSettings:
 
 @dataclass(frozen=True)
 class Draws:
-    """What a resampling of one set of observations drew: reproducible from `seed`, the same for every approach."""
+    """The draws of a bootstrap: reproducible from `seed`, and the same for all approaches."""
 
     unit: str
     resamples: int
     seed: int
 
     def rng(self) -> np.random.Generator:
-        """A fresh generator: every consumer sees the same stream."""
+        """A new generator, so that all callers get the same stream."""
         return np.random.default_rng([self.seed, UNITS.index(self.unit)])
 
     def point_counts(self, observations: Observations) -> Array:
-        """(resamples, points) how often each point was drawn."""
+        """(resamples, points) number of times each point is drawn."""
         return self._counts(observations, per_run=False)
 
     def run_counts(self, observations: Observations) -> Array:
-        """(resamples, runs) how often each run was drawn; rows of one run always together."""
+        """(resamples, runs) number of times each run is drawn, always with all its rows."""
         return self._counts(observations.final(), per_run=True)
 
     def _counts(self, observations: Observations, *, per_run: bool) -> Array:
@@ -70,7 +70,7 @@ class Draws:
         else:
             cluster = _clusters(observations, "run" if per_run and self.unit == "row" else self.unit)
             n_clusters = int(cluster.max()) + 1
-            # The same points in the same order give the same draws, whatever approach asks.
+            # The same points in the same order give the same draws for every approach.
             drawn = rng.multinomial(n_clusters, np.full(n_clusters, 1.0 / n_clusters), size=self.resamples)
             counts = drawn[:, cluster]
         if not per_run:
@@ -81,7 +81,7 @@ class Draws:
 
 
 class Approach(Protocol):
-    """What the three approaches have in common: an estimate, and many at once from resampled observations."""
+    """The interface of the three approaches: an estimate, and a batch of estimates from resampled observations."""
 
     @property
     def name(self) -> str: ...
@@ -97,15 +97,18 @@ class Approach(Protocol):
         weights: Array | None = None,
         estimate: Estimate | None = None,
     ) -> Mapping[str, Array]:
-        """(resamples,) each: the quantities of every resample's estimate, NaN where it failed. Raises `NoInterval`.
+        """(resamples,) each: the quantities of the estimate of each resample, NaN if it failed.
 
-        `estimate`, of the same observations and weights, saves fitting them again; it changes no number.
+        Passing `estimate`, of the same observations and weights, skips fitting them again; the result is the same.
+
+        Raises:
+            NoInterval: resampling is not possible.
         """
         ...
 
 
 class NoInterval(Exception):
-    """There can be no interval; the message is the sentence that says why."""
+    """No interval is possible; the message says why."""
 
 
 def bootstrap(
@@ -116,7 +119,7 @@ def bootstrap(
     seed: int,
     weights: Array | None = None,
 ) -> Band:
-    """Resample and refit. Failures are counted; with too few successes, or where none is possible, the band says why."""
+    """Resample and refit. Failures are counted; if there are no intervals the message of the band says why."""
     unit = approach.default_unit(observations) if settings.unit == "auto" else settings.unit
     method = "residual bootstrap" if unit == "residual" else "bootstrap"
 
@@ -137,23 +140,21 @@ def bootstrap(
     message = None
     if failed > 0.1 * settings.resamples:
         message = (
-            f"{failed} of {settings.resamples} resamples gave no estimate: the interval is that of the ones that did,"
-            " and too narrow."
+            f"{failed} of {settings.resamples} resamples gave no estimate; the interval is from the others, and is too"
+            " narrow."
         )
     if succeeded.sum() < 20:
         return empty(f"No interval: {failed} of {settings.resamples} resamples gave no estimate.", failed)
     band = Band(approach.name, settings.level, unit, method, settings.resamples, failed, seed, kept, message)
     interval = band.interval("params_exponent")
     if interval is not None and not interval.contains(estimate.frontier.params.exponent):
-        outside = (
-            "The estimate lies outside its own interval: resampling moves it systematically; trust neither."
-        )
+        outside = "The estimate lies outside its own interval, because resampling shifts it systematically; neither is reliable."
         band = replace(band, message=f"{message} {outside}" if message else outside)
     return band
 
 
 def _clusters(observations: Observations, unit: str) -> NDArray[np.int64]:
-    """(points,) which cluster each point is drawn with."""
+    """(points,) the cluster of each point; clusters are drawn whole."""
     if unit == "row":
         return np.arange(observations.n_points)
     if unit == "run":
@@ -168,7 +169,7 @@ def _clusters(observations: Observations, unit: str) -> NDArray[np.int64]:
 
 
 def _seed_cells(observations: Observations) -> NDArray[np.int64]:
-    """(points,) cells of runs that differ only in their seed: same size, same budget."""
+    """(points,) the cell of each point: runs of the same size and budget, which differ only in their seed."""
     key = np.stack(
         [np.round(np.log(observations.n_params), 9), np.log(observations.with_budgets().budget_flops)]
     )

@@ -1,9 +1,9 @@
-"""Owns simulated studies: grids of runs under a known law, the intervals that each approach prints, and their coverage.
+"""Coverage of the intervals of each approach, measured on studies simulated from known laws.
 
-A cell is a grid of runs, a law, a noise and an approach with its default interval. A study draws the runs' seed noise,
-estimates, resamples, and keeps every interval beside the truth; over many studies a 90% interval should hold the truth
-in 86 to 94%. A cell passes in a quantity if the Wilson 99.9% interval of the measured coverage meets that range.
-`scripts/calibrate.py` runs the cells and prints the table; tests/test_calibration.py runs a few of them small.
+A cell is a grid of runs, a law, a noise level, and an approach with its default interval. A study draws the seed noise of
+the runs, estimates and resamples, and stores each interval with the truth. Over many studies a 90% interval should contain
+the truth in 86 to 94%. A quantity of a cell passes if the Wilson 99.9% interval of its measured coverage overlaps that
+range. `scripts/calibrate.py` runs the cells and prints the table; tests/test_calibration.py runs a few small ones.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ LEVEL = 0.9
 PASS_RANGE = (0.86, 0.94)
 # Two-sided 99.9% point of the normal distribution.
 _Z_999 = 3.2905
-# How far above the law's data term a run's loss lies at peak LR; vanishes as the LR reaches its end. Measured sweeps with
-# a cosine to 10% show a fifth to a half (Haegele et al. 2024, arXiv 2405.18392: annealing gains of that size).
+# Excess loss at peak LR, as a fraction of the law's data term; it decreases to 0 as the LR decays. Measured sweeps with a
+# cosine to 10% show .2 to .5 (Haegele et al. 2024, arXiv 2405.18392, report annealing gains of that size).
 ANNEALING = 0.35
 _CURVE_POINTS = 60
 
@@ -58,11 +58,11 @@ class TrueLaw:
 
 
 LAWS: Mapping[str, TrueLaw] = {
-    # Through the losses that tiny models reach on the standard library's source text (results/LOG.md).
+    # Fitted to losses of tiny models on the source text of the standard library (results/LOG.md).
     "quickstart": TrueLaw(1.08, 55.3, 965.0, 0.50, 0.57),
-    # Besiroglu et al. 2024, arXiv 2404.10102: their fit to the 240 runs of Hoffmann et al.
+    # The fit of Besiroglu et al. 2024, arXiv 2404.10102, to 240 runs of Hoffmann et al.
     "chinchilla": TrueLaw(1.8172, 477.8, 2143.4, 0.3473, 0.3672),
-    # Kaplan et al. 2020, arXiv 2001.08361: alpha_N = .076, no floor; beta such that a is theirs, .73.
+    # Kaplan et al. 2020, arXiv 2001.08361: alpha_N = .076, no floor; beta chosen to give their exponent of N, .73.
     "kaplan": TrueLaw(0.0, 12.0, 120.0, 0.076, 0.205),
     # The same exponents, scaled to 1.9 nats at N = 4e4 and C = 4e11.
     "kaplan-small": TrueLaw(0.0, 3.10, 9.69, 0.076, 0.205),
@@ -74,15 +74,15 @@ def _window(sizes: Array, optimum: float, below: int, above: int) -> Array:
     return sizes[best - below : best + above + 1]
 
 
-def _centred(law: TrueLaw) -> tuple[Array, Array]:
-    """Three budgets over a factor 16, six sizes over a factor 16 about the optimum, two seeds at the middle budget."""
+def _centered(law: TrueLaw) -> tuple[Array, Array]:
+    """Three budgets over a factor of 16, six sizes over a factor of 16 around the optimum, two seeds at the middle budget."""
     budgets = (1e11, 4e11, 4e11, 1.6e12)
     n = np.concatenate([law.params_opt(c) * np.geomspace(0.25, 4, 6) for c in budgets])
     return n, np.repeat(budgets, 6)
 
 
 def _ladder(law: TrueLaw) -> tuple[Array, Array]:
-    """The same budgets, every size from one ladder: windows that are off-centre, each otherwise."""
+    """The same budgets with all sizes from one ladder, so that windows are off-center, each by a different amount."""
     sizes: Array = float(law.params_opt(4e11)) * np.power(1.75, np.arange(-8, 9)) * 1.2
     budgets = (1e11, 4e11, 4e11, 1.6e12)
     windows = [_window(sizes, float(law.params_opt(c)), 2, 3) for c in budgets]
@@ -90,7 +90,7 @@ def _ladder(law: TrueLaw) -> tuple[Array, Array]:
 
 
 def _paper(law: TrueLaw) -> tuple[Array, Array]:
-    """The nine budgets of Hoffmann et al. 2022 and nine sizes of one ladder at each."""
+    """The nine budgets of Hoffmann et al. 2022, with nine sizes of one ladder at each."""
     sizes: Array = float(law.params_opt(1e20)) * np.power(1.5, np.arange(-14, 15))
     budgets = (6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21, 3e21)
     windows = [_window(sizes, float(law.params_opt(c)), 4, 4) for c in budgets]
@@ -98,7 +98,7 @@ def _paper(law: TrueLaw) -> tuple[Array, Array]:
 
 
 def _horizons(law: TrueLaw) -> tuple[Array, Array]:
-    """Fifteen sizes in a ratio of 1.4 with four cosine horizons each, spanning a factor 16 about their own optimum."""
+    """Fifteen sizes in ratios of 1.4 with four cosine horizons each, over a factor of 16 around the optimum for each size."""
     sizes = 1e8 * 1.4 ** np.arange(15)
     optimal_c = 6 * (sizes / law.params_opt(6.0)) ** (1 / law.a)
     return np.repeat(sizes, 4), (optimal_c[:, None] * np.geomspace(0.25, 4, 4)).ravel()
@@ -106,16 +106,16 @@ def _horizons(law: TrueLaw) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the runs are: N and C of each. With `curves` a study has whole training curves under a matched cosine."""
+    """N and C of the runs. With `curves` a study has whole training curves with a matched cosine."""
 
     build: Callable[[TrueLaw], tuple[Array, Array]]
     curves: bool = False
 
 
 GRIDS: Mapping[str, Grid] = {
-    "quickstart": Grid(_centred),
+    "quickstart": Grid(_centered),
     "quickstart-ladder": Grid(_ladder),
-    "quickstart-curves": Grid(_centred, curves=True),
+    "quickstart-curves": Grid(_centered, curves=True),
     "paper": Grid(_paper),
     "horizons": Grid(_horizons, curves=True),
 }
@@ -123,7 +123,7 @@ GRIDS: Mapping[str, Grid] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """`claimed` is False where the approach does not claim to serve the grid: measured, and said in its diagnostics."""
+    """`claimed` is False if the approach claims no calibration for the grid: it is still measured; its diagnostics say so."""
 
     grid: str
     law: str
@@ -145,7 +145,7 @@ CELLS: tuple[Cell, ...] = (
     *(Cell(*study, approach) for study in _SMALL for approach in ("isoflop", "parametric")),
     *(Cell("paper", law, 0.004, a) for law in ("chinchilla", "kaplan") for a in ("isoflop", "parametric")),
     *(Cell("horizons", law, 0.004, "envelope") for law in ("chinchilla", "kaplan")),
-    # Without several horizons a size the envelope claims no calibrated interval: it says so itself (caveats.py).
+    # Without several horizons per size the envelope claims no calibrated interval (see caveats.py).
     Cell("horizons", "chinchilla", 0.004, "envelope-hull", claimed=False),
     Cell("quickstart-curves", "quickstart", 0.005, "envelope", claimed=False),
     Cell("quickstart", "quickstart", 0.005, "parametric-profile"),
@@ -154,9 +154,9 @@ CELLS: tuple[Cell, ...] = (
 
 
 def simulate(cell: Cell, study: int) -> Observations:
-    """One study of a cell: final losses with seed noise, or whole curves that know their cosine schedule."""
+    """Simulate one study of a cell: final losses with seed noise, or whole curves under a cosine schedule."""
     law, grid = LAWS[cell.law], GRIDS[cell.grid]
-    # Approaches of one grid, law and noise see the same studies.
+    # Approaches with the same grid, law and noise see the same studies.
     rng = np.random.default_rng([study, zlib.crc32(f"{cell.grid} {cell.law} {cell.noise_nats:g}".encode())])
     n, c = grid.build(law)
     noise = cell.noise_nats * rng.standard_normal(n.size)
@@ -179,8 +179,8 @@ def simulate(cell: Cell, study: int) -> Observations:
 
 
 @dataclass(frozen=True)
-class Covering:
-    """One printed interval of one study, and the truth that it should hold."""
+class StudyInterval:
+    """One interval of one study, and the truth that it should contain."""
 
     lo: float
     hi: float
@@ -194,7 +194,7 @@ _APPROACHES: Mapping[str, Approach] = {
     "envelope": Envelope(),
     "envelope-hull": Envelope(EnvelopeSettings(method="hull")),
 }
-# The quantities of an analysis whose intervals are printed, in the order of the table; "10x" is ten times the largest C.
+# The quantities with intervals, in the order of the table; "10x" is at ten times the largest C.
 QUANTITIES = (
     *("params_exponent", "tokens_exponent", "params_opt", "tokens_opt", "loss_opt"),
     *("params_opt_10x", "tokens_opt_10x", "tokens_per_param_10x", "loss_opt_10x"),
@@ -203,8 +203,8 @@ QUANTITIES = (
 _LOGARITHMIC = ("params_opt", "tokens_opt", "tokens_per_param", "A", "B")
 
 
-def run_study(cell: Cell, study: int, resamples: int = 300) -> dict[str, Covering]:
-    """Every interval that an analysis of this study prints, by quantity; empty where there was none."""
+def run_study(cell: Cell, study: int, resamples: int = 300) -> dict[str, StudyInterval]:
+    """All intervals of an analysis of this study, by quantity; empty if there are none."""
     law, approach = LAWS[cell.law], _APPROACHES[cell.approach]
     points = simulate(cell, study).final()
     estimate = approach.estimate(points)
@@ -213,9 +213,9 @@ def run_study(cell: Cell, study: int, resamples: int = 300) -> dict[str, Coverin
     if cell.approach == "parametric-profile":
         assert isinstance(approach, Parametric)
         truths = {**exponents, **parameters}
-        # An end that does not exist is a profile that never rises: it holds everything on that side.
+        # A missing end means that the profile does not rise on that side, so the interval contains everything there.
         return {
-            name: Covering(
+            name: StudyInterval(
                 -np.inf if ends.lo is None else ends.lo, np.inf if ends.hi is None else ends.hi, truths[name]
             )
             for name, ends in profile(approach, points, estimate, LEVEL).intervals.items()
@@ -225,14 +225,14 @@ def run_study(cell: Cell, study: int, resamples: int = 300) -> dict[str, Coverin
     for name, truth in {**exponents, **(parameters if estimate.law else {})}.items():
         interval = band.interval(name)
         if interval is not None:
-            out[name] = Covering(interval.lo, interval.hi, truth)
+            out[name] = StudyInterval(interval.lo, interval.hi, truth)
     largest = float(points.compute_flops.max())
     for suffix, c in (("", float(np.exp(np.log(points.compute_flops).mean()))), ("_10x", 10 * largest)):
         out |= {k + suffix: v for k, v in _predicted(predict(estimate, band, c), law).items()}
     return {name: out[name] for name in QUANTITIES if name in out}
 
 
-def _predicted(prediction: Prediction | None, law: TrueLaw) -> dict[str, Covering]:
+def _predicted(prediction: Prediction | None, law: TrueLaw) -> dict[str, StudyInterval]:
     if prediction is None:
         return {}
     n = float(law.params_opt(prediction.compute_flops))
@@ -242,22 +242,22 @@ def _predicted(prediction: Prediction | None, law: TrueLaw) -> dict[str, Coverin
     for name, truth in truths.items():
         quantity = getattr(prediction, name)
         if quantity is not None and quantity.interval is not None:
-            out[name] = Covering(quantity.interval.lo, quantity.interval.hi, truth)
+            out[name] = StudyInterval(quantity.interval.lo, quantity.interval.hi, truth)
     return out
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """How often the intervals of one quantity held the truth."""
+    """How often the intervals of one quantity contained the truth."""
 
     quantity: str
     n: int
-    """Studies that had an interval."""
+    """Studies with an interval."""
     hits: int
     below: int
     """Misses with the truth below the interval."""
     median_width: float
-    """Of ln, for N, D and amplitudes; the intervals' own otherwise."""
+    """Median width of the intervals; of their logarithm for N, D and amplitudes."""
 
     @property
     def logarithmic(self) -> bool:
@@ -277,8 +277,8 @@ class Coverage:
         return hi >= PASS_RANGE[0] and lo <= PASS_RANGE[1]
 
 
-def coverages(studies: Sequence[Mapping[str, Covering]]) -> list[Coverage]:
-    """The coverage of every quantity over the studies of a cell, in the table's order."""
+def coverages(studies: Sequence[Mapping[str, StudyInterval]]) -> list[Coverage]:
+    """The coverage of each quantity over the studies of a cell, in the order of the table."""
     out = []
     for name in QUANTITIES:
         rows = np.array([(c.lo, c.hi, c.truth) for s in studies if (c := s.get(name)) is not None])
@@ -294,8 +294,8 @@ def coverages(studies: Sequence[Mapping[str, Covering]]) -> list[Coverage]:
 
 
 def wilson(hits: int, n: int, z: float = _Z_999) -> tuple[float, float]:
-    """Wilson's interval of a proportion; 99.9% by default."""
+    """The Wilson interval of a proportion; 99.9% by default."""
     p = hits / n
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    return max(center - half, 0.0), min(center + half, 1.0)

@@ -1,8 +1,8 @@
-"""Owns the comparison of laws on the same observations, by error on points that a fit has not seen.
+"""Compare laws on the same observations by their error on held-out points.
 
-A law with more parameters always fits better in sample. Two tests are honest: cross-validation that leaves out whole runs
-(interpolation), and fitting below a compute threshold to predict what lies above it (extrapolation, the use that a
-scaling law is for).
+In sample, a law with more parameters always fits at least as well. Two out-of-sample tests are used: cross-validation that
+leaves out whole runs (interpolation), and prediction of points above a compute threshold from those below it
+(extrapolation, the purpose of a scaling law).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from scaling_lab.core.errors import UserError
 
 @dataclass(frozen=True)
 class HeldOutError:
-    """Errors of ln L (so .01 is 1% of the loss) on points that were not fitted."""
+    """Errors of ln L (.01 is 1% of the loss) on held-out points."""
 
     n_points: int
     mean_abs: float
     rms: float
     bias: float
-    """Mean of ln L_fit - ln L: positive where the law is too pessimistic."""
+    """Mean of ln L_fit - ln L; positive if the law predicts too high losses."""
 
 
 @dataclass(frozen=True)
 class LawScore:
-    """One row of the comparison. The errors are None where the law could not be fitted (`message` says why)."""
+    """The result for one law. The errors are None if the law could not be fitted (`message` says why)."""
 
     law: LossLaw
     n_parameters: int
@@ -44,23 +44,23 @@ class LawScore:
     in_sample_mean_abs: float | None = None
     cross_validation: HeldOutError | None = None
     folds_failed: int = 0
-    """Folds whose fit reached no minimum, or none that their points determine; their predictions are still scored."""
+    """Folds whose fit did not converge or was not determined by the data; their predictions are scored anyway."""
     excess: float | None = None
-    """Mean over groups of this law's cross-validated |error| less that of the best law."""
+    """Mean over groups of the cross-validated |error| of this law minus that of the best law."""
     excess_standard_error: float | None = None
-    """Of `excess`, from the paired differences between groups: an excess within 2 of these is no evidence."""
+    """Standard error of `excess`, from paired differences over groups; an excess within 2 of these is not significant."""
     extrapolation: HeldOutError | None = None
 
 
 @dataclass(frozen=True)
 class LawComparison:
-    """Laws in order of cross-validated error, those that could not be fitted last."""
+    """Laws in order of cross-validated error, followed by those that could not be fitted."""
 
     scores: tuple[LawScore, ...]
     n_groups: int
     folds: int
     threshold_flops: float | None
-    """Points above it were predicted from those below; None where there is no compute to split by."""
+    """Points above it were predicted from those below; None if there is no compute to split by."""
 
     def __str__(self) -> str:
         width = max([14] + [len(s.law.label) + 1 for s in self.scores])
@@ -93,16 +93,16 @@ def compare_laws(
     objective: ObjectiveName = "huber_log",
     seed: int = 0,
 ) -> LawComparison:
-    """Scores each law on points it was not fitted to.
+    """Score each law on held-out points.
 
     Args:
         laws: two or more laws, fitted to the same rows.
         data, loss_nats, huber_delta, objective: as in `fitting.fit`.
-        groups: (n,) labels; rows of one label (a run) are left out together. By default each row is its own.
-        compute_flops: (n,) training FLOPs, to split by; by default the column of that name, or 6 N D.
-        folds: parts of the cross-validation, at most the number of groups.
+        groups: (n,) labels; rows with the same label (a run) are left out together. By default each row is a group.
+        compute_flops: (n,) training FLOPs to split by; by default the column of that name, or 6 N D.
+        folds: number of cross-validation folds, at most the number of groups.
         extrapolation_quantile: rows above this quantile of compute are predicted from those at or below it.
-        seed: of the assignment of groups to folds.
+        seed: seed of the assignment of groups to folds.
 
     Raises:
         UserError: fewer than 3 groups, or a quantile outside (0, 1).
@@ -120,7 +120,7 @@ def compare_laws(
         else np.unique(np.asarray(groups), return_inverse=True)[1].ravel()
     )
     if len(labels) != len(loss):
-        raise UserError(f"groups has {len(labels)} values, the loss {len(loss)}.")
+        raise UserError(f"groups has {len(labels)} values, but the loss has {len(loss)}.")
     n_groups = int(labels.max()) + 1 if len(labels) else 0
     if n_groups < 3:
         raise UserError(f"comparing laws needs at least 3 groups of points (runs), got {n_groups}.")
@@ -131,7 +131,7 @@ def compare_laws(
     threshold, above = None, None
     if compute is not None and np.ptp(compute) > 0:
         threshold = float(np.quantile(compute, extrapolation_quantile))
-        if threshold >= compute.max():  # a large last budget: it is what is predicted
+        if threshold >= compute.max():  # the largest budget is a large share: predict that budget
             threshold = float(compute[compute < compute.max()].max())
         above = compute > threshold
     settings = {"huber_delta": huber_delta, "objective": objective}
@@ -147,7 +147,7 @@ def _score(
     above: NDArray[np.bool_] | None,
     settings: dict[str, Any],
 ) -> tuple[LawScore, Array | None]:
-    """The score of one law without its rank, and its cross-validated errors of ln L (n,)."""
+    """The score of one law, without excess, and its cross-validated errors of ln L (n,)."""
     names = law.parameters
     try:
         whole = fit(law, data, loss_nats=loss, **settings)
@@ -179,7 +179,7 @@ def _score(
 
 
 def _ranked(scored: list[tuple[LawScore, Array | None]], labels: NDArray[np.intp]) -> tuple[LawScore, ...]:
-    """Scores in order of cross-validated error, each with its paired excess over the best."""
+    """Scores in order of cross-validated error, with paired excess over the best law."""
     counts = np.bincount(labels)
     by_group = [None if e is None else np.bincount(labels, np.abs(e)) / counts for _, e in scored]
     usable = [i for i, g in enumerate(by_group) if g is not None and np.isfinite(g).all()]

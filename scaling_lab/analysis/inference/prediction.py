@@ -1,5 +1,5 @@
-"""Owns predictions from a fitted frontier and its band: N, D and loss at a budget, and the backtest that leaves out the
-largest budget and predicts it."""
+"""Predictions from a fitted frontier and its band: N, D and loss at a budget; and the backtest, which predicts the largest
+budget from the others."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from scaling_lab.analysis.frontiers import at_compute
 from scaling_lab.analysis.inference.bands import Band
 from scaling_lab.analysis.inference.bootstrap import Approach, BootstrapSettings, bootstrap
 
-# Resamples of a backtest: its intervals are looked at, not quoted.
+# Fewer resamples suffice for a backtest, whose intervals are only a check.
 _BACKTEST_RESAMPLES = 400
 _HELD_OUT_RUNS = 3
 _POINTS_FOR_A_FLOOR = 3
-# Up to this factor outside its range a frontier is still read as inside.
+# Up to this factor outside the range of the frontier, compute still counts as inside.
 _NEARBY = 1.2
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number and its interval at the band's level (None where there is none)."""
+    """An estimate and its interval at the level of the band (None if there is none)."""
 
     estimate: float
     interval: Interval | None = None
@@ -35,7 +35,7 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The compute-optimal run at a budget, as one approach sees it."""
+    """The compute-optimal run at a budget, as predicted by one approach."""
 
     approach: str
     compute_flops: float
@@ -44,12 +44,12 @@ class Prediction:
     tokens_per_param: Quantity
     loss_opt: Quantity | None
     extrapolation_factor: float
-    """How far beyond the frontier's own range: C over its largest (or its smallest over C); 1 inside."""
+    """Distance beyond the range of the frontier: C over its largest C (or its smallest C over C); 1 inside."""
 
 
 @dataclass(frozen=True)
 class Backtest:
-    """What an approach, not shown the largest budget, said about it; and what was seen there."""
+    """The prediction of an approach for the largest budget, made without it, and the observed result."""
 
     approach: str
     budget_flops: float
@@ -63,7 +63,7 @@ class Backtest:
 
 
 def predict(estimate: Estimate, band: Band | None, compute_flops: float) -> Prediction | None:
-    """The optimum at `compute_flops` with intervals; None where the approach has no frontier."""
+    """The optimum at `compute_flops` with intervals; None if the approach has no frontier."""
     frontier = estimate.frontier
     if frontier is None:
         return None
@@ -77,7 +77,7 @@ def predict(estimate: Estimate, band: Band | None, compute_flops: float) -> Pred
 
     n, d = float(frontier.params(compute_flops)), float(frontier.tokens(compute_flops))
     outside = max(1.0, compute_flops / hi, lo / compute_flops)
-    # Two losses show no floor: the power law through them is good between them and nowhere else.
+    # Two losses do not determine a floor: a power law through them is valid only between them.
     no_floor = frontier.compute_flops.size < _POINTS_FOR_A_FLOOR and outside > _NEARBY
     loss = None
     if frontier.loss is not None and not no_floor:
@@ -100,7 +100,7 @@ def backtest(
     seed: int,
     weights: Array | None = None,
 ) -> tuple[Backtest, ...]:
-    """Fit without the largest budget, predict its optimum and loss, compare. Empty where one budget is all there is."""
+    """Fit without the largest budget, predict its optimum and loss, and compare. Empty if there is only one budget."""
     held = largest_budget(observations)
     if held is None:
         return ()
@@ -127,7 +127,7 @@ def backtest(
 
 
 def largest_budget(observations: Observations) -> tuple[float, NDArray[np.bool_]] | None:
-    """The largest budget with at least three runs, and the (runs,) mask of its runs and any above it."""
+    """The largest budget with at least three runs, and a mask (runs,) of the runs at or above it."""
     final = observations.final()
     budgets = final.with_budgets().budget_flops
     values, counts = np.unique(budgets, return_counts=True)
@@ -158,17 +158,17 @@ def _sentence(estimate: Estimate, prediction: Prediction | None, observed: Budge
         return f"Without the largest budget: {estimate.message}"
     if prediction.loss_opt is None:
         return (
-            f"Predicted N = {prediction.params_opt.estimate:.4g}; two budgets are too few to extrapolate a loss: they show no"
-            " floor."
+            f"Predicted N = {prediction.params_opt.estimate:.4g}. No loss is predicted, because two budgets do not determine"
+            " its floor."
         )
-    text = f"Predicted {prediction.loss_opt.estimate:.4f} nats, reached {best:.4f} by its best run"
+    text = f"Predicted {prediction.loss_opt.estimate:.4f} nats; its best run reached {best:.4f}"
     interval = prediction.loss_opt.interval
     if interval is not None:
         inside = "inside" if interval.contains(best) else "outside"
         text += f" ({inside} {interval.lo:.4f} to {interval.hi:.4f})"
     if observed.loss_opt is not None:
-        text += f"; the floor of its valley, fitted, is {observed.loss_opt:.4f}"
+        text += f"; the fitted minimum of its valley is {observed.loss_opt:.4f}"
     text += f"; {prediction.extrapolation_factor:.3g} times beyond the fitted range."
     if observed.status is not BudgetStatus.OK:
-        text += f" The budget shows no minimum ({observed.status.value}): compared with its best sampled run."
+        text += f" The valley of this budget has no minimum ({observed.status.value}), so its best sampled run is compared."
     return text

@@ -1,4 +1,4 @@
-"""Owns the profile-likelihood intervals that stand beside the bootstrap's in an analysis: for which data, of what, or why not."""
+"""Profile-likelihood intervals of the parametric approach, reported together with those of the bootstrap."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scaling_lab.analysis.approaches.law_frontier import law_columns
+from scaling_lab.analysis.approaches.law_frontier import has_closed_form, law_columns
 from scaling_lab.analysis.approaches.parametric import Parametric
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.estimate import Array, Estimate, FitStatus
 from scaling_lab.analysis.fitting.profile import profile_intervals
 from scaling_lab.analysis.fitting.scale import ScaleName
 
-# Beyond this many points tracing the profiles takes seconds, and such tables are seldom one point a run.
-_LARGEST = 5_000
+# With more points tracing the profiles takes seconds, and such tables rarely have one point per run.
+_MAX_POINTS = 5_000
 
 
 @dataclass(frozen=True)
 class ProfileEnds:
-    """The interval of one quantity; an end is None where the data do not bound it on that side (`message` says so)."""
+    """The interval of one quantity; an end is None if the data do not bound it on that side (`message` says so)."""
 
     lo: float | None
     hi: float | None
@@ -29,12 +29,12 @@ class ProfileEnds:
 
 @dataclass(frozen=True)
 class Profile:
-    """Profile intervals of the parametric approach, with the noise scale fitted (fitting_scale.py, "robust")."""
+    """Profile intervals of the parametric approach, with an estimated noise scale (fitting/scale.py)."""
 
     level: float
     scale: ScaleName
     intervals: Mapping[str, ProfileEnds]
-    """By quantity: the law's parameters and, where the frontier has a closed form, both exponents. Empty: see `message`."""
+    """By quantity: the parameters of the law and, if the frontier has a closed form, both exponents. If empty, see `message`."""
     message: str | None = None
 
 
@@ -46,28 +46,28 @@ def profile(
     weights: Array | None = None,
     scale: ScaleName = "robust",
 ) -> Profile:
-    """The profile intervals of a parametric estimate; without any, the sentence why."""
+    """The profile intervals of a parametric estimate, or a message that says why there are none."""
 
-    def none(why: str) -> Profile:
+    def no_intervals(why: str) -> Profile:
         return Profile(level, scale, {}, f"No profile intervals: {why}")
 
     fit = estimate.fits[0] if estimate.fits else None
     if fit is None or fit.status is FitStatus.NOT_IDENTIFIED:
-        return none(estimate.message)
+        return no_intervals(estimate.message)
     if fit.status is FitStatus.MAX_STEPS:
-        return none("the fit has not converged.")
+        return no_intervals("the fit has not converged.")
     if np.bincount(observations.run_index).max() > 1:
-        return none(
-            "they take points as independent, and several are of one run; the bootstrap draws whole runs."
+        return no_intervals(
+            "they assume independent points, but several are of one run; the bootstrap resamples whole runs."
         )
-    if observations.n_points > _LARGEST:
-        return none(
-            f"{observations.n_points} points would take too long; of so many the bootstrap says the same."
+    if observations.n_points > _MAX_POINTS:
+        return no_intervals(
+            f"{observations.n_points} points would take too long; with so many the bootstrap gives the same intervals."
         )
     if not all(np.isfinite(v) for v in fit.parameters.values()):
-        return none("a fitted parameter is not finite.")
+        return no_intervals("a fitted parameter is not finite.")
     law, settings = approach.law, approach.settings
-    closed = observations.is_six_nd and law.frontier(law.example) is not None
+    closed = has_closed_form(law, observations)
     names = [*law.parameters, *(("params_exponent",) if closed else ())]
     traced = profile_intervals(
         law,

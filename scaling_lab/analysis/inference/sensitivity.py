@@ -1,6 +1,6 @@
-"""Owns the same question asked under other choices: FLOP conventions, fewer budgets, each run left out, other methods.
+"""Sensitivity of the exponents to other choices: FLOP conventions, fewer budgets, each run left out, other methods.
 
-One row an answer: what was changed, which approach, its exponents then, and by how much they moved.
+Each row states the change, the approach, its exponents with that change, and the difference from the analysis itself.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from scaling_lab.analysis.inference.bootstrap import Draws
 from scaling_lab.core.counts import FLOPS_PER_PARAM_TOKEN
 from scaling_lab.core.errors import UserError
 
-# Leaving out each run in turn is a refit a run: beyond this many, none matters much, and it takes long.
-_INFLUENCE_RUNS = 300
-_INFLUENCE_SHOWN = 3
-# Residuals beyond this many robust standard deviations (1.4826 times the median absolute one) are called outliers.
+# Leaving out each run needs one refit per run: with more runs that is slow, and no single run matters much.
+_MAX_INFLUENCE_RUNS = 300
+_MAX_INFLUENCE_ROWS = 3
+# Residuals beyond this many robust standard deviations (1.4826 times the median absolute deviation) are outliers.
 _OUTLIER_SIGMAS = 4.0
 
 
 @dataclass(frozen=True)
 class SensitivityRow:
-    """One answer under one changed choice."""
+    """The estimate of one approach with one choice changed."""
 
     kind: str
     """convention, data, influence or method."""
@@ -43,8 +43,8 @@ class SensitivityRow:
 
 
 @dataclass(frozen=True)
-class _Fixed(Draws):
-    """Draws that are not random: given counts of each run."""
+class _FixedDraws(Draws):
+    """Draws with given, not random, counts of each run."""
 
     counts_of_runs: Array | None = None
 
@@ -62,34 +62,34 @@ def sensitivity(
     observations: Observations,
     weights: Array | None = None,
 ) -> tuple[SensitivityRow, ...]:
-    """Every other choice that these observations allow. Approaches without a frontier are not asked again."""
-    asked = [(a, e) for a, e in zip(approaches, estimates) if e.frontier is not None]
+    """Refit with each other choice that these observations allow. Approaches without a frontier are skipped."""
+    usable = [(a, e) for a, e in zip(approaches, estimates) if e.frontier is not None]
     rows: list[SensitivityRow] = []
     for choice, changed in _conventions(observations):
-        rows += _again("convention", choice, asked, changed, weights)
-    for choice, keep in _subsets(asked, observations):
+        rows += _refit("convention", choice, usable, changed, weights)
+    for choice, keep in _subsets(usable, observations):
         part = observations.runs(keep)
         if part.n_points == 0:
             continue
         w = None if weights is None else weights[keep[observations.run_index]]
-        rows += _again("data", choice, asked, part, w)
-    for approach, base in asked:
+        rows += _refit("data", choice, usable, part, w)
+    for approach, base in usable:
         for choice, other in _other_methods(approach, observations):
-            rows += _again("method", choice, [(other, base)], observations, weights)
-    for approach, base in asked:
+            rows += _refit("method", choice, [(other, base)], observations, weights)
+    for approach, base in usable:
         rows += _influence(approach, base, observations, weights)
     return tuple(rows)
 
 
-def _again(
+def _refit(
     kind: str,
     choice: str,
-    asked: Iterable[tuple[Any, Estimate]],
+    usable: Iterable[tuple[Any, Estimate]],
     observations: Observations,
     weights: Array | None,
 ) -> list[SensitivityRow]:
     rows = []
-    for approach, base in asked:
+    for approach, base in usable:
         try:
             found = approach.estimate(observations, weights)
         except UserError as error:
@@ -131,7 +131,7 @@ def _conventions(observations: Observations) -> Iterable[tuple[str, Observations
 
 
 def _subsets(
-    asked: Sequence[tuple[Any, Estimate]], observations: Observations
+    usable: Sequence[tuple[Any, Estimate]], observations: Observations
 ) -> Iterable[tuple[str, NDArray[np.bool_]]]:
     final = observations.final()
     budget = np.full(observations.n_runs, np.nan)
@@ -141,11 +141,11 @@ def _subsets(
         yield "without the smallest budget", budget > values[0]
         if values.size >= 5:
             yield "without the two smallest budgets", budget > values[1]
-    elif values.size > 15:  # no grid of budgets: the quarter of the runs with the least compute
+    elif values.size > 15:  # not a grid of budgets
         compute = np.full(observations.n_runs, np.nan)
         compute[final.run_index] = final.compute_flops
         yield "without the quarter of runs with the least compute", compute > np.quantile(compute, 0.25)
-    for approach, base in asked:
+    for approach, base in usable:
         if isinstance(approach, Parametric) and base.fits:
             r = base.fits[0].residuals_log
             scale = 1.4826 * float(np.median(np.abs(r - np.median(r))))
@@ -201,24 +201,24 @@ def _influence(
     approach: Any, base: Estimate, observations: Observations, weights: Array | None
 ) -> list[SensitivityRow]:
     n = observations.n_runs
-    if not 3 < n <= _INFLUENCE_RUNS or n * observations.n_points > 1_000_000:
+    if not 3 < n <= _MAX_INFLUENCE_RUNS or n * observations.n_points > 1_000_000:
         return []
-    draws = _Fixed("run", n, 0, counts_of_runs=1.0 - np.eye(n))
+    draws = _FixedDraws("run", n, 0, counts_of_runs=1.0 - np.eye(n))
     samples = approach.resample(observations, draws, weights)
     assert base.frontier is not None
     change = samples["params_exponent"] - base.frontier.params.exponent
-    lost = ~np.isfinite(change)
-    order = np.argsort(-np.where(lost, np.inf, np.abs(change)), kind="stable")
+    failed = ~np.isfinite(change)
+    order = np.argsort(-np.where(failed, np.inf, np.abs(change)), kind="stable")
     return [
         SensitivityRow(
             "influence",
             f"without run {observations.run_names[i]}",
             approach.name,
-            "not_applicable" if lost[i] else "converged",
-            None if lost[i] else float(samples["params_exponent"][i]),
-            None if lost[i] else float(samples["tokens_exponent"][i]),
-            None if lost[i] else float(change[i]),
-            "Without this run the approach gives no estimate." if lost[i] else None,
+            "not_applicable" if failed[i] else "converged",
+            None if failed[i] else float(samples["params_exponent"][i]),
+            None if failed[i] else float(samples["tokens_exponent"][i]),
+            None if failed[i] else float(change[i]),
+            "Without this run the approach gives no estimate." if failed[i] else None,
         )
-        for i in order[:_INFLUENCE_SHOWN]
+        for i in order[:_MAX_INFLUENCE_ROWS]
     ]
