@@ -1,0 +1,512 @@
+#!/usr/bin/env python
+"""Check that another revision and the working tree plan, analyze, train and resume to exactly the same values."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from compare_values import RULES, Comparison, Failed, Rules, compare_documents
+
+ROOT = Path(__file__).resolve().parent.parent
+USAGE = """Both trees are installed into environments of their own, which share this Python's dependencies, and run side by
+side. Only command lines and files are used, so packages may be renamed in between. Exit status 1 if anything differs or
+could not be run.
+
+  scripts/compare_revision.py HEAD                                  # about five minutes on two idle cores
+  scripts/compare_revision.py 883e3a6 --parts plans,tables
+  scripts/compare_revision.py 883e3a6 --out results/compare_revision.txt
+"""
+TIMEOUT_S, SHOWN = 3600.0, 5
+
+
+# -- Two installed trees
+@dataclass(frozen=True)
+class Side:
+    """An installed tree, the folder that its commands run in, and the core that it trains on."""
+
+    name: str
+    folder: Path
+    core: int | None
+
+    @property
+    def work(self) -> Path:
+        return self.folder / "work"
+
+    @property
+    def site(self) -> Path:
+        return next((self.folder / "environment").glob("lib/python*/site-packages"))
+
+    def start(self, *argv: str, core: int | None = None, **options: Any) -> subprocess.Popen[str]:
+        """Start a program of this side's environment. With `core`, call it in a thread of its own."""
+        if core is not None:
+            os.sched_setaffinity(0, {core})  # of this thread; the process inherits it
+        foreign = ("PYTHON", "SCALING_LAB_", "WANDB_", "VIRTUAL_ENV")
+        env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)} | {
+            "PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+            "WANDB_MODE": "disabled", "SCALING_LAB_STRICT": "1", "SCALING_LAB_CACHE_DIR": str(self.folder / "cache"),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "compiled"),
+        }  # fmt: skip
+        program = str(self.folder / "environment/bin" / argv[0])
+        return subprocess.Popen(
+            [program, *argv[1:]], cwd=self.work, env=env, stdin=subprocess.DEVNULL, text=True, start_new_session=True, **options
+        )  # fmt: skip
+
+    def run(self, *argv: str, core: int | None = None) -> str:
+        """What a program prints on stdout. Raises `Failed` if it fails."""
+        began = time.monotonic()
+        process = self.start(*argv, core=core, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            out, err = process.communicate(timeout=TIMEOUT_S)
+        finally:
+            kill(process, signal.SIGKILL)
+        command = shlex.join(argv)
+        log(f"  {self.name} {time.monotonic() - began:6.1f} s  {command[:140]}")
+        if process.returncode:
+            last_lines = " | ".join((err or out).strip().splitlines()[-3:])
+            raise Failed(f"{self.name}: `{command}` ended with status {process.returncode}: {last_lines}")
+        return out
+
+    def lab(self, options: str, *more: str, core: int | None = None) -> str:
+        return self.run("scaling-lab", *shlex.split(options), *more, core=core)
+
+
+def kill(process: subprocess.Popen[str], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def git(*arguments: str) -> str:
+    return subprocess.check_output(["git", *arguments], cwd=ROOT, text=True).strip()
+
+
+def export(revision: str | None, tree: Path) -> None:
+    """Write the files of a revision into `tree`; None: of the working tree, uncommitted changes included."""
+    tree.mkdir(parents=True)
+    if revision is not None:
+        archive = subprocess.check_output(["git", "archive", revision], cwd=ROOT)
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+            tar.extractall(tree, filter="data")
+        return
+    for name in git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
+        if (ROOT / name).is_file():  # a deleted file is still listed
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name)
+
+
+def install(side: Side, revision: str | None) -> None:
+    """Install a tree without its dependencies, and check that no other installation of it is imported."""
+    export(revision, side.folder / "tree")
+    side.work.mkdir()
+    environment = side.folder / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    # A .pth file inside a folder that a .pth file names is not read: an editable installation there is not seen.
+    dependencies = {sysconfig.get_paths()[name] for name in ("purelib", "platlib")}
+    (side.site / "dependencies.pth").write_text("\n".join(sorted(dependencies)) + "\n")
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "--python",
+        str(environment / "bin/python"),
+    ]
+    pip += ["install", "--quiet", "--no-deps", "--no-build-isolation", str(side.folder / "tree")]
+    done = subprocess.run(pip, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{side.name}: the installation failed: {done.stderr.strip()[-800:]}")
+    for name in ("scaling_lab", "scaling_lab.conf", "hydra_plugins.scaling_lab"):
+        file = side.run("python", "-c", f"import {name} as m; print(m.__file__)").strip()
+        if not Path(file).is_relative_to(side.site):
+            raise SystemExit(f"{side.name}: {name} is imported from another installation: {file}")
+
+
+def in_threads(*jobs: Callable[[], Any]) -> list[Any]:
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return [job.result() for job in [pool.submit(job) for job in jobs]]
+
+
+def on_both(sides: Sequence[Side], job: Callable[[Side], Any]) -> list[Any]:
+    return in_threads(*(partial(job, side) for side in sides))
+
+
+# -- The parts. Each yields (what was compared, comparison).
+Rows = Iterable[tuple[str, Comparison]]
+
+# fmt: off
+VOCABULARY = 40_000  # times a batch of 1,024 tokens: more than 2^25 logits, above which the loss is computed in chunks
+PLANS = {
+    "kaplan": "recipe=kaplan",
+    "chinchilla": "recipe=chinchilla model=gpt2 schedule=wsd",
+    "porian": "recipe=porian schedule=constant",
+    "step_law": "recipe=step_law schedule=inverse_sqrt",
+    "deepseek": "recipe=deepseek schedule=multi_step convention=deepseek_m",
+    "trunk": "design=trunk_cooldown design.cooldown=linear",
+    "batches": "design=learning_rate design.budgets_flops=[5e10,2e11] design.batch_multipliers=[0.5,1.0,2.0] design.seeds=2",
+    "families": "model=gpt,gpt2 parametrization=mup,completep seed=0,1",
+    "swiglu": "model.mlp=swiglu model.tied_head=true convention=chinchilla_appendix_f",
+    "bfloat16": "dtype=bfloat16 'eval.sets=[{name: other, kind: pysource, split_seed: 1}]'",
+    "stacks": "compile=true design.noise_seeds=4",
+    "cuda": "device=cuda memory_gb=80 design.noise_seeds=4",
+    "micro": "memory_gb=1 recipe.batch_tokens=65536 design.budgets_flops=[2e13,8e13]",
+    "large": "design.sizes.max_width=1024 design.n_opt_at_1e12=3e7 data.max_epochs=1e9 design.budgets_flops=[1e12,4e12]",
+    "facts": "data=zipf_facts model.context=32 data.noise=0.1",
+    "mixture": "data=mixture data.sources=[context_tree,zipf_facts] data.weights=[3,1]",
+    "unique": "data.unique_tokens=1M data.max_epochs=100",
+    "tokens": f"data=tokens data.path=tokens.npy data.vocab_size={VOCABULARY} design.budgets_flops=[2e11,8e11] data.max_epochs=1e6",
+    "text": "data=prepared data.path=prepared/text data.max_epochs=1e6",
+}
+# With the options of the comparisons beside the published tables; `write_inputs` makes units.csv.
+PORIAN = "porian_isoflop_refinedweb.csv where.experiment="
+TABLES = {
+    "besiroglu": "chinchilla_epoch245.csv where.dropped_by_besiroglu=0",
+    "gadre": "chinchilla_epoch245.csv approach.parametric.law=gadre bootstrap.unit=run",
+    "gemstones": "gemstones_curves.csv columns.flops=flops_authors approach.envelope.method=hull approach.envelope.edge=keep",
+    "gemstones_100b": "gemstones_curves.csv columns.flops=flops_authors where.tokens.max=1.005e11",
+    "gemstones_10b": "gemstones_10b.csv points=all approach.parametric.huber_delta=1e-4",
+    "misfitting": "misfitting_final.csv points=all",
+    "porian_akima": f"{PORIAN}rw_base_long_kaplan_kaplan_train approach.isoflop.minimum=akima",
+    "porian_parabola": f"{PORIAN}rw_tuned_short_const_standard_val approach.isoflop.minimum=parabola",
+    "porian_shared": f"{PORIAN}rw_tuned_short_const_standard_val",
+    "units": "units.csv columns.loss=val_bits units.params=M units.tokens=B units.loss=bits metrics=[code] "
+             "compare_laws=[kaplan_nd,gadre] weights=loss_sem",
+}
+NOT_RUNS = {"porian_isoflop_refinedweb_published.csv"}
+TEXT = "data.max_mb=1 data.max_epochs=99 eval.tokens=1024 device=cpu"
+LADDER = ("design.sizes.min_width=4 design.sizes.max_width=16 design.sizes.width_ratio=1.3 design.sizes.min_depth=1 "
+          "recipe.batch_tokens=256 design.n_opt_at_1e12=200K compile=false")
+FLOOR = (f"data=context_tree model.context=32 eval.tokens=1024 device=cpu {LADDER} design.budgets_flops=[1e8,3e8,9e8] "
+         "'eval.sets=[{name: letters, kind: context_tree, seed: 1}]'")
+SIZE = f"{TEXT} design=learning_rate design.widths=[16] design.depths=[2] recipe.batch_tokens=256"
+ONE_RUN = "eval.tokens=1024 device=cpu compile=false design=learning_rate design.depths=[2] design.lr_multipliers=[1.0]"
+# What to train, and how its plan must say that it is computed: (compiled, in micro-batches, runs of a stack).
+ALONE, COMPILED = (False, False, 1), (True, False, 1)
+SWEEPS = {
+    "eager": (f"{FLOOR} design.sizes_per_budget=4", ALONE),
+    "eager-lr": (f"{FLOOR} design=learning_rate design.grid_sizes=4 design.sizes_per_budget=2 design.lr_multipliers=[0.5,2.0]", ALONE),
+    "families": (f"{SIZE} compile=false model=gpt,gpt2 parametrization=standard,completep design.horizons_tokens=[20000] "
+                 "design.lr_multipliers=[1.0] data.noise=0.1", ALONE),
+    "bfloat16": (f"{SIZE} compile=false dtype=bfloat16 design.horizons_tokens=[20000] design.lr_multipliers=[1.0]", ALONE),
+    "trunk": (f"{TEXT} {LADDER} design=trunk_cooldown design.budgets_flops=[5e8,1e9] design.sizes_per_budget=4", ALONE),
+    "micro-batches": (f"{ONE_RUN} data.max_mb=1 data.max_epochs=99 memory_gb=0.5 design.horizons_tokens=[12288] "
+                      "design.widths=[32] recipe.batch_tokens=4096", (False, True, 1)),
+    "chunked": (f"{ONE_RUN} data=tokens data.path=tokens.npy data.vocab_size={VOCABULARY} eval.points=1 "
+                "design.horizons_tokens=[4096] design.widths=[8] recipe.batch_tokens=1024", ALONE),
+    "compiled": (f"{SIZE} compile=true stack=false design.horizons_tokens=[20000] design.lr_multipliers=[1.0,2.0]", COMPILED),
+    "stacked": (f"{SIZE} compile=true design.horizons_tokens=[20000,17000] design.lr_multipliers=[1.0,2.0]", (True, False, 4)),
+}
+# fmt: on
+RESUMED_STEPS = 2500
+RESUMED = f"train {TEXT} model.width=16 model.depth=2 recipe.batch_tokens=256 train_tokens={256 * RESUMED_STEPS} --quiet"
+
+
+def write_inputs(sides: Sequence[Side]) -> None:
+    """The same text (of the standard library), random tokens and tables (the old side's) for both sides."""
+    draws = np.minimum(np.random.default_rng(0).zipf(1.2, 200_000), VOCABULARY - 1).astype(np.uint16)
+    rows = ["run_id,params,tokens,val_bits,code,loss_sem"]
+    for k, (budget, n) in enumerate((c, 2.0**i) for c in (1, 4, 16, 64) for i in range(2, 9)):
+        d = 1000 / 6 * budget / n  # N in millions, D in billions: C = 6 N D = 1e18 times the budget
+        loss = 1.7 + 400 / (n * 1e6) ** 0.34 + 410 / (d * 1e9) ** 0.28 + 0.003 * math.sin(k * k)
+        rows.append(f"r{k},{n},{d},{loss / math.log(2)},{0.6 * loss + 0.1 * d**-0.2},{0.002 + 0.0001 * k}")
+    for side in sides:
+        shutil.copy(argparse.__file__, side.work / "text.txt")
+        np.save(side.work / "tokens.npy", draws)
+        (side.work / "tables").mkdir()
+        (side.work / "tables/units.csv").write_text("\n".join(rows) + "\n")
+        for name, content in published_tables(sides[0]).items():
+            (side.work / "tables" / name).write_bytes(content)
+
+
+def published_tables(side: Side) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in side.site.glob("scaling_lab/**/published/*.csv")}
+
+
+def row(what: str, pair: Sequence[Mapping[str, Any]], rules: Rules = RULES["runs"]) -> tuple[str, Comparison]:
+    found = compare_documents(pair[0], pair[1], rules)
+    return f"{what}: {len(pair[0])} documents, {found.values:,} values", found
+
+
+def plans(sides: Sequence[Side]) -> Rows:
+    names = [{path.stem for path in side.site.glob("scaling_lab/conf/experiment/*.yaml")} for side in sides]
+    yield row(
+        "experiments by name", [dict.fromkeys(sorted(each), 1) for each in (names[0], names[0] & names[1])]
+    )
+    cases = {name: f"experiment={name}" for name in sorted(names[0] & names[1])} | PLANS
+
+    def make(side: Side) -> tuple[dict[str, bytes], dict[str, bytes]]:
+        side.lab("prepare-data path=text.txt tokenizer=bpe vocab_size=400 --quiet")
+        for name, options in cases.items():
+            device = "" if "device=" in options else "device=cpu"
+            side.lab(f"plan sweep={name} {options} {device} --quiet")
+        corpus = {path.name: path.read_bytes() for path in (side.work / "prepared/text").iterdir()}
+        return corpus, {name: (side.work / f"results/{name}/plan.json").read_bytes() for name in cases}
+
+    corpora, made = zip(*on_both(sides, make))
+    yield row("prepared corpus, byte for byte", corpora)
+    yield row("plan.json, byte for byte", made)
+    ids = [
+        {name: [run["run_id"] for run in json.loads(plan)["runs"]] for name, plan in each.items()}
+        for each in made
+    ]
+    yield row("run ids", ids)
+
+
+def tables(sides: Sequence[Side]) -> Rows:
+    published = [published_tables(side) for side in sides]
+    untried = published[0].keys() - NOT_RUNS - {options.split()[0] for options in TABLES.values()}
+    if untried:
+        raise Failed(f"no options are known for the tables {', '.join(sorted(untried))}")
+    yield row("published tables, byte for byte", published)
+
+    def analyze(side: Side) -> dict[str, Any]:
+        for name, options in TABLES.items():
+            side.lab(f"analyze runs=tables/{options} bootstrap.resamples=100 out=analyses/{name} --quiet")
+        return {
+            name: json.loads((side.work / f"analyses/{name}/analysis.json").read_text()) for name in TABLES
+        }
+
+    yield row("analysis.json of tables", on_both(sides, analyze), RULES["analysis.json"])
+    predict = f"predict runs=tables/{TABLES['besiroglu']} compute_flops=[1e22,1e24] --json --quiet"
+    yield row("predict", on_both(sides, lambda s: {"": json.loads(s.lab(predict))}), RULES["analysis.json"])
+    reproduce = "reproduce published=all --json --quiet"
+    yield row("reproduce published=all", on_both(sides, lambda s: {"": json.loads(s.lab(reproduce))}), RULES["reproduce"])  # fmt: skip
+
+
+def training(sides: Sequence[Side]) -> Rows:
+    for name, (options, wanted) in SWEEPS.items():
+        command = f"sweep sweep={name} results_dir=trained {options} --quiet"
+        in_threads(*(partial(side.lab, command, core=side.core) for side in sides))
+        for each in json.loads((sides[0].work / f"trained/{name}/plan.json").read_text())["runs"]:
+            how = each["execution"]
+            if (how["compile"], how["micro_batch_sequences"] is not None, how["stack_size"]) != wanted:
+                raise Failed(f"{name} is not computed as it is meant: {how}")
+        yield row(f"{name}, {run_counts(sides[0].work / 'trained' / name)}", [run_files(side.work / "trained" / name) for side in sides])  # fmt: skip
+
+    def analyze(side: Side) -> dict[str, Any]:
+        side.lab("analyze sweep=eager results_dir=trained tuning=eager-lr metrics=[eval.letters] bootstrap.resamples=100 --quiet")  # fmt: skip
+        return {"eager": json.loads((side.work / "trained/eager/report/analysis.json").read_text())}
+
+    pair = on_both(sides, analyze)
+    if missing := [key for key in ("tuning", "known_floor", "skills") if not pair[0]["eager"].get(key)]:
+        raise Failed(f"the old side's analysis has no {', '.join(missing)}")
+    yield row("analysis.json of the sweep", pair, RULES["analysis.json"])
+
+
+def run_files(sweep: Path) -> dict[str, Any]:
+    """What runs left on the disk, by path: bytes, parsed JSON, or digests of tensors. Claims (process, heartbeat) are left out."""
+    found: dict[str, Any] = {}
+    for path in sorted([*sweep.glob("plan.json"), *sweep.glob("runs/*/*.json*"), *sweep.glob("runs/*/checkpoint/*")]):  # fmt: skip
+        name = str(path.relative_to(sweep))
+        if path.name in ("plan.json", "spec.json"):
+            found[name] = path.read_bytes()
+        elif path.name == "curve.jsonl":
+            found[name] = [json.loads(line) for line in path.read_text().splitlines()]
+        elif path.suffix == ".pt":
+            found[name] = tensor_digests(path)
+        elif not path.name.startswith("claim-"):
+            found[name] = json.loads(path.read_text())
+    return found
+
+
+def tensor_digests(path: Path) -> dict[str, str]:
+    """SHA-256 of each tensor's bytes and of the pickle that names them. A checkpoint is a zip file; nothing is unpickled."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    kept = {name: data for name, data in members.items() if re.fullmatch(r"data\.pkl|data/\d+", name)}
+    return {name: hashlib.sha256(data).hexdigest() for name, data in kept.items()}
+
+
+def run_counts(sweep: Path) -> str:
+    """Raises `Failed` unless every run was completed and left its spec, curve and checkpoint."""
+    records = [json.loads(path.read_text()) for path in sweep.glob("runs/*/record.json")]
+    others = [len(list(sweep.glob(f"runs/*/{name}"))) for name in ("spec.json", "curve.jsonl", "checkpoint/step-*.pt")]  # fmt: skip
+    if (
+        not records
+        or any(record["status"] != "completed" for record in records)
+        or {*others} != {len(records)}
+    ):
+        raise Failed(f"{sweep.name}: {len(records)} records; specs, curves and checkpoints: {others}")
+    return f"{len(records)} run{'s' * (len(records) > 1)}"
+
+
+def resume(sides: Sequence[Side]) -> Rows:
+    """A run of the old side, killed after a checkpoint, goes on in the new one."""
+    old, new = sides
+    for kind, compiled in (("eager", "false"), ("compiled", "true")):
+        command = f"{RESUMED} sweep={kind} compile={compiled} results_dir="
+        whole, killed = old.work / "whole" / kind, old.work / "killed" / kind
+        kept = in_threads(
+            partial(old.lab, f"{command}whole", core=old.core),
+            partial(kill_after_checkpoint, old, f"{command}killed", killed, new.core),
+        )[1]
+        resumed = new.work / "killed" / kind
+        shutil.copytree(killed, resumed)
+        in_threads(partial(new.lab, f"{command}killed", core=new.core))
+        what = f"{kind}, resumed at step {len(kept)}, {run_counts(whole)}"
+        what, found = row(what, [run_files(whole), run_files(resumed)])
+        # With their wall times: the new side did not compute these lines again.
+        if curve_lines(resumed)[: len(kept)] != kept:
+            found.differences.append(("curve up to the checkpoint", "kept", "computed again"))
+        yield what, found
+
+
+def kill_after_checkpoint(side: Side, command: str, sweep: Path, core: int | None) -> list[str]:
+    """Stop a run by SIGTERM, which leaves a checkpoint; start it again and end it by SIGKILL some steps later. Returns the
+    lines of the curve up to the checkpoint."""
+    for _ in range(5):  # on a busy machine a run may end before the signal comes
+        shutil.rmtree(sweep, ignore_errors=True)
+        kept: list[str] = []
+        for number, more in ((signal.SIGTERM, RESUMED_STEPS // 5), (signal.SIGKILL, RESUMED_STEPS // 10)):
+            with open(side.folder / "killed.log", "a") as file:
+                process = side.start(
+                    "scaling-lab", *shlex.split(command), core=core, stdout=file, stderr=file
+                )
+                deadline = time.monotonic() + TIMEOUT_S
+                while process.poll() is None and len(curve_lines(sweep)) < len(kept) + more:
+                    time.sleep(0.02)
+                    if time.monotonic() > deadline:
+                        kill(process, signal.SIGKILL)
+                kill(process, number)
+                process.wait(TIMEOUT_S)
+            steps = [json.loads(path.read_text())["curve_points"] for path in sweep.glob("runs/*/checkpoint/step-*.json")]  # fmt: skip
+            kept = curve_lines(sweep)[: max(steps, default=0)]
+        if 0 < len(kept) < len(curve_lines(sweep)) and not list(sweep.glob("runs/*/record.json")):
+            return kept
+    raise Failed("the run could not be killed between its checkpoint and its end")
+
+
+def curve_lines(sweep: Path) -> list[str]:
+    """Whole lines of the curve of a sweep's only run."""
+    text = "".join(path.read_text() for path in sweep.glob("runs/*/curve.jsonl"))
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
+PARTS: dict[str, Callable[[Sequence[Side]], Rows]] = {
+    "plans": plans, "tables": tables, "training": training, "resume": resume,
+}  # fmt: skip
+
+
+# -- The report
+@dataclass(frozen=True)
+class Row:
+    part: str
+    what: str
+    found: Comparison
+    seconds: float
+    failure: str | None = None
+
+
+def run_part(part: str, sides: Sequence[Side]) -> list[Row]:
+    """The rows of a part. If it cannot be run to its end, the last row is a failure."""
+    log(f"{part} ...")
+    rows, began = [], time.monotonic()
+    try:
+        for what, found in PARTS[part](sides):
+            rows.append(Row(part, what, found, time.monotonic() - began))
+            began = time.monotonic()
+    except (Failed, OSError, KeyError, ValueError, subprocess.TimeoutExpired) as error:
+        rows.append(Row(part, "could not be run", Comparison(), time.monotonic() - began, f"{type(error).__name__}: {error}"))  # fmt: skip
+    return rows
+
+
+def is_bad(row: Row) -> bool:
+    return bool(row.failure or row.found.differences or not row.found.values)
+
+
+def report(title: str, rows: Sequence[Row]) -> str:
+    width = max(len(each.what) for each in rows)
+    lines = [title, "", f"{'part':<9} {'compared':<{width}} {'differences':>12} {'seconds':>8}"]
+    added: Counter[str] = Counter()
+    reworded: Counter[str] = Counter()
+    notes = []
+    for each in rows:
+        differences = each.found.differences
+        count = "FAILED" if each.failure else f"{len(differences):,}"
+        lines.append(f"{each.part:<9} {each.what:<{width}} {count:>12} {each.seconds:>8.1f}")
+        if each.failure:
+            notes.append(f"FAILED {each.part}: {each.failure}")
+        for path, old, new in differences[:SHOWN]:
+            notes.append(f"DIFFERENT {each.part}, {path}: old {str(old)[:120]}, new {str(new)[:120]}")
+        notes += [f"  and {len(differences) - SHOWN:,} more"] * (len(differences) > SHOWN)
+        added += each.found.added
+        reworded += each.found.reworded
+    lines += ["", *notes]
+    lines += [f"only in the new revision: {path} ({count})" for path, count in sorted(added.items())]
+    lines += [f"reworded: {path} ({count})" for path, count in sorted(reworded.items())]
+    for name, rules in RULES.items():
+        lines.append(f"{name}: not compared {', '.join(rules.exempt)}; may be reworded {', '.join(rules.sentences)}")  # fmt: skip
+    lines.append("NOT IDENTICAL" if any(map(is_bad, rows)) else "All values compared are identical.")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("revision", metavar="REV", help="the old side; the new one is the working tree")
+    parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="also write the report to this file")
+    parser.add_argument("--keep", action="store_true", help="keep the folder with both sides")
+    options = parser.parse_args()
+    chosen = options.parts.split(",")
+    if unknown := sorted(set(chosen) - set(PARTS)):
+        parser.error(f"--parts={','.join(unknown)}: choices are {', '.join(PARTS)}")
+    revision, head = (
+        git("rev-parse", "--short=10", f"{name}^{{commit}}") for name in (options.revision, "HEAD")
+    )
+    changed = " with uncommitted changes" if git("status", "--porcelain") else ""
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "scipy"))
+    title = f"compare_revision: old {revision}, new {head}{changed}; Python {platform.python_version()}, {libraries}"
+    cores: list[Any] = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
+    folder = Path(tempfile.mkdtemp(prefix="compare-revision-"))
+    sides = (Side("old", folder / "old", cores[0]), Side("new", folder / "new", cores[-1]))
+    try:
+        log(title)
+        install(sides[0], revision)
+        install(sides[1], None)
+        write_inputs(sides)
+        rows = [each for part in PARTS if part in chosen for each in run_part(part, sides)]
+    finally:
+        if options.keep:
+            log(f"kept: {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    text = report(title, rows).replace(str(folder), "FOLDER")
+    print(text, end="")
+    if options.out:
+        options.out.write_text(text, encoding="utf-8")
+    return int(not rows or any(map(is_bad, rows)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
