@@ -8,9 +8,9 @@ import pytest
 
 from scaling_lab.analysis.estimate import Interval
 from scaling_lab.analysis.reproduce import (
+    ComparisonRow,
     ReproduceSettings,
     Reproduction,
-    Row,
     packed,
     publication_names,
     reproduce,
@@ -126,19 +126,26 @@ def test_muennighoff(made: dict[str, Reproduction]) -> None:
 @pytest.mark.parametrize(
     ("row", "as_printed", "inside", "verdict"),
     [
-        (Row("x", 0.51349, "0.513"), True, None, "as printed"),
-        (Row("x", 0.5136, "0.513"), False, None, "differs"),
-        (Row("x", 0.5136, "0.513", Interval(0.5, 0.52), "95%"), False, True, "inside"),
-        (Row("x", 0.53, "0.513", Interval(0.5, 0.52), "95%"), False, False, "OUTSIDE"),
-        (Row("x", 0.457, "0.46", Interval(0.454, 0.455), "95%"), True, False, "as printed, OUTSIDE"),
-        (Row("x", 1.449e12, "1.4e12"), True, None, "as printed"),
-        (Row("x", 1.451e12, "1.4e12"), False, None, "differs"),
-        (Row("x", 0.9, "1.0", lower_is_better=True), False, None, "lower"),
-        (Row("x", 1.1, "1.0", lower_is_better=True), False, None, "HIGHER"),
-        (Row("x", 1.0), None, None, ""),
+        (ComparisonRow("x", 0.51349, "0.513"), True, None, "as printed"),
+        (ComparisonRow("x", 0.5136, "0.513"), False, None, "differs"),
+        (ComparisonRow("x", 0.5136, "0.513", Interval(0.5, 0.52), "95%"), False, True, "inside"),
+        (ComparisonRow("x", 0.53, "0.513", Interval(0.5, 0.52), "95%"), False, False, "OUTSIDE"),
+        (
+            ComparisonRow("x", 0.457, "0.46", Interval(0.454, 0.455), "95%"),
+            True,
+            False,
+            "as printed, OUTSIDE",
+        ),
+        (ComparisonRow("x", 1.449e12, "1.4e12"), True, None, "as printed"),
+        (ComparisonRow("x", 1.451e12, "1.4e12"), False, None, "differs"),
+        (ComparisonRow("x", 0.9, "1.0", lower_is_better=True), False, None, "lower"),
+        (ComparisonRow("x", 1.1, "1.0", lower_is_better=True), False, None, "HIGHER"),
+        (ComparisonRow("x", 1.0), None, None, ""),
     ],
 )
-def test_how_a_row_is_judged(row: Row, as_printed: bool | None, inside: bool | None, verdict: str) -> None:
+def test_how_a_row_is_judged(
+    row: ComparisonRow, as_printed: bool | None, inside: bool | None, verdict: str
+) -> None:
     assert (row.as_printed, row.inside, row.verdict) == (as_printed, inside, verdict)
 
 
@@ -153,8 +160,8 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(UserError):
             ReproduceSettings(**bad)
-    with pytest.raises(ValueError, match="go together"):
-        Row("x", 1.0, "1.0", Interval(0.0, 2.0))
+    with pytest.raises(ValueError, match="both an interval and its kind"):
+        ComparisonRow("x", 1.0, "1.0", Interval(0.0, 2.0))
 
 
 def test_packed_tables_are_small_and_have_their_provenance() -> None:

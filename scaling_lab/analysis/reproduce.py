@@ -1,11 +1,11 @@
-"""Owns the comparison with published results: what a row of it says, and running a publication's by name.
+"""Comparison with published results: the tables of a comparison, and running a publication by name.
 
     reproduction = reproduce("porian2024")
     for part in reproduction.parts: ...
 
-A publication is one file in `scaling_lab.analysis.published` beside its data: a frozen dataclass with a `kind`, found by
-scanning. It uses the same settings, approaches and bootstrap as any user (`estimate_packed`, `band_packed`), and gives
-the reason where our number is not the paper's.
+A publication is one file in `scaling_lab.analysis.published`, next to its data: a frozen dataclass with a `kind`, found by
+scanning. It uses the same settings, approaches and bootstrap as any analysis (`estimate_packed`, `band_packed`), and gives
+a reason whenever our number differs from the paper's.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ Source = Literal["paper", "release", "reference"]
 
 @dataclass(frozen=True)
 class ReproduceSettings:
-    """What `scaling-lab reproduce` can be told."""
+    """The options of `scaling-lab reproduce`."""
 
     published: str | None = None
     """Which publication, or all of them"""
-    # As many as Besiroglu et al. 2024.
+    # As in Besiroglu et al. 2024.
     resamples: int = 4000
     """Bootstrap resamples for the standard errors and intervals that a paper prints"""
     seed: int = 0
@@ -48,12 +48,12 @@ class ReproduceSettings:
     def __post_init__(self) -> None:
         choices = (*publication_names(), ALL)
         if self.published is None:
-            raise UserError(f"published is missing: which publication. Choices: {', '.join(choices)}.")
+            raise UserError(f"published is missing. Choices: {', '.join(choices)}.")
         if self.published not in choices:
             raise unknown("published", self.published, choices)
         if self.resamples < 20:
             raise UserError(
-                f"resamples={self.resamples} must be at least 20: a standard error needs so many."
+                f"resamples={self.resamples} must be at least 20, the minimum for a standard error."
             )
         if self.seed < 0:
             raise UserError(f"seed={self.seed} must not be negative.")
@@ -65,28 +65,28 @@ class ReproduceSettings:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One number: as published, and ours."""
+class ComparisonRow:
+    """One quantity: the published number and ours."""
 
     quantity: str
     ours: float
     published: str | None = None
-    """As printed, so that its digits are known ("0.513", "1.5e12"); None for a number that only stands beside."""
+    """As printed, to keep its digits ("0.513", "1.5e12"); None for a number of ours without a published one."""
     interval: Interval | None = None
     """The published interval."""
     interval_kind: str | None = None
-    """What it is: "95%", "2 SE"."""
+    """Its kind: "95%", "2 SE"."""
     source: Source = "paper"
-    """Where the published number is: the paper, the authors' code or data release, or nowhere: then it is an independent
-    computation of the same optimum."""
+    """Where the published number is from: the paper, the authors' code or data release, or an independent computation of the
+    same optimum (reference)."""
     remark: str | None = None
-    """Why ours differs, or what a number beside shows."""
+    """Why ours differs, or what an unpublished number shows."""
     lower_is_better: bool = False
-    """Whether it is an objective, of which a lower one is nearer to the optimum."""
+    """Whether it is an objective: lower is closer to the optimum."""
 
     def __post_init__(self) -> None:
         if (self.interval is None) != (self.interval_kind is None):
-            raise ValueError(f"{self.quantity}: an interval and its kind go together.")
+            raise ValueError(f"{self.quantity}: give both an interval and its kind, or neither.")
 
     @property
     def published_value(self) -> float | None:
@@ -94,12 +94,12 @@ class Row:
 
     @property
     def difference(self) -> float | None:
-        """Ours less the published one."""
+        """Our number minus the published one."""
         return None if self.published is None else self.ours - float(self.published)
 
     @property
     def inside(self) -> bool | None:
-        """Whether ours lies in the published interval; None where there is none."""
+        """Whether ours lies in the published interval; None if there is none."""
         return None if self.interval is None else self.interval.contains(self.ours)
 
     @property
@@ -112,7 +112,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """as printed, inside, OUTSIDE, lower, HIGHER, differs; or nothing for a number that only stands beside."""
+        """as printed, inside, OUTSIDE, lower, HIGHER or differs; empty for a number of ours without a published one."""
         if self.inside is False:
             return "as printed, OUTSIDE" if self.as_printed else "OUTSIDE"
         if self.as_printed:
@@ -127,40 +127,40 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Rows that answer one question in one way."""
+class ComparisonTable:
+    """One table of a comparison: rows that are computed in the same way."""
 
     title: str
-    rows: tuple[Row, ...]
+    rows: tuple[ComparisonRow, ...]
     options: str | None = None
-    """Options of `scaling-lab analyze runs=TABLE` that give these numbers, where one command does."""
+    """Options with which `scaling-lab analyze runs=TABLE` gives these numbers, if one command does."""
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A publication's comparison."""
+    """The comparison with one publication."""
 
     name: str
     title: str
     reference: str
     data: str
     table: Path | None
-    """The packed table that most of it uses."""
-    parts: tuple[Part, ...]
+    """The main packaged table."""
+    parts: tuple[ComparisonTable, ...]
 
     @property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[ComparisonRow, ...]:
         return tuple(row for part in self.parts for row in part.rows)
 
-    def row(self, quantity: str, part: int = 0) -> Row:
-        """The row of that name in a part. Raises `KeyError`."""
+    def row(self, quantity: str, part: int = 0) -> ComparisonRow:
+        """The row with this quantity in a part; raises `KeyError` if there is none."""
         for row in self.parts[part].rows:
             if row.quantity == quantity:
                 return row
         raise KeyError(quantity)
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Plain data; missing is null."""
+        """The comparison as plain data; missing values are None."""
         return {
             "name": self.name,
             "title": self.title,
@@ -174,31 +174,31 @@ class Reproduction:
 
 
 class Publication(ABC):
-    """One publication. Subclasses are frozen dataclasses with a `kind`, which is its name on the command line."""
+    """A publication. Subclasses are frozen dataclasses with a `kind`, the name on the command line."""
 
     kind: ClassVar[str]
     title: ClassVar[str]
     reference: ClassVar[str]
     data: ClassVar[str]
-    """Whose data, and how they came here."""
+    """The origin of the data."""
     table: ClassVar[str | None] = None
-    """File name of the packed table."""
+    """File name of the packaged table."""
 
     @abstractmethod
-    def parts(self, settings: ReproduceSettings) -> Sequence[Part]:
-        """Compute everything."""
+    def parts(self, settings: ReproduceSettings) -> Sequence[ComparisonTable]:
+        """Compute all tables of the comparison."""
 
 
 def publication_names() -> tuple[str, ...]:
-    """Short names, in alphabetical order."""
+    """Names of all publications, in alphabetical order."""
     return tuple(sorted(members(_PACKAGE)))
 
 
 def reproduce(name: str, *, resamples: int = 4000, seed: int = 0) -> Reproduction:
-    """Compute one publication's comparison.
+    """Compute the comparison with one publication.
 
     Raises:
-        UserError: no such publication; `all` is for the command line.
+        UserError: an unknown publication (`all` is for the command line only).
     """
     if name not in publication_names():
         raise unknown("published", name, publication_names())
@@ -215,14 +215,14 @@ def reproduce(name: str, *, resamples: int = 4000, seed: int = 0) -> Reproductio
     )
 
 
-# -- what publications are written with ----------------------------------------------------------------------------------
+# -- helpers for publications ---------------------------------------------------------------------------------------------
 def packed(file: str) -> Path:
-    """The path of a packed table."""
+    """The path of a packaged table."""
     return _FOLDER / file
 
 
 def estimate_packed(file: str, approach: str, settings: AnalysisSettings) -> Estimate:
-    """One approach on a packed table, by a user's own way: read, choose points, estimate."""
+    """The estimate of one approach on a packaged table, exactly as in an analysis: read, select points, estimate."""
     points = select_points(read_observations(packed(file), settings), settings)
     return _approach(approach, settings).estimate(points)
 
@@ -230,13 +230,13 @@ def estimate_packed(file: str, approach: str, settings: AnalysisSettings) -> Est
 def band_packed(
     file: str, approach: str, settings: AnalysisSettings, estimate: Estimate, chosen: BootstrapSettings
 ) -> Band:
-    """The approach's bootstrap on a packed table."""
+    """The bootstrap of one approach on a packaged table."""
     points = select_points(read_observations(packed(file), settings), settings)
     return bootstrap(_approach(approach, settings), points, estimate, chosen, settings.seed)
 
 
 def params_exponent(estimate: Estimate) -> float:
-    """The exponent a of N_opt ~ C^a. Raises `RuntimeError` with the estimate's own words where it has no frontier."""
+    """The exponent a of N_opt ~ C^a; raises `RuntimeError` with the message of the estimate if it has no frontier."""
     if estimate.frontier is None:
         raise RuntimeError(f"{estimate.approach}: {estimate.message}")
     return float(estimate.frontier.params.exponent)
@@ -247,7 +247,7 @@ def _approach(name: str, settings: AnalysisSettings) -> Approach:
     return approaches[name]
 
 
-def _row_dict(row: Row) -> dict[str, Any]:
+def _row_dict(row: ComparisonRow) -> dict[str, Any]:
     return {
         "quantity": row.quantity,
         "published": row.published_value,

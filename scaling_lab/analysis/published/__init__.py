@@ -1,1 +1,1 @@
-"""Published results, one file each beside its data (see README.md for where the tables come from): found by scanning."""
+"""Published results, one file each, found by scanning. See README.md for the sources of the tables."""

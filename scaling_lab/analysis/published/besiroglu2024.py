@@ -1,4 +1,4 @@
-"""Owns the comparison with Besiroglu et al. 2024: Approach 3 fitted anew to the points of Hoffmann et al.'s figure 4."""
+"""Besiroglu et al. 2024: Approach 3 refitted to the points of figure 4 of Hoffmann et al."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from scaling_lab.analysis.inference.bands import Band
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 from scaling_lab.analysis.laws import get_law
 from scaling_lab.analysis.reproduce import (
-    Part,
+    ComparisonRow,
+    ComparisonTable,
     Publication,
     ReproduceSettings,
-    Row,
     band_packed,
     estimate_packed,
     packed,
@@ -39,7 +39,7 @@ _EXPONENT = "a = beta/(alpha+beta)"
 
 @dataclass(frozen=True)
 class Besiroglu2024(Publication):
-    """Value, standard error and objective of Approach 3 on 240 points; what the five points left out would do."""
+    """Values, standard errors and objective of Approach 3 on 240 points, and the effect of the five points left out."""
 
     kind = "besiroglu2024"
     title = "Chinchilla's Approach 3 on the points of its own figure"
@@ -47,7 +47,7 @@ class Besiroglu2024(Publication):
     data = "245 final losses read off figure 4 of Hoffmann et al. 2022, of which the authors use 240"
     table = _TABLE
 
-    def parts(self, settings: ReproduceSettings) -> Sequence[Part]:
+    def parts(self, settings: ReproduceSettings) -> Sequence[ComparisonTable]:
         chosen = replace(_SETTINGS, seed=settings.seed)
         estimate = estimate_packed(_TABLE, "parametric", chosen)
         draws = BootstrapSettings(resamples=settings.resamples, unit="run")
@@ -55,23 +55,23 @@ class Besiroglu2024(Publication):
         values = {**estimate.fits[0].parameters, "a": params_exponent(estimate)}
         at_theirs = _objective_at({k: float(_PUBLISHED[k][0]) for k in ("E", "A", "B", "alpha", "beta")})
         return (
-            Part(
+            ComparisonTable(
                 "the fit: Huber 1e-3 on ln L, 240 points",
                 _values(values, at_theirs, estimate.fits[0]),
                 _OPTIONS,
             ),
-            Part(
+            ComparisonTable(
                 f"standard errors, from {settings.resamples} resamples of the points",
                 _errors(band, settings.resamples),
                 f"{_OPTIONS} bootstrap.unit=run bootstrap.resamples={settings.resamples}",
             ),
-            Part("beside: how far is the optimum?", _objectives(at_theirs, estimate.fits[0])),
+            ComparisonTable("for comparison: objectives", _objectives(at_theirs, estimate.fits[0])),
         )
 
 
-def _values(values: Mapping[str, float], at_theirs: float, ours: FitResult) -> tuple[Row, ...]:
+def _values(values: Mapping[str, float], at_theirs: float, ours: FitResult) -> tuple[ComparisonRow, ...]:
     remark = (
-        f"The paper's point is slightly short of the optimum: its objective is {at_theirs:.6g}, the lowest is"
+        f"The paper's point is close to the optimum but not at it: its objective is {at_theirs:.6g}, the minimum is"
         f" {ours.objective:.6g} ({ours.starts_agreeing} of {ours.starts_tried} starts agree)."
     )
     rows = []
@@ -79,46 +79,46 @@ def _values(values: Mapping[str, float], at_theirs: float, ours: FitResult) -> t
         half = 2 * float(error)
         interval = Interval(float(value) - half, float(value) + half)
         quantity = _EXPONENT if name == "a" else name
-        rows.append(Row(quantity, values[name], value, interval, "2 SE", remark=remark))
+        rows.append(ComparisonRow(quantity, values[name], value, interval, "2 SE", remark=remark))
     return tuple(rows)
 
 
-def _errors(band: Band, resamples: int) -> tuple[Row, ...]:
-    """A standard error's own standard error is 1 / sqrt(2 resamples) if the samples are normal; A and B are far from it."""
-    noise = f"{band.failed} of {resamples} resamples failed. Resampling noise alone is about {(2 * resamples) ** -0.5:.1%}"
+def _errors(band: Band, resamples: int) -> tuple[ComparisonRow, ...]:
+    """The relative noise of a standard error is 1 / sqrt(2 resamples) for normal samples; those of A and B are not normal."""
+    noise = f"{band.failed} of {resamples} resamples failed. Resampling noise is about {(2 * resamples) ** -0.5:.1%}"
     rows = []
     for name, (_, error) in _PUBLISHED.items():
         quantity = "params_exponent" if name == "a" else name
         ours = band.standard_error(quantity)
         if ours is None:
             raise RuntimeError(band.message or f"no standard error of {name}")
-        skewed = ", and much more for A and B, whose samples are skewed." if name in "AB" else "."
+        skewed = ", and larger for A and B, whose samples are skewed." if name in "AB" else "."
         rows.append(
-            Row(
+            ComparisonRow(
                 f"SE({name})", ours, error,
-                remark=f"{noise}{skewed} Every resample of ours is at its optimum; theirs may stop short, as their point does.",
+                remark=f"{noise}{skewed} All our resamples are at their optimum; theirs may stop early, as their point does.",
             )
         )  # fmt: skip
     return tuple(rows)
 
 
-def _objectives(at_theirs: float, ours: FitResult) -> tuple[Row, ...]:
+def _objectives(at_theirs: float, ours: FitResult) -> tuple[ComparisonRow, ...]:
     hoffmann = dict(get_law("chinchilla").example)
     everything = estimate_packed(_TABLE, "parametric", AnalysisSettings())
-    # The optima of the same objective on the same rows, known before this project's engine (see README.md).
+    # Optima of the same objective on the same rows, computed independently of this project (see README.md).
     return (
-        Row("objective at our optimum", ours.objective, "0.001018274018", source="reference", lower_is_better=True),
-        Row("objective at the paper's rounded point", at_theirs),
-        Row(
+        ComparisonRow("objective at our optimum", ours.objective, "0.001018274018", source="reference", lower_is_better=True),
+        ComparisonRow("objective at the paper's rounded point", at_theirs),
+        ComparisonRow(
             "objective at Hoffmann's unrounded constants", _objective_at(hoffmann),
-            remark="Hoffmann et al.'s constants do not fit their own figure: averaging the Huber losses over points under"
-            " a loose tolerance stopped their optimiser early.",
+            remark="The constants of Hoffmann et al. do not fit their own figure: they averaged the Huber losses over points, and"
+            " with a loose tolerance their optimizer stopped early.",
         ),
-        Row(
+        ComparisonRow(
             "a with all 245 points", params_exponent(everything), "0.5646", source="reference",
-            remark="Five outliers move a from .514 to .565.",
+            remark="Five outliers change a from .514 to .565.",
         ),
-        Row(
+        ComparisonRow(
             "objective with all 245 points", everything.fits[0].objective, "0.001826010523", source="reference",
             lower_is_better=True,
         ),
@@ -126,7 +126,7 @@ def _objectives(at_theirs: float, ours: FitResult) -> tuple[Row, ...]:
 
 
 def _objective_at(parameters: Mapping[str, float]) -> float:
-    """The objective at given parameters: a fit that may take no step."""
+    """The objective at given parameters, from a fit without steps."""
     observations = read_observations(packed(_TABLE), _SETTINGS)
     columns = {"n_params": observations.n_params, "n_tokens": observations.n_tokens}
     loss = observations.loss_nats

@@ -1,7 +1,7 @@
-"""Owns the comparison with Hoffmann et al. 2022 (Chinchilla): what follows from the constants and tables they print.
+"""Hoffmann et al. 2022 (Chinchilla): what follows from the printed constants and tables.
 
-Their runs are not public, so that Approaches 1 and 2 cannot be computed anew; their printed numbers can be held against
-each other.
+The runs are not public, so Approaches 1 and 2 cannot be recomputed, but the printed numbers can be checked against each
+other.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from scaling_lab.analysis.estimate import Interval
 from scaling_lab.analysis.frontiers import fit_lines
 from scaling_lab.analysis.laws import get_law
 from scaling_lab.analysis.reproduce import (
-    Part,
+    ComparisonRow,
+    ComparisonTable,
     Publication,
     ReproduceSettings,
-    Row,
     estimate_packed,
 )
 from scaling_lab.analysis.settings import AnalysisSettings
@@ -44,23 +44,25 @@ _GOPHER_FLOPS = 5.76e23
 
 @dataclass(frozen=True)
 class Hoffmann2022(Publication):
-    """Tables 2 and 3 from the printed constants, and how far rounding them leads astray."""
+    """Tables 2 and 3 from the printed constants, and the effect of rounding the constants."""
 
     kind = "hoffmann2022"
     title = "Chinchilla's tables from its own constants"
     reference = "Hoffmann et al. 2022, Training Compute-Optimal Large Language Models, arXiv 2203.15556"
     data = "the printed constants and tables; the runs themselves were not published"
 
-    def parts(self, settings: ReproduceSettings) -> Sequence[Part]:
+    def parts(self, settings: ReproduceSettings) -> Sequence[ComparisonTable]:
         unrounded = dict(get_law("chinchilla").example)
         return (
-            Part("table 2: exponents of N_opt ~ C^a, D_opt ~ C^b", _table_2(unrounded)),
-            Part("table 3: tokens = FLOPs / 6 N", _table_3()),
-            Part(f"the rounding trap: tokens per parameter at {_GOPHER_FLOPS:g} FLOPs", _rounding(unrounded)),
+            ComparisonTable("table 2: exponents of N_opt ~ C^a, D_opt ~ C^b", _table_2(unrounded)),
+            ComparisonTable("table 3: tokens = FLOPs / 6 N", _table_3()),
+            ComparisonTable(
+                f"the rounding trap: tokens per parameter at {_GOPHER_FLOPS:g} FLOPs", _rounding(unrounded)
+            ),
         )
 
 
-def _table_2(unrounded: Mapping[str, float]) -> tuple[Row, ...]:
+def _table_2(unrounded: Mapping[str, float]) -> tuple[ComparisonRow, ...]:
     n, c = np.log([row[1] for row in _TABLE_3]), np.log([row[2] for row in _TABLE_3])
     d = np.log([float(row[3]) for row in _TABLE_3])
     weight = np.ones(n.size)
@@ -71,58 +73,58 @@ def _table_2(unrounded: Mapping[str, float]) -> tuple[Row, ...]:
     assert printed is not None
     assert full is not None
     narrow = (
-        "The paper's own unrounded optimum lies outside the paper's interval, which is too narrow: 240 points cannot give"
+        "The paper's own unrounded optimum lies outside its interval, which is too narrow: 240 points cannot determine a to"
         " .001 (Besiroglu et al. 2024)."
     )
-    rounded = "alpha and beta rounded to two digits move a by .005."
+    rounded = "Rounding alpha and beta to two digits changes a by .005."
     a3, b3 = (Interval(0.454, 0.455), "10-90%"), (Interval(0.542, 0.543), "10-90%")
     return (
-        Row("approach 1, a", a1, "0.50", Interval(0.488, 0.502), "10-90%", remark=through),
-        Row("approach 1, b", b1, "0.50", Interval(0.501, 0.512), "10-90%", remark=f"{through} The paper's .50 is itself outside."),
-        Row("approach 3, a, unrounded constants", float(full.params_exponent), "0.46", *a3, remark=narrow),
-        Row("approach 3, b, unrounded constants", float(full.tokens_exponent), "0.54", *b3, remark=narrow),
-        Row("approach 3, a, printed constants", float(printed.params_exponent), "0.46", *a3, remark=rounded),
-        Row("approach 3, b, printed constants", float(printed.tokens_exponent), "0.54", *b3, remark=rounded),
+        ComparisonRow("approach 1, a", a1, "0.50", Interval(0.488, 0.502), "10-90%", remark=through),
+        ComparisonRow("approach 1, b", b1, "0.50", Interval(0.501, 0.512), "10-90%", remark=f"{through} The paper's .50 is outside, too."),
+        ComparisonRow("approach 3, a, unrounded constants", float(full.params_exponent), "0.46", *a3, remark=narrow),
+        ComparisonRow("approach 3, b, unrounded constants", float(full.tokens_exponent), "0.54", *b3, remark=narrow),
+        ComparisonRow("approach 3, a, printed constants", float(printed.params_exponent), "0.46", *a3, remark=rounded),
+        ComparisonRow("approach 3, b, printed constants", float(printed.tokens_exponent), "0.54", *b3, remark=rounded),
     )  # fmt: skip
 
 
-def _table_3() -> tuple[Row, ...]:
+def _table_3() -> tuple[ComparisonRow, ...]:
     rows = []
     for name, n, flops, tokens in _TABLE_3:
         ours = flops / (FLOPS_PER_PARAM_TOKEN * n)
         low, high = (1 - 0.005 / _mantissa(flops), 1 + 0.005 / _mantissa(flops))
         within = low <= float(tokens) / ours <= high
         remark = (
-            "Within the rounding of the FLOPs, which are printed to three digits."
+            "Equal within the rounding of the FLOPs, which are printed to three digits."
             if within
-            else f"The row contradicts itself: 6 N D = {FLOPS_PER_PARAM_TOKEN * n * float(tokens):.3g}, not"
-            f" {flops:.3g}, the compute of Gopher; {ours / 1e12:.2f}T tokens would fit."
+            else f"The row is inconsistent: 6 N D = {FLOPS_PER_PARAM_TOKEN * n * float(tokens):.3g}, not"
+            f" {flops:.3g}, the compute of Gopher; {ours / 1e12:.2f}T tokens would be consistent."
         )
-        rows.append(Row(f"tokens of a {name} model", ours, tokens, remark=remark))
+        rows.append(ComparisonRow(f"tokens of a {name} model", ours, tokens, remark=remark))
     return tuple(rows)
 
 
-def _rounding(unrounded: Mapping[str, float]) -> tuple[Row, ...]:
+def _rounding(unrounded: Mapping[str, float]) -> tuple[ComparisonRow, ...]:
     six_n_d = AnalysisSettings(where={"dropped_by_besiroglu": 0})
     refit = estimate_packed("chinchilla_epoch245.csv", "parametric", six_n_d).frontier
     assert refit is not None
     anew = float(refit.tokens(_GOPHER_FLOPS) / refit.params(_GOPHER_FLOPS))
     chinchilla = "70B parameters and 1.4T tokens: Chinchilla as trained, by Approaches 1 and 2."
     return (
-        Row("Chinchilla as trained", 1.4e12 / 70e9, "20", remark=chinchilla),
-        Row("approach 1, table 3's exponents and 67B row", 1.5e12 / 67e9),
-        Row(
+        ComparisonRow("Chinchilla as trained", 1.4e12 / 70e9, "20", remark=chinchilla),
+        ComparisonRow("approach 1, table 3's exponents and 67B row", 1.5e12 / 67e9),
+        ComparisonRow(
             "approach 3, printed constants", _tokens_per_param(_ROUNDED), "93", source="reference",
-            remark="alpha = .34 and beta = .28 are rounded by 1%, which at this compute is a factor of 1.6 in D/N: never"
+            remark="alpha = .34 and beta = .28 are rounded by 1%, which at this compute changes D/N by a factor of 1.6: do not"
             " compute an optimum from rounded constants.",
         ),
-        Row(
+        ComparisonRow(
             "approach 3, unrounded constants", _tokens_per_param(unrounded), "59", source="reference",
-            remark="Still three times Chinchilla's own 20: the fit had not converged (Besiroglu et al. 2024).",
+            remark="Still three times Chinchilla's 20: the fit had not converged (Besiroglu et al. 2024).",
         ),
-        Row(
+        ComparisonRow(
             "approach 3, refitted to their figure's 240 points", anew, "18", source="reference",
-            remark="At the optimum of their objective Approach 3 agrees with 1 and 2 (`published=besiroglu2024`).",
+            remark="At the optimum of their objective, Approach 3 agrees with Approaches 1 and 2 (`published=besiroglu2024`).",
         ),
     )  # fmt: skip
 

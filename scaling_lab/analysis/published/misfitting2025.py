@@ -1,4 +1,4 @@
-"""Owns the comparison with (Mis)Fitting (Li et al. 2025): Approach 3 on a sweep with very short runs in it."""
+"""(Mis)Fitting (Li et al. 2025): Approach 3 on a sweep that includes very short runs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from scaling_lab.analysis.approaches import ParametricSettings
 from scaling_lab.analysis.estimate import Estimate, Interval
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 from scaling_lab.analysis.reproduce import (
-    Part,
+    ComparisonRow,
+    ComparisonTable,
     Publication,
     ReproduceSettings,
-    Row,
     band_packed,
     estimate_packed,
     params_exponent,
@@ -30,13 +30,13 @@ _OBJECTIVE = "0.005021654212"
 _LOG_A, _LOG_B, _LOG_E, _ALPHA, _BETA = "3.93880", "13.05576", "0.59208", "0.20020", "0.63570"
 _TIED_OBJECTIVE, _TIED_ALPHA = "0.005243705788", "0.60338"
 _COMPUTE_FLOPS, _TOKENS_PER_PARAM, _TIED_TOKENS_PER_PARAM = 5.88e23, "0.04963", "28.2173"
-# Row bootstrap of the same rows, known apart from this project (see README.md): 95% interval of a.
+# 95% interval of a from a bootstrap of the same rows, computed independently of this project (see README.md).
 _INTERVAL = Interval(0.61, 0.90)
 
 
 @dataclass(frozen=True)
 class Misfitting2025(Publication):
-    """The authors' two fits of their own sweep, and how little the sweep determines."""
+    """The authors' two fits of their sweep, and how little the sweep determines."""
 
     kind = "misfitting2025"
     title = "One objective, two laws: tokens per parameter from .05 to 28"
@@ -46,26 +46,26 @@ class Misfitting2025(Publication):
     data = "261 final losses of an LR sweep with both embedding matrices counted, very short runs included"
     table = _TABLE
 
-    def parts(self, settings: ReproduceSettings) -> Sequence[Part]:
+    def parts(self, settings: ReproduceSettings) -> Sequence[ComparisonTable]:
         estimate = estimate_packed(_TABLE, "parametric", _ALL_ROWS)
         return (
-            Part("E + A/N^alpha + B/D^beta on all 261 rows", _free(estimate), "points=all"),
-            Part(
-                "the same with alpha = beta (the law called gadre here)", _tied(),
+            ComparisonTable("E + A/N^alpha + B/D^beta on all 261 rows", _free(estimate), "points=all"),
+            ComparisonTable(
+                "the same with alpha = beta (law=gadre)", _tied(),
                 "points=all approach.parametric.law=gadre",
             ),
-            Part("beside: what the rows do not determine", _uncertainty(estimate, settings)),
+            ComparisonTable("for comparison: what the rows do not determine", _uncertainty(estimate, settings)),
         )  # fmt: skip
 
 
-def _free(estimate: Estimate) -> tuple[Row, ...]:
+def _free(estimate: Estimate) -> tuple[ComparisonRow, ...]:
     fit = estimate.fits[0]
     p = fit.parameters
     a = params_exponent(estimate)
     published_a = float(_BETA) / (float(_ALPHA) + float(_BETA))
     remark = (
-        f"Theirs stopped a little early: our objective is {1 - fit.objective / float(_OBJECTIVE):.0e} lower, relatively, and"
-        " so flat there that parameters differ in the fourth digit."
+        f"Their optimizer stopped slightly early: our objective is lower by {1 - fit.objective / float(_OBJECTIVE):.0e}"
+        " (relative). It is so flat there that parameters differ in the fourth digit."
     )
     values = (
         ("ln E", float(np.log(p["E"])), _LOG_E),
@@ -77,37 +77,39 @@ def _free(estimate: Estimate) -> tuple[Row, ...]:
         (f"tokens per parameter at {_COMPUTE_FLOPS:g} FLOPs", _ratio(estimate), _TOKENS_PER_PARAM),
     )
     return (
-        Row("objective", fit.objective, _OBJECTIVE, source="release", remark=remark, lower_is_better=True),
-        *(Row(name, ours, text, source="release", remark=remark) for name, ours, text in values),
+        ComparisonRow(
+            "objective", fit.objective, _OBJECTIVE, source="release", remark=remark, lower_is_better=True
+        ),
+        *(ComparisonRow(name, ours, text, source="release", remark=remark) for name, ours, text in values),
     )
 
 
-def _tied() -> tuple[Row, ...]:
+def _tied() -> tuple[ComparisonRow, ...]:
     settings = replace(_ALL_ROWS, approach=ApproachSettings(parametric=ParametricSettings(law="gadre")))
     estimate = estimate_packed(_TABLE, "parametric", settings)
     fit = estimate.fits[0]
     remark = (
-        f"The objective is {fit.objective / float(_OBJECTIVE) - 1:.1%} higher with one parameter less, and the optimum at"
-        f" {_COMPUTE_FLOPS:g} FLOPs has {_ratio(estimate) / float(_TOKENS_PER_PARAM):.0f} times as many tokens per parameter:"
-        " the sweep, far below that compute, cannot say."
+        f"With one parameter less the objective is {fit.objective / float(_OBJECTIVE) - 1:.1%} higher, and the optimum at"
+        f" {_COMPUTE_FLOPS:g} FLOPs has {_ratio(estimate) / float(_TOKENS_PER_PARAM):.0f} times as many tokens per parameter."
+        " The sweep, at much less compute, does not determine it."
     )
-    early = "Theirs stopped a little early here too."
+    early = "Their optimizer stopped slightly early here, too."
     return (
-        Row("objective", fit.objective, _TIED_OBJECTIVE, source="release", remark=early, lower_is_better=True),
-        Row("alpha = beta = 2 eta", 2 * fit.parameters["eta"], _TIED_ALPHA, source="release", remark=early),
-        Row("tokens per parameter at any compute", _ratio(estimate), _TIED_TOKENS_PER_PARAM, source="release", remark=remark),
+        ComparisonRow("objective", fit.objective, _TIED_OBJECTIVE, source="release", remark=early, lower_is_better=True),
+        ComparisonRow("alpha = beta = 2 eta", 2 * fit.parameters["eta"], _TIED_ALPHA, source="release", remark=early),
+        ComparisonRow("tokens per parameter at any compute", _ratio(estimate), _TIED_TOKENS_PER_PARAM, source="release", remark=remark),
     )  # fmt: skip
 
 
-def _uncertainty(estimate: Estimate, settings: ReproduceSettings) -> tuple[Row, ...]:
-    rows: list[Row] = []
+def _uncertainty(estimate: Estimate, settings: ReproduceSettings) -> tuple[ComparisonRow, ...]:
+    rows: list[ComparisonRow] = []
     chosen = replace(_ALL_ROWS, seed=settings.seed)
     draws = BootstrapSettings(resamples=settings.resamples, unit="row", level=0.95)
     interval = band_packed(_TABLE, "parametric", chosen, estimate, draws).interval("params_exponent")
     assert interval is not None
-    wide = f"{settings.resamples} resamples of rows: the exponent is hardly determined."
+    wide = f"{settings.resamples} resamples of rows. The data hardly determine the exponent."
     rows.append(
-        Row(
+        ComparisonRow(
             "a, all rows, lower end (95%)",
             interval.lo,
             f"{_INTERVAL.lo:.2f}",
@@ -116,7 +118,7 @@ def _uncertainty(estimate: Estimate, settings: ReproduceSettings) -> tuple[Row, 
         )
     )
     rows.append(
-        Row(
+        ComparisonRow(
             "a, all rows, upper end (95%)",
             interval.hi,
             f"{_INTERVAL.hi:.2f}",
@@ -125,8 +127,8 @@ def _uncertainty(estimate: Estimate, settings: ReproduceSettings) -> tuple[Row, 
         )
     )
     last = estimate_packed(_TABLE, "parametric", AnalysisSettings())
-    repeated = "21 rows repeat a run id; the last row of each run by tokens."
-    rows.append(Row("a, one row a run", params_exponent(last), remark=repeated))
+    repeated = "21 rows repeat a run id; here only the last row of each run (by tokens) is used."
+    rows.append(ComparisonRow("a, one row a run", params_exponent(last), remark=repeated))
     return tuple(rows)
 
 

@@ -1,4 +1,4 @@
-"""Owns the comparison with Muennighoff et al. 2023: the data-constrained law's published values, and what follows."""
+"""Muennighoff et al. 2023: published values of the data-constrained law, and what follows from it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from scaling_lab.analysis.estimate import Array
 from scaling_lab.analysis.laws import get_law
-from scaling_lab.analysis.reproduce import Part, Publication, ReproduceSettings, Row
+from scaling_lab.analysis.reproduce import ComparisonRow, ComparisonTable, Publication, ReproduceSettings
 
 # The release's example (huggingface/datablations, README): figure 1 (right), 25B unique tokens at 6 x 8.67e9 x 178e9 FLOPs.
 _UNIQUE_TOKENS = 25e9
@@ -18,13 +18,13 @@ _VALUES = {
     "L(6.34B, 242B tokens, 25B unique)": (6.34e9, 242e9, "2.2256440889984477"),
     "L(8.67B, 178B tokens, 25B unique)": (_CHINCHILLA_N, _CHINCHILLA_D, "2.2269634075087867"),
 }
-# The release's grid search for the optimum at that compute: tokens, epochs, parameters.
+# Result of the release's grid search for the optimum at that compute: tokens, epochs, parameters.
 _BEST_TOKENS, _BEST_EPOCHS, _BEST_PARAMS = "227e9", "9.1", "6.8e9"
 
 
 @dataclass(frozen=True)
 class Muennighoff2023(Publication):
-    """Values of the law with the C4 constants, its optimum for 25B unique tokens, and what an epoch is worth."""
+    """Values of the law with the C4 constants, its optimum for 25B unique tokens, and the value of repeated epochs."""
 
     kind = "muennighoff2023"
     title = "What repeated tokens are worth"
@@ -33,11 +33,11 @@ class Muennighoff2023(Publication):
     )
     data = "the published constants (C4)"
 
-    def parts(self, settings: ReproduceSettings) -> Sequence[Part]:
+    def parts(self, settings: ReproduceSettings) -> Sequence[ComparisonTable]:
         return (
-            Part("the law's published values", _values()),
-            Part("the optimum at the same compute, 25B unique tokens", _optimum()),
-            Part("what follows: repeated tokens", _epochs()),
+            ComparisonTable("the law's published values", _values()),
+            ComparisonTable("the optimum at the same compute, 25B unique tokens", _optimum()),
+            ComparisonTable("what follows for repeated tokens", _epochs()),
         )
 
 
@@ -47,23 +47,27 @@ def _loss(n: float | Array, d: float | Array, unique: float | Array) -> Array:
     return np.asarray(law.loss_nats(law.example, columns))
 
 
-def _values() -> tuple[Row, ...]:
+def _values() -> tuple[ComparisonRow, ...]:
     losses = {name: (float(_loss(n, d, _UNIQUE_TOKENS)), text) for name, (n, d, text) in _VALUES.items()}
     rows = [
-        Row(name, ours, text, source="release", remark="Rounding of the last bits.")
+        ComparisonRow(name, ours, text, source="release", remark="Rounding of the last digits.")
         for name, (ours, text) in losses.items()
     ]
     (better, better_text), (plain, plain_text) = losses.values()
     gain = f"{float(plain_text) - float(better_text):.5f}"
-    remark = "More epochs of a smaller model: as the paper, which then trained both, predicted."
+    remark = (
+        "More epochs of a smaller model are better, as the paper predicted and confirmed by training both."
+    )
     return (
         *rows,
-        Row("the smaller model's gain, nats", plain - better, gain, source="release", remark=remark),
+        ComparisonRow(
+            "the smaller model's gain, nats", plain - better, gain, source="release", remark=remark
+        ),
     )
 
 
-def _optimum() -> tuple[Row, ...]:
-    """N that minimises the law at fixed N D, on a grid a thousand times finer than rounding to two digits."""
+def _optimum() -> tuple[ComparisonRow, ...]:
+    """N that minimizes the law at fixed N D, on a grid much finer than the two printed digits."""
     n = np.geomspace(_CHINCHILLA_N / 3, _CHINCHILLA_N * 3, 20_001)
     d = _CHINCHILLA_N * _CHINCHILLA_D / n
     best = int(np.argmin(_loss(n, d, _UNIQUE_TOKENS)))
@@ -71,26 +75,26 @@ def _optimum() -> tuple[Row, ...]:
     assert free is not None
     compute = 6 * _CHINCHILLA_N * _CHINCHILLA_D
     fresh_n = float(free.params_coefficient * compute**free.params_exponent)
-    coarse = "The release searches a grid of 500 steps; the loss is flat there to 1e-6."
+    coarse = "The release searches a grid of 500 steps; near the optimum the loss is flat to 1e-6."
     return (
-        Row("parameters", float(n[best]), _BEST_PARAMS, source="release", remark=coarse),
-        Row("tokens", float(d[best]), _BEST_TOKENS, source="release", remark=coarse),
-        Row("epochs", float(d[best]) / _UNIQUE_TOKENS, _BEST_EPOCHS, source="release", remark=coarse),
-        Row(
+        ComparisonRow("parameters", float(n[best]), _BEST_PARAMS, source="release", remark=coarse),
+        ComparisonRow("tokens", float(d[best]), _BEST_TOKENS, source="release", remark=coarse),
+        ComparisonRow("epochs", float(d[best]) / _UNIQUE_TOKENS, _BEST_EPOCHS, source="release", remark=coarse),
+        ComparisonRow(
             "parameters if every token were fresh", fresh_n, "8.67e9", source="release",
-            remark="8.67B is the model that they trained as the optimum for fresh tokens; the law's own is 2% larger.",
+            remark="8.67B is the model they trained as the optimum for fresh tokens; the optimum of the law is 2% larger.",
         ),
     )  # fmt: skip
 
 
-def _epochs() -> tuple[Row, ...]:
+def _epochs() -> tuple[ComparisonRow, ...]:
     law = get_law("muennighoff")
     free = law.frontier(law.example)
     assert free is not None
-    # What the paper says of so many epochs (its figure 1).
+    # What the paper says about this many epochs (its figure 1).
     said = {
         4: "The paper: up to 4 epochs are almost as good as new data.",
-        16: "The paper: rapidly diminishing returns; R_D* = 15.4 repetitions is where 1/e of a token's worth is left.",
+        16: "The paper: rapidly diminishing returns; after R_D* = 15.4 repetitions the value of a token has fallen to 1/e.",
         40: "The paper: at 40 epochs repeating is worthless.",
     }
     rows = []
@@ -101,17 +105,26 @@ def _epochs() -> tuple[Row, ...]:
         more = float(_loss(n, d, _UNIQUE_TOKENS) / _loss(n, d, d) - 1)
         next_token = (_fresh_epochs(epochs + 1e-3) - _fresh_epochs(epochs - 1e-3)) / 2e-3
         rows += [
-            Row(f"{epochs} epochs are worth, in fresh epochs", _fresh_epochs(epochs), remark=remark),
-            Row(f"the next token after {epochs} epochs, in fresh tokens", next_token, remark=remark),
-            Row(f"loss after {epochs} epochs over that of fresh tokens, less 1", more, remark=remark),
+            ComparisonRow(
+                f"{epochs} epochs are worth, in fresh epochs", _fresh_epochs(epochs), remark=remark
+            ),
+            ComparisonRow(
+                f"the next token after {epochs} epochs, in fresh tokens", next_token, remark=remark
+            ),
+            ComparisonRow(
+                f"loss after {epochs} epochs over that of fresh tokens, less 1", more, remark=remark
+            ),
         ]
-    limit = "1 + R_D*: 25B tokens, repeated for ever, are worth 410B fresh ones."
-    return (*rows, Row("epochs without end are worth, in fresh epochs", _fresh_epochs(1e4), remark=limit))
+    limit = "1 + R_D*: 25B tokens, repeated forever, are worth 410B fresh ones."
+    return (
+        *rows,
+        ComparisonRow("epochs without end are worth, in fresh epochs", _fresh_epochs(1e4), remark=limit),
+    )
 
 
 def _fresh_epochs(epochs: float) -> float:
-    """Epochs of fresh tokens that give the same loss as so many epochs of the same tokens, from the law itself."""
+    """Number of epochs of fresh tokens with the same loss as `epochs` epochs of the same tokens, from the law itself."""
     law = get_law("muennighoff")
-    small = 1e8  # too small for the law's decay of excess parameters to matter
+    small = 1e8  # so small that excess parameters do not matter
     reducible = float(_loss(small, epochs * _UNIQUE_TOKENS, _UNIQUE_TOKENS) - _loss(small, 1e60, 1e60))
     return float((law.example["B"] / reducible) ** (1 / law.example["beta"]) / _UNIQUE_TOKENS)

@@ -1,4 +1,4 @@
-"""Owns the comparison with Porian et al. 2024: from Kaplan's exponent to Chinchilla's, one cause at a time."""
+"""Porian et al. 2024: from Kaplan's exponent to Chinchilla's, one cause at a time."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from scaling_lab.analysis.approaches import IsoFlopSettings
 from scaling_lab.analysis.estimate import BudgetStatus, Estimate, Interval
 from scaling_lab.analysis.reproduce import (
-    Part,
+    ComparisonRow,
+    ComparisonTable,
     Publication,
     ReproduceSettings,
-    Row,
     estimate_packed,
     packed,
     params_exponent,
@@ -21,13 +21,13 @@ from scaling_lab.analysis.settings import AnalysisSettings, ApproachSettings
 
 _TABLE = "porian_isoflop_refinedweb.csv"
 _PUBLISHED = "porian_isoflop_refinedweb_published.csv"
-# The paper's chain on RefinedWeb: each step mends one cause. Experiments are named as in the release.
+# The paper's sequence of experiments on RefinedWeb: each step corrects one cause. Names are those of the release.
 _CHAIN = {
     "rw_base_long_kaplan_kaplan_train": "as Kaplan: without the last layer",
     "rw_base_long_kaplan_standard_val": "+ the last layer's FLOPs counted",
     "rw_base_short_kaplan_standard_val": "+ warm-up short enough for small models",
     "rw_base_short_chinchilla_standard_val": "+ cosine matched to the horizon",
-    "rw_tuned_short_const_standard_val": "+ optimiser tuned (no decay)",
+    "rw_tuned_short_const_standard_val": "+ optimizer tuned (no decay)",
 }
 _FURTHER = {
     "rw_base_long_kaplan_attention_train": "attention counted, otherwise step 2",
@@ -36,7 +36,7 @@ _FURTHER = {
     "rw_tuned_short_const_attention_train": "attention counted, step 5",
     "rw_tuned_long_const_kaplan_train": "tuned, but last layer not counted, long warm-up",
 }
-# Minima as the authors find them; and other ways that are in use.
+# The authors' method to find minima, and other common ones.
 _AKIMA = IsoFlopSettings(minimum="akima")
 _PARABOLA = IsoFlopSettings(minimum="parabola")
 _WHOLE = IsoFlopSettings(minimum="parabola", window_log_params=None)
@@ -45,7 +45,7 @@ _SHARED = IsoFlopSettings(minimum="shared")
 
 @dataclass(frozen=True)
 class Porian2024(Publication):
-    """Exponents of ten experiments by Akima interpolation, as the authors; and what a parabola makes of the same points."""
+    """Exponents of ten experiments by Akima interpolation, as in the paper, and by other methods on the same points."""
 
     kind = "porian2024"
     title = "From Kaplan's .84 to Chinchilla's .50 on RefinedWeb"
@@ -53,88 +53,90 @@ class Porian2024(Publication):
     data = "10 experiments of up to 12 budgets, losses at exactly each budget, from the authors' release"
     table = _TABLE
 
-    def parts(self, settings: ReproduceSettings) -> Sequence[Part]:
+    def parts(self, settings: ReproduceSettings) -> Sequence[ComparisonTable]:
         with packed(_PUBLISHED).open(encoding="utf-8", newline="") as file:
             published = {row["experiment"]: row for row in csv.DictReader(file)}
         example = next(iter(_CHAIN))
         options = f"where.experiment={example} approach.isoflop.minimum="
         return (
-            Part(
-                "the chain, exponent a, minima by Akima as the authors",
+            ComparisonTable(
+                "the sequence, exponent a, minima by Akima as in the paper",
                 tuple(_akima_row(n, published[e], e) for e, n in _CHAIN.items()),
                 f"{options}akima",
             ),
-            Part(
-                "the same against the authors' own fit without weights",
+            ComparisonTable(
+                "the same, compared with the authors' fit without weights",
                 tuple(_unweighted_row(n, published[e], e) for e, n in _CHAIN.items()),
                 f"{options}akima",
             ),
-            Part(
+            ComparisonTable(
                 "the same points, minima by a parabola over sizes within a factor of twelve of the best",
                 tuple(_other_row(n, published[e], e, _PARABOLA) for e, n in _CHAIN.items()),
                 f"{options}parabola",
             ),
-            Part(
+            ComparisonTable(
                 "the same points, a parabola through all sizes, as in Hoffmann et al.",
                 tuple(_other_row(n, published[e], e, _WHOLE) for e, n in _CHAIN.items()),
                 f"{options}parabola approach.isoflop.window_log_params=null",
             ),
-            Part(
+            ComparisonTable(
                 "the same points, valleys of one shared asymmetric shape (our default)",
                 tuple(_other_row(n, published[e], e, _SHARED) for e, n in _CHAIN.items()),
                 f"{options}shared",
             ),
-            Part(
+            ComparisonTable(
                 "five further experiments, minima by Akima",
                 tuple(_akima_row(n, published[e], e) for e, n in _FURTHER.items()),
             ),
         )
 
 
-def _akima_row(name: str, published: Mapping[str, str], experiment: str) -> Row:
+def _akima_row(name: str, published: Mapping[str, str], experiment: str) -> ComparisonRow:
     estimate = _estimate(experiment, _AKIMA)
-    remark = "The authors weigh the budgets by simulated seed noise; ours count alike." + _budgets_remark(
+    remark = "The authors weight budgets by simulated seed noise; ours have equal weights." + _budgets_remark(
         estimate, published
     )
     return _row(name, params_exponent(estimate), published, remark)
 
 
-def _unweighted_row(name: str, published: Mapping[str, str], experiment: str) -> Row:
-    """Against the authors' own fit without weights (`a_basic` of the release)."""
+def _unweighted_row(name: str, published: Mapping[str, str], experiment: str) -> ComparisonRow:
+    """Comparison with the authors' fit without weights (`a_basic` of the release)."""
     estimate = _estimate(experiment, _AKIMA)
     text = f"{float(published['a_basic']):.4f}"
     remark = (
         _budgets_remark(estimate, published)
-        or " The same budgets: what remains, the release does not explain."
+        or " The budgets are the same; the release does not explain the remaining difference."
     )
-    return Row(name, params_exponent(estimate), text, source="release", remark=remark.strip())
+    return ComparisonRow(name, params_exponent(estimate), text, source="release", remark=remark.strip())
 
 
 def _budgets_remark(estimate: Estimate, published: Mapping[str, str]) -> str:
-    """Which budgets we leave out and the authors do not, or nothing."""
+    """A sentence that names budgets that we leave out and the authors use; empty if there are none."""
     left_out = [b for b in estimate.budgets if b.status is not BudgetStatus.OK]
     used, theirs = len(estimate.budgets) - len(left_out), int(published["n_flops"])
     if used == theirs:
         return ""
     named = ", ".join(f"{b.budget_flops:.3g} ({b.status.value})" for b in left_out)
-    return f" They use {theirs} budgets here, we {used}: without {named}, where the best sampled size is the smallest or largest."
+    return f" They use {theirs} budgets here, we use {used}, without {named}: there the best sampled size is the smallest or largest."
 
 
-def _other_row(name: str, published: Mapping[str, str], experiment: str, settings: IsoFlopSettings) -> Row:
+def _other_row(
+    name: str, published: Mapping[str, str], experiment: str, settings: IsoFlopSettings
+) -> ComparisonRow:
     estimate = _estimate(experiment, settings)
     row = _row(name, params_exponent(estimate), published, None)
     if row.inside:
         return row
     remark = (
-        "How a valley's floor is found moves a by .01 to .07 on the same points: valleys are not symmetric, and a fit"
-        " through many sizes is pulled by the far ones. The published intervals know of seed noise only."
+        "On the same points the method to find minima changes a by .01 to .07: valleys are asymmetric, and distant sizes"
+        " bias a fit through many sizes. The published intervals reflect seed noise only."
     )
     return _row(name, row.ours, published, remark)
 
 
-def _row(name: str, ours: float, published: Mapping[str, str], remark: str | None) -> Row:
+def _row(name: str, ours: float, published: Mapping[str, str], remark: str | None) -> ComparisonRow:
     interval = Interval(float(published["a_lo95"]), float(published["a_hi95"]))
-    return Row(name, ours, f"{float(published['a']):.3f}", interval, "95%", "release", remark)
+    return ComparisonRow(name, ours, f"{float(published['a']):.3f}", interval, "95%", "release", remark)
 
 
 def _estimate(experiment: str, isoflop: IsoFlopSettings) -> Estimate:

@@ -17,7 +17,7 @@ from scaling_lab.cli.options.compose import read_command
 from scaling_lab.cli.options.forms import Form, build, options_of
 
 if TYPE_CHECKING:
-    from scaling_lab.analysis.reproduce import Part, Reproduction, Row
+    from scaling_lab.analysis.reproduce import ComparisonRow, ComparisonTable, Reproduction
 
 _COLUMNS = ("quantity", "published", "ours", "difference", "published interval", "agreement", "note")
 
@@ -68,7 +68,7 @@ def print_reproduction(console: Console, made: Reproduction) -> None:
     console.print("")
 
 
-def _table(part: Part, notes: dict[str, int]) -> Table:
+def _table(part: ComparisonTable, notes: dict[str, int]) -> Table:
     """Columns that are empty in every row are omitted."""
     cells = [_cells(row, notes) for row in part.rows]
     table = Table(title=part.title, title_justify="left")
@@ -82,14 +82,14 @@ def _table(part: Part, notes: dict[str, int]) -> Table:
     return table
 
 
-def _cells(row: Row, notes: dict[str, int]) -> tuple[str, ...]:
+def _cells(row: ComparisonRow, notes: dict[str, int]) -> tuple[str, ...]:
     number = "" if row.remark is None else f"({notes.setdefault(row.remark, len(notes) + 1)})"
     star = "*" if row.source == "reference" and row.published is not None else ""
     published = f"{row.published or ''}{star}"
     return row.quantity, published, _ours(row), _difference(row), _interval(row), row.verdict, number
 
 
-def _ours(row: Row) -> str:
+def _ours(row: ComparisonRow) -> str:
     """Our value with one digit more than the published one, so that differences below its rounding are visible."""
     if row.published is None:
         return f"{row.ours:.4g}"
@@ -100,11 +100,11 @@ def _ours(row: Row) -> str:
     return f"{row.ours:.{min(16, max(0, -exponent + 1))}f}"
 
 
-def _difference(row: Row) -> str:
+def _difference(row: ComparisonRow) -> str:
     return "" if row.difference is None else f"{row.difference:+.2g}" if row.difference else "0"
 
 
-def _interval(row: Row) -> str:
+def _interval(row: ComparisonRow) -> str:
     if row.interval is None:
         return ""
     return f"{row.interval.lo:.4g} to {row.interval.hi:.4g} ({row.interval_kind})"
