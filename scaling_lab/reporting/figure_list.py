@@ -104,7 +104,7 @@ def _draw(
     name: str, title: str, height: float, draw: Callable[[Figure], tuple[str, str] | str]
 ) -> ReportFigure:
     with figure_style():
-        # Without pyplot: no window system is asked for, and no global state is left behind.
+        # Without pyplot: no window system is needed, and no global state is left behind.
         figure = Figure(figsize=(FIGURE_WIDTH, height))
         drawn = draw(figure)
         if isinstance(drawn, str):
@@ -126,22 +126,22 @@ def _loss(analysis: Analysis) -> ReportFigure:
         )
         if not shown["curves"]:
             return (
-                "Each point is one run's final loss and what it cost. There are no curves in these data (one row a run), "
-                "so Approach 1, the envelope, cannot be applied. The fewer FLOPs for the same loss, the better.",
+                "Each point is one run's final loss and compute. There are no curves in these data (one row a run), "
+                "so Approach 1, the envelope, cannot be applied. Fewer FLOPs for the same loss are better.",
                 f"Scatter of final loss against training FLOPs for {shown['runs']} runs.",
             )
         kind = points.curves.kind
-        said = (
+        usable = (
             f" {envelope.message}"
             if envelope.frontier is not None
             else f" Not usable here: {envelope.message}"
         )
         return (
-            f"Each line is one run ({kind}); its end is its final loss. A small model (violet) falls early and then "
-            "flattens; a large one (green) starts late and ends lower. The thick line, the lower envelope, is at each cost "
-            "the lowest loss among the runs still in training there: a run that has ended no longer counts. Where it passes from one size to the next, marked in blue, "
-            f"both sizes are equally good: those points are Approach 1.{said} The line steps "
-            f"up where the runs of one budget end.{some}",
+            f"Each line is one run ({kind}), and its end is its final loss. The loss of a small model (violet) falls early "
+            "and then flattens; that of a large one (green) falls later and ends lower. The thick line, the lower envelope, "
+            "is the lowest loss at each compute among the runs still in training there; runs that have ended no longer "
+            "count. Where it passes from one size to the next (blue marks), both sizes are equally good: those points are "
+            f"Approach 1.{usable} The line steps up where the runs of one budget end.{some}",
             f"Loss against training FLOPs of {shown['runs']} runs on logarithmic axes, colored by size, with their "
             f"lower envelope, which falls from {format_loss(float(points.curves.loss_nats.max()))} to "
             f"{format_loss(float(points.loss_nats.min()))} nats.",
@@ -173,20 +173,20 @@ def _valleys(analysis: Analysis) -> ReportFigure:
         rest = (
             ""
             if shown["ok"] == shown["budgets"]
-            else " A dashed curve has no usable minimum; its name says why."
+            else " A dashed curve has no usable minimum; its label gives the reason."
         )
         few = f" {shown['too_few']} budget(s) with too few sizes are not drawn." if shown["too_few"] else ""
         moved = (
             ""
             if analysis.points.budgets_match_convention
-            else " The budgets were planned under another way of counting: each run's loss is shown moved to its budget's "
-            "mean cost along the fitted law, as the approach used it."
+            else " The budgets were planned under another way of counting: each run's loss is shown shifted to its "
+            "budget's mean compute along the fitted law, as the approach used it."
         )
         return (
-            "Every curve is one compute budget, spent on models of different sizes. Too small a model (left) cannot "
-            "learn what its many tokens hold; too large a one (right) gets too few tokens: in between lies the valley. "
-            f"Its floor (star) is the best size for that budget, found by {how}. The floor moves right "
-            f"as the budget grows: how fast is the exponent a, Approach 2.{rest}{few}{moved}",
+            "Each curve is one compute budget, spent on models of different sizes. A model that is too small (left) cannot "
+            "make use of its many tokens; one that is too large (right) gets too few. The minimum of the valley between "
+            f"them (star) is the best size for that budget, found by {how}. It moves right as the budget grows; how fast is "
+            f"the exponent a of Approach 2.{rest}{few}{moved}",
             "IsoFLOP valleys, final loss against parameters. Minima at "
             + ("; ".join(found) or "no budget")
             + ".",
@@ -210,12 +210,12 @@ def _scaling(analysis: Analysis) -> ReportFigure:
             if e.frontier is not None
         ]
         return (
-            "The answer: how large a model (above) and how many tokens (below) a given amount of compute is best spent "
-            "on. The axes are logarithmic, so a power law is a straight line and its exponent is the slope, written "
-            f"beside its name. Solid where there are data, dashed beyond; shaded, the {level} interval. Points are "
-            "the envelope's crossings and the valleys' floors. Thin lines have the slopes of Kaplan et al. 2020 and "
+            "The answer: the model size (above) and number of tokens (below) that make the best use of a given amount of "
+            "compute. The axes are logarithmic, so a power law is a straight line whose slope is its exponent, written "
+            f"after its name. Lines are solid where there are data and dashed beyond; the {level} interval is shaded. Points "
+            "are the envelope's crossings and the valleys' minima. Thin lines have the slopes of Kaplan et al. 2020 and "
             "Hoffmann et al. 2022 (Chinchilla), drawn through the middle of ours: compare slopes, not heights. The "
-            "dash-dotted line is 20 tokens a parameter at what these runs cost, "
+            "dash-dotted line is 20 tokens per parameter at the compute of these runs, "
             f"{used['flops_per_param_token']:.3g} FLOPs per parameter and token.",
             "Compute-optimal parameters and tokens against training FLOPs. " + "; ".join(slopes) + ".",
         )
@@ -235,10 +235,10 @@ def _contour(analysis: Analysis) -> ReportFigure:
             return f"The fitted law, {estimate.law}, depends on more than N and D: it has no contour over the two."
         shown = ", ".join(f"{k} = {v:.4g}" for k, v in estimate.fits[0].parameters.items())
         return (
-            "Approach 3: one formula fitted to all runs (dots). Along each solid line the formula gives the same loss, "
-            "which is written on it. Along each dotted line training costs the same, one budget a line. Where a dotted "
-            "line touches the lowest loss, there is the best split of that budget: the thick line, the efficient "
-            "frontier, joins those places.",
+            "Approach 3: one formula fitted to all runs (dots). Each solid line is a contour of "
+            "the loss written on it. Along each dotted line training takes the same compute, one budget per line. The best "
+            "split of a budget is where its dotted line touches the lowest loss; the thick line, the efficient frontier, "
+            "joins these points.",
             f"Contours of the fitted loss over tokens and parameters with the runs and the frontier. {shown}.",
         )
 
@@ -256,9 +256,9 @@ def _residuals(analysis: Analysis) -> ReportFigure:
         figures_checks.residuals(ax_n, ax_d, analysis.points, fit)
         worst = 100 * float(abs(fit.residuals_log).max())
         return (
-            "What the formula leaves over: how far each run's loss lies above or below it. A good fit scatters about "
-            "zero without a pattern, as wide as the noise between seeds. A bend or a slope means that the law is not "
-            f"the right one for these runs, and its extrapolation is not to be trusted. The largest is {worst:.2f}%.",
+            "Residuals: how far each run's loss is above or below the formula. Those of a good fit scatter about zero "
+            "without a pattern, as widely as seeds do. A bend or a slope means that the law is wrong for these runs and "
+            f"should not be extrapolated. The largest residual is {worst:.2f}%.",
             f"Residuals of the parametric fit in percent against parameters and tokens; the largest is {worst:.2f}%.",
         )
 
@@ -279,13 +279,13 @@ def _backtest(analysis: Analysis) -> ReportFigure:
             why = " ".join(t.message for t in analysis.backtest)
             return why or "A backtest needs at least two budgets, the largest of them with three runs."
         figures_checks.predicted_and_reached(figure.add_subplot(), rows)
-        told = "; ".join(f"{r[0]} {format_loss(r[2])}" for r in rows)
+        predicted = "; ".join(f"{r[0]} {format_loss(r[2])}" for r in rows)
         return (
-            "The test that matters: each approach was fitted again without the largest budget, "
-            f"{format_flops(analysis.backtest[0].budget_flops)} FLOPs, and asked what loss is best there. Its answer "
-            "(with its interval) against what the runs of that budget reached (upright bar)."
-            " An arrow means that the interval goes on beyond the picture.",
-            f"Predicted against reached loss at the largest budget: {told}; reached {format_loss(rows[0][4])} nats.",
+            "Each approach was fitted again without the largest budget, "
+            f"{format_flops(analysis.backtest[0].budget_flops)} FLOPs, and predicted the best loss there. Its prediction "
+            "(with its interval) is compared with the loss that the runs of that budget reached (vertical bar). An arrow "
+            "means that the interval continues beyond the figure.",
+            f"Predicted against reached loss at the largest budget: {predicted}; reached {format_loss(rows[0][4])} nats.",
         )
 
     return _finish("backtest", "Predicted and reached", 0.95 + 0.33 * max(2, len(rows)), draw)
@@ -304,10 +304,9 @@ def _sensitivity(analysis: Analysis) -> ReportFigure:
         figures_checks.sensitivity_forest(figure.add_subplot(), rows, base)
         values = [r.value for r in rows]
         return (
-            "The same question asked again with one choice changed at a time. The first line is this report; the shaded "
-            "columns are its intervals. A choice that moves an answer out of its column matters more than the error "
-            "bar says, and belongs in every sentence that quotes the exponent. An arrow means that an "
-            "interval goes on beyond the picture.",
+            "The same analysis with one choice changed at a time. The first row is this report; the shaded columns are "
+            "its intervals. A choice that moves an exponent out of its column matters more than the error bar, and should "
+            "be stated wherever the exponent is quoted. An arrow means that an interval continues beyond the figure.",
             f"The exponent of N under {len({r.label for r in rows}) - 1} other choices, "
             f"from {min(values):.3f} to {max(values):.3f}.",
         )
@@ -366,7 +365,7 @@ def _training(records: Sequence[RunRecord]) -> ReportFigure:
             else f" {shown['drawn']} of {shown['curves']} runs are drawn."
         )
         return (
-            "Every run from its first step to its last: training loss (line, averaged over short stretches) and loss on "
+            "Every run from its first step to its last: training loss (line, averaged over short intervals) and loss on "
             "the validation set (dots). Below, the learning rate. Look here when a valley looks odd: a run that stops "
             "falling early, jumps, or ends in a red cross (diverged) was badly tuned, not badly sized. The last drop "
             f"comes from the falling learning rate: a run is only worth comparing at its end.{some}",

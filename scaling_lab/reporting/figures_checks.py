@@ -1,4 +1,4 @@
-"""Owns the figures that test the answer: residuals of the fitted law, sensitivity to choices, predicted against reached."""
+"""Figures that test the answer: residuals of the fitted law, sensitivity to choices, predicted against reached loss."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def sensitivity_forest(
 def predicted_and_reached(
     ax: Axes, rows: Sequence[tuple[str, str, float, tuple[float, float] | None, float]]
 ) -> None:
-    """Predictions of what was left out, beside what it came to: one line an approach and budget.
+    """Predictions for the budget that was left out, with the loss its runs reached: one row for each approach.
 
     Args:
         rows: (label, approach, predicted, its interval or None, reached), losses in nats per token.
@@ -143,8 +143,8 @@ def predicted_and_reached(
 
 
 def _limits(values: Sequence[float], intervals: Sequence[tuple[float, float] | None]) -> tuple[float, float]:
-    """Limits that hold every value, and intervals up to the values' own spread beyond: one that says nothing must not
-    flatten the rest."""
+    """Limits that include every value, and intervals up to the values' own spread beyond: a very wide one must not flatten
+    the rest."""
     lo, hi = min(values), max(values)
     widths = sorted(b - a for a, b in (i for i in intervals if i is not None))
     room = max(0.25 * (hi - lo), widths[(len(widths) - 1) // 2] if widths else 0.0, 1e-3 * abs(hi), 1e-9)

@@ -1,4 +1,4 @@
-"""Owns the figures of runs as they were trained: loss against compute with the envelope, and loss and LR over a run."""
+"""Figures of runs as they were trained: loss against compute with the envelope, and loss and LR over a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from scaling_lab.reporting.style import (
 MAX_CURVES = 120
 # Points drawn of one curve, spaced evenly in the axis' own scale.
 MAX_POINTS = 140
-# The beginning of training says nothing about the frontier: the axis starts this far below the cheapest run's end.
+# The beginning of training is irrelevant to the frontier: the axis starts this far below the cheapest run's end.
 DECADES_BEFORE_FIRST_END = 1.0
 
 
@@ -167,7 +167,7 @@ def thin(x: Array, y: Array, most: int = MAX_POINTS, *, log_x: bool = True) -> t
 
 
 def _smoothed(record: RunRecord, bins: int = 60) -> tuple[Array, Array]:
-    """Training loss as means over equal shares of the run, so that the eye sees the curve and not the batches."""
+    """Training loss as means over equal shares of the run, so that the curve shows and not the batches."""
     points = [p for p in record.curve if p.train_loss_nats is not None and np.isfinite(p.train_loss_nats)]
     if not points:
         return np.empty(0), np.empty(0)
@@ -177,7 +177,7 @@ def _smoothed(record: RunRecord, bins: int = 60) -> tuple[Array, Array]:
     count = np.bincount(at, minlength=bins)
     kept = count > 0
     x, y = np.bincount(at, share, bins)[kept] / count[kept], np.bincount(at, loss, bins)[kept] / count[kept]
-    # The last bin's mean lies before the end of the run: the curve goes on to its last point's share.
+    # The last bin's mean lies before the end of the run: the curve continues to its last point's share.
     return x, y
 
 

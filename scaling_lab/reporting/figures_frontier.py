@@ -1,4 +1,4 @@
-"""Owns the figures of the answer: IsoFLOP valleys, N_opt and D_opt against compute, the parametric contour."""
+"""Figures of the answer: IsoFLOP valleys, N_opt and D_opt against compute, the parametric contour."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CHINCHILLA_TOKENS_PER_PARAM = 20.0
 REFERENCE_PARAMS_EXPONENTS = (("Kaplan's slope", 0.73), ("Chinchilla's slope", 0.50))
 # How far beyond the largest compute the frontier is drawn, dashed, as extrapolation.
 EXTRAPOLATION_DRAWN = 4.0
-# Up to so many budgets are named one by one; more are told by a color bar.
+# Up to so many budgets are named one by one; more are shown by a color bar.
 NAMED_BUDGETS = 8
 # Losses over more than this factor are drawn on a logarithmic axis, or the low valleys would be flat.
 LOG_LOSS_RATIO = 1.8

@@ -86,7 +86,7 @@ def write_report(
     """Write report.html, analysis.json and figures/*.svg, *.png into `folder`; returns the page's path.
 
     Files of an older report are replaced atomically, each by itself; nothing else in the folder is touched. Without an
-    analysis (a sweep too young for one) the page says why and shows findings and runs; without either, analysis.json is
+    analysis (too few runs are done) the page says why and shows findings and runs; without either, analysis.json is
     not written.
 
     Args:
@@ -138,7 +138,7 @@ def report_from_json(path: Path | str, folder: Path | str, options: ReportOption
 
 
 def _name_of(path: Path) -> str:
-    """What an analysis.json is of, by the folder it lies in: results/SWEEP/report or results/tables/TABLE."""
+    """The sweep or table of an analysis.json, by its folder: results/SWEEP/report or results/tables/TABLE."""
     folder = path.resolve().parent
     return folder.parent.name if folder.name == "report" else folder.name
 
@@ -270,7 +270,7 @@ def banner(records: Sequence[RunRecord], plan: Plan | None) -> str | None:
         done = sum(p.run_id in have for p in plan.runs)
         if done < len(plan.runs):
             parts.append(
-                f"{done} of {len(plan.runs)} runs are done: this is a half-done sweep, and its answer will change."
+                f"{done} of {len(plan.runs)} runs are done: the sweep is not finished, and its answer will change."
             )
     if bad:
         parts.append(f"{len(bad)} run(s) diverged or failed and are not analyzed.")

@@ -116,7 +116,7 @@ def text_color(color: Any) -> Any:
 
 
 def halo(width: float = 2.2) -> list[Any]:
-    """A white outline that keeps a label readable across lines (black in dark mode, as all colors turn)."""
+    """A white outline that keeps a label readable across lines (black in dark mode, where all colors are inverted)."""
     return [patheffects.withStroke(linewidth=width, foreground="white")]
 
 

@@ -1,4 +1,4 @@
-"""Owns the way from a matplotlib figure to files and to SVG inside a page: small, self-contained, the same every time."""
+"""From a matplotlib figure to files and to SVG inside a page: small, self-contained, the same every time."""
 
 from __future__ import annotations
 

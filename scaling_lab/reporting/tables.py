@@ -234,7 +234,7 @@ def sensitivity(document: Document) -> TextTable:
 
 
 def finding_tables(finding: Finding) -> list[tuple[str, TextTable]]:
-    """(caption, table) of a finding: its numbers where they are in no table of its own or beside published ones."""
+    """(caption, table) of a finding: its tables, and its numbers where no table has them or a paper gives them too."""
     tables = []
     if finding.quantities and (not finding.tables or any(q.published for q in finding.quantities)):
         tables.append(("The numbers of the answer", quantities(finding)))

@@ -102,7 +102,7 @@ def _table(comparison: LawComparison) -> FindingTable:
         )
     note = (
         f"Mean |error| of the loss. Left out: each of {comparison.n_groups} runs, predicted by a fit without it "
-        f"({comparison.folds} folds). Excess: over the best law; less than twice its standard error is no evidence."
+        f"({comparison.folds} folds). Excess: over the best law; less than twice its standard error is not significant."
     )
     if comparison.threshold_flops is not None:
         note += (

@@ -379,7 +379,7 @@ def _ratio_table(skills: Skills) -> FindingTable:
             )
             for r in skills.ratios
         ),
-        note="The runs are the same in every column, so the ratios are, if anything, better known than these intervals say.",
+        note="The runs are the same in every column, so the ratios are, if anything, better known than these intervals show.",
     )
 
 

@@ -252,7 +252,7 @@ def publish(
 
 @contextlib.contextmanager
 def writing_into(folder: Path) -> Iterator[None]:
-    """Within it a disk that cannot be written is an error that says where else a report may go."""
+    """Context in which a disk error becomes one line that names where else a report may go."""
     try:
         yield
     except OSError as error:

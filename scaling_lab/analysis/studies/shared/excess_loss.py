@@ -114,7 +114,7 @@ class Tuning:
     varied: tuple[str, ...]
     """("LR",) or ("LR", "batch")."""
     noise_nats: float | None
-    """Standard deviation of one loss about its cell's surface; None where nothing tells."""
+    """Standard deviation of one loss about its cell's surface; None where it is unknown."""
     noise_source: str
     level: float
     excess_nats: Array

@@ -92,8 +92,8 @@ def underdetermined_reason(x: Array) -> str | None:
 
 
 def fit_quadratic(x: Array, losses: Array) -> QuadraticFit | str:
-    """Least squares for every row of `losses` (samples, runs) at settings `x` (runs, dims); the sentence that says why
-    where the first row has no minimum among the settings.
+    """Least squares for every row of `losses` (samples, runs) at settings `x` (runs, dims); a sentence with the reason where
+    the first row has no minimum among the settings.
 
     A later row without a minimum takes the first row's curvature; an optimum outside of what was tried is set to its edge.
     """
@@ -115,7 +115,7 @@ def fit_quadratic(x: Array, losses: Array) -> QuadraticFit | str:
     optimum = -np.linalg.solve(hessian, gradient[..., None])[..., 0]
     low, high = x.min(axis=0), x.max(axis=0)
     if ((optimum[0] < low) | (optimum[0] > high)).any():
-        return "the best setting lies outside of what was tried"
+        return "the best setting lies outside the range tried"
     residual = losses[0] - matrix @ coefficients[0]
     distinct = int(settings_of(x).max()) + 1
     floor = float(coefficients[0, 0] - quadratic_rise(optimum[0], hessian[0]))
