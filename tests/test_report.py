@@ -317,7 +317,7 @@ def test_plain_table_says_which_parts_it_has_not(records: list[RunRecord], tmp_p
     page = Page(write_report(analysis, [], tmp_path, ReportOptions(title="a table")).read_text())
     assert "The runs in training: not drawn." in page.text
     assert not (tmp_path / "figures" / "training_curves.svg").exists()
-    assert "does not say where its runs were trained" in page.text
+    assert "does not record where its runs were trained" in page.text
     assert "cannot be applied to these data" in page.text  # the envelope: no curves
     assert len(page.table("Every run")) == 1 + len(records)
     assert page.table("How optimal parameters")[1][1] == "–"

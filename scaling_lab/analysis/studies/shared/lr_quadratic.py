@@ -115,7 +115,7 @@ def fit_quadratic(x: Array, losses: Array) -> QuadraticFit | str:
     optimum = -np.linalg.solve(hessian, gradient[..., None])[..., 0]
     low, high = x.min(axis=0), x.max(axis=0)
     if ((optimum[0] < low) | (optimum[0] > high)).any():
-        return "the best setting lies outside the range tried"
+        return "the best setting lies outside of what was tried"
     residual = losses[0] - matrix @ coefficients[0]
     distinct = int(settings_of(x).max()) + 1
     floor = float(coefficients[0, 0] - quadratic_rise(optimum[0], hessian[0]))
