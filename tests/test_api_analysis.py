@@ -170,11 +170,10 @@ def test_saved_and_loaded(result, tmp_path):
         assert loaded.agreement in loaded.summary()
     with pytest.raises(sl.UserError, match=r"compute_flops=3e\+22 .*Choices: 1e\+22"):
         loaded.predict(3e22)
-    for use in (
-        lambda: loaded.plot.isoflop(),
-        lambda: loaded.report(tmp_path / "r"),
-        lambda: loaded.to_frame("points"),
-    ):
+    page = loaded.report(tmp_path / "again")
+    assert "IsoFLOP" in page.read_text()
+    assert sl.load(tmp_path / "again").to_dict() == result.to_dict()
+    for use in (lambda: loaded.plot.isoflop(), lambda: loaded.to_frame("points")):
         with pytest.raises(sl.UserError, match=r"holds no runs.*sl\.analyze"):
             use()
 
@@ -189,6 +188,33 @@ def test_frames(result, table):
     assert result.to_frame("dropped").empty
     with pytest.raises(sl.UserError, match="'exponent'.*Did you mean 'exponents'.*budgets"):
         result.to_frame("exponent")
+
+
+def test_findings(result, table):
+    import matplotlib.pyplot as plt
+
+    profile = result.finding("profile")
+    assert profile in result.findings
+    assert len(repr(profile)) < 300
+    frame = result.to_frame("findings")
+    assert frame.loc["profile", "answer"] == profile.answer
+    assert profile.answer in result.summary()
+    (shown,) = profile.tables
+    assert len(result.to_frame(f"profile.{shown.name}")) == len(shown.rows)
+    with pytest.raises(sl.UserError, match="study='profil'.*Did you mean 'profile'"):
+        result.finding("profil")
+    with pytest.raises(sl.UserError, match=rf"table of study profile='x'.*{shown.name}"):
+        result.to_frame("profile.x")
+    two = table.assign(code=table["loss"] * 0.9, prose=table["loss"] * 1.1)
+    skills = sl.analyze(two, metrics=["code", "prose"], **QUICK)
+    axes = skills.plot.finding("skills")
+    assert axes[0].has_data()
+    plt.close(axes[0].figure)
+    optima = skills.to_frame(f"skills.{skills.finding('skills').tables[0].name}")
+    assert any(name.endswith(" lo") for name in optima.columns)
+    with pytest.raises(sl.UserError, match="study=profile has no figure"):
+        result.plot.finding("profile")
+    assert "profile" not in [f.name for f in sl.analyze(table, study="none").findings]
 
 
 def test_bad_rows_are_listed(table):
@@ -345,5 +371,5 @@ def test_load_says_what_it_wants(tmp_path):
     with pytest.raises(sl.UserError, match="not an analysis.json"):
         sl.load(tmp_path)
     (tmp_path / "analysis.json").write_text('{"schema_version": 99, "estimates": []}')
-    with pytest.raises(sl.UserError, match="schema version 99.*update"):
+    with pytest.raises(sl.UserError, match="schema_version 99.*update"):
         sl.load(tmp_path)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import scaling_lab as sl
+from helpers.synthetic import QUICKSTART_LAW, make_record, make_spec, shape_near
 from scaling_lab.api.assignments import arguments, text
 from scaling_lab.cli.main import main
 from scaling_lab.cli.options.values import read_value
+from scaling_lab.core.counts import Convention
+from scaling_lab.core.spec import OptimizerSpec
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching.worker import failed_record
 
@@ -171,13 +176,39 @@ def test_another_plan_that_has_begun_is_refused(trained):
         sl.train(other)
 
 
+def test_a_sweep_of_learning_rates_has_findings_and_no_law(tmp_path):
+    store = RunStore(tmp_path / "rates")
+    shape = shape_near(2e4)
+    for lr, excess in ((0.002, 0.08), (0.004, 0.02), (0.008, 0.0), (0.016, 0.02), (0.032, 0.08)):
+        spec = make_spec(shape, 1e10, 0, 512, Convention.SIX_N_WITH_HEAD, "rates")
+        spec = replace(spec, role="lr_sweep", optimizer=OptimizerSpec(peak_lr=lr))
+        made = make_record(spec, QUICKSTART_LAW, np.random.default_rng(0), noise=0.0)
+        made = replace(made, final_val_loss_nats=made.final_val_loss_nats + excess)
+        store.run_folder(made.run_id).mkdir(parents=True)
+        (store.run_folder(made.run_id) / "spec.json").write_text(json.dumps(spec.to_dict()))
+        store.start_curve(made.run_id, made.curve).close()
+        assert store.write_record(made)
+    result = sl.load(store.folder)
+    assert [f.name for f in result.findings] == ["lr_transfer"]
+    assert "only runs of a learning-rate sweep" in result.problem
+    assert repr(result).startswith("rates: findings of lr_transfer; no scaling law: ")
+    for use in (lambda: result.isoflop, lambda: result.predict(1e12), lambda: result.plot.isoflop()):
+        with pytest.raises(sl.UserError, match="no scaling law.*learning-rate sweep"):
+            use()
+    assert result.finding("lr_transfer").answer in result.summary()
+    assert result.to_frame().empty
+    page = result.report(tmp_path / "out")
+    assert result.finding("lr_transfer").title in page.read_text()
+    assert sl.load(tmp_path / "out").findings == result.findings
+
+
 @pytest.mark.parametrize(
     ("call", "told"),
     [
         (lambda: sl.plan("quick"), "experiment='quick'.*Did you mean 'quickstart'.*known_entropy"),
         (lambda: sl.plan(sweep="x", design={"budget_flops": [1]}), r"'design\.budget_flops'.*Did you mean design\.budgets_flops"),
         (lambda: sl.plan(sweep="x", design={"kind": "iso"}), "design='iso'.*isoflop, learning_rate"),
-        (lambda: sl.plan(sweep="x", seed="a"), "seed='a'.*whole number"),
+        (lambda: sl.plan(sweep="x", seed="a"), "seed='a'.*integer such as 64"),
         (lambda: sl.plan(design={"budgets_flops": [1e9]}), "sweep=NAME is missing"),
         (lambda: sl.plan(sweep="x", data={"kind": "tokens"}), r"data\.path"),
         (lambda: sl.plan(sweep="x", **{"seed": 1, "seed ": 1}), "'seed '"),

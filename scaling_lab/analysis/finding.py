@@ -209,6 +209,9 @@ class Finding:
                     f"study {self.name}: the values of the series {series.label!r} differ in number"
                 )
 
+    def __repr__(self) -> str:
+        return f"Finding({self.name}: {self.answer if self.is_answered else self.status.value})"
+
     @property
     def is_answered(self) -> bool:
         return self.status is FindingStatus.ANSWERED

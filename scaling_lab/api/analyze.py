@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from scaling_lab.api.options import AnalysisOptions, analysis_settings, call_text
 from scaling_lab.api.predictions import Predictions
-from scaling_lab.api.result import AnalysisResult, budgets_of
+from scaling_lab.api.result import AnalysisResult, LiveReport, budgets_of
 from scaling_lab.api.tables import check_needed, column_names, table_of
 from scaling_lab.core.errors import UserError
 
@@ -114,8 +113,8 @@ def load(path: str | Path) -> AnalysisResult:
 
     Args:
         path: a sweep's folder (`results/NAME`), whose finished runs are analyzed with the default options; a folder with
-            an analysis.json, as reports have it; or such a file. From analysis.json alone there are numbers and frames, but
-            no figures, reports or new predictions: it holds no runs.
+            an analysis.json, as reports have it; or such a file. From analysis.json alone there are numbers, frames, findings
+            and a report, but no figures of the three approaches and no new predictions: it holds no runs.
 
     Raises:
         UserError: nothing of the kind is there, or it is of a newer version.
@@ -123,6 +122,8 @@ def load(path: str | Path) -> AnalysisResult:
     >>> analysis.to_json("analysis.json") == sl.load("analysis.json").to_json()
     True
     """
+    from scaling_lab.analysis.analysis_json import read_document
+
     where = Path(path).expanduser()
     store = sweep_store(where)
     if store is not None and store.run_ids_with_record():
@@ -134,7 +135,7 @@ def load(path: str | Path) -> AnalysisResult:
         raise UserError(
             f"path={str(path)!r} {what}. Choices: a sweep's folder, a folder with {ANALYSIS_NAME}, such a file."
         )
-    return AnalysisResult(_read_analysis(file), str(file))
+    return AnalysisResult(read_document(file), str(file))
 
 
 def report(data: Any, folder: str | Path, **options: Any) -> Path:
@@ -185,10 +186,9 @@ def _analyze_table(
     analysis = core.analyze(observations, settings)
     is_file = isinstance(data, (str, Path))
     shown = repr(str(data)) if is_file else type(data).__name__
-    document = analysis.to_json_dict(
-        command=call_text("analyze", shown, {**named, **options}),
-        source=str(Path(data).expanduser().resolve()) if is_file else None,
-    )
+    command = call_text("analyze", shown, {**named, **options})
+    source = str(Path(data).expanduser().resolve()) if is_file else None
+    document = analysis.to_json_dict(command, None, source)
     return AnalysisResult(document, name, analysis)
 
 
@@ -214,21 +214,32 @@ def observations_of(
 def analyze_sweep(
     store: RunStore, settings: AnalysisSettings, tuning: str | Path | None = None, command: str = ""
 ) -> AnalysisResult:
-    """The analysis of a sweep's finished runs; a record that cannot be read is a warning."""
+    """The analysis of a sweep's finished runs; a record that cannot be read is a warning.
+
+    Where no law can be fitted to them there are findings alone, if any; otherwise `UserError` says why.
+    """
     from scaling_lab.analysis import analysis as core
     from scaling_lab.analysis.data.sweep_records import split_by_role
     from scaling_lab.core.storage.store import RunStore
+    from scaling_lab.reporting.page import ReportOptions, document_of
 
     records, problems = _records(store, "data")
     elsewhere = [] if tuning is None else _records(RunStore(Path(tuning).expanduser()), "tuning")[0]
     split = split_by_role(records, elsewhere)
-    split.require_law()
-    analysis = core.analyze(core.observations_of_sweep(split.law, settings), settings, split)
-    document = analysis.to_json_dict(command=command)
-    plan = store.read_plan() if store.plan_path.exists() else None
-    return AnalysisResult(
-        document, store.folder.name, analysis, records=split.law, plan=plan, problems=problems
+    result = core.analyze_records(split, settings)
+    # Runs of which some can have a law are an error without one, unless one study was asked for.
+    if result.analysis is None and (not result.findings or (split.law and settings.study is None)):
+        raise UserError(str(result.problem))
+    options = ReportOptions(
+        command=command,
+        plan=store.read_plan() if store.plan_path.exists() else None,
+        problem=result.problem,
+        findings=result.findings,
+        unreadable=problems,
     )
+    shown = split.law or tuple(records)
+    document = document_of(result.analysis, options)
+    return AnalysisResult(document, store.folder.name, result.analysis, LiveReport(options, shown))
 
 
 def _records(store: RunStore, option: str) -> tuple[list[RunRecord], list[tuple[str, str]]]:
@@ -240,20 +251,3 @@ def _records(store: RunStore, option: str) -> tuple[list[RunRecord], list[tuple[
     if not records:
         raise UserError(f"{option}={str(store.folder)!r} has no finished runs.")
     return records, problems
-
-
-def _read_analysis(file: Path) -> dict[str, Any]:
-    """The document of an analysis.json. Raises `UserError` where it is none, or of a newer version."""
-    from scaling_lab.analysis.analysis_json import SCHEMA_VERSION
-
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}.") from error
-    if not isinstance(document, dict) or "schema_version" not in document or "estimates" not in document:
-        raise UserError(f"{file} is not an analysis.json of scaling-lab.")
-    if document["schema_version"] > SCHEMA_VERSION:
-        raise UserError(
-            f"{file} has schema version {document['schema_version']}, this scaling-lab reads up to {SCHEMA_VERSION}: update it."
-        )
-    return document

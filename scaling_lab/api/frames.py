@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from scaling_lab.analysis.data.observations import Observations
+    from scaling_lab.analysis.finding import Finding
     from scaling_lab.api.approaches import ApproachResult
 
 
@@ -20,7 +21,7 @@ def frame(document: Mapping[str, Any], approaches: Sequence[ApproachResult], wha
     import pandas as pd
 
     if what not in _TABLES:
-        raise unknown("to_frame: the table", what, (*_TABLES, "points"))
+        raise unknown("to_frame: the table", what, (*_TABLES, "points", "findings", "STUDY.TABLE"))
     index, rows = _TABLES[what](document, approaches)
     made = pd.DataFrame(rows)
     return made if index is None or made.empty else made.set_index(index)
@@ -40,9 +41,10 @@ def _exponents(document: Mapping[str, Any], approaches: Sequence[ApproachResult]
 
 
 def _parameters(document: Mapping[str, Any], approaches: Sequence[ApproachResult]) -> Rows:
-    fit = next(a for a in approaches if a.name == "parametric")
     rows = []
-    for name, value in fit.parameters.items():
+    for fit, name, value in (
+        (a, name, value) for a in approaches if a.name == "parametric" for name, value in a.parameters.items()
+    ):
         profile = fit.profile_intervals.get(name)
         lo, hi = (None, None) if value.interval is None else (value.interval.lo, value.interval.hi)
         row = {
@@ -62,7 +64,8 @@ def _budgets(document: Mapping[str, Any], approaches: Sequence[ApproachResult]) 
 
 
 def _predictions(document: Mapping[str, Any], approaches: Sequence[ApproachResult]) -> Rows:
-    found = Predictions([PredictedRun.of_json(p, approaches[0].level) for p in document["predictions"]], {})
+    level = {a.name: a.level for a in approaches}
+    found = Predictions([PredictedRun.of_json(p, level[p["approach"]]) for p in document["predictions"]], {})
     return ["compute_flops", "approach"], found.rows()
 
 
@@ -77,7 +80,8 @@ def _listed(name: str) -> Callable[[Mapping[str, Any], Sequence[ApproachResult]]
 
 
 def _dropped(document: Mapping[str, Any], approaches: Sequence[ApproachResult]) -> Rows:
-    return None, [dict(row) for row in document["observations"]["dropped"]]
+    observations = document["observations"] or {"dropped": []}
+    return None, [dict(row) for row in observations["dropped"]]
 
 
 _TABLES: Mapping[str, Callable[[Mapping[str, Any], Sequence[ApproachResult]], Rows]] = {
@@ -89,6 +93,36 @@ _TABLES: Mapping[str, Callable[[Mapping[str, Any], Sequence[ApproachResult]], Ro
     "backtest": _listed("backtest"),
     "dropped": _dropped,
 }
+
+
+def findings(found: Sequence[Finding]) -> pd.DataFrame:
+    """One row a finding: name, status, question, answer, reason."""
+    import pandas as pd
+
+    names = ("name", "status", "question", "answer", "reason")
+    rows = [[str(f.name), f.status.value, f.question, f.answer, f.reason] for f in found]
+    return pd.DataFrame(rows, columns=names).set_index("name")
+
+
+def finding_table(finding: Finding, name: str) -> pd.DataFrame:
+    """A table of a finding, an estimate with its interval in three columns. Raises `UserError` for an unknown table."""
+    import pandas as pd
+
+    tables = {table.name: table for table in finding.tables}
+    if name not in tables:
+        raise unknown(f"to_frame: the table of study {finding.name}", name, tables)
+    table = tables[name]
+    columns: dict[str, list[Any]] = {}
+    for at, column in enumerate(table.columns):
+        cells = [row[at] for row in table.rows]
+        if not any(isinstance(cell, tuple) for cell in cells):
+            columns[column.title] = cells
+            continue
+        for part, end in enumerate(("", " lo", " hi")):
+            columns[column.title + end] = [
+                cell[part] if isinstance(cell, tuple) else cell if part == 0 else None for cell in cells
+            ]
+    return pd.DataFrame(columns)
 
 
 def points(observations: Observations) -> pd.DataFrame:

@@ -10,8 +10,10 @@ from scaling_lab.core.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from scaling_lab.analysis.analysis import Analysis
+    from scaling_lab.analysis.finding import Finding
 
 
 class Plots:
@@ -24,8 +26,8 @@ class Plots:
     'parameters N'
     """
 
-    def __init__(self, analysis: Callable[[], Analysis]) -> None:
-        self._open = analysis
+    def __init__(self, analysis: Callable[[], Analysis], finding: Callable[[str], Finding]) -> None:
+        self._open, self._finding = analysis, finding
 
     def envelope(self, ax: Axes | None = None) -> Axes:
         """Loss (nats per token) against training FLOPs: every run's curve and, in bold, their lower envelope."""
@@ -123,13 +125,30 @@ class Plots:
             sensitivity_forest(axes, rows, shaded)
         return axes
 
+    def finding(self, study: str) -> Any:
+        """The figure of what a study found, in a new figure.
+
+        Returns:
+            (panels,) array of axes.
+        """
+        import numpy as np
+
+        from scaling_lab.reporting.finding_figures import draw_finding
+
+        found = self._finding(study)
+        if found.chart is None:
+            raise UserError(f"plot.finding: study={study} has no figure. {found.reason or found.answer}")
+        with new_figure(found.chart.height_inches) as figure:
+            draw_finding(figure, found)
+        return np.array(figure.axes, dtype=object)
+
     def __repr__(self) -> str:
         return "plot." + ", plot.".join(name for name in vars(type(self)) if not name.startswith("_"))
 
 
 @contextmanager
 def drawing_on(ax: Any, *, height: float, rows: int = 1, columns: int = 1) -> Iterator[Any]:
-    """The axes to draw on: those given, or those of a new figure in the report's style (closed again after an error)."""
+    """The axes to draw on: those given, or those of a new figure."""
     count = rows * columns
     if ax is not None:
         import numpy as np
@@ -140,6 +159,13 @@ def drawing_on(ax: Any, *, height: float, rows: int = 1, columns: int = 1) -> It
             raise UserError(f"ax={ax!r}: wanted {wanted}, or nothing for a new figure.")
         yield given
         return
+    with new_figure(height) as figure:
+        yield figure.subplots(rows, columns)
+
+
+@contextmanager
+def new_figure(height: float) -> Iterator[Figure]:
+    """A new figure in the report's style, closed again after an error."""
     import matplotlib.pyplot as plt
 
     from scaling_lab.reporting.style import FIGURE_WIDTH, figure_style
@@ -147,7 +173,7 @@ def drawing_on(ax: Any, *, height: float, rows: int = 1, columns: int = 1) -> It
     with figure_style():
         figure = plt.figure(figsize=(FIGURE_WIDTH, height))
         try:
-            yield figure.subplots(rows, columns)
+            yield figure
         except BaseException:
             plt.close(figure)
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from scaling_lab.api.approaches import ApproachResult
 from scaling_lab.api.html import html_table
 from scaling_lab.api.plots import Plots
 from scaling_lab.api.predictions import APPROACHES, PredictedRun, Predictions
-from scaling_lab.core.errors import UserError
+from scaling_lab.core.errors import UserError, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from scaling_lab.analysis.analysis import Analysis
     from scaling_lab.analysis.finding import Finding
     from scaling_lab.core.record import RunRecord
-    from scaling_lab.core.spec import Plan
+    from scaling_lab.reporting.page import ReportOptions
 
 
 class AnalysisResult:
@@ -43,22 +44,26 @@ class AnalysisResult:
         document: Mapping[str, Any],
         name: str,
         analysis: Analysis | None = None,
-        *,
-        records: Sequence[RunRecord] = (),
-        plan: Plan | None = None,
-        problems: Sequence[tuple[str, str]] = (),
+        live: LiveReport | None = None,
     ) -> None:
         self._document, self.name = document, name
-        self._analysis, self._records, self._plan, self._problems = analysis, tuple(records), plan, problems
+        self._analysis, self._live = analysis, live
 
     # -- the numbers
     @cached_property
     def approaches(self) -> tuple[ApproachResult, ...]:
-        """Envelope, IsoFLOP and parametric, in this order."""
+        """Envelope, IsoFLOP and parametric, in this order; empty where no law can be fitted to the runs (`problem`)."""
         return tuple(ApproachResult(node) for node in self._document["estimates"])
 
     def _approach(self, name: str) -> ApproachResult:
+        if not self.approaches:
+            raise UserError(f"{name}: there is no scaling law here. {self.problem}")
         return next(a for a in self.approaches if a.name == name)
+
+    @property
+    def problem(self) -> str | None:
+        """Why there is no scaling law, where there are findings alone."""
+        return self._document.get("problem")
 
     @property
     def envelope(self) -> ApproachResult:
@@ -78,17 +83,18 @@ class AnalysisResult:
     @property
     def agreement(self) -> str:
         """Whether the approaches agree within their intervals, in a sentence."""
-        return str(self._document["agreement"]["message"])
+        found = self._document["agreement"]
+        return str(self.problem) if found is None else str(found["message"])
 
     @property
     def n_runs(self) -> int:
-        """Runs that were analyzed."""
-        return int(self._document["observations"]["n_runs"])
+        """Runs that laws were fitted to."""
+        return int((self._document["observations"] or {"n_runs": 0})["n_runs"])
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What was assumed in reading the data, and what is odd about them."""
-        return tuple(self._document["observations"]["warnings"])
+        return tuple((self._document["observations"] or {"warnings": ()})["warnings"])
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -97,13 +103,26 @@ class AnalysisResult:
 
         return findings_of(self._document)
 
+    def finding(self, study: str) -> Finding:
+        """What one study found. Raises `UserError` with those that there are.
+
+        >>> analysis.finding("profile").answer
+        'By profile likelihood (90%), the exponent of N is 0.50... and E is 1.8...'
+        """
+        found = {finding.name: finding for finding in self.findings}
+        if study not in found:
+            raise unknown("study", study, found)
+        return found[study]
+
     @property
     def analysis(self) -> Analysis:
         """The analysis's own values: observations, estimates, resamples. Raises `UserError` for a result that was loaded."""
+        if self._live is not None and self._analysis is None:
+            raise UserError(f"{self.name} has no scaling law: {self.problem}")
         if self._analysis is None:
             raise UserError(
-                f"{self.name} was loaded from analysis.json, which holds no runs: figures, reports and new predictions need "
-                "them. Analyze the runs again with sl.analyze(...)."
+                f"{self.name} was loaded from analysis.json, which holds no runs: figures and new predictions need them. "
+                "Analyze the runs again with sl.analyze(...)."
             )
         return self._analysis
 
@@ -111,7 +130,7 @@ class AnalysisResult:
     @property
     def plot(self) -> Plots:
         """Figures on matplotlib axes: `plot.isoflop(ax=None)`, `plot.frontier()`, `plot.parametric()`, ..."""
-        return Plots(lambda: self.analysis)
+        return Plots(lambda: self.analysis, self.finding)
 
     def predict(self, compute_flops: float | Iterable[float]) -> Predictions:
         """The compute-optimal parameters, tokens and loss at a budget, by each approach, with intervals.
@@ -140,34 +159,35 @@ class AnalysisResult:
 
     def _saved(self, budgets: Sequence[float], messages: Mapping[str, str]) -> Predictions:
         """The predictions that analysis.json holds."""
-        level = self.approaches[0].level
+        level = self.parametric.level
         saved = Predictions([PredictedRun.of_json(p, level) for p in self._document["predictions"]], messages)
         return Predictions([run for budget in budgets for run in saved.at(budget).runs], messages)
 
     def report(self, folder: str | Path) -> Path:
         """Write report.html, analysis.json and the figures into `folder`; returns the page's path.
 
+        Of a result that was loaded from analysis.json the page has no figures of the three approaches and no table of runs.
+
         Raises:
-            UserError: the folder holds a report.html of somebody else's, or the result was loaded from analysis.json.
+            UserError: the folder holds a report.html of somebody else's.
             DiskError: the folder cannot be written.
 
         >>> analysis.report("report").name
         'report.html'
         """
         from scaling_lab.cli.commands.analyze import checked_out, writing_into
-        from scaling_lab.reporting.page import ReportOptions, write_report
+        from scaling_lab.reporting.page import ANALYSIS_NAME, ReportOptions, report_from_json, write_report
 
         target = checked_out(Path(folder).expanduser())
-        options = ReportOptions(
-            title=None if self._records else self.name,
-            command=str(self._document["command"]),
-            source=self._document["source"],
-            plan=self._plan,
-            unreadable=self._problems,
-        )
-        analysis = self.analysis
+        options = ReportOptions(command=str(self._document["command"]), source=self._document["source"])
         with writing_into(target):
-            return write_report(analysis, self._records, target, options)
+            if self._live is not None:
+                return write_report(self._analysis, self._live.records, target, self._live.options)
+            if self._analysis is not None:
+                return write_report(self._analysis, (), target, replace(options, title=self.name))
+            target.mkdir(parents=True, exist_ok=True)
+            self.to_json(target / ANALYSIS_NAME)
+            return report_from_json(target / ANALYSIS_NAME, target, replace(options, title=self.name))
 
     # -- as text, frames and plain data
     def summary(self, width: int = 110) -> str:
@@ -177,11 +197,14 @@ class AnalysisResult:
         36 runs, 36 points; 1e+19 to 1e+21 FLOPs; N and C counted as as_given
         ...
         """
-        if self._analysis is None:
-            return "\n".join((repr(self), *self._parameter_lines(), f"agreement: {self.agreement}"))
-        from scaling_lab.cli.display.summary import print_analysis
+        from scaling_lab.cli.display.summary import print_analysis, print_findings
 
-        return captured(lambda console: print_analysis(console, self._analysis), width)
+        if self._analysis is not None:
+            analysis = self._analysis
+            return captured(lambda console: print_analysis(console, analysis), width)
+        laws = [*self._parameter_lines(), f"agreement: {self.agreement}"] if self.approaches else []
+        findings = captured(lambda console: print_findings(console, self.findings), width)
+        return "\n".join((repr(self), *laws, *([findings] if findings else [])))
 
     def _parameter_lines(self) -> list[str]:
         law = self.parametric
@@ -192,7 +215,8 @@ class AnalysisResult:
 
         Args:
             what: exponents (one row an approach), parameters (of the law), budgets (IsoFLOP's valleys), predictions,
-                sensitivity, backtest, dropped (rows that were left out), or points (the runs as they were fitted).
+                sensitivity, backtest, dropped (rows that were left out), points (the runs as they were fitted), findings (one
+                row a study), or STUDY.TABLE, a table of a finding.
 
         Raises:
             UserError: an unknown table, or points of a result that was loaded from analysis.json.
@@ -204,6 +228,11 @@ class AnalysisResult:
         """
         if what == "points":
             return frames.points(self.analysis.points)
+        if what == "findings":
+            return frames.findings(self.findings)
+        study, dot, table = what.partition(".")
+        if dot:
+            return frames.finding_table(self.finding(study), table)
         return frames.frame(self._document, self.approaches, what)
 
     def to_dict(self) -> dict[str, Any]:
@@ -222,15 +251,30 @@ class AnalysisResult:
         return text
 
     def __repr__(self) -> str:
+        return "\n".join((self._head(), *(f"  {a.name:<10}  {_law_text(a)}" for a in self.approaches)))
+
+    def _head(self) -> str:
         observations = self._document["observations"]
+        if observations is None:
+            names = ", ".join(finding.name for finding in self.findings)
+            return f"{self.name}: findings of {names}; no scaling law: {self.problem}"
         lo, hi = observations["compute_range_flops"]
-        head = f"{self.name}: {self.n_runs} runs, {lo:.2g} to {hi:.2g} FLOPs, counted {observations['convention']}"
-        return "\n".join((head, *(f"  {a.name:<10}  {_law_text(a)}" for a in self.approaches)))
+        return f"{self.name}: {self.n_runs} runs, {lo:.2g} to {hi:.2g} FLOPs, counted {observations['convention']}"
 
     def _repr_html_(self) -> str:
         rows = [(a.name, a.status, a.exponent, a.tokens_exponent) for a in self.approaches]
-        head = repr(self).splitlines()[0]
-        return html_table(head, ("approach", "status", "a: N ~ C^a", "b: D ~ C^b"), rows, self.agreement)
+        note = " ".join(f"{f.title}: {f.answer}" for f in self.findings)
+        return html_table(
+            self._head(), ("approach", "status", "a: N ~ C^a", "b: D ~ C^b"), rows, f"{self.agreement} {note}"
+        )
+
+
+@dataclass(frozen=True)
+class LiveReport:
+    """What a report of a sweep shows beside its analysis."""
+
+    options: ReportOptions
+    records: Sequence[RunRecord]
 
 
 def budgets_of(compute_flops: float | Iterable[float]) -> list[float]:
