@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaling_lab.cli.options.arguments import nearest, parse
-from scaling_lab.cli.options.compose import hydra_text
 from scaling_lab.cli.options.configs import builtin_folder
 from scaling_lab.cli.options.values import read_value, split_list
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError
+from scaling_lab.launching.hydra_jobs import hydra_text
 
 
 def test_flags_are_taken_in_any_position():

@@ -15,9 +15,10 @@ from scaling_lab.cli.main import main
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.storage.store import RunStore
-from scaling_lab.launching import cluster, slurm, sweeping
+from scaling_lab.launching import cluster, hydra_jobs, slurm
 from scaling_lab.launching.cluster import Wishes, make_arrays
 from scaling_lab.launching.progress import LineReporter
+from scaling_lab.launching.sweeping import SweepJobs, group_into_jobs
 from scaling_lab.planning.cost import JobNeeds, job_needs
 
 TINY_LINE = (
@@ -110,11 +111,11 @@ def test_slurm_without_slurm_is_one_line(tmp_path, monkeypatch, capsys):
 
 def test_a_launcher_that_is_not_installed_names_its_extra(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweeping, "_extras", lambda: ["skein"])
+    monkeypatch.setattr(hydra_jobs, "extras", lambda: ("skein",))
     assert main(["sweep", *TINY, "hydra/launcher=skein"]) == 2
-    assert (
-        "hydra/launcher=skein is not installed: pip install 'scaling-lab[skein]'" in capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert "hydra/launcher=skein is not installed: pip install " in error
+    assert "[skein]" in error
     assert main(["sweep", *TINY, "hydra/launcher=skeen"]) == 2
     assert "hydra/launcher='skeen' is not known" in capsys.readouterr().err
 
@@ -189,13 +190,11 @@ def test_what_slurm_prints_is_read(monkeypatch):
 def test_runs_of_one_stack_stay_in_one_job():
     from types import SimpleNamespace
 
-    from hydra_plugins.scaling_lab.plan_sweeper import _chunks
-
     names = ["a", None, None, "b", "a", "b", "b"]
     runs = [SimpleNamespace(run_id=f"r{k}", execution=SimpleNamespace(stack=s)) for k, s in enumerate(names)]
     pending = {r.run_id for r in runs} - {"r2"}
-    assert _chunks(runs, pending, 1) == [["r0", "r4"], ["r1"], ["r3", "r5", "r6"]]
-    assert _chunks(runs, pending, 3) == [["r0", "r4", "r1"], ["r3", "r5", "r6"]]
+    assert group_into_jobs(runs, pending, 1) == (("r0", "r4"), ("r1",), ("r3", "r5", "r6"))
+    assert group_into_jobs(runs, pending, 3) == (("r0", "r4", "r1"), ("r3", "r5", "r6"))
 
 
 def test_why_no_job_runs_is_said_once(tmp_path, monkeypatch, capsys):
@@ -233,7 +232,8 @@ def test_why_no_job_runs_is_said_once(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(cluster, name, 0.01)
     planned = PlannedRun(spec(), Execution())
     plan = Plan("s", (planned,), spec().convention, "abc")
-    cluster.launch_jobs(Queue(), RunStore(tmp_path / "s"), plan, [[planned.run_id]], LineReporter(), Wishes())
+    jobs = SweepJobs(RunStore(tmp_path / "s"), plan, ((planned.run_id,),), {"kind": "none"}, LineReporter())
+    cluster.launch_jobs(Queue(), jobs, Wishes())
     waiting = [line for line in capsys.readouterr().out.splitlines() if line.startswith("waiting ")]
     assert waiting == [
         "waiting in Slurm's queue: 1 pending (PartitionConfig)",

@@ -15,15 +15,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.formatting import human_time
-from scaling_lab.core.spec import Plan, PlannedRun
+from scaling_lab.core.spec import PlannedRun
 from scaling_lab.core.storage.files import write_atomic
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching.cluster_job import ClusterJob
 from scaling_lab.launching.progress import LaunchReporter, SweepProgress
+from scaling_lab.launching.sweeping import SweepJobs
 from scaling_lab.launching.workers import terminate_as_interrupt
 from scaling_lab.planning.cost import JobNeeds, job_needs
 
@@ -57,11 +58,11 @@ class Wishes:
             ("mem_gb", self.mem_gb),
             ("workers", self.workers),
         ):
-            if value is not None and not value > 0:
-                raise UserError(f"hydra.launcher.{name}={value!r} must be positive.")
-        for name in ("time_factor", "memory_factor"):
-            if not getattr(self, name) >= 1:
-                raise UserError(f"hydra.launcher.{name}={getattr(self, name)!r} must be at least 1.")
+            if value is not None and not (isinstance(value, (int, float)) and value > 0):
+                raise UserError(f"hydra.launcher.{name}={value!r} must be a positive number.")
+        for name, factor in (("time_factor", self.time_factor), ("memory_factor", self.memory_factor)):
+            if not (isinstance(factor, (int, float)) and factor >= 1):
+                raise UserError(f"hydra.launcher.{name}={factor!r} must be a number of at least 1.")
 
 
 @dataclass(frozen=True)
@@ -130,26 +131,18 @@ class Book:
 
 
 def launch_jobs(
-    backend: Backend,
-    store: RunStore,
-    plan: Plan,
-    jobs: Sequence[Sequence[str]],
-    reporter: LaunchReporter,
-    wishes: Wishes,
-    *,
-    name: str | None = None,
-    max_attempts: int = 3,
-    tracker: dict[str, Any] | None = None,
+    backend: Backend, jobs: SweepJobs, wishes: Wishes, *, name: str | None = None, max_attempts: int = 3
 ) -> None:
-    """Submit `jobs` (each the ids of its runs), less the runs that an earlier head's jobs still hold, and wait.
+    """Submit jobs, less the runs that an earlier head's jobs still hold, and wait.
 
     Raises `UserError` where the cluster refuses, and `KeyboardInterrupt` when told to stop: the jobs go on.
     """
-    runs = {run.run_id: run for run in plan.runs}
-    wanted = [run_id for job in jobs for run_id in job]
+    store, reporter = jobs.store, jobs.reporter
+    runs = {run.run_id: run for run in jobs.plan.runs}
+    wanted = [run_id for job in jobs.run_ids for run_id in job]
     head = Head(backend, store, [runs[i] for i in wanted], reporter)
     held = head.held_runs()
-    left = [ids for job in jobs if (ids := tuple(i for i in job if i not in held))]
+    left = [ids for job in jobs.run_ids if (ids := tuple(i for i in job if i not in held))]
     if held:
         reporter.say(
             f"{len(held)} runs are in jobs that an earlier start of this sweep submitted: {head.words}."
@@ -160,7 +153,11 @@ def launch_jobs(
     for array in arrays:
         work = [
             ClusterJob(
-                str(store.folder.absolute()), ids, min(wishes.workers, len(ids)), max_attempts, tracker
+                str(store.folder.absolute()),
+                ids,
+                min(wishes.workers, len(ids)),
+                max_attempts,
+                dict(jobs.tracker),
             )
             for ids in array.jobs
         ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling_lab.core.errors import UserError
+from scaling_lab.core.installation import install_line
 from scaling_lab.launching import slurm
 from scaling_lab.launching.cluster import Array
 from scaling_lab.launching.cluster_job import ClusterJob
@@ -24,7 +25,7 @@ def executor_class(kind: str) -> Any:
         from submitit.slurm.slurm import SlurmExecutor
     except ImportError as error:
         raise UserError(
-            f"hydra/launcher=submitit_{kind} needs submitit ({error}): pip install 'scaling-lab[slurm]'"
+            f"hydra/launcher=submitit_{kind} needs submitit ({error}): {install_line('slurm')}"
         ) from error
     # Its own messages about polling are for programs that wait for return values.
     logging.getLogger("submitit").setLevel(logging.ERROR)

@@ -71,10 +71,9 @@ def run_workers(
     it as soon as it has been seen to live. Setting `stop` ends the work as Ctrl-C does. Raises `UserError` where workers
     cannot start, and `KeyboardInterrupt` with a hint after the workers were stopped.
     """
-    if workers is not None and workers < 1:
-        raise UserError(f"workers={workers} must be at least 1.")
-    if max_attempts < 1:
-        raise UserError(f"hydra.launcher.max_attempts={max_attempts} must be at least 1.")
+    for name, value in (("workers", workers), ("hydra.launcher.max_attempts", max_attempts)):
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise UserError(f"{name}={value!r} must be a whole number of at least 1.")
     wanted = set(run_ids)
     runs = [run for run in plan.runs if run.run_id in wanted]
     if not runs:

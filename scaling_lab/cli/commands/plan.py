@@ -7,7 +7,7 @@ from typing import Any
 
 from scaling_lab.cli.display.console import Console, fitting_table
 from scaling_lab.cli.options.arguments import Arguments
-from scaling_lab.cli.options.compose import Command, read_command
+from scaling_lab.cli.options.compose import CommandLine, read_command
 from scaling_lab.cli.options.forms import Form
 from scaling_lab.cli.options.study import SweepOnly, experiment_name, form_of_tree, study_form
 from scaling_lab.cli.planning import begun, settle_plan
@@ -52,7 +52,7 @@ def run(arguments: Arguments) -> int:
 
 def read_study(
     arguments: Arguments, config_name: str, *, launches: bool = True, experiment: str | None = None
-) -> Command:
+) -> CommandLine:
     """Parse and check a study's command line; the sweep's name defaults to the experiment's."""
     command = read_command(
         arguments,
@@ -78,9 +78,9 @@ def read_study(
     return command
 
 
-def store_of(command: Command) -> RunStore:
+def store_of(line: CommandLine) -> RunStore:
     """The store of the sweep. Raises `UserError` for an invalid name."""
-    return RunStore.for_sweep(command.tree["results_dir"], str(command.tree["sweep"]))
+    return RunStore.for_sweep(line.tree["results_dir"], str(line.tree["sweep"]))
 
 
 def print_plan(console: Console, plan: Plan, workers: int | None = None) -> None:

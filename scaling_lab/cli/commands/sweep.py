@@ -1,25 +1,31 @@
-"""Owns `scaling-lab sweep`: train what of a plan is not done, through Hydra, on any launcher."""
+"""`scaling-lab sweep`: train the pending runs of a plan with any Hydra launcher."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from typing import Any
 
 from scaling_lab.cli.commands.analyze import command_text
 from scaling_lab.cli.commands.plan import read_study, store_of
 from scaling_lab.cli.commands.report import write_sweep_report
 from scaling_lab.cli.display.console import Console
+from scaling_lab.cli.display.progress import ConsoleReporter
 from scaling_lab.cli.options.arguments import Arguments
-from scaling_lab.cli.options.compose import Command
+from scaling_lab.cli.options.compose import CommandLine
+from scaling_lab.cli.options.configs import config_folders
 from scaling_lab.cli.options.forms import Form
-from scaling_lab.cli.options.study import SweepOnly, study_form, sweep_settings
-from scaling_lab.cli.planning import defines_plan
+from scaling_lab.cli.options.hydra_config import composed_for_launch, group_overrides
+from scaling_lab.cli.options.study import SweepOnly, study_form, sweep_settings, tracker_options
+from scaling_lab.cli.planning import defines_plan, pending, settle_plan
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.installation import require
+from scaling_lab.core.reporter import Reporter
 from scaling_lab.core.spec import Plan
 from scaling_lab.core.storage.files import disk_error
 from scaling_lab.core.storage.store import RunStore
-from scaling_lab.launching.sweeping import Session, open_session, report_outcome, run_multirun, sweep_job
+from scaling_lab.launching.hydra_jobs import open_launcher
+from scaling_lab.launching.progress import LaunchReporter
+from scaling_lab.launching.sweeping import SweepJobs, group_into_jobs, report_outcome
 from scaling_lab.planning.designs.learning_rate import ROLE as LR_SWEEP
 from scaling_lab.tracking.wandb.study import is_mirrored, mirror_study, say_what_is_missing
 
@@ -70,26 +76,77 @@ def mirror_whole_sweep(store: RunStore, text: str, console: Console) -> None:
     say_what_is_missing(store, console)
 
 
-def execute(command: Command, console: Console) -> tuple[int, Plan]:
-    """Run the multirun; the exit status that the records tell, and the plan."""
+def execute(line: CommandLine, console: Console) -> tuple[int, Plan]:
+    """Train what is pending of the sweep's plan; returns the exit status, read from the records, and the plan."""
     require("torch", "training")
-    store: RunStore = store_of(command)
+    store: RunStore = store_of(line)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "sweep starts its own workers. To train each run on all processes of torchrun, plan it and give torchrun "
             f"the workers: torchrun --nproc_per_node=N -m scaling_lab.worker {store.folder}"
         )
-    if not defines_plan(command.given):
-        store.read_plan()  # says at once which sweeps there are, if this is none of them
+    if not defines_plan(line.given):
+        store.read_plan()  # names the sweeps there are, if this is none of them
     else:
-        for combination in command.combinations:
-            sweep_settings(combination.tree, (SweepOnly,), device="cpu")  # refuses before Hydra starts
-    trees = [combination.tree for combination in command.combinations]
+        for combination in line.combinations:
+            sweep_settings(combination.tree, (SweepOnly,), device="cpu")  # refuses before Hydra composes
     try:
-        with open_session(Session(console, command.given, trees)) as session:
-            # The combinations are the plan's, and Hydra need not compose them again, at a tenth of a second each.
-            run_multirun(replace(command, combinations=command.combinations[:1]), "sweep", sweep_job)
+        plan = launch(line, store, ConsoleReporter(console))
     except OSError as error:
         raise disk_error(error, store.folder) or error from error
-    plan = session.plan or store.read_plan()
-    return report_outcome(console, store, plan, [o.text for o in command.hydra]), plan
+    return report_outcome(console, store, plan, [o.text for o in line.hydra]), plan
+
+
+def launch(line: CommandLine, store: RunStore, reporter: LaunchReporter) -> Plan:
+    """Give the plan's pending runs to the launcher that the command line chooses, and wait; returns the plan."""
+    first = line.combinations[0]
+    overrides = [*group_overrides(first.groups), *(option.text for option in line.hydra)]
+    folders = config_folders(line.config_dir)
+    with composed_for_launch("sweep", overrides, first.values, folders) as (config, loader):
+        runs_per_job = checked_runs_per_job(config.hydra)
+        with open_launcher(config, loader) as run_jobs:
+            plan = settled_plan(line, store, reporter)
+            pending = pending_runs(store, plan, reporter)
+            if pending:
+                jobs = group_into_jobs(plan.runs, set(pending), runs_per_job)
+                # Jobs may run in another folder, and logs are named in records.
+                absolute = RunStore(store.folder.absolute())
+                run_jobs(SweepJobs(absolute, plan, jobs, tracker_options(first.tree), reporter))
+    return plan
+
+
+def checked_runs_per_job(hydra: Any) -> int:
+    """`hydra.sweeper.runs_per_job`. Raises `UserError` for another sweeper: jobs follow from the plan here."""
+    if not str(hydra.sweeper._target_).endswith(".PlanSweeper"):
+        raise UserError(
+            f"hydra/sweeper={hydra.runtime.choices['hydra/sweeper']}: only train -m takes a sweeper, sweep has its own."
+        )
+    runs_per_job = hydra.sweeper.runs_per_job
+    if not isinstance(runs_per_job, int) or runs_per_job < 1:
+        raise UserError(f"hydra.sweeper.runs_per_job={runs_per_job!r} must be a whole number of at least 1.")
+    return runs_per_job
+
+
+def settled_plan(line: CommandLine, store: RunStore, reporter: Reporter) -> Plan:
+    """The plan to train: the one on disk, or a new one, which is then written."""
+    settled = settle_plan(store, [combination.tree for combination in line.combinations], line.given)
+    plan = settled.plan
+    if settled.new:
+        reporter.say(f"planned {len(plan.runs)} runs, {plan.total_flops:.3g} FLOPs: {store.plan_path}")
+        for note in plan.notes:
+            reporter.say(f"  {note}")
+    if line.tree.get("retry"):
+        again = store.reopen_failed(plan)
+        reporter.say(f"{len(again)} failed or diverged runs are tried again.")
+    return plan
+
+
+def pending_runs(store: RunStore, plan: Plan, reporter: Reporter) -> list[str]:
+    """Ids of the runs to train."""
+    run_ids = pending(store, plan)
+    done = len(plan.runs) - len(run_ids)
+    if not run_ids:
+        reporter.say(f"nothing to do: all {done} runs of {store.folder} are done.")
+    elif done:
+        reporter.say(f"{done} of {len(plan.runs)} runs are done already; {len(run_ids)} to go.")
+    return run_ids

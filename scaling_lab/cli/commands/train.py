@@ -1,15 +1,18 @@
-"""Owns `scaling-lab train`: one run; with -m, an ordinary Hydra multirun of such runs."""
+"""`scaling-lab train`: one run; with -m, an ordinary Hydra multirun of such runs."""
 
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from scaling_lab.cli.display.console import Console
 from scaling_lab.cli.options.arguments import Arguments
-from scaling_lab.cli.options.compose import Command, read_command
+from scaling_lab.cli.options.compose import CommandLine, hydra_overrides, read_command
+from scaling_lab.cli.options.configs import config_folders
 from scaling_lab.cli.options.forms import Form
+from scaling_lab.cli.options.hydra_config import run_multirun
 from scaling_lab.cli.options.study import TrainOnly, form_of_tree, study_form, sweep_settings, tracker_options
 from scaling_lab.core.errors import Interrupted, UserError
 from scaling_lab.core.formatting import human_count, human_time
@@ -18,7 +21,7 @@ from scaling_lab.core.record import RunStatus
 from scaling_lab.core.spec import PlannedRun
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching.progress import ending_line
-from scaling_lab.launching.sweeping import Session, open_session, plain, run_multirun, session
+from scaling_lab.launching.sweeping import plain
 from scaling_lab.planning.plan import plan_single, single_notes
 from scaling_lab.planning.settings import SweepSettings
 from scaling_lab.tracking.wandb.study import say_what_is_missing
@@ -50,18 +53,17 @@ def run(arguments: Arguments) -> int:
             from scaling_lab.training.run.follower import Follower
 
             return Follower(team).serve()
-        return train_planned(command, planned, Console.for_flags(arguments.flags), multirun=multirun)
+        return train_planned(command, planned, arguments.flags)
 
 
-def train_planned(
-    command: Command, planned: dict[str, PlannedRun], console: Console, *, multirun: bool
-) -> int:
+def train_planned(command: CommandLine, planned: dict[str, PlannedRun], flags: frozenset[str]) -> int:
     store = RunStore.for_sweep(command.tree["results_dir"], str(command.tree["sweep"]))
-    with open_session(Session(console)):
-        if multirun:
-            run_multirun(command, "train", train_job, extra=["--multirun"])
-        else:
-            train_job(command.tree)
+    console, multirun = Console.for_flags(flags), "multirun" in flags
+    if multirun:
+        job = partial(train_job, flags=flags)
+        run_multirun("train", hydra_overrides(command), job, config_folders(command.config_dir))
+    else:
+        train_one(command.tree, console)
     states = [store.state(run_id) for run_id in planned]
     if multirun:
         for state in states:
@@ -88,14 +90,17 @@ def asked_for(tree: dict[str, Any]) -> tuple[SweepSettings, float]:
     return sweep_settings(tree, (TrainOnly,)), float(tree["train_tokens"])
 
 
-def train_job(config: Any) -> str:
-    """One run, in this process: the job of a multirun, under any launcher. Returns the run's id."""
+def train_job(config: Any, flags: frozenset[str] = frozenset()) -> str:
+    """The job of a multirun, in whichever process a launcher runs it. Returns the run's id."""
+    return train_one(plain(config), Console.for_flags(flags))
+
+
+def train_one(tree: dict[str, Any], console: Console) -> str:
+    """Train one run in this process. Returns its id."""
     from scaling_lab.launching.worker import train_claimed
     from scaling_lab.tracking.sink.trackers import mirrors_closed
 
-    tree = config if isinstance(config, dict) else plain(config)
     planned = planned_run(tree)
-    console = session().console
     store = RunStore.for_sweep(Path(str(tree["results_dir"])), str(tree["sweep"]))
     spec = planned.spec
     claim = store.claim(spec)

@@ -1,19 +1,16 @@
-"""Owns composing: from the command line to plain trees of values, one for each combination of a multirun.
+"""The command line as plain trees of values, one for each combination of a multirun.
 
-Hydra composes the groups and experiments; the values given on the command line are read by the form's types and put on
-top, so that no value of the user's ever passes through Hydra's grammar. Only a multirun has to be told to Hydra again,
-as overrides that are already read and quoted (`hydra_overrides`).
+Hydra composes groups and experiments; values given on the command line are read by the form's types and put on top, so
+that no value of the user's passes through Hydra's grammar. Only `train -m` gives them to Hydra again, as overrides that
+are already read and quoted (`hydra_overrides`).
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +26,14 @@ from scaling_lab.cli.options.configs import (
     read_yaml,
 )
 from scaling_lab.cli.options.forms import Form
+from scaling_lab.cli.options.hydra_config import compose_groups
 from scaling_lab.cli.options.values import read_value, show, split_list, unquoted
 from scaling_lab.core.errors import UserError, unknown
+from scaling_lab.launching.hydra_jobs import hydra_text
 
 FormOf = Callable[[Mapping[str, Any]], Form]
 # A typing error such as seed=range(0,1e9) must not plan for hours.
 MAX_COMBINATIONS = 10_000
-CONFIG_DIR_VARIABLE = "SCALING_LAB_CONFIG_DIR"
 FUNCTION = re.compile(r"\s*(range|choice)\((.*)\)\s*", re.DOTALL)
 
 
@@ -52,7 +50,7 @@ class Combination:
 
 
 @dataclass(frozen=True)
-class Command:
+class CommandLine:
     """A command line that is known to be good: every key known, every value of its type."""
 
     combinations: tuple[Combination, ...]
@@ -78,7 +76,7 @@ def read_command(
     multirun: bool = False,
     launches: bool = False,
     groups: Mapping[str, str] | None = None,
-) -> Command:
+) -> CommandLine:
     """Read the assignments of a command line.
 
     Args:
@@ -102,6 +100,10 @@ def read_command(
     hydra: list[Assignment] = []
     for assignment in arguments.assignments:
         if assignment.key.startswith(("hydra.", "hydra/")):
+            if len(split_list(assignment.value)) > 1:
+                raise UserError(
+                    f"{assignment.text}: an option of Hydra's takes one value; a list is written [A,B]."
+                )
             hydra.append(assignment)
         elif assignment.key in slots:
             chosen[slots[assignment.key]] = _group_values(
@@ -118,7 +120,7 @@ def read_command(
         combinations += _value_combinations(tree, form_of(tree), pairs, values, multirun)
         if len(combinations) > MAX_COMBINATIONS:
             raise UserError(f"the lists on the command line make more than {MAX_COMBINATIONS} combinations.")
-    return Command(tuple(combinations), tuple(hydra), config_dir)
+    return CommandLine(tuple(combinations), tuple(hydra), config_dir)
 
 
 def with_lists(
@@ -141,107 +143,18 @@ def with_lists(
     return replace(arguments, assignments=(*arguments.assignments, *lists))
 
 
-GLOBAL_PACKAGE = "# @package _global_"
-
-
-def check_experiment(path: Path) -> None:
-    """Refuse an experiment that Hydra would put below `experiment:`, where nobody reads it."""
-    read_yaml(path)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    if not any(line.strip() == GLOBAL_PACKAGE for line in lines[:5]):
-        raise UserError(
-            f"{path} must begin with the line {GLOBAL_PACKAGE!r}: without it Hydra ignores what it sets."
-        )
-
-
-def compose_groups(
-    config_name: str, groups: Mapping[ConfigGroup, str], folders: Sequence[Path]
-) -> dict[str, Any]:
-    """The config `config_name` with these group choices, as plain values, composed by Hydra."""
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    for slot, choice in groups.items():
-        if slot.name == "experiment" and choice != "null":
-            check_experiment(find_config(f"experiment/{choice}", folders))
-    overrides = [f"{slot.hydra_key}={choice}" for slot, choice in groups.items()]
-    own = folders[0] if len(folders) > 1 else None
-    try:
-        with own_configs(own), initialize_config_dir(str(folders[-1]), "scaling_lab", version_base="1.3"):
-            tree = OmegaConf.to_container(compose(config_name=config_name, overrides=overrides), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"the configuration does not compose: {first_line(error)}") from error
-    assert isinstance(tree, dict)
-    return {str(key): value for key, value in tree.items()}
-
-
-@contextmanager
-def own_configs(folder: Path | None) -> Iterator[None]:
-    """Within it Hydra searches the user's folder first (see hydra_plugins/scaling_lab/config_dir.py)."""
-    with environment(**{CONFIG_DIR_VARIABLE: None if folder is None else str(folder.absolute())}):
-        yield
-
-
-@contextmanager
-def environment(**variables: str | None) -> Iterator[None]:
-    """Environment variables (None: not set) for what is started within it; afterwards as before."""
-    before = {name: os.environ.get(name) for name in variables}
-    _set(variables)
-    try:
-        yield
-    finally:
-        _set(before)
-
-
-def _set(variables: Mapping[str, str | None]) -> None:
-    for name, value in variables.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a message that has any text."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def hydra_overrides(command: Command) -> list[str]:
+def hydra_overrides(line: CommandLine) -> list[str]:
     """The combinations as overrides of a Hydra multirun: values already read, text quoted."""
     groups: dict[ConfigGroup, list[str]] = {}
     values: dict[str, list[str]] = {}
-    for combination in command.combinations:
+    for combination in line.combinations:
         for slot, choice in combination.groups.items():
             _add(groups.setdefault(slot, []), choice)
         for key, value in combination.values.items():
             _add(values.setdefault(key, []), hydra_text(key, value))
-    lines = [f"{slot.hydra_key}={','.join(choices)}" for slot, choices in groups.items()]
-    lines += [f"++{key}={','.join(texts)}" for key, texts in values.items()]
-    return lines + [a.text for a in command.hydra]
-
-
-def hydra_text(key: str, value: Any) -> str:
-    """A value in Hydra's override grammar, such that the config holds exactly it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Enum):
-        value = value.value
-    if isinstance(value, (int, float)):
-        return repr(value)
-    if isinstance(value, (list, tuple)):
-        return f"[{','.join(hydra_text(key, item) for item in value)}]"
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{name}:{hydra_text(key, item)}" for name, item in value.items()) + "}"
-    text = str(value)
-    if "${" in text:
-        raise UserError(f"{key}={show(text)}: '${{' means something else to Hydra; choose another name.")
-    # Hydra halves backslashes before a quote and leaves the others alone.
-    body = re.sub(r"(\\*)'", lambda m: m[1] * 2 + "\\'", text)
-    body = re.sub(r"\\+$", lambda m: m[0] * 2, body)
-    return f"'{body}'"
+    overrides = [f"{group.hydra_key}={','.join(choices)}" for group, choices in groups.items()]
+    overrides += [f"++{key}={','.join(texts)}" for key, texts in values.items()]
+    return overrides + [a.text for a in line.hydra]
 
 
 def _add(items: list[str], item: str) -> None:

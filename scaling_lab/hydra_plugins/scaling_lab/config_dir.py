@@ -1,4 +1,4 @@
-"""Owns where Hydra finds a user's own configs: `config_dir=DIR` puts DIR before the built-in conf/.
+"""Where Hydra finds a user's own configs: `config_dir=DIR` puts DIR before the built-in conf/.
 
 Hydra's own --config-dir comes after it, so that a file of the same name would not be found. And that a launcher of
 conf/hydra/launcher/ is ours where an installed plugin registers one of the same name.
@@ -13,7 +13,7 @@ VARIABLE = "SCALING_LAB_CONFIG_DIR"
 
 
 class ConfigDirPlugin(SearchPathPlugin):
-    """Reads the folder from the environment, which `scaling_lab.cli.options.compose.own_configs` sets around a command."""
+    """Reads the folder from the environment, which `scaling_lab.cli.options.hydra_config.hydra_initialized` sets."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         _forget_registered_launchers()

@@ -1,17 +1,20 @@
-"""Owns the `submitit_slurm` and `submitit_local` launchers: a sweep's jobs through submitit, judged by their records.
+"""The `submitit_slurm` and `submitit_local` launchers: a sweep's jobs through submitit, judged by their records.
 
-hydra-submitit-launcher's own launchers wait for return values, which a killed job never gives, and know no plan. They
-still serve an ordinary multirun (train -m).
+hydra-submitit-launcher's own launchers wait for return values, which a killed job never gives, and have no plan. They
+still run an ordinary multirun (train -m).
 """
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+
+if TYPE_CHECKING:
+    from scaling_lab.launching.sweeping import SweepJobs
 
 # Hydra imports this module at every start: nothing of ours and no submitit is imported before a launch.
 
@@ -44,58 +47,45 @@ class _SubmititLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config, self.context = config, (hydra_context, task_function)
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from scaling_lab.cli.options.compose import environment
-
-        # What a worker's -P does (launching/workers.py): submitit starts its own Python, and sbatch hands the environment on.
-        with environment(PYTHONSAFEPATH="1"):
-            return self._launch(job_overrides, initial_job_idx)
-
-    def _launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from hydra_plugins.scaling_lab.local_launcher import _returned, _run_ids
-
-        from scaling_lab.cli.display.progress import ConsoleReporter
-        from scaling_lab.cli.options.study import tracker_options
-        from scaling_lab.core.storage.store import RunStore
+    def launch_runs(self, jobs: "SweepJobs") -> None:
+        """Submit a sweep's jobs, and wait until every run has a record or no job is left."""
         from scaling_lab.launching.cluster import Wishes, launch_jobs
-        from scaling_lab.launching.sweeping import plain, session
+        from scaling_lab.launching.hydra_jobs import environment_variables
 
-        assert self.config is not None
-        assert self.context is not None
-        loader = self.context[0].config_loader
-        first = plain(loader.load_sweep_config(self.config, list(job_overrides[0])))
-        if not first.get("run_ids"):
+        workers = 1 if self.workers is None else self.workers
+        wishes = Wishes(self.timeout_min, self.mem_gb, workers, self.time_factor, self.memory_factor)
+        # What a worker's -P does (launching/workers.py): submitit starts its own Python, and sbatch passes the environment on.
+        with environment_variables(PYTHONSAFEPATH="1"):
+            launch_jobs(
+                self._backend(jobs.plan.runs[0].execution, workers),
+                jobs,
+                wishes,
+                name=self.name,
+                max_attempts=self.max_attempts,
+            )
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Hydra's entry for a multirun (`train -m`)."""
+        from scaling_lab.launching.hydra_jobs import environment_variables
+
+        with environment_variables(PYTHONSAFEPATH="1"):
             return self._multirun(job_overrides, initial_job_idx)
-        store = RunStore.for_sweep(first["results_dir"], first["sweep"])
-        plan = session().plan or store.read_plan()
-        workers = self.workers or 1
-        launch_jobs(
-            self._backend(plan.runs[0].execution, workers),
-            store,
-            plan,
-            [_run_ids(overrides) for overrides in job_overrides],
-            ConsoleReporter(session().console),
-            Wishes(self.timeout_min, self.mem_gb, workers, self.time_factor, self.memory_factor),
-            name=self.name,
-            max_attempts=self.max_attempts,
-            tracker=tracker_options(first),
-        )
-        return [_returned(overrides) for overrides in job_overrides]
 
     @abstractmethod
     def _backend(self, execution: Any, workers: int) -> Any:
-        """What submits jobs of `workers` workers each (`cli.submitit_backends`)."""
+        """What submits jobs of `workers` workers each (`launching.submitit_backends`)."""
 
     def _multirun(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """An ordinary Hydra multirun, by hydra-submitit-launcher; its options are a part of ours."""
         from scaling_lab.core.errors import UserError
+        from scaling_lab.core.installation import install_line
 
         try:
             from hydra_plugins.hydra_submitit_launcher import config, submitit_launcher
         except ImportError as error:
             raise UserError(
                 f"train -m hydra/launcher=submitit_{self.kind} needs hydra-submitit-launcher ({error}): "
-                "pip install 'scaling-lab[slurm]'"
+                f"{install_line('slurm')}"
             ) from error
         from omegaconf import OmegaConf
 
