@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from types import FrameType
 from typing import NoReturn
 
@@ -26,7 +27,7 @@ _MOVED: dict[str, dict[str, str]] = {
     "analyse.approaches": {
         "analysis.approaches": "*",
         "analysis.approaches.envelope": "annealing ends envelope hull",
-        "analysis.approaches.isoflop": "grid_fit isoflop shared_shape valley valleys",
+        "analysis.approaches.isoflop": "grid_fit isoflop shared_shape valley=minimum valleys",
     },
     "cli": {
         "cli.display": "console prepare_display progress standing=sweep_status summary",
@@ -105,8 +106,14 @@ def _asked_for(fullname: str) -> str:
 
 
 def _refuse(old: str) -> NoReturn:
+    wanted = new_path(old) or ""
+    new = wanted
+    # What was moved once more, or divided: its package at least.
+    while "." in new and find_spec(_ROOT + new) is None:
+        new = new.rpartition(".")[0]
+    verb = "is now" if new == wanted else "is now in"
     hint = f": {_HINTS[old]}" if old in _HINTS else ""
-    raise ImportError(f"{_ROOT}{old} is now {_ROOT}{new_path(old)}{hint}.", name=_ROOT + old)
+    raise ImportError(f"{_ROOT}{old} {verb} {_ROOT}{new}{hint}.", name=_ROOT + old)
 
 
 sys.meta_path.insert(0, _MovedModules)
