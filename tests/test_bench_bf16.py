@@ -13,7 +13,7 @@ import torch
 from helpers.specs import tiny
 from scaling_lab.core.spec import Execution
 from scaling_lab.training.engine.gradient import make_gradient
-from scaling_lab.training.run.loop import open_session
+from scaling_lab.training.run.session import open_session
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "bench_bf16.py"
 

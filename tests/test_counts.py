@@ -19,7 +19,7 @@ from scaling_lab.core.counts import (
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.shapes.gpt import GPTShape, decoder_flops
 from scaling_lab.core.shapes.gpt2 import GPT2Shape
-from scaling_lab.training.engine.step import token_loss
+from scaling_lab.training.engine.gradient import token_loss
 from scaling_lab.training.models import build_model
 
 SHAPES = [

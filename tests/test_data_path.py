@@ -24,11 +24,13 @@ from scaling_lab.core.sources.tokens import TokenFile
 from scaling_lab.core.spec import EvalSpec, Execution, OptimizerSpec, Plan, PlannedRun, RunSpec
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching.worker import train_pending
+from scaling_lab.training.data.feed import device_tokens
 from scaling_lab.training.data.order import WindowOrder
-from scaling_lab.training.engine.step import TrainStep, token_loss
+from scaling_lab.training.engine.gradient import token_loss
+from scaling_lab.training.engine.step import TrainStep
 from scaling_lab.training.models import build_model
-from scaling_lab.training.run.loop import open_session, train_block, train_run
-from scaling_lab.training.run.session import device_tokens
+from scaling_lab.training.run.loop import train_run
+from scaling_lab.training.run.session import open_session, train_block
 
 CONTEXT, VOCAB = 16, 40
 TRAIN_WINDOWS, VALIDATION_WINDOWS = 40, 20

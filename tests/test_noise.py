@@ -19,7 +19,7 @@ from scaling_lab.training.measure.noise_scale import (
     measured_steps,
     noise_from_norms,
 )
-from scaling_lab.training.run.loop import open_session
+from scaling_lab.training.run.session import open_session
 
 
 def test_estimator_by_hand():

@@ -210,7 +210,7 @@ def test_a_worker_stops_in_good_order_when_its_launcher_is_killed(tmp_path):
     launcher = subprocess.Popen(
         [
             sys.executable, "-c",
-            "import os, subprocess, sys; subprocess.run([sys.executable, '-m', 'scaling_lab.launching.worker', "
+            "import os, subprocess, sys; subprocess.run([sys.executable, '-m', 'scaling_lab.worker', "
             f"{str(store.folder)!r}, '--stop-with', str(os.getpid())])",
         ]
     )  # fmt: skip

@@ -29,7 +29,7 @@ from scaling_lab.training.engine.step import (
     TrainStep,
 )
 from scaling_lab.training.models import build_model
-from scaling_lab.training.run.loop import open_session, train_block
+from scaling_lab.training.run.session import open_session, train_block
 
 SHAPES = [SHAPE, GPTShape(width=16, depth=1, heads=1, tied_head=True), GPT2Shape(width=16, depth=1, heads=1)]
 

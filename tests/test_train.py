@@ -24,11 +24,12 @@ from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.spec import EvalSpec, Execution, OptimizerSpec, Plan, PlannedRun
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching.worker import longest_first, train_claimed, train_pending
-from scaling_lab.training.engine.step import token_loss
+from scaling_lab.training.engine.gradient import token_loss
 from scaling_lab.training.measure.evaluation import ValidationSet, evaluation_steps, standard_error
 from scaling_lab.training.models import build_model
-from scaling_lab.training.run.loop import blocks, open_session, train_block
+from scaling_lab.training.run.loop import blocks
 from scaling_lab.training.run.member import StepCounter
+from scaling_lab.training.run.session import open_session, train_block
 
 
 @pytest.mark.parametrize("shape", [SHAPE, GPT2Shape(width=16, depth=1, heads=1)], ids=["gpt", "gpt2"])

@@ -34,7 +34,7 @@ from scaling_lab.training.engine.devices import resolve_device, run_environment
 from scaling_lab.training.parallel.team import PARALLEL, TeamLost, joined
 from scaling_lab.training.run.checkpoint import kept_path
 from scaling_lab.training.run.follower import Follower
-from scaling_lab.training.run.loop import CHECKPOINT_EVERY_S, Claimed, train_together
+from scaling_lab.training.run.loop import CHECKPOINT_EVERY_S, ClaimedRun, train_together
 from scaling_lab.training.run.member import Member
 from scaling_lab.training.run.stopping import Requests, listen
 
@@ -176,7 +176,7 @@ def train_group(
     """Train the claimed runs of a group; returns the records made. An error becomes a FAILED record: a member's own of
     this member, one of the whole program of all that were not over."""
     claimed = {
-        run_id: Claimed(claim, make_tracker(tracker, store.folder)) for run_id, claim in claims.items()
+        run_id: ClaimedRun(claim, make_tracker(tracker, store.folder)) for run_id, claim in claims.items()
     }
     try:
         members = train_together(

@@ -10,7 +10,7 @@ from helpers.specs import tiny
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.spec import EvalSpec, Execution
 from scaling_lab.planning.memory import estimate_bytes
-from scaling_lab.training.run.loop import open_session, train_block
+from scaling_lab.training.run.session import open_session, train_block
 
 
 def main(width: int, depth: int, vocab: int, sequences: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scaling_lab.core.spec import Execution, RunSpec
 from scaling_lab.training.engine.cuda_graph import BlockGraph
-from scaling_lab.training.engine.gradient import make_gradient, token_loss
+from scaling_lab.training.engine.gradient import make_gradient
 from scaling_lab.training.engine.optimizer import (
     FlatLayout,
     GroupVectors,
@@ -23,8 +23,6 @@ from scaling_lab.training.engine.optimizer import (
     group_vectors,
 )
 from scaling_lab.training.engine.step_library import can_use_library, step_from_library, torch_compiled
-
-__all__ = ["GRADIENT_SQUARE", "LOSS", "MICRO_GRADIENT_SQUARE", "StackSlot", "TrainStep", "token_loss"]
 
 # Columns of the step metrics: the mean loss before the update, the mean squared norm of the micro-batches' gradients, and
 # the squared norm of the whole batch's gradient. The last two give the noise scale; they are equal for one micro-batch.
@@ -60,7 +58,6 @@ class TrainStep:
         self.flat = torch.stack(flats) if self.stacked else flats[0].clone()
         self.first_moment = torch.zeros_like(self.flat)
         self.second_moment = torch.zeros_like(self.flat)
-        self.buffers = dict(self.model.named_buffers())
         self.batch = sequences or specs[0].batch_sequences
         self.micro = execution.micro_batch_sequences or self.batch
         if self.batch % self.micro:

@@ -17,17 +17,14 @@ from scaling_lab.core.record import RunRecord
 from scaling_lab.core.spec import PlannedRun
 from scaling_lab.core.storage.claims import Claim
 from scaling_lab.core.storage.store import RunStore
-from scaling_lab.planning.memory import next_smaller_micro_batch
+from scaling_lab.planning.memory import BLOCK_STEPS, next_smaller_micro_batch
 from scaling_lab.tracking.sink.trackers import NoTracker, Tracker
-from scaling_lab.training.data.feed import BLOCK_STEPS
 from scaling_lab.training.engine.memory import is_out_of_memory, load_micro_batch_hint, release_memory
 from scaling_lab.training.parallel.team import current_team
 from scaling_lab.training.run.heartbeat import Timer
 from scaling_lab.training.run.member import Member, StepCounter
-from scaling_lab.training.run.session import Program, check_data, open_program, open_session, train_block
+from scaling_lab.training.run.session import Program, check_data, open_program
 from scaling_lab.training.run.stopping import Requests, listen
-
-__all__ = ["open_session", "train_block", "train_run", "train_together"]
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +35,7 @@ CHECKPOINT_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
-class Claimed:
+class ClaimedRun:
     """A run that this process may train, and its tracker."""
 
     claim: Claim
@@ -61,7 +58,7 @@ def train_run(
     """
     (member,) = train_together(
         [planned],
-        {planned.run_id: Claimed(claim, tracker or NoTracker())},
+        {planned.run_id: ClaimedRun(claim, tracker or NoTracker())},
         store,
         expected_fingerprint=expected_fingerprint,
         checkpoint_every_s=checkpoint_every_s,
@@ -74,7 +71,7 @@ def train_run(
 
 def train_together(
     group: Sequence[PlannedRun],
-    claimed: Mapping[str, Claimed],
+    claimed: Mapping[str, ClaimedRun],
     store: RunStore,
     *,
     expected_fingerprint: str | None = None,

@@ -39,9 +39,9 @@ log = logging.getLogger(__name__)
 class StepCounter:
     """How far a run is, and when it is evaluated next."""
 
-    def __init__(self, spec: RunSpec, done: int = 0) -> None:
+    def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
-        self.done = done
+        self.done = 0
         """Number of completed steps."""
         self.over = False
         self._evaluations = evaluation_steps(spec)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Execution, RunSpec
-from scaling_lab.training.data.feed import BLOCK_STEPS, Feed, device_tokens, open_feed
+from scaling_lab.planning.memory import BLOCK_STEPS
+from scaling_lab.training.data.feed import Feed, open_feed
 from scaling_lab.training.data.order import WindowOrder
 from scaling_lab.training.engine.devices import apply_execution
 from scaling_lab.training.engine.optimizer import control_rows
@@ -41,16 +42,6 @@ from scaling_lab.training.measure.noise_scale import (
 from scaling_lab.training.models import build_model
 from scaling_lab.training.parallel.data_parallel import DataParallelStep
 from scaling_lab.training.parallel.team import Team, current_team
-
-__all__ = [
-    "Program",
-    "TrainingSession",
-    "check_data",
-    "device_tokens",
-    "open_program",
-    "open_session",
-    "train_block",
-]
 
 
 @dataclass
