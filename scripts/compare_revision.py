@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
-import io
 import json
 import math
 import os
@@ -17,14 +15,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
-import tarfile
 import tempfile
 import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -32,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare_values import RULES, Comparison, Failed, Rules, compare_documents
+from compare_revision_rules import EXACT, RULES, Comparison, Failed, Rules, compare_documents
+from compare_revision_trees import TIMEOUT_S, Side, git, in_threads, install, kill, log, on_both
 
-ROOT = Path(__file__).resolve().parent.parent
 USAGE = """Both trees are installed into environments of their own, which share this Python's dependencies, and run side by
 side. Only command lines and files are used, so packages may be renamed in between. Exit status 1 if anything differs or
 could not be run.
@@ -43,124 +38,11 @@ could not be run.
   scripts/compare_revision.py 883e3a6 --parts plans,tables
   scripts/compare_revision.py 883e3a6 --out results/compare_revision.txt
 """
-TIMEOUT_S, SHOWN = 3600.0, 5
+# Differences of each row that are printed.
+SHOWN = 5
 
 
-# -- Two installed trees
-@dataclass(frozen=True)
-class Side:
-    """An installed tree, the folder that its commands run in, and the core that it trains on."""
-
-    name: str
-    folder: Path
-    core: int | None
-
-    @property
-    def work(self) -> Path:
-        return self.folder / "work"
-
-    @property
-    def site(self) -> Path:
-        return next((self.folder / "environment").glob("lib/python*/site-packages"))
-
-    def start(self, *argv: str, core: int | None = None, **options: Any) -> subprocess.Popen[str]:
-        """Start a program of this side's environment. With `core`, call it in a thread of its own."""
-        if core is not None:
-            os.sched_setaffinity(0, {core})  # of this thread; the process inherits it
-        foreign = ("PYTHON", "SCALING_LAB_", "WANDB_", "VIRTUAL_ENV")
-        env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)} | {
-            "PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-            "WANDB_MODE": "disabled", "SCALING_LAB_STRICT": "1", "SCALING_LAB_CACHE_DIR": str(self.folder / "cache"),
-            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "compiled"),
-        }  # fmt: skip
-        program = str(self.folder / "environment/bin" / argv[0])
-        return subprocess.Popen(
-            [program, *argv[1:]], cwd=self.work, env=env, stdin=subprocess.DEVNULL, text=True, start_new_session=True, **options
-        )  # fmt: skip
-
-    def run(self, *argv: str, core: int | None = None) -> str:
-        """What a program prints on stdout. Raises `Failed` if it fails."""
-        began = time.monotonic()
-        process = self.start(*argv, core=core, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        try:
-            out, err = process.communicate(timeout=TIMEOUT_S)
-        finally:
-            kill(process, signal.SIGKILL)
-        command = shlex.join(argv)
-        log(f"  {self.name} {time.monotonic() - began:6.1f} s  {command[:140]}")
-        if process.returncode:
-            last_lines = " | ".join((err or out).strip().splitlines()[-3:])
-            raise Failed(f"{self.name}: `{command}` ended with status {process.returncode}: {last_lines}")
-        return out
-
-    def lab(self, options: str, *more: str, core: int | None = None) -> str:
-        return self.run("scaling-lab", *shlex.split(options), *more, core=core)
-
-
-def kill(process: subprocess.Popen[str], number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
-
-
-def log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def git(*arguments: str) -> str:
-    return subprocess.check_output(["git", *arguments], cwd=ROOT, text=True).strip()
-
-
-def export(revision: str | None, tree: Path) -> None:
-    """Write the files of a revision into `tree`; None: of the working tree, uncommitted changes included."""
-    tree.mkdir(parents=True)
-    if revision is not None:
-        archive = subprocess.check_output(["git", "archive", revision], cwd=ROOT)
-        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-            tar.extractall(tree, filter="data")
-        return
-    for name in git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
-        if (ROOT / name).is_file():  # a deleted file is still listed
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, tree / name)
-
-
-def install(side: Side, revision: str | None) -> None:
-    """Install a tree without its dependencies, and check that no other installation of it is imported."""
-    export(revision, side.folder / "tree")
-    side.work.mkdir()
-    environment = side.folder / "environment"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-    # A .pth file inside a folder that a .pth file names is not read: an editable installation there is not seen.
-    dependencies = {sysconfig.get_paths()[name] for name in ("purelib", "platlib")}
-    (side.site / "dependencies.pth").write_text("\n".join(sorted(dependencies)) + "\n")
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "--python",
-        str(environment / "bin/python"),
-    ]
-    pip += ["install", "--quiet", "--no-deps", "--no-build-isolation", str(side.folder / "tree")]
-    done = subprocess.run(pip, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{side.name}: the installation failed: {done.stderr.strip()[-800:]}")
-    for name in ("scaling_lab", "scaling_lab.conf", "hydra_plugins.scaling_lab"):
-        file = side.run("python", "-c", f"import {name} as m; print(m.__file__)").strip()
-        if not Path(file).is_relative_to(side.site):
-            raise SystemExit(f"{side.name}: {name} is imported from another installation: {file}")
-
-
-def in_threads(*jobs: Callable[[], Any]) -> list[Any]:
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        return [job.result() for job in [pool.submit(job) for job in jobs]]
-
-
-def on_both(sides: Sequence[Side], job: Callable[[Side], Any]) -> list[Any]:
-    return in_threads(*(partial(job, side) for side in sides))
-
-
-# -- The parts. Each yields (what was compared, comparison).
+# Each part yields (what was compared, comparison).
 Rows = Iterable[tuple[str, Comparison]]
 
 # fmt: off
@@ -251,7 +133,7 @@ def published_tables(side: Side) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in side.site.glob("scaling_lab/**/published/*.csv")}
 
 
-def row(what: str, pair: Sequence[Mapping[str, Any]], rules: Rules = RULES["runs"]) -> tuple[str, Comparison]:
+def row(what: str, pair: Sequence[Mapping[str, Any]], rules: Rules = EXACT) -> tuple[str, Comparison]:
     found = compare_documents(pair[0], pair[1], rules)
     return f"{what}: {len(pair[0])} documents, {found.values:,} values", found
 
@@ -263,22 +145,28 @@ def plans(sides: Sequence[Side]) -> Rows:
     )
     cases = {name: f"experiment={name}" for name in sorted(names[0] & names[1])} | PLANS
 
-    def make(side: Side) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    def make(side: Side) -> tuple[dict[str, Any], dict[str, Any]]:
         side.lab("prepare-data path=text.txt tokenizer=bpe vocab_size=400 --quiet")
         for name, options in cases.items():
             device = "" if "device=" in options else "device=cpu"
             side.lab(f"plan sweep={name} {options} {device} --quiet")
         corpus = {path.name: path.read_bytes() for path in (side.work / "prepared/text").iterdir()}
-        return corpus, {name: (side.work / f"results/{name}/plan.json").read_bytes() for name in cases}
+        return corpus, {name: plan_document(side.work / f"results/{name}/plan.json") for name in cases}
 
     corpora, made = zip(*on_both(sides, make))
     yield row("prepared corpus, byte for byte", corpora)
-    yield row("plan.json, byte for byte", made)
-    ids = [
-        {name: [run["run_id"] for run in json.loads(plan)["runs"]] for name, plan in each.items()}
-        for each in made
-    ]
-    yield row("run ids", ids)
+    yield row("plan.json, byte for byte", made, RULES["plan.json"])
+    yield row("run ids", [{name: plan["run_ids"] for name, plan in each.items()} for each in made])
+
+
+def plan_document(path: Path) -> dict[str, Any]:
+    """The bytes of a plan.json with its sentences blanked, the sentences, and the run ids."""
+    text = path.read_text()
+    plan = json.loads(text)
+    for sentence in (*plan["notes"], *plan["rounding"]):
+        text = text.replace(json.dumps(sentence), '""')
+    ids = [run["run_id"] for run in plan["runs"]]
+    return {"bytes": text.encode(), "notes": plan["notes"], "rounding": plan["rounding"], "run_ids": ids}
 
 
 def tables(sides: Sequence[Side]) -> Rows:
@@ -290,16 +178,19 @@ def tables(sides: Sequence[Side]) -> Rows:
 
     def analyze(side: Side) -> dict[str, Any]:
         for name, options in TABLES.items():
-            side.lab(f"analyze runs=tables/{options} bootstrap.resamples=100 out=analyses/{name} --quiet")
+            side.lab(f"analyze runs=tables/{options} bootstrap.resamples=50 out=analyses/{name} --quiet")
         return {
             name: json.loads((side.work / f"analyses/{name}/analysis.json").read_text()) for name in TABLES
         }
 
     yield row("analysis.json of tables", on_both(sides, analyze), RULES["analysis.json"])
     predict = f"predict runs=tables/{TABLES['besiroglu']} compute_flops=[1e22,1e24] --json --quiet"
-    yield row("predict", on_both(sides, lambda s: {"": json.loads(s.lab(predict))}), RULES["analysis.json"])
+    yield row(
+        "predict", on_both(sides, lambda s: {"predict": json.loads(s.lab(predict))}), RULES["analysis.json"]
+    )
     reproduce = "reproduce published=all --json --quiet"
-    yield row("reproduce published=all", on_both(sides, lambda s: {"": json.loads(s.lab(reproduce))}), RULES["reproduce"])  # fmt: skip
+    found = on_both(sides, lambda s: {"all": json.loads(s.lab(reproduce))})
+    yield row("reproduce published=all", found, RULES["reproduce"])
 
 
 def training(sides: Sequence[Side]) -> Rows:
@@ -310,10 +201,13 @@ def training(sides: Sequence[Side]) -> Rows:
             how = each["execution"]
             if (how["compile"], how["micro_batch_sequences"] is not None, how["stack_size"]) != wanted:
                 raise Failed(f"{name} is not computed as it is meant: {how}")
-        yield row(f"{name}, {run_counts(sides[0].work / 'trained' / name)}", [run_files(side.work / "trained" / name) for side in sides])  # fmt: skip
+        folders = [side.work / "trained" / name for side in sides]
+        what = f"{name}, {run_counts(folders[0])}"
+        yield row(what, [run_files(folder) for folder in folders], RULES["runs"])
 
     def analyze(side: Side) -> dict[str, Any]:
-        side.lab("analyze sweep=eager results_dir=trained tuning=eager-lr metrics=[eval.letters] bootstrap.resamples=100 --quiet")  # fmt: skip
+        options = "tuning=eager-lr metrics=[eval.letters] bootstrap.resamples=50"
+        side.lab(f"analyze sweep=eager results_dir=trained {options} --quiet")
         return {"eager": json.loads((side.work / "trained/eager/report/analysis.json").read_text())}
 
     pair = on_both(sides, analyze)
@@ -325,9 +219,12 @@ def training(sides: Sequence[Side]) -> Rows:
 def run_files(sweep: Path) -> dict[str, Any]:
     """What runs left on the disk, by path: bytes, parsed JSON, or digests of tensors. Claims (process, heartbeat) are left out."""
     found: dict[str, Any] = {}
-    for path in sorted([*sweep.glob("plan.json"), *sweep.glob("runs/*/*.json*"), *sweep.glob("runs/*/checkpoint/*")]):  # fmt: skip
+    files = ("plan.json", "runs/*/*.json*", "runs/*/checkpoint/*")
+    for path in sorted(path for pattern in files for path in sweep.glob(pattern)):
         name = str(path.relative_to(sweep))
-        if path.name in ("plan.json", "spec.json"):
+        if path.name == "plan.json":
+            found[name] = plan_document(path)
+        elif path.name == "spec.json":
             found[name] = path.read_bytes()
         elif path.name == "curve.jsonl":
             found[name] = [json.loads(line) for line in path.read_text().splitlines()]
@@ -347,16 +244,13 @@ def tensor_digests(path: Path) -> dict[str, str]:
 
 
 def run_counts(sweep: Path) -> str:
-    """Raises `Failed` unless every run was completed and left its spec, curve and checkpoint."""
-    records = [json.loads(path.read_text()) for path in sweep.glob("runs/*/record.json")]
-    others = [len(list(sweep.glob(f"runs/*/{name}"))) for name in ("spec.json", "curve.jsonl", "checkpoint/step-*.pt")]  # fmt: skip
-    if (
-        not records
-        or any(record["status"] != "completed" for record in records)
-        or {*others} != {len(records)}
-    ):
-        raise Failed(f"{sweep.name}: {len(records)} records; specs, curves and checkpoints: {others}")
-    return f"{len(records)} run{'s' * (len(records) > 1)}"
+    """How many runs there are. Raises `Failed` unless every one was completed and left its spec, curve and checkpoint."""
+    statuses = [json.loads(path.read_text())["status"] for path in sweep.glob("runs/*/record.json")]
+    names = ("spec.json", "curve.jsonl", "checkpoint/step-*.pt")
+    counts = [len(list(sweep.glob(f"runs/*/{name}"))) for name in names]
+    if set(statuses) != {"completed"} or set(counts) != {len(statuses)}:
+        raise Failed(f"{sweep.name}: records {statuses}; {counts} of {', '.join(names)}")
+    return f"{len(statuses)} run{'s' * (len(statuses) > 1)}"
 
 
 def resume(sides: Sequence[Side]) -> Rows:
@@ -373,7 +267,7 @@ def resume(sides: Sequence[Side]) -> Rows:
         shutil.copytree(killed, resumed)
         in_threads(partial(new.lab, f"{command}killed", core=new.core))
         what = f"{kind}, resumed at step {len(kept)}, {run_counts(whole)}"
-        what, found = row(what, [run_files(whole), run_files(resumed)])
+        what, found = row(what, [run_files(whole), run_files(resumed)], RULES["runs"])
         # With their wall times: the new side did not compute these lines again.
         if curve_lines(resumed)[: len(kept)] != kept:
             found.differences.append(("curve up to the checkpoint", "kept", "computed again"))
@@ -398,8 +292,9 @@ def kill_after_checkpoint(side: Side, command: str, sweep: Path, core: int | Non
                         kill(process, signal.SIGKILL)
                 kill(process, number)
                 process.wait(TIMEOUT_S)
-            steps = [json.loads(path.read_text())["curve_points"] for path in sweep.glob("runs/*/checkpoint/step-*.json")]  # fmt: skip
-            kept = curve_lines(sweep)[: max(steps, default=0)]
+            saved = sweep.glob("runs/*/checkpoint/step-*.json")
+            points = max((json.loads(path.read_text())["curve_points"] for path in saved), default=0)
+            kept = curve_lines(sweep)[:points]
         if 0 < len(kept) < len(curve_lines(sweep)) and not list(sweep.glob("runs/*/record.json")):
             return kept
     raise Failed("the run could not be killed between its checkpoint and its end")
@@ -416,7 +311,6 @@ PARTS: dict[str, Callable[[Sequence[Side]], Rows]] = {
 }  # fmt: skip
 
 
-# -- The report
 @dataclass(frozen=True)
 class Row:
     part: str
@@ -435,7 +329,8 @@ def run_part(part: str, sides: Sequence[Side]) -> list[Row]:
             rows.append(Row(part, what, found, time.monotonic() - began))
             began = time.monotonic()
     except (Failed, OSError, KeyError, ValueError, subprocess.TimeoutExpired) as error:
-        rows.append(Row(part, "could not be run", Comparison(), time.monotonic() - began, f"{type(error).__name__}: {error}"))  # fmt: skip
+        failure = f"{type(error).__name__}: {error}"
+        rows.append(Row(part, "could not be run", Comparison(), time.monotonic() - began, failure))
     return rows
 
 
@@ -464,7 +359,8 @@ def report(title: str, rows: Sequence[Row]) -> str:
     lines += [f"only in the new revision: {path} ({count})" for path, count in sorted(added.items())]
     lines += [f"reworded: {path} ({count})" for path, count in sorted(reworded.items())]
     for name, rules in RULES.items():
-        lines.append(f"{name}: not compared {', '.join(rules.exempt)}; may be reworded {', '.join(rules.sentences)}")  # fmt: skip
+        exempt = ", ".join(rules.exempt) or "nothing"
+        lines.append(f"not compared in {name}: {exempt}; may be reworded: {', '.join(rules.sentences)}")
     lines.append("NOT IDENTICAL" if any(map(is_bad, rows)) else "All values compared are identical.")
     return "\n".join(lines) + "\n"
 

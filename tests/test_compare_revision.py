@@ -20,18 +20,19 @@ def load(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up, and the script imports the other
+    sys.modules[name] = module  # dataclasses look their module up, and the script imports the others
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
 def values() -> ModuleType:
-    return load("compare_values")
+    return load("compare_revision_rules")
 
 
 @pytest.fixture(scope="module")
 def script(values) -> ModuleType:
+    load("compare_revision_trees")
     return load("compare_revision")
 
 
@@ -102,8 +103,9 @@ def test_the_files_of_a_run(values):
 
 
 def test_a_missing_document_is_a_difference_and_no_document_is_an_error(values):
-    found = values.compare_documents({"a": 1, "b": 1}, {"a": 1, "c": 1}, values.Rules())
-    assert found.differences == [("b", "there", "missing"), ("c", "missing", "there")]
+    found = values.compare_documents({"a": 1, "b": 1}, {"a": 1, "runs/x/c": 1}, values.EXACT)
+    assert found.differences == [("b", "there", "missing")]
+    assert found.added == {"c": 1}
     for empty in ({}, {"a": {}}, {"a": {"source": 1}}):
         with pytest.raises(values.Failed):
             values.compare_documents(empty, empty, values.RULES["analysis.json"])
@@ -129,6 +131,19 @@ def test_tensors_are_told_apart_by_one_bit(script, tmp_path):
     assert first.keys() == {"data.pkl", "data/0"}
     assert first == checkpoint("b", b"\0\0")
     assert first != checkpoint("c", b"\0\1")
+
+
+def test_plans_are_compared_byte_for_byte_but_for_their_sentences(values, script, tmp_path):
+    def plan(sentences: list[str], indent: int = 1) -> dict[str, dict[str, object]]:
+        document = {"runs": [{"run_id": "a"}], "notes": sentences, "rounding": []}
+        (tmp_path / "plan.json").write_text(json.dumps(document, indent=indent))
+        return {"plan": script.plan_document(tmp_path / "plan.json")}
+
+    rules = values.RULES["plan.json"]
+    same = values.compare_documents(plan(["It ends."]), plan(["The run ends."]), rules)
+    assert (same.differences, +same.reworded) == ([], {"notes": 1})
+    for other in (plan([]), plan(["One.", "Two."]), plan(["It ends."], indent=2)):
+        assert values.compare_documents(plan(["It ends."]), other, rules).differences
 
 
 def test_the_report_fails_where_nothing_was_compared(script):

@@ -24,15 +24,20 @@ class Rules:
     sentences: tuple[str, ...] = ()
 
 
-# Everything else is compared; plan.json, spec.json, prepared corpora and published tables byte for byte.
+EXACT = Rules()
+# Everything else is compared: spec.json, prepared corpora and published tables byte for byte, and so is plan.json but for its
+# sentences.
 RULES = {
-    # Path of the table; versions of the package and its dependencies.
-    "analysis.json": Rules(("source", "versions"), ("message", "messages", "warnings", "diagnostics", "reason")),
+    "plan.json": Rules((), ("notes", "rounding")),
+    # The table's path, versions of the package and its dependencies, and of the format: its keys are compared instead.
+    "analysis.json": Rules(
+        ("source", "versions", "schema_version"), ("message", "messages", "warnings", "diagnostics", "reason")
+    ),
     "reproduce": Rules(("versions",), ("title", "reference", "data", "remark")),
     # Times, hosts and revisions; curve_bytes depends on the digits of times. sha256: the tensors are compared instead.
     "runs": Rules(
         ("wall_time_s", "curve_bytes", "sha256", "environment.host", "environment.git_revision", "environment.scaling_lab"),
-        ("reason",),
+        ("reason", "notes", "rounding"),
     ),
 }  # fmt: skip
 
@@ -89,7 +94,7 @@ def differences_of_bytes(old: bytes, new: bytes) -> list[tuple[str, Any, Any]]:
     if old == new:
         return []
     with contextlib.suppress(ValueError, UnicodeDecodeError):
-        if named := compare(json.loads(old), json.loads(new), Rules()).differences:
+        if named := compare(json.loads(old), json.loads(new), EXACT).differences:
             return named
     return [("(bytes)", hashlib.sha256(old).hexdigest(), hashlib.sha256(new).hexdigest())]
 
@@ -105,14 +110,17 @@ def without_indices(path: str) -> str:
 
 
 def compare_documents(old: Mapping[str, Any], new: Mapping[str, Any], rules: Rules) -> Comparison:
-    """Compare documents by name. Raises `Failed` where there is nothing to compare."""
+    """Compare documents by name. One that only the new side has is listed as an added key is, by the end of its path.
+
+    Raises `Failed` where there is nothing to compare.
+    """
     total = Comparison()
-    for name in [*old, *(name for name in new if name not in old)]:
-        if name in old and name in new:
+    for name in old:
+        if name in new:
             total.merge(compare(old[name], new[name], rules), f"{name}: ")
         else:
-            present = ["there" if name in side else "missing" for side in (old, new)]
-            total.differences.append((name, present[0], present[1]))
+            total.differences.append((name, "there", "missing"))
+    total.added.update(name.rpartition("/")[2] for name in new if name not in old)
     if not total.values:
         raise Failed("there is nothing to compare")
     return total
