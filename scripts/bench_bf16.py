@@ -1,21 +1,21 @@
 #!/usr/bin/env python
-"""Owns the choice between two ways of training in bfloat16, by measurement: what `dtype=bfloat16` is.
+"""Compare two ways of training in bfloat16, to choose the one that `dtype=bfloat16` uses.
 
-autocast   parameters are float32; torch.autocast rounds them, and the activations, where a product is taken. Normalisation,
-           softmax and the residual stream stay float32 as autocast's lists say.
-weights    forward and backward with a bfloat16 copy of all parameters and buffers, activations bfloat16 throughout; the
-           flat vector that AdamW updates is its float32 master. Gradients arrive in bfloat16, and are added up in float32.
+autocast   parameters are float32; torch.autocast rounds parameters and activations for matrix products. Normalization,
+           softmax and the residual stream stay float32, according to autocast's op lists.
+weights    forward and backward with a bfloat16 copy of all parameters and buffers and bfloat16 activations; the flat vector
+           updated by AdamW is the float32 master copy. Gradients are bfloat16 and accumulated in float32.
 
-Everything else is the engine's own step: the same data order, LR, clipping, AdamW, loss in float32, whole step compiled.
+Everything else is the engine's own step: same data order, LR, clipping, AdamW, loss in float32, whole step compiled.
 
-loss    final validation loss, taken in float32, of a small model that is trained in float32, and both ways, with the same
-        --seeds seeds. The scatter of float32's own losses over seeds is the seed noise; a way's shift is the mean of its
-        losses less those of float32, seed by seed, with its standard error.
-speed   seconds of one step on one thread, compiled, at several widths; float32 and both ways in turn, the median of the rounds.
+loss    final validation loss, evaluated in float32, of a small model trained in float32 and both ways with the same --seeds
+        seeds. The standard deviation of the float32 losses over seeds is the seed noise; the shift is the mean difference
+        from float32 over seeds, with its standard error.
+speed   seconds per compiled step on one thread, at several widths, alternating between the three; median over rounds.
 
-    scripts/bench_bf16.py                  about 4 minutes of one core; --out FILE also writes what it prints
-    scripts/bench_bf16.py --quick          few steps, no figure of meaning (CI: that it runs)
-    scripts/bench_bf16.py --device cuda    the same on a GPU, where widths are larger
+    scripts/bench_bf16.py                  about 4 minutes on one core; --out FILE also writes its output to a file
+    scripts/bench_bf16.py --quick          few steps; numbers are meaningless (CI: checks that it runs)
+    scripts/bench_bf16.py --device cuda    the same on a GPU, with larger widths
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def spec_of(sizes: tuple[int, ...], way: str, steps: int, seed: int = 0) -> RunS
     return RunSpec(
         sweep="bf16", role="single", budget_flops=1.0, shape=GPTShape(width, depth, heads, context=context),
         data=PySource(), schedule=Cosine(warmup_fraction=0.05),
-        # The default recipe's rule.
+        # The default recipe's rule when the committed table was made.
         optimizer=OptimizerSpec(peak_lr=0.007 * 64 / width), batch_tokens=sequences * context,
         train_tokens=steps * sequences * context, eval=EvalSpec(tokens=65_536, points=1),
         seed_init=seed, seed_data=seed, dtype="bfloat16" if way == "autocast" else "float32",
@@ -77,7 +77,7 @@ def spec_of(sizes: tuple[int, ...], way: str, steps: int, seed: int = 0) -> RunS
 def bfloat16_weights_gradient(
     model: nn.Module, layout: FlatLayout, spec: RunSpec, sequences: int
 ) -> GradientFunction:
-    """With the face of `gradient.make_gradient`, all logits at once: the vocabulary here is 256."""
+    """A replacement for `gradient.make_gradient` that computes all logits at once, since the vocabulary here is 256."""
     device = next(model.parameters()).device
     offsets = torch.arange(spec.shape.context + 1, device=device)
     buffers = {
@@ -100,14 +100,16 @@ def bfloat16_weights_gradient(
 
 @contextmanager
 def way_of_training(way: str) -> Iterator[None]:
-    """Within it a step that is built takes its gradient that way."""
-    before = step_module.make_gradient
+    """Steps that are built in this context compute their gradient this way."""
+    before = step_module.make_gradient, step_module.can_use_library
     if way == "weights":
         step_module.make_gradient = bfloat16_weights_gradient
+    # A library's key does not depend on the replaced gradient: `weights` would load the library of float32.
+    step_module.can_use_library = lambda *arguments: False
     try:
         yield
     finally:
-        step_module.make_gradient = before
+        step_module.make_gradient, step_module.can_use_library = before
 
 
 def opened(sizes: tuple[int, ...], way: str, steps: int, device: str, seed: int = 0) -> TrainingSession:
@@ -117,7 +119,7 @@ def opened(sizes: tuple[int, ...], way: str, steps: int, device: str, seed: int 
 
 @dataclass(frozen=True)
 class Shift:
-    """How a way's losses lie to those of float32 with the same seeds, nats."""
+    """Difference of losses from float32 with the same seeds, nats."""
 
     mean: float
     standard_error: float
@@ -130,7 +132,7 @@ class Shift:
 
 
 def final_loss(way: str, steps: int, seed: int, device: str) -> float:
-    """Of float32 arithmetic with the trained (master) weights, whatever they were trained in."""
+    """Validation loss in float32 arithmetic with the trained (master) weights."""
     session = opened(LOSS_SHAPE, way, steps, device, seed)
     train_block(session, 0, steps)
     found, _ = session.evaluation.main.loss(session.step.model, session.step.parameters())
@@ -145,7 +147,7 @@ def bench_loss(steps: int, seeds: int, device: str) -> None:
     )
     losses = {way: [final_loss(way, steps, seed, device) for seed in range(seeds)] for way in WAYS}
     noise = statistics.stdev(losses["float32"])
-    say(f"  {'':9} {'mean':>7}   shift against float32   shift / seed noise of {noise:.4f}   each seed")
+    say(f"  {'':9} {'mean':>7}   shift from float32      shift / seed noise of {noise:.4f}   each seed")
     for way in WAYS:
         each = " ".join(f"{loss:.4f}" for loss in losses[way])
         shift = Shift.of(losses[way], losses["float32"])
@@ -155,7 +157,7 @@ def bench_loss(steps: int, seeds: int, device: str) -> None:
 
 
 def bench_speed(shapes: list[tuple[int, ...]], seconds: float, rounds: int, device: str) -> None:
-    say(f"seconds a step, compiled, one thread; median of {rounds} rounds in turn (share of float32's time)")
+    say(f"seconds per step, compiled, one thread; median of {rounds} alternating rounds (ratio to float32)")
     say("  " + f"{'shape':34}" + "".join(f"{way:>22}" for way in WAYS))
     for sizes in shapes:
         width, depth, _, context, sequences = sizes

@@ -1,17 +1,17 @@
 #!/usr/bin/env python
-"""Owns the benchmark of data: loaders against what a training step consumes, and prepare-data against its tokenizer.
+"""Benchmark data loading: loaders against the training step's consumption, and prepare-data against its tokenizer.
 
-loader    windows as the step gets them (order, reading or generating, copying, gathering), without a step: tokens per CPU
-          second of one thread, at context 64 and the batch of the quickstart's largest size. Beside it, in the same
-          process, that size's compiled step on one thread: the loader has to be ten times as fast. The smallest size's
-          step, which takes the most tokens a second, is shown too.
-prepare   real text (Python source, JSON lines) into token files: Mtok/s of wall time as bytes; and as BPE, beside
-          `tokenizers`' own encode_batch_fast on the same documents in the same batches, three times in turn, the best of
-          each. The ratio says what reading, hashing, sorting out and writing cost.
+loader    windows as delivered to the step (order, reading or generating, copying, gathering), without the step: tokens per
+          CPU second of one thread, at context 64 and the batch of the quickstart's largest size. For comparison, in the same
+          process, that size's compiled step on one thread: the loader must be ten times as fast. Also compared with the
+          smallest size's step, which consumes the most tokens per second.
+prepare   real text (Python source, JSON Lines) to token files: Mtok/s of wall time for bytes; for BPE compared with
+          `encode_batch_fast` of `tokenizers` on the same documents in the same batches, alternating three times, the best of
+          each. The ratio shows the overhead of reading, hashing, splitting and writing.
 
   scripts/bench_loader.py                about 2 minutes on two cores
-  scripts/bench_loader.py --quick        a quarter of the text, a tenth of the time, eager steps (CI: that it runs)
-  scripts/bench_loader.py --out FILE     also writes what it prints
+  scripts/bench_loader.py --quick        a quarter of the text, a tenth of the time, eager steps (CI: checks that it runs)
+  scripts/bench_loader.py --out FILE     also writes its output to a file
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ from scaling_lab.training.run.session import open_session, train_block
 
 LOADER_TARGET = 10.0
 BYTES_TARGET = 1e6
-# Three quarters of the tokenizer's own speed: reading and hashing a document is not free.
+# Three quarters of the tokenizer's own speed, to allow for reading and hashing documents.
 BPE_TARGET = 0.75
 TEXT_MB, TOKENIZER_MB, BPE_VOCABULARY = 12.0, 4.0, 4096
-# A tenth, so that the little text of --quick has documents on both sides.
+# A tenth, so that both splits have documents even with the short text of --quick.
 SETTINGS = PrepareSettings(validation_fraction=0.1)
 MISSED: list[str] = []
 LINES: list[str] = []
@@ -118,7 +118,7 @@ def bench_prepare(folder: Path, text_mb: float) -> None:
     settings = replace(SETTINGS, tokenizer=str(tokenizer))
     alone, ours = [], []
     for turn in range(3):
-        # A new one each time, as ours has: a tokenizer remembers words.
+        # A new tokenizer each time, as in our measurement, because a tokenizer caches words.
         encode = TokenizerTokens(tokenizer, "bpe")._tokenizer.encode_batch_fast
         began = wall_and_cpu()
         for batch in batches:
@@ -131,15 +131,15 @@ def bench_prepare(folder: Path, text_mb: float) -> None:
         tuple(map(min, zip(*x, strict=True))) for x in (alone, ours)
     )
     say(
-        f"  BPE {BPE_VOCABULARY}  {tokens / our_wall / 1e6:8.2f} Mtok/s  beside {tokens / alone_wall / 1e6:.2f} of tokenizers' "
-        f"encode_batch_fast alone; CPU seconds {our_cpu:.1f} and {alone_cpu:.1f}"
+        f"  BPE {BPE_VOCABULARY}  {tokens / our_wall / 1e6:8.2f} Mtok/s  compared with {tokens / alone_wall / 1e6:.2f} for "
+        f"encode_batch_fast of tokenizers alone; CPU seconds {our_cpu:.1f} and {alone_cpu:.1f}"
     )
     ratio = alone_wall / our_wall
-    say(f"  as fast as tokenizers allows: {ratio:.2f} of its speed, {verdict('BPE', ratio, BPE_TARGET)}")
+    say(f"  relative to the speed of tokenizers: {ratio:.2f}, {verdict('BPE', ratio, BPE_TARGET)}")
 
 
 def write_text(path: Path, megabytes: float) -> None:
-    """Documents of installed Python packages, as JSON lines."""
+    """Write source files of installed Python packages as JSON Lines."""
     with open(path, "w", encoding="utf-8") as file:
         source = PySource(site_packages=True, max_mb=megabytes)
         for split in ("train", "validation"):
@@ -177,8 +177,8 @@ def bench_loaders(folder: Path, seconds: float, compiled: bool) -> None:
 
 
 def loaders(folder: Path) -> Iterator[tuple[str, Any, bool]]:
-    """Name, source, and whether the corpus lies on the device whole."""
-    yield "pysource, on the device whole", PySource(), True
+    """Name, source, and whether the whole corpus is on the device."""
+    yield "pysource, whole corpus on the device", PySource(), True
     yield "pysource, in chunks", PySource(), False
     yield "prepared, 4 shards, in chunks", Prepared(str(folder / "bytes")), False
     yield "context_tree", ContextTree(), False
@@ -187,7 +187,7 @@ def loaders(folder: Path) -> Iterator[tuple[str, Any, bool]]:
 
 
 def quickstart_specs() -> list[RunSpec]:
-    """Of the quickstart's plan (conf/experiment/quickstart.yaml is the code's defaults)."""
+    """Specs of the quickstart's plan (conf/experiment/quickstart.yaml equals the code's defaults)."""
     settings = SweepSettings(
         sweep="bench", design=IsoFlopDesign(), recipe=DefaultRecipe(), model=ModelSettings(), data=PySource(),
         schedule=Cosine(),
@@ -196,7 +196,7 @@ def quickstart_specs() -> list[RunSpec]:
 
 
 def step_speed(spec: RunSpec, seconds: float, compiled: bool) -> float:
-    """Tokens that a step on one thread consumes, per CPU second."""
+    """Tokens per CPU second consumed by a training step on one thread."""
     spec = replace(spec, train_tokens=spec.batch_tokens * 10**6)
     session = open_session(spec, Execution(compile=compiled, threads=1))
     train_block(session, 0, 3)
@@ -204,7 +204,7 @@ def step_speed(spec: RunSpec, seconds: float, compiled: bool) -> float:
 
 
 def loader_speed(spec: RunSpec, seconds: float, whole: bool) -> float:
-    """Tokens that reach the step, per CPU second of all threads: a run's windows, block by block."""
+    """Tokens per CPU second of all threads delivered to the step: a run's windows, block by block."""
     kept = feed_module.RESIDENT_TOKENS
     feed_module.RESIDENT_TOKENS = kept if whole else 0
     try:
@@ -224,7 +224,7 @@ def loader_speed(spec: RunSpec, seconds: float, whole: bool) -> float:
 
 
 def per_cpu_second(work: Callable[[int], object], seconds: float) -> float:
-    """How often `work(0)`, `work(1)`, ... is done in a CPU second of all threads."""
+    """Number of calls `work(0)`, `work(1)`, ... per CPU second of all threads."""
     began, count = time.process_time(), 0
     while time.process_time() - began < seconds or count < 2:
         work(count)

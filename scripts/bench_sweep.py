@@ -1,17 +1,17 @@
 #!/usr/bin/env python
-"""Owns the benchmark of large sweeps: a plan of 10,000 runs is made, checked, listed, and resumed with 9,990 of them done.
+"""Benchmark large sweeps: make, check, list and resume a plan of 10,000 runs of which 9,990 are done.
 
-The commands are the user's own (`scaling-lab plan`, `status`, `sweep`), each in a process of its own; what is measured is
-that process alone, imports included: wall and CPU seconds and peak resident memory. The finished runs are written by the
-store's own writers (their fsync switched off), with a few points a curve. Launching is measured without training: the
-sweep runs with 10 and with 1,010 runs pending; the difference of the moments at which worker processes would start is
-what launching adds. At the end the last 10 runs are trained for real, with the local launcher.
+Each command (`scaling-lab plan`, `status`, `sweep`) runs in its own process, and only that process is measured, including
+imports: wall and CPU seconds and peak resident memory. The finished runs are written by the store (without fsync), with a
+few points per curve. Launching is measured without training: the sweep runs with 10 and with 1,010 runs pending, and the
+difference in the times at which worker processes would start is the launching overhead. At the end the last 10 runs are
+actually trained with the local launcher.
 
     scripts/bench_sweep.py                everything: writes 300 MB under --folder, about two minutes
-    scripts/bench_sweep.py --runs 1000    a tenth of it: CI's stage, with a time target of its own
-    scripts/bench_sweep.py --out FILE     also writes what it prints
+    scripts/bench_sweep.py --runs 1000    a tenth of it, with its own time target (CI)
+    scripts/bench_sweep.py --out FILE     also writes its output to a file
 
-Exit status 1 where a target is missed.
+Exit status 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import Any
 
 TARGET_RUNS, TARGET_S, TARGET_GB, TARGET_LAUNCH_S = 10_000, 30.0, 1.0, 0.2
-# Of the target so much for starting four commands; the rest goes with the number of runs.
+# Part of the time target for starting four commands; the rest is proportional to the number of runs.
 START_S = 12.0
 PENDING, MANY_PENDING = 10, 1_010
-# 4 sizes at 5 budgets: 20 runs a seed, each of some tens of steps.
+# 4 sizes at 5 budgets: 20 runs per seed, each with tens of steps.
 RUNS_PER_SEED = 20
 STUDY = (
     "sweep=big data.max_mb=1 data.max_epochs=99 eval.tokens=1024 device=cpu compile=false "
@@ -48,10 +48,8 @@ STUDY = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=int, default=10_000, help="a multiple of 20")
-    parser.add_argument(
-        "--folder", type=Path, help="where the sweep is written (default: a temporary folder)"
-    )
-    parser.add_argument("--out", type=Path, help="also write the report here")
+    parser.add_argument("--folder", type=Path, help="where to write the sweep (default: a temporary folder)")
+    parser.add_argument("--out", type=Path, help="also write the output to this file")
     parser.add_argument("--measure", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.add_argument("--finish", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -68,7 +66,7 @@ def main() -> int:
 
 
 def run(folder: Path, n_runs: int) -> tuple[list[str], bool]:
-    """All measurements in `folder`; the report's lines, printed as they come, and whether every target is met."""
+    """Run all measurements in `folder`, printing as they finish; returns the lines and whether every target is met."""
     lines: list[str] = []
 
     def say(text: str) -> None:
@@ -120,7 +118,7 @@ def run(folder: Path, n_runs: int) -> tuple[list[str], bool]:
 
 
 def child(folder: Path, *argv: str) -> dict[str, float]:
-    """This script in a process of its own; what it measured."""
+    """Run this script in its own process; returns its measurement."""
     done = subprocess.run(
         [sys.executable, __file__, *argv], cwd=folder, capture_output=True, text=True, check=False
     )
@@ -133,7 +131,7 @@ def child(folder: Path, *argv: str) -> dict[str, float]:
 
 
 def measure(dry: bool, argv: list[str]) -> int:
-    """Run one command of ours here and print what it took."""
+    """Run one scaling-lab command in this process and print time and memory."""
     began = time.monotonic()
     from scaling_lab.cli.main import main as scaling_lab
     from scaling_lab.launching import workers
@@ -142,7 +140,7 @@ def measure(dry: bool, argv: list[str]) -> int:
     if dry:
 
         def only_begin(*args: Any, **options: Any) -> None:
-            """In place of the launcher's work: nothing is trained."""
+            """Replaces the launcher's work: trains nothing."""
             launched.append(time.monotonic() - began)
 
         workers.run_workers = only_begin
@@ -168,7 +166,7 @@ def measure(dry: bool, argv: list[str]) -> int:
 
 
 def finish_all_but(pending: int) -> None:
-    """Write the records of the plan's first runs as training leaves them, all but the last `pending`."""
+    """Write the records of all but the last `pending` runs of the plan, as training would."""
     from scaling_lab.core.record import Environment, EvalPoint, RunRecord, RunStatus
     from scaling_lab.core.storage.store import RunStore
 
@@ -196,7 +194,7 @@ def finish_all_but(pending: int) -> None:
 
 
 def revision() -> str:
-    """The commit that is measured."""
+    """The commit being measured."""
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
@@ -205,7 +203,7 @@ def revision() -> str:
 
 
 def processor() -> str:
-    """The processor's name and how many cores we may use."""
+    """The processor's name and the number of usable cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):

@@ -1,22 +1,21 @@
 #!/usr/bin/env python
-"""Owns the benchmark of the training engine against a plain PyTorch loop, in one run on the machine at hand.
+"""Benchmark the training engine against a plain PyTorch loop on the same machine.
 
-The plain loop is what a user of nanoGPT has: the same module, autograd, `clip_grad_norm_`, fused AdamW, batches from a
-host array, all threads, one run after the other; eager, and with `torch.compile(model)`. Two comparisons:
+The plain loop is nanoGPT's: the same module, autograd, `clip_grad_norm_`, fused AdamW, batches from a host array, all
+threads, one run at a time; eager, and with `torch.compile(model)`. Two comparisons:
 
-  shapes   tokens/s and MFU (matrix and attention FLOPs over the device's measured matrix peak) from tiny to large. Ours
-           is what the planner would start: one-thread workers side by side on a CPU, one process on a GPU.
-  sweep    wall time of the quickstart's whole IsoFLOP sweep, start of processes, compilation and validation included: ours
-           with a cold and with a warm compile cache, each in full; the plain loop from --sample of each run's steps, its
-           validation and its compilation (warm cache) measured and the rest extrapolated (of the compiled loop: of six
-           runs, the others at the speed of the nearest in size). Ours reads its losses, checkpoints and records all the
-           same; the plain loop keeps nothing.
+  shapes   tokens/s and MFU (matrix and attention FLOPs over the device's measured matrix peak) from tiny to large models.
+           Ours uses the planner's configuration: parallel one-thread workers on a CPU, one process on a GPU.
+  sweep    wall time of the quickstart's whole IsoFLOP sweep, including process startup, compilation and validation: ours in
+           full, with a cold and with a warm compile cache; the plain loop from --sample of each run's steps, with validation
+           and compilation (warm cache) measured and the rest extrapolated (for the compiled loop, from six runs, the others
+           at the speed of the closest in size). Ours also writes curves, checkpoints and records; the plain loop does not.
 
     scripts/bench_train.py                 about 12 minutes on two cores
-    scripts/bench_train.py --quick         a twentieth of the budgets, ratios of no meaning (CI: that it runs)
+    scripts/bench_train.py --quick         a twentieth of the budgets; ratios are meaningless (CI: checks that it runs)
     scripts/bench_train.py --only shapes|sweep  --out FILE (text)  --json FILE
 
-It needs torch and NumPy alone: on a CUDA machine without Hydra or W&B it runs too, and prints the GPU's targets.
+Needs only torch and NumPy, so that it also runs on a CUDA machine without Hydra or W&B, where it prints the GPU targets.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ GPU_SHAPES = [
     (768, 12, 12, 1024, 50_304, 32, None, "bfloat16"),
     (1024, 24, 16, 1024, 50_304, 64, 16, "bfloat16"),
 ]
-# A CPU's sweep against the plain loop; a GPU's (every run below 10M parameters) against the compiled one.
+# On a CPU the sweep is compared with both plain loops; on a GPU (all runs below 10M parameters) with the compiled one.
 CPU_TARGETS = {"warm / eager": 2.5, "warm / compiled": 1.8, "cold / eager": 1.9}
 GPU_SWEEP_TARGET, GPU_MFU_TARGET = 8.0, 0.5
 COMPILED_RUNS = 6
@@ -81,9 +80,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=("shapes", "sweep"))
     parser.add_argument(
-        "--sample", type=float, default=0.1, help="share of each run's steps that the plain loop does"
+        "--sample", type=float, default=0.1, help="fraction of each run's steps done by the plain loop"
     )
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of a shape")
+    parser.add_argument("--seconds", type=float, default=5.0, help="duration of each measurement of a shape")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -109,17 +108,17 @@ def main() -> None:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-# -- children: one measurement, one process
+# -- child processes: one measurement each
 
 
 def call(task: dict[str, Any], threads: int, cache: Path | None = None) -> dict[str, Any]:
-    """A measurement in a process of its own."""
+    """Run a measurement in its own process."""
     return finish(begin(task, threads, cache))
 
 
 def begin(task: dict[str, Any], threads: int, cache: Path | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, __file__, "--child", json.dumps(task)], env=environment(threads, cache),
+        [sys.executable, __file__, "--child", json.dumps(task)], env=child_environment(threads, cache),
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
 
@@ -132,7 +131,7 @@ def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
     return found
 
 
-def environment(threads: int, cache: Path | None) -> dict[str, str]:
+def child_environment(threads: int, cache: Path | None) -> dict[str, str]:
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     env = {**os.environ, **dict.fromkeys(names, str(threads))}
     root = str(Path(__file__).resolve().parent.parent)
@@ -148,7 +147,7 @@ def child(task: dict[str, Any]) -> None:
 
 
 def child_peak(task: dict[str, Any]) -> dict[str, Any]:
-    """FLOP/s of square matrix products, the best of many sizes that fit."""
+    """Peak FLOP/s of square matrix products over several sizes."""
     import torch
 
     device, dtype = task["device"], getattr(torch, task["dtype"])
@@ -176,7 +175,7 @@ def wait(device: str) -> None:
 
 
 def child_ours(task: dict[str, Any]) -> dict[str, Any]:
-    """Our step, block by block as the loop does it."""
+    """Our training step, in blocks as in the training loop."""
     from scaling_lab.training.run.session import open_session, train_block
 
     spec = RunSpec.from_dict(task["spec"])
@@ -193,7 +192,7 @@ def child_plain(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def timed(work: Any, steps: int, spec: RunSpec, task: dict[str, Any]) -> dict[str, Any]:
-    """Tokens/s: the median block of those that fit into the time."""
+    """Tokens/s of the median block within the given time."""
     seconds: list[float] = []
     end = time.perf_counter() + task["seconds"]
     while time.perf_counter() < end or len(seconds) < 3:
@@ -255,7 +254,7 @@ class PlainLoop:
 
 
 def child_sweep(task: dict[str, Any]) -> dict[str, Any]:
-    """Runs one after the other in one process: seconds of each, the steps beyond the sample extrapolated."""
+    """Seconds of each run, trained one at a time in this process, with the steps beyond the sample extrapolated."""
     import torch
 
     from scaling_lab.training.measure.evaluation import ValidationSet, evaluation_steps
@@ -290,7 +289,7 @@ def bench_shapes(device: str, seconds: float, quick: bool) -> list[dict[str, Any
         dtype: call({"kind": "peak", "device": device, "dtype": dtype}, cores)["flops_per_s"]
         for dtype in sorted({s[-1] for s in shapes})
     }
-    say("matrix peak, measured: " + ", ".join(f"{d} {p / 1e12:.3g} TFLOP/s" for d, p in peaks.items()))
+    say("measured matrix peak: " + ", ".join(f"{d} {p / 1e12:.3g} TFLOP/s" for d, p in peaks.items()))
     say(
         f"{'shape':<28}{'N':>10}  {'ours':>9} {'MFU':>6}  {'eager':>9} {'MFU':>6}  {'compiled':>9} {'MFU':>6}  over compiled"
     )
@@ -342,7 +341,7 @@ def bench_shape(device: str, numbers: tuple[Any, ...], seconds: float, peak: flo
 
 
 def sweep_plan(device: str, quick: bool) -> Plan:
-    """The quickstart's (conf/experiment/quickstart.yaml is the code's defaults)."""
+    """The quickstart's plan (conf/experiment/quickstart.yaml equals the code's defaults)."""
     design = IsoFlopDesign()
     if quick:
         design = replace(design, budgets_flops=tuple(b / 20 for b in design.budgets_flops[:1]), noise_seeds=1)
@@ -354,7 +353,7 @@ def sweep_plan(device: str, quick: bool) -> Plan:
 
 
 def ours_seconds(plan: Plan, folder: Path, cache: Path) -> float:
-    """Wall time of worker processes as the local launcher starts them, until every run has a record."""
+    """Wall time of worker processes, started as by the local launcher, until every run has a record."""
     store = RunStore(folder)
     store.write_plan(plan)
     execution = plan.runs[0].execution
@@ -363,7 +362,7 @@ def ours_seconds(plan: Plan, folder: Path, cache: Path) -> float:
     begun = [
         subprocess.Popen(
             [sys.executable, "-P", "-m", "scaling_lab.worker", str(folder)],
-            env=environment(execution.threads, cache),
+            env=child_environment(execution.threads, cache),
             stderr=subprocess.DEVNULL,
         )
         for _ in range(workers)
@@ -373,12 +372,12 @@ def ours_seconds(plan: Plan, folder: Path, cache: Path) -> float:
     seconds = time.perf_counter() - began
     states = {store.state(run.run_id).state for run in plan.runs}
     if states != {"completed"}:
-        raise SystemExit(f"the sweep did not end well: {states}")
+        raise SystemExit(f"not all runs of the sweep completed: {states}")
     return seconds
 
 
 def plain_seconds(plan: Plan, compiled: bool, sample: float, cache: Path) -> float:
-    """The same runs in one process, one after the other; see the module's docstring for what is extrapolated."""
+    """Wall time of the same runs, one at a time in one process; the module's docstring says what is extrapolated."""
     runs = measured_runs(plan) if compiled else list(plan.runs)
     task = {
         "kind": "sweep", "device": plan.runs[0].execution.device, "compile": compiled, "sample": sample,
@@ -397,7 +396,7 @@ def plain_seconds(plan: Plan, compiled: bool, sample: float, cache: Path) -> flo
 
 
 def measured_runs(plan: Plan) -> list[PlannedRun]:
-    """Two sizes of each budget, neither the smallest nor the largest."""
+    """Two intermediate sizes of each budget."""
     out = []
     for budget in plan.budgets_flops:
         of = sorted(
@@ -409,7 +408,7 @@ def measured_runs(plan: Plan) -> list[PlannedRun]:
 
 
 def nearest(spec: RunSpec, measured: list[tuple[RunSpec, float]]) -> float:
-    """Seconds per FLOP of the run of the same budget whose size is nearest."""
+    """Seconds per FLOP of the measured run of the same budget that is closest in size."""
     of = [m for m in measured if m[0].budget_flops == spec.budget_flops] or measured
     return min(of, key=lambda m: abs(m[0].n_params() / spec.n_params() - 1))[1]
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Owns the coordinate check as a command: sizes of activations and of their changes after a few real steps, in the width and
-in the depth, under every parametrisation, as a table and a figure.
+"""Coordinate check: sizes of activations and of their changes after a few real steps, over width and over depth, under every
+parametrization, as a table and a figure.
 
-    scripts/coordinate_check.py                        model=gpt, about a minute of one core
+    scripts/coordinate_check.py                        model=gpt, about a minute on one core
     scripts/coordinate_check.py --model gpt2 --lr 0.005
     scripts/coordinate_check.py --out FOLDER           also writes coordinate_check_MODEL.{txt,svg,png} there
 
-An exponent of 0 is flat: the parametrisation keeps single coordinates at one size as the model grows. The text is the Python
-standard library's, the first megabyte. tests/test_coordinates.py asserts the same for every family.
+An exponent of 0 is flat: under the parametrization, single coordinates keep their size as the model grows. The data are the
+first megabyte of the Python standard library's source. tests/test_coordinates.py asserts the same for every family.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from scaling_lab.training.measure.coordinates import (
 )
 
 HEAD_DIM = 16
-# The stream and what the branches add to it lie on each other: the lower line is the broader one.
+# The lines of the stream and of the branches overlap, so the lower one is drawn wider.
 LINE_WIDTHS = {STREAM: 5.0, BRANCHES: 1.4, LOGITS: 1.4}
-COLOURS = {STREAM: "#0072b2", BRANCHES: "#d55e00", LOGITS: "#008f6b"}
+COLORS = {STREAM: "#0072b2", BRANCHES: "#d55e00", LOGITS: "#008f6b"}
 AXES = ("width", "depth")
 
 
@@ -50,9 +50,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="gpt", help="a model family (default gpt)")
     parser.add_argument(
-        "--widths", type=int, nargs="+", default=[32, 64, 128, 256], help="multiples of 16, least first"
+        "--widths", type=int, nargs="+", default=[32, 64, 128, 256], help="multiples of 16, ascending"
     )
-    parser.add_argument("--depths", type=int, nargs="+", default=[2, 4, 8, 16], help="least first")
+    parser.add_argument("--depths", type=int, nargs="+", default=[2, 4, 8, 16], help="ascending")
     parser.add_argument("--lr", type=float, default=0.01, help="peak LR at the smallest width and depth")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, default=4)
@@ -62,7 +62,7 @@ def main() -> None:
         parser.error(
             f"--widths {options.widths} must be multiples of {HEAD_DIM}, --depths {options.depths} at least 1"
         )
-    # Models this small are faster on one thread, and the numbers the same on every machine's number of cores.
+    # Models this small are faster on one thread, which also makes the numbers independent of the number of cores.
     torch.set_num_threads(1)
     found = check(options)
     text = table(found, options)
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def check(options: argparse.Namespace) -> dict[tuple[str, str], list[Coordinates]]:
-    """(parametrisation, width or depth) -> the points along it."""
+    """(parametrization, width or depth) -> measurements along it."""
     tokens = PySource(max_mb=1.0).tokens("train")
     width, depth = options.widths[0], options.depths[0]
     shape = shape_class(options.model)(width=width, depth=depth, heads=width // HEAD_DIM, context=32)
@@ -87,7 +87,7 @@ def check(options: argparse.Namespace) -> dict[tuple[str, str], list[Coordinates
     found = {}
     for kind in kinds:
         for by in AXES:
-            print(f"  measuring {kind.kind} in the {by} ...", end="\r", flush=True)
+            print(f"  measuring {kind.kind} over {by} ...", end="\r", flush=True)
             found[kind.kind, by] = [
                 measure(s, kind, tokens, peak_lr=options.lr, steps=options.steps, seeds=range(options.seeds))
                 for s in sizes[by]
@@ -97,7 +97,7 @@ def check(options: argparse.Namespace) -> dict[tuple[str, str], list[Coordinates
 
 
 def table(found: dict[tuple[str, str], list[Coordinates]], options: argparse.Namespace) -> str:
-    """Changes at every size, and the exponents of changes and sizes."""
+    """The table of changes at every size, and the exponents of changes and sizes."""
     lines = [
         f"coordinate check of {options.model}: {options.steps} steps at a base LR of {options.lr:g}, {options.seeds} seeds, torch {torch.__version__}",
         "root mean square change of a coordinate at each size; exponents of the change and of the size (0 is flat)",
@@ -123,7 +123,7 @@ def write(stem: Path, text: str, found: dict[tuple[str, str], list[Coordinates]]
 
 
 def draw(figure: Figure, found: dict[tuple[str, str], list[Coordinates]]) -> None:
-    """A column a parametrisation, the width above and the depth below; lines are changes, their exponents beside them."""
+    """One column per parametrization, width above and depth below; lines are changes, with their exponents."""
     kinds = list(dict.fromkeys(kind for kind, _ in found))
     axes = figure.subplots(2, len(kinds), sharey=True)
     values = [p.change[name] for points in found.values() for p in points for name in QUANTITIES]
@@ -152,7 +152,7 @@ def looks(name: str) -> dict[str, Any]:
     return {
         "marker": "o",
         "ms": 3.5,
-        "color": COLOURS[name],
+        "color": COLORS[name],
         "lw": LINE_WIDTHS[name],
         "alpha": 0.4 if name == STREAM else 1.0,
     }

@@ -1,11 +1,11 @@
-# Owns the Python environment of the scripts: sourced by quickstart, test and check, never run.
+# The Python environment of the scripts; sourced by quickstart, test and check.
 #
-#   use_environment [EXTRA]   reuses the active virtual environment or .venv, else makes .venv, and installs the project
-#                             (with EXTRA, such as dev) unless what is there is up to date.
+#   use_environment [EXTRA]   reuses the active virtual environment or .venv, or creates .venv, and installs the project
+#                             (with EXTRA, such as dev) unless it is up to date.
 #
-# SCALING_LAB_TORCH        another torch than constraints.txt's: a pip requirement ("torch==2.11.0", "torch"), or "keep"
-#                          for the one that is already installed.
-# SCALING_LAB_TORCH_INDEX  a package index to take torch from (a CUDA or a CPU build).
+# SCALING_LAB_TORCH        a torch other than that of constraints.txt: a pip requirement ("torch==2.11.0", "torch"), or
+#                          "keep" for the one that is already installed.
+# SCALING_LAB_TORCH_INDEX  a package index for torch (for a CUDA or a CPU build).
 # PYTHON                   the interpreter for a new .venv.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -20,7 +20,7 @@ find_python() {
   for name in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3 python; do
     if command -v "$name" >/dev/null 2>&1 && supported "$name"; then echo "$name"; return; fi
   done
-  fail "no Python 3.11, 3.12 or 3.13 was found (Hydra does not run on 3.14). Install one, or name it: PYTHON=/path/to/python3.11 $0"
+  fail "no Python 3.11, 3.12 or 3.13 was found (Hydra does not run on 3.14). Install one, or set PYTHON=/path/to/python3.11 $0"
 }
 
 use_environment() {
@@ -35,7 +35,7 @@ use_environment() {
     if [ ! -x "$target/bin/python" ]; then
       local python
       python=$(find_python) || exit 2
-      say "Making .venv with $python"
+      say "Creating .venv with $python"
       "$python" -m venv "$target" || fail "$python cannot make a virtual environment (on Debian: apt install python3-venv)."
     fi
   fi
@@ -44,7 +44,7 @@ use_environment() {
     fail "$target has no pip. Remove it and run again, or install pip there."
   PATH=$target/bin:$PATH
   export PATH VIRTUAL_ENV=$target
-  # A stamp per extra: installing again takes seconds, but a second quickstart should begin at once.
+  # A stamp file per extra: reinstalling takes seconds, but a second quickstart should start immediately.
   stamp=$target/.scaling-lab${extra:+-$extra}.stamp
   wanted=$(cat pyproject.toml constraints.txt | cksum)-${SCALING_LAB_TORCH:-}-${SCALING_LAB_TORCH_INDEX:-}-$root
   [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return

@@ -1,10 +1,10 @@
-"""Owns the evidence for `recipe=default`: how far its learning rate is from the best at the ends of the quickstart's grid.
+"""Evidence for `recipe=default`: how far its learning rate is from the best one at the ends of the quickstart's grid.
 
-    python scripts/recipe_evidence.py                    trains what is missing (25 minutes on two cores), then writes
-    python scripts/recipe_evidence.py --read DIR         from the sweeps that are there
+    python scripts/recipe_evidence.py                    trains missing runs (25 minutes on two cores) and writes the table
+    python scripts/recipe_evidence.py --read DIR         writes the table from existing sweeps
 
-Writes results/published/recipe_default.txt and .png. The target: at the smallest and at the largest size the best LR lies
-within a factor of 2 of the recipe's, and the loss within 0.5% of the best.
+Writes results/published/recipe_default.txt and .png. The target: at the smallest and the largest size the best LR is within
+a factor of 2 of the recipe's, and the loss within 0.5% of the best.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SWEEPS = {
     # Both ends of the smallest budget, three seeds; both ends of the others.
     "recipe-lr-small": ["design.budgets_flops=[5e10]", *GRID, "design.seeds=3"],
     "recipe-lr-large": ["design.budgets_flops=[2e11,8e11]", *GRID],
-    # The two sizes of the target more finely.
+    # A finer grid of learning rates for the two sizes of the target.
     "recipe-lr-smallest": [
         "design.budgets_flops=[5e10]", "design.widths=[12]", "design.seeds=8",
         "design.lr_multipliers=[0.353553391,0.5,0.707106781,1,1.414213562,2]",
@@ -55,7 +55,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--read", type=Path, default=None, help="a results folder with the sweeps; trains nothing"
+        "--read", type=Path, default=None, help="a results folder with the sweeps; does not train"
     )
     parser.add_argument("--results", type=Path, default=Path("results"), help="where to train")
     options = parser.parse_args()
@@ -66,13 +66,13 @@ def main() -> int:
             command += [f"results_dir={folder}", "design=learning_rate", *design]
             subprocess.run(command, check=True)
     runs, device = read(folder)
-    # The recipe's own runs are the sweep, the others tune it.
+    # Runs at the recipe's LR are the sweep to be checked; the others tune it.
     multiplier = multipliers(folder)
     own = np.array([abs(multiplier[name] - 1) < 1e-6 for name in runs.names])
     tuning, _ = measure_excess_loss(runs.at(own), runs.at(~own))
     text = table(tuning, device)
     if missing := unfinished(folder):
-        text += f"not trained yet, and left out: {', '.join(missing)}\n"
+        text += f"omitted because they are not finished: {', '.join(missing)}\n"
     (PUBLISHED / "recipe_default.txt").write_text(text, encoding="utf-8")
     with figure_style():
         figure = Figure(figsize=(FIGURE_WIDTH, 4.2))
@@ -83,7 +83,7 @@ def main() -> int:
 
 
 def unfinished(folder: Path) -> list[str]:
-    """Sweeps that are not whole: half of a grid would shift its parabola."""
+    """Unfinished sweeps, which are omitted because a partial grid would shift its parabola."""
     stores = {sweep: RunStore(folder / sweep) for sweep in SWEEPS}
     return [
         sweep
@@ -94,13 +94,13 @@ def unfinished(folder: Path) -> list[str]:
 
 
 def records_of(folder: Path) -> Iterator[RunRecord]:
-    """Of all sweeps; a run that several have comes several times."""
+    """Records of all finished sweeps; a run shared by several sweeps is repeated."""
     for sweep in SWEEPS.keys() - unfinished(folder):
         yield from RunStore(folder / sweep).load_records(curve=False)[0]
 
 
 def read(folder: Path) -> tuple[TrainedRuns, str]:
-    """Every completed run once, and the device they were trained on."""
+    """Each completed run once, and the device they were trained on."""
     once = {record.run_id: record for record in records_of(folder)}
     devices = sorted({r.environment.device_name for r in once.values()})
     return trained_runs(list(once.values()), Convention.SIX_N_WITH_HEAD), ", ".join(devices)
@@ -119,7 +119,7 @@ def multipliers(folder: Path) -> dict[str, float]:
 
 
 def table(tuning: Tuning, device: str) -> str:
-    """The cells in words and numbers, and whether the ends meet the target."""
+    """The table of all cells, and whether the smallest and the largest size meet the target."""
     lines = [
         f"recipe=default: its learning rate against the best, {date.today().isoformat()}",
         f"device: {device}; noise of one loss {tuning.noise_nats:.4f} nats, from {tuning.noise_source}",

@@ -1,9 +1,9 @@
-"""Owns the evidence for `design=trunk_cooldown`: its losses and exponents against those of the same grid trained by cosine.
+"""Evidence for `design=trunk_cooldown`: its losses and exponents compared with the same grid trained with cosines.
 
-    python scripts/trunk_evidence.py                    trains what is missing (12 minutes on two cores), then writes
-    python scripts/trunk_evidence.py --read DIR         from the sweeps that are there
+    python scripts/trunk_evidence.py                    trains missing runs (12 minutes on two cores) and writes the table
+    python scripts/trunk_evidence.py --read DIR         writes the table from existing sweeps
 
-Writes results/published/trunk_cooldown.txt: what each sweep spent, the loss of each cell under both, and N_opt ~ C^a.
+Writes results/published/trunk_cooldown.txt: the compute of each sweep, the loss of each cell in both, and N_opt ~ C^a.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from scaling_lab.core.storage.store import RunStore
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "results" / "published" / "trunk_cooldown.txt"
-# A factor of sqrt(2) apart, where the paper's "half of the compute" is promised.
+# Budgets a factor of sqrt(2) apart, for which the paper claims to save half the compute.
 GRID = ["design.budgets_flops=[1e11,1.4e11,2e11,2.8e11,4e11,5.6e11,8e11]", "design.sizes_per_budget=5"]
 SWEEPS = {
     "trunks": ["design=trunk_cooldown", *GRID],
@@ -38,7 +38,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--read", type=Path, default=None, help="a results folder with the sweeps; trains nothing"
+        "--read", type=Path, default=None, help="a results folder with the sweeps; does not train"
     )
     parser.add_argument("--results", type=Path, default=Path("results"), help="where to train")
     options = parser.parse_args()
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def grid(records: list[RunRecord]) -> dict[Cell, RunRecord]:
-    """The completed runs of the grid by their cell; of several seeds the first."""
+    """The completed runs of the grid by cell, only the first seed of each."""
     found: dict[Cell, RunRecord] = {}
     for record in records:
         spec = record.spec
@@ -65,12 +65,12 @@ def grid(records: list[RunRecord]) -> dict[Cell, RunRecord]:
 
 
 def spent_flops(records: list[RunRecord]) -> float:
-    """Training FLOPs of all runs, trunks among them, each step once."""
+    """Training FLOPs of all runs including trunks, counting each step once."""
     return sum(record.spec.own_train_flops() for record in records)
 
 
 def exponent(records: list[RunRecord], approach: int) -> str:
-    """a of N_opt ~ C^a with its 90% interval; trunks are no runs of the grid."""
+    """The exponent a of N_opt ~ C^a with its 90% interval, from the grid's runs without trunks."""
     settings = AnalysisSettings(sensitivity=False, backtest=False, profile=False)
     found = analyze(observations_of_sweep([r for r in records if r.spec.role != "trunk"], settings), settings)
     frontier, span = found.estimates[approach].frontier, found.bands[approach].interval("params_exponent")
@@ -81,11 +81,11 @@ def exponent(records: list[RunRecord], approach: int) -> str:
 
 
 def report(trunks: list[RunRecord], cosines: list[RunRecord]) -> str:
-    """The two sweeps beside each other, in words and numbers."""
+    """The table that compares the two sweeps."""
     cooled, annealed = grid(trunks), grid(cosines)
     device = sorted({r.environment.device_name for r in (*trunks, *cosines)})
     lines = [
-        f"design=trunk_cooldown against the same grid by cosine, {date.today().isoformat()}; {', '.join(device)}",
+        f"design=trunk_cooldown and the same grid trained with cosines, {date.today().isoformat()}; {', '.join(device)}",
         "final validation loss, nats",
         "",
         f"{'FLOPs':>8} {'N':>8} {'cosine':>8} {'branch':>8} {'branch - cosine':>16}",

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Owns the check, by training, of the exponents in D that `data=zipf_facts` predicts (Michaud et al. 2023, arXiv 2303.13506).
+"""Check the exponents in D predicted for `data=zipf_facts` (Michaud et al. 2023, arXiv 2303.13506) by training.
 
-    python scripts/zipf_facts_exponents.py               trains what is missing (minutes on two cores), then writes
-    python scripts/zipf_facts_exponents.py --read DIR    from the sweeps that are there; trains nothing
+    python scripts/zipf_facts_exponents.py               trains missing runs (minutes on two cores) and writes the table
+    python scripts/zipf_facts_exponents.py --read DIR    writes the table from existing sweeps
 
-Trains experiment=zipf_facts_exponents at each slope of `SLOPES` and writes results/published/zipf_facts_exponents.txt and
-.png: what models do not know against D (1 - exact_match, and the loss of values), its exponent, and the predicted one.
+Trains experiment=zipf_facts_exponents at each slope in `SLOPES` and writes results/published/zipf_facts_exponents.txt and
+.png: the models' errors against D (1 - exact_match, and the loss of values), their exponent, and the predicted one.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--read", type=Path, help="a results folder with the sweeps; trains nothing")
+    parser.add_argument("--read", type=Path, help="a results folder with the sweeps; does not train")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where to train")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "published")
-    parser.add_argument("--workers", type=int, help="processes that train (default: the sweep's own)")
+    parser.add_argument(
+        "--workers", type=int, help="number of training processes (default: the sweep's default)"
+    )
     options = parser.parse_args()
     folder = options.read or options.results
     if options.read is None:
@@ -62,7 +64,7 @@ def main() -> int:
 
 
 def sweep_name(slope: float) -> str:
-    """One corpus, one sweep."""
+    """One sweep per slope, since a sweep has one corpus."""
     return f"{EXPERIMENT}-s{slope:g}"
 
 
@@ -74,7 +76,7 @@ def train(folder: Path, slope: float, workers: int | None) -> None:
 
 
 def finished(folder: Path, slope: float) -> list[RunRecord]:
-    """Records of one sweep's plan. Raises `UserError` where it is missing or has runs that are not over."""
+    """Records of one sweep's plan. Raises `UserError` if it is missing or has unfinished runs."""
     store = RunStore.for_sweep(folder, sweep_name(slope))
     if not store.plan_path.exists():
         raise UserError(f"{store.plan_path} does not exist: run the script without --read first.")
@@ -83,23 +85,24 @@ def finished(folder: Path, slope: float) -> list[RunRecord]:
     missing = planned - {record.run_id for record in records}
     if missing:
         raise UserError(
-            f"sweep={sweep_name(slope)} has {len(missing)} runs that are not over: run without --read first."
+            f"sweep={sweep_name(slope)} has {len(missing)} unfinished runs: run the script without --read first."
         )
     return records
 
 
 def table(found: Sequence[Comparison], records: Sequence[RunRecord]) -> str:
-    """What was measured and what was predicted, in words and numbers."""
+    """The table of measured and predicted exponents."""
     shape, data = records[0].spec.shape, records[0].spec.data
     devices = ", ".join(sorted({record.environment.device_name for record in records}))
     trained_at = ", ".join(sorted({r.environment.git_revision or "an unknown revision" for r in records}))
     lines = [
-        f"Exponents in D of data=zipf_facts by training (scripts/{Path(__file__).name})",
+        f"Exponents in D of data=zipf_facts, measured by training (scripts/{Path(__file__).name})",
         f"{datetime.date.today()}, table made at revision {revision()}; runs trained at {trained_at}; {devices}",
         f"{data.facts:,} facts, {data.symbols} letters; {shape.kind} of width {shape.width}, depth {shape.depth}, "
         f"N = {records[0].spec.n_params():,.0f} (six_n_with_head); {len(records)} runs",
-        "exponent: -d ln(score) / d ln(D) by least squares over the runs, with its standard error; predicted: the same of the share",
-        "that was not among D / tau statements, tau fitted; local: predicted at the smallest and the largest D; s/(1+s): facts without end",
+        "measured: exponent -d ln(score) / d ln(D) by least squares over the runs, with its standard error; predicted: the same for",
+        "the share of statements whose fact is not among D / tau statements, tau fitted; local: predicted at the smallest and the",
+        "largest D; s/(1+s): for infinitely many facts",
         "",
         f"{'slope s':<8}{'score':<17}{'measured':<16}{'predicted':>10}{'local':>17}{'s/(1+s)':>9}{'tau':>8}{'rms ln':>8}",
     ]
@@ -113,7 +116,7 @@ def table(found: Sequence[Comparison], records: Sequence[RunRecord]) -> str:
     for each in found:
         lines += [
             "",
-            f"s = {each.source.slope:g}, {each.score}: D, measured, predicted, tau of this D alone, exponent from the D before",
+            f"s = {each.source.slope:g}, {each.score}: D, measured, predicted, tau from this D alone, exponent from the previous D",
         ]
         between = -np.diff(np.log(each.measured)) / np.diff(np.log(each.train_tokens))
         for i, (d, y, p) in enumerate(zip(each.train_tokens, each.measured, each.predicted, strict=True)):

@@ -1,9 +1,9 @@
-"""Owns the table of what a corpus can teach when facts have Zipf frequencies of slope 0: each tenfold of text adds a tenth.
+"""Print a table of fact coverage for Zipf frequencies of slope 0: each tenfold increase in text adds a tenth.
 
     python scripts/zipf_table.py
 
-How often a fact of each decade of frequency is stated in corpora of 1e3, 1e4 and 1e5 statements, and what share of
-statements is about facts that were seen; below, the exact share for the facts of data=zipf_facts.
+Shows how often a fact of each frequency decade is stated in corpora of 1e3, 1e4 and 1e5 statements, and the share of
+statements about facts already seen; below, the exact share for the facts of data=zipf_facts.
 """
 
 from __future__ import annotations

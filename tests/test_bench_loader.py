@@ -21,7 +21,7 @@ def test_quick_benchmark_says_what_each_source_gives(tmp_path):
     assert done.stdout == text
     for name in (
         "bytes",
-        "as fast as tokenizers",
+        "relative to the speed of tokenizers",
         "pysource",
         "prepared",
         "context_tree",
