@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,8 +30,14 @@ def test_the_python_example_runs(
     ]
     (tmp_path / "my_runs.csv").write_text("\n".join(["run_id,params,tokens,flops,loss", *lines]) + "\n")
     monkeypatch.chdir(tmp_path)
-    scope: dict[str, object] = {}
+    scope: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), scope)
     printed = capsys.readouterr().out
     assert re.search(r"isoflop 0\.5\d+ Interval\(lo=0\.[45]", printed)
     assert re.search(r"parametric 0\.5\d+ Interval\(lo=0\.[45]", printed)
+    assert re.search(r"envelope None .*needs curves", printed)
+    # The prediction is the one at the compute that was asked for.
+    asked = scope["analysis"].predict(1e21).parametric
+    assert asked.compute_flops == 1e21
+    assert printed.splitlines()[-1] == repr(asked.params_opt)
+    assert (tmp_path / "report" / "report.html").exists()
