@@ -12,7 +12,7 @@ import pytest
 
 import scaling_lab as sl
 from helpers.synthetic import QUICKSTART_LAW, make_record, make_spec, shape_near
-from scaling_lab.api.assignments import arguments, text
+from scaling_lab.api.options import arguments, text
 from scaling_lab.cli.main import main
 from scaling_lab.cli.options.values import read_value
 from scaling_lab.core.counts import Convention

@@ -287,7 +287,7 @@ def test_one_run_says_what_its_recipe_does_not_know(capsys):
     assert main([*argv, "train_tokens=4096", "recipe=porian", "recipe.batch_tokens=256"]) == 0
     out = capsys.readouterr().out
     assert (
-        "note: recipe=porian was fitted at 5e+06 to 9e+08 parameters, and this plan has runs outside" in out
+        "note: recipe=porian was fitted at 5e+06 to 9e+08 parameters, but this plan has runs outside" in out
     )
     assert main([*argv, "train_tokens=81920", "recipe.batch_tokens=2048"]) == 0
     assert "note:" not in capsys.readouterr().out

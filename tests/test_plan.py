@@ -241,8 +241,8 @@ def test_recipe_scales_and_can_be_overridden():
     # Outside of where it was measured, by more than a factor of 2, it says so: of sizes, and of horizons.
     wide = GPTShape(width=1024, depth=12, heads=16)
     of_size, of_horizon = recipe.decide(wide, 1e9, ALONE).notes
-    assert of_size.startswith("recipe=default was fitted at 6.6e+03 to 3.3e+05 parameters, and this plan has")
-    assert of_horizon.startswith("recipe=default was fitted at 1.4e+05 to 6.6e+06 training tokens a run")
+    assert of_size.startswith("recipe=default was fitted at 6.6e+03 to 3.3e+05 parameters, but this plan has")
+    assert of_horizon.startswith("recipe=default was fitted at 1.4e+05 to 6.6e+06 training tokens per run")
     assert recipe.decide(wide, 1e6, ALONE).notes == (of_size,)
     assert recipe.decide(small, 1e9, ALONE).notes == recipe.decide(small, 3e4, ALONE).notes == (of_horizon,)
     assert not recipe.decide(small, 1.3e7, ALONE).notes

@@ -153,7 +153,7 @@ def test_every_recipe_plans_a_tiny_sweep_and_says_what_it_rounded(kind):
         )
         assert spec.steps >= 50
         assert 0 < spec.schedule.multiplier(spec.schedule.warmup_fraction) <= 1
-    assert any(line.startswith("batches are whole sequences") for line in plan.rounding)
+    assert any(line.startswith("batches are rounded to whole sequences") for line in plan.rounding)
     outside = [note for note in plan.notes if "was fitted at" in note]
     # All but ours, and Kaplan's whose sweep began at 768 parameters, were fitted far above.
     assert len(outside) == (0 if kind in ("default", "kaplan") else 1)

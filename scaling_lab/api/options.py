@@ -1,15 +1,22 @@
-"""Keyword options of the Python API: the same names as on the command line, read into the analysis's settings."""
+"""Keyword options of the Python API, named as on the command line: as settings of an analysis, and as the command line's
+assignments for a study (`design={"budgets_flops": [1e9]}` is design.budgets_flops=[1e9])."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+from scaling_lab.cli.options.arguments import Arguments, Assignment
 from scaling_lab.core.errors import UserError
 
 if TYPE_CHECKING:
     from scaling_lab.analysis.settings import AnalysisSettings
+
+# Characters that mean something in a list or a group of options.
+_SPECIAL = re.compile(r"[,'\"\[\](){}]|^\s|\s$|^$")
 
 
 class AnalysisOptions(TypedDict, total=False):
@@ -102,3 +109,50 @@ def call_text(function: str, data: str, options: Mapping[str, Any]) -> str:
     """The call as a reader may write it again, for analysis.json and the report: `sl.analyze('runs.csv', law='kaplan_nd')`."""
     words = [data, *(f"{key}={plain(value)!r}" for key, value in options.items() if value is not None)]
     return f"sl.{function}({', '.join(words)})"
+
+
+def arguments(command: str, options: Mapping[str, Any]) -> Arguments:
+    """The command line of `options`, nested groups as dotted keys. Raises `UserError` for a key given twice."""
+    found: dict[str, Assignment] = {}
+    for key, value in options.items():
+        for assignment in _assignments(key, plain(value)):
+            if assignment.key in found:
+                raise UserError(f"{assignment.key} is given twice: give it once.")
+            found[assignment.key] = assignment
+    return Arguments(command, frozenset(), tuple(found.values()))
+
+
+def _assignments(key: str, value: Any) -> Iterator[Assignment]:
+    """One for a plain value; of a group its choice (`kind`) and each of its options."""
+    if not isinstance(value, Mapping):
+        yield Assignment(key, text(value))
+        return
+    for name, item in value.items():
+        if name == "kind":
+            yield Assignment(key, text(item))
+        else:
+            yield from _assignments(f"{key}.{name}", item)
+
+
+def text(value: Any) -> str:
+    """A value as it is written on the command line, read back as the same."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(text(item) for item in value)}]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {text(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, (str, Path)):
+        return _quoted(str(value))
+    return repr(value)
+
+
+def _quoted(value: str) -> str:
+    if not _SPECIAL.search(value):
+        return value
+    quote = '"' if "'" in value else "'"
+    if quote in value:
+        raise UserError(f"{value!r}: a text with both kinds of quotes cannot be an option's value.")
+    return f"{quote}{value}{quote}"

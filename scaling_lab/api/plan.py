@@ -34,7 +34,7 @@ def plan(experiment: str | None = None, **options: Any) -> PlanResult:
     >>> made.to_frame()["budget_flops"].tolist()[::6]
     [10000000000.0, 40000000000.0]
     """
-    from scaling_lab.api.assignments import arguments
+    from scaling_lab.api.options import arguments
     from scaling_lab.cli.commands.plan import read_study, store_of
     from scaling_lab.cli.planning import make_merged_plan
 

@@ -131,7 +131,7 @@ def _train_one(options: Mapping[str, Any], tracker: str | Mapping[str, Any] | No
 
 
 def _single(options: Mapping[str, Any]) -> tuple[PlannedRun, dict[str, Any]]:
-    from scaling_lab.api.assignments import arguments
+    from scaling_lab.api.options import arguments
     from scaling_lab.cli.commands.train import planned_run
     from scaling_lab.cli.options.compose import read_command
     from scaling_lab.cli.options.study import TrainOnly, form_of_tree

@@ -1,4 +1,4 @@
-"""Numbers as people read them: counts with a unit, durations."""
+"""Human-readable numbers: counts with a unit, durations."""
 
 from __future__ import annotations
 

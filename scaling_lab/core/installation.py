@@ -1,7 +1,7 @@
-"""The pip commands that install what is missing, made from where this installation came from.
+"""pip commands for missing dependencies, based on the origin of this installation.
 
-The project's name is on no package index, so `pip install 'scaling-lab[slurm]'` would find nothing: pip records the origin
-of an installation in direct_url.json (PEP 610), and the commands name that origin again.
+The project is not on a package index, so `pip install 'scaling-lab[slurm]'` would not work. pip records the origin of an
+installation in direct_url.json (PEP 610), and the commands install from that origin again.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from scaling_lab.core.errors import UserError
 
 NAME = "scaling-lab"
 ANALYSIS_REQUIREMENTS = "requirements-analysis.txt"
-"""The packages of an installation that analyzes and plans but does not train; the file lies in the package."""
-# Modules whose package has another name.
+"""A file in this package that lists the dependencies of analysis and planning, without those of training."""
+# Modules whose package has a different name.
 _PACKAGES = {"hydra": "hydra-core", "yaml": "omegaconf", "wandb_workspaces": "wandb-workspaces"}
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)(\[[^\]]*\])?\s*([^;]*)(?:;.*extra\s*==\s*[\"']([^\"']+)[\"'])?")
 _SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
 
 def install_line(extra: str | None = None) -> str:
-    """The command that installs this project again, with all its dependencies, and with those of `extra`.
+    """The command that installs this project again with all its dependencies and those of `extra`.
 
     >>> install_line("slurm")  # doctest: +SKIP
     "pip install -e '/home/me/scaling_lab[slurm]'"
@@ -48,9 +48,9 @@ def install_line(extra: str | None = None) -> str:
 
 
 def install_hint(*packages: str) -> str:
-    """The command that installs dependencies of this project, in the versions that it needs: `pip install 'torch>=2.6'`.
+    """The command that installs dependencies in the versions that this project needs: `pip install 'torch>=2.6'`.
 
-    Those that analysis needs are installed together, from their file: where one is missing others are too.
+    Dependencies of analysis are installed together from their file, because if one is missing, others usually are too.
     """
     file, needed = analysis_requirements()
     if set(packages) <= set(needed):
@@ -60,32 +60,32 @@ def install_hint(*packages: str) -> str:
 
 
 def analysis_requirements() -> tuple[Path, tuple[str, ...]]:
-    """The file of the packages that analysis and planning need, and their names."""
+    """The requirements file of analysis and planning, and the names of the packages in it."""
     path = Path(__file__).resolve().parents[1] / ANALYSIS_REQUIREMENTS
     lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
     return path, tuple(_parsed(line)["name"] for line in lines if line)
 
 
 def missing(package: str, what: str, extra: str | None = None) -> UserError:
-    """The one line for a package that is not installed.
+    """The error for a package that is not installed, with the command that installs it.
 
     Args:
         package: its name.
-        what: what cannot be done without it, as the beginning of a sentence: "training".
-        extra: the extra of this project that brings it, where it is no plain dependency.
+        what: what needs the package, as the subject of a sentence: "training".
+        extra: the extra of this project that includes it; None for a regular dependency.
     """
     how = install_hint(package) if extra is None else install_line(extra)
     return UserError(f"{what} needs {package}, which is not installed: {how}")
 
 
 def require(module: str, what: str) -> None:
-    """Raise `UserError` in one line where a dependency is not installed; `what` as in `missing`."""
+    """Raise `UserError` if a dependency is not installed; `what` as in `missing`."""
     if not is_installed(module):
         raise missing(package_of(module), what)
 
 
 def is_installed(module: str) -> bool:
-    """Whether a top-level module can be imported, found out without importing it."""
+    """Whether a top-level module can be imported; does not import it."""
     if module in sys.modules:
         return sys.modules[module] is not None
     try:
@@ -95,13 +95,13 @@ def is_installed(module: str) -> bool:
 
 
 def package_of(module: str) -> str:
-    """The package that a module comes from, by its top-level name."""
+    """The package that provides a module, derived from the module's top-level name."""
     top = module.partition(".")[0]
     return _PACKAGES.get(top, top.replace("_", "-"))
 
 
 def absent(packages: Iterable[str]) -> list[str]:
-    """Those of `packages` that are not installed."""
+    """The `packages` that are not installed."""
     found = []
     for name in packages:
         try:
@@ -113,20 +113,20 @@ def absent(packages: Iterable[str]) -> list[str]:
 
 @cache
 def requirements() -> dict[str, dict[str, str]]:
-    """By package: its name, version range (`spec`) and, where it belongs to one, the `extra`."""
+    """Package -> its `name`, version range (`spec`) and `extra` (empty for a regular dependency)."""
     try:
         lines = distribution(NAME).requires or []
-    except PackageNotFoundError:  # a source tree that is on the path without being installed
+    except PackageNotFoundError:  # a source tree on the path that is not installed
         lines = _source_requirements()
     found: dict[str, dict[str, str]] = {}
-    for parsed in map(_parsed, lines):  # a plain dependency counts before an extra's
+    for parsed in map(_parsed, lines):  # regular dependencies come before those of extras
         if parsed["name"] != NAME:
             found.setdefault(parsed["name"], parsed)
     return found
 
 
 def extras() -> tuple[str, ...]:
-    """What can stand in the brackets of `install_line`."""
+    """Names of this project's extras."""
     found = {p["extra"] for p in requirements().values() if p["extra"]}
     return tuple(sorted(found))
 
@@ -156,12 +156,12 @@ def _text(requirement: dict[str, str]) -> str:
 
 
 def _belongs(requirement: dict[str, str], extra: str | None) -> bool:
-    """Whether `install_line(extra)` must name a requirement itself: those of the extra, or without one the plain ones."""
+    """Whether a requirement belongs to the extra, or, without one, is a regular dependency."""
     return requirement["extra"] == (extra or "")
 
 
 def _origin() -> tuple[bool, str] | None:
-    """(editable, path or URL) that this installation was made from; None where that is unknown or no longer there."""
+    """(editable, path or URL) that this project was installed from; None if unknown or no longer existing."""
     try:
         text = distribution(NAME).read_text("direct_url.json")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""How long operations report what they are doing, whoever started them: the command line, a script, a notebook."""
+"""`Reporter`: how long-running operations report progress to the command line, a script or a notebook."""
 
 from __future__ import annotations
 

@@ -243,7 +243,8 @@ def batch_rounding(off: Sequence[float]) -> tuple[str, ...]:
     if not off or max(map(abs, off)) <= ROUNDING_TOLERANCE:
         return ()
     return (
-        f"batches are whole sequences of four significant bits: {min(off):+.1%} to {max(off):+.1%} from the recipe's rule.",
+        f"batches are rounded to whole sequences with four significant bits: {min(off):+.1%} to {max(off):+.1%} from the "
+        "recipe's rule.",
     )
 
 

@@ -27,7 +27,7 @@ def form(arguments: Arguments) -> Form:
 
     options = options_of(ReproduceSettings)
     names = (*publication_names(), ALL)
-    options["published"] = replace(options["published"], wanted=Literal[names] | None)
+    options["published"] = replace(options["published"], value_type=Literal[names] | None)
     return Form(options)
 
 

@@ -30,7 +30,7 @@ def analysis_form(command: str, own: type, config_dir: str | None) -> Form:
     _, meanings = plain_tree(command, {}, config_folders(config_dir))
     options = options_of(own) | options_of(AnalysisSettings, meanings=meanings)
     for key, choices in _choices().items():
-        options[key] = replace(options[key], wanted=choices)
+        options[key] = replace(options[key], value_type=choices)
     return Form(options, free=FREE)
 
 

@@ -226,8 +226,8 @@ def _sweep_values(assignment: Assignment, form: Form, multirun: bool) -> list[st
     if not multirun:
         return [assignment.value]
     parts = _sweep_parts(assignment)
-    wanted = form.options[assignment.key].wanted
-    if "tuple[" in str(wanted) or "list[" in str(wanted):
+    expected = form.options[assignment.key].value_type
+    if "tuple[" in str(expected) or "list[" in str(expected):
         return (
             parts if len(parts) > 1 and all(p.strip().startswith("[") for p in parts) else [assignment.value]
         )

@@ -30,14 +30,14 @@ class Option:
     """One key of a command."""
 
     key: str
-    wanted: Any
+    value_type: Any
     """The type of its value."""
     default: Any = REQUIRED
     meaning: str = ""
 
     @property
     def choices(self) -> tuple[str, ...]:
-        return choices_of(self.wanted)
+        return choices_of(self.value_type)
 
     @property
     def has_default(self) -> bool:
@@ -94,7 +94,7 @@ class Form:
 
     def read(self, key: str, raw: Any) -> Any:
         """Parse the value of an option."""
-        return read_value(key, raw, self.options[key].wanted)
+        return read_value(key, raw, self.options[key].value_type)
 
 
 @cache
@@ -133,9 +133,9 @@ def first_sentence(text: str) -> str:
     return (line[: ends[0]] if ends else line).rstrip(".")
 
 
-def is_mapping(wanted: Any) -> bool:
+def is_mapping(value_type: Any) -> bool:
     """Whether a field's type is a mapping of free keys."""
-    return typing.get_origin(wanted) is not None and issubclass_of(typing.get_origin(wanted), Mapping)
+    return typing.get_origin(value_type) is not None and issubclass_of(typing.get_origin(value_type), Mapping)
 
 
 def issubclass_of(cls: Any, base: type) -> bool:
@@ -158,14 +158,14 @@ def options_of(
     for field in dataclasses.fields(cls):
         if field.name in skip or not field.init:
             continue
-        key, wanted = prefix + field.name, hints[field.name]
-        if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
-            found |= options_of(wanted, f"{key}.", meanings=meanings)
+        key, value_type = prefix + field.name, hints[field.name]
+        if isinstance(value_type, type) and dataclasses.is_dataclass(value_type):
+            found |= options_of(value_type, f"{key}.", meanings=meanings)
             continue
-        if is_mapping(wanted):
+        if is_mapping(value_type):
             continue  # accepts any key: see Form.free
         meaning = (meanings or {}).get(key) or field_meanings(cls).get(field.name, "")
-        found[key] = Option(key, wanted, default_of(field), meaning)
+        found[key] = Option(key, value_type, default_of(field), meaning)
     return found
 
 
@@ -201,11 +201,11 @@ def build(
             hint = f" Did you mean {prefix}{near}?" if near else ""
             names = sorted(prefix + name for name in fields)
             raise UserError(f"there is no option {prefix + str(key)!r}.{hint} Choices: {', '.join(names)}.")
-        wanted = hints[key]
-        if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
-            values[key] = build(wanted, raw, f"{prefix}{key}.")
+        value_type = hints[key]
+        if isinstance(value_type, type) and dataclasses.is_dataclass(value_type):
+            values[key] = build(value_type, raw, f"{prefix}{key}.")
         else:
-            values[key] = read_value(prefix + key, raw, wanted)
+            values[key] = read_value(prefix + key, raw, value_type)
     missing = [n for n, f in fields.items() if n not in values and default_of(f) is REQUIRED]
     if missing:
         raise UserError(f"{prefix}{missing[0]} is missing: give {prefix}{missing[0]}=VALUE.")

@@ -103,22 +103,22 @@ def _kind(option: Any) -> str:
     """The valid values, briefly."""
     if option.choices:
         return ", ".join(option.choices)
-    return type_name(option.wanted)
+    return type_name(option.value_type)
 
 
-def type_name(wanted: Any) -> str:
+def type_name(value_type: Any) -> str:
     """A type in plain words: number, integer, true or false, list, text."""
     import types
     from typing import Union, get_args, get_origin
 
-    if get_origin(wanted) in (Union, types.UnionType):
-        return " or ".join(type_name(a) for a in get_args(wanted) if a is not type(None))
-    if get_origin(wanted) is not None and get_args(wanted):
-        if get_origin(wanted) not in (tuple, list):
+    if get_origin(value_type) in (Union, types.UnionType):
+        return " or ".join(type_name(a) for a in get_args(value_type) if a is not type(None))
+    if get_origin(value_type) is not None and get_args(value_type):
+        if get_origin(value_type) not in (tuple, list):
             return "list"
-        item = type_name(get_args(wanted)[0])
+        item = type_name(get_args(value_type)[0])
         return f"list of {item}s" if item in ("integer", "number") else f"list of {item}"
-    return {int: "integer", float: "number", bool: "true or false", str: "text"}.get(wanted, "text")
+    return {int: "integer", float: "number", bool: "true or false", str: "text"}.get(value_type, "text")
 
 
 def _shown(value: Any) -> str:

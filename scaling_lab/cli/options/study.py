@@ -178,7 +178,7 @@ def _with_tree_default(option: Option, tree: Mapping[str, Any]) -> Option:
             return option
         node = node[part]
     try:
-        return dataclasses.replace(option, default=read_value(option.key, node, option.wanted))
+        return dataclasses.replace(option, default=read_value(option.key, node, option.value_type))
     except UserError:
         return option  # an invalid value in a config file is reported when it is used
 

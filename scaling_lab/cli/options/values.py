@@ -32,11 +32,11 @@ LARGEST_INT = 2**63 - 1
 _INVALID = object()
 
 
-def read_value(key: str, raw: Any, wanted: Any) -> Any:
-    """`raw` (text, or a plain YAML value) as the type `wanted`. Raises `UserError` naming key, value and expected type."""
-    value = _read(key, raw, wanted)
+def read_value(key: str, raw: Any, expected: Any) -> Any:
+    """`raw` (text, or a plain YAML value) as the type `expected`. Raises `UserError` naming key, value and expected type."""
+    value = _read(key, raw, expected)
     if value is _INVALID:
-        raise UserError(f"{key}={show(raw)} is invalid: expected {describe(wanted, key)}.")
+        raise UserError(f"{key}={show(raw)} is invalid: expected {describe(expected, key)}.")
     return value
 
 
@@ -73,38 +73,38 @@ def split_list(text: str) -> list[str]:
     return [*parts, current]
 
 
-def choices_of(wanted: Any) -> tuple[str, ...]:
+def choices_of(expected: Any) -> tuple[str, ...]:
     """The values of an enum or Literal, also inside an optional; empty for types without fixed choices."""
-    origin = get_origin(wanted)
+    origin = get_origin(expected)
     if origin is Literal:
-        return tuple(str(a) for a in get_args(wanted))
+        return tuple(str(a) for a in get_args(expected))
     if origin in (Union, types.UnionType):
-        return tuple(c for arg in get_args(wanted) for c in choices_of(arg))
-    if isinstance(wanted, type) and issubclass(wanted, Enum):
-        return tuple(str(member.value) for member in wanted)
+        return tuple(c for arg in get_args(expected) for c in choices_of(arg))
+    if isinstance(expected, type) and issubclass(expected, Enum):
+        return tuple(str(member.value) for member in expected)
     return ()
 
 
-def describe(wanted: Any, key: str = "") -> str:
+def describe(expected: Any, key: str = "") -> str:
     """A description of a type's values for an error message."""
-    origin, args = get_origin(wanted), get_args(wanted)
-    if choices_of(wanted):
-        return "one of " + ", ".join(choices_of(wanted))
+    origin, args = get_origin(expected), get_args(expected)
+    if choices_of(expected):
+        return "one of " + ", ".join(choices_of(expected))
     if origin in (Union, types.UnionType):
         parts = ["null" if a is type(None) else describe(a, key) for a in args]
         return " or ".join(sorted(parts, key=lambda p: p == "null"))
-    if wanted is bool:
+    if expected is bool:
         return "true or false"
-    if wanted in (int, float) and time_unit(key):
+    if expected in (int, float) and time_unit(key):
         return "a time such as 30m, 1.5h or 2d"
-    if wanted is int:
+    if expected is int:
         return "an integer such as 64, 200_000, 1e9 or 2.5B"
-    if wanted is float:
+    if expected is float:
         return "a number such as 0.1, 1e9 or 2.5B"
-    if _is_list(wanted):
+    if _is_list(expected):
         inner = args[0] if args else Any
         return f"a list such as [A,B], each {describe(inner, key)}"
-    if origin in (dict, Mapping) or wanted in (dict, Mapping):
+    if origin in (dict, Mapping) or expected in (dict, Mapping):
         return "a group of options"
     return "text"
 
@@ -121,8 +121,8 @@ def time_unit(key: str) -> float | None:
     return None
 
 
-def _read(key: str, raw: Any, wanted: Any) -> Any:
-    origin, args = get_origin(wanted), get_args(wanted)
+def _read(key: str, raw: Any, expected: Any) -> Any:
+    origin, args = get_origin(expected), get_args(expected)
     if origin in (Union, types.UnionType):
         return _read_union(key, raw, args)
     if origin is Literal:
@@ -131,25 +131,25 @@ def _read(key: str, raw: Any, wanted: Any) -> Any:
         if not found:
             raise unknown(key, text, [str(a) for a in args])
         return found[0]
-    if isinstance(wanted, type) and issubclass(wanted, Enum):
+    if isinstance(expected, type) and issubclass(expected, Enum):
         text = _text(raw).lower()
-        found = [m for m in wanted if text in (str(m.value).lower(), m.name.lower())]
+        found = [m for m in expected if text in (str(m.value).lower(), m.name.lower())]
         if not found:
-            raise unknown(key, _text(raw), [m.value for m in wanted])
+            raise unknown(key, _text(raw), [m.value for m in expected])
         return found[0]
-    if wanted is bool:
+    if expected is bool:
         return _read_bool(raw)
-    if wanted is int:
+    if expected is int:
         return _read_int(key, raw)
-    if wanted is float:
+    if expected is float:
         return _read_float(key, raw)
-    if wanted is str:
+    if expected is str:
         return unquoted(raw) if isinstance(raw, str) else str(raw) if _is_number(raw) else _INVALID
-    if wanted is Path:
+    if expected is Path:
         return Path(unquoted(raw)).expanduser() if isinstance(raw, str) else _INVALID
-    if _is_list(wanted):
+    if _is_list(expected):
         return _read_list(key, raw, args[0] if args else Any)
-    if origin in (dict, Mapping) or wanted in (dict, Mapping):
+    if origin in (dict, Mapping) or expected in (dict, Mapping):
         return dict(raw) if isinstance(raw, Mapping) else _INVALID
     return _plain(raw)
 
@@ -276,8 +276,8 @@ def _plain_group(raw: str, text: str) -> dict[str, Any]:
     return found
 
 
-def _is_list(wanted: Any) -> bool:
-    return get_origin(wanted) in (list, tuple, Sequence) or wanted in (list, tuple, Sequence)
+def _is_list(expected: Any) -> bool:
+    return get_origin(expected) in (list, tuple, Sequence) or expected in (list, tuple, Sequence)
 
 
 def _is_number(raw: Any) -> bool:

@@ -129,6 +129,6 @@ def extrapolation_note(kind: str, what: str, value: float, low: float, high: flo
     if low / 2 <= value <= high * 2:
         return ()
     return (
-        f"recipe={kind} was fitted at {low:.2g} to {high:.2g} {what}, and this plan has runs outside of that: check its "
+        f"recipe={kind} was fitted at {low:.2g} to {high:.2g} {what}, but this plan has runs outside that range: check the "
         "learning rate with design=learning_rate.",
     )

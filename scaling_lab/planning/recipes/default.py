@@ -63,7 +63,7 @@ class DefaultRecipe:
             lr = self.lr_at_width_64 * (64 / shape.width) ** self.lr_width_exponent
         notes = (
             *extrapolation_note(self.kind, "parameters", n, *CALIBRATED_PARAMS),
-            *extrapolation_note(self.kind, "training tokens a run", train_tokens, *CALIBRATED_TOKENS),
+            *extrapolation_note(self.kind, "training tokens per run", train_tokens, *CALIBRATED_TOKENS),
         )
         optimizer = OptimizerSpec(
             peak_lr=lr,
