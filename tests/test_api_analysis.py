@@ -104,8 +104,9 @@ def test_predict_from_a_table_is_predict_from_its_analysis(table, result):
         lambda t: t.rename(columns={"loss": "val_loss"}).to_dict("list"),
         lambda t: t.rename(columns={"loss": "val_loss"}).to_dict("records"),
         lambda t: pa.Table.from_pandas(t.rename(columns={"loss": "val_loss"})),
+        lambda t: pa.Table.from_pandas(t.rename(columns={"loss": "val_loss"})).to_reader(),
     ],
-    ids=["DataFrame", "index", "columns", "records", "pyarrow"],
+    ids=["DataFrame", "index", "columns", "records", "pyarrow", "any Arrow stream"],
 )
 def test_every_kind_of_table_gives_the_same(table, make):
     data = make(table)

@@ -46,6 +46,9 @@ def test_a_plan_is_the_command_lines(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
     assert main(["plan", "sweep=tiny", *COMMAND_LINE, "--json"]) == 0
     assert made.to_dict() == json.loads(capsys.readouterr().out)
+    with pytest.raises(sl.UserError, match="sweep='other': there is no plan"):
+        sl.plan(sweep="other")
+    assert sl.plan(sweep="tiny").to_dict() == made.to_dict()
     assert made.save() == made.folder / "plan.json"
     assert json.loads(made.save().read_text()) == made.to_dict()
 

@@ -237,6 +237,15 @@ def analyze_records(records: SweepRecords, settings: AnalysisSettings | None = N
     return SweepResult(analysis, analysis.findings)
 
 
+def require_result(result: SweepResult, records: SweepRecords, settings: AnalysisSettings) -> None:
+    """Raise `UserError` where a sweep gave nothing of what was asked: without a law, unless findings alone were wanted.
+
+    Runs of which some can have a law are an error without one, unless one study was asked for.
+    """
+    if result.analysis is None and (not result.findings or (records.law and settings.study is None)):
+        raise UserError(str(result.problem))
+
+
 def anything_estimated(analysis: Analysis) -> bool:
     """Whether at least one approach gave a frontier or an identified fit."""
     return any(

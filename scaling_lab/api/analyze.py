@@ -227,9 +227,7 @@ def analyze_sweep(
     elsewhere = [] if tuning is None else _records(RunStore(Path(tuning).expanduser()), "tuning")[0]
     split = split_by_role(records, elsewhere)
     result = core.analyze_records(split, settings)
-    # Runs of which some can have a law are an error without one, unless one study was asked for.
-    if result.analysis is None and (not result.findings or (split.law and settings.study is None)):
-        raise UserError(str(result.problem))
+    core.require_result(result, split, settings)
     options = ReportOptions(
         command=command,
         plan=store.read_plan() if store.plan_path.exists() else None,

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 def plan(experiment: str | None = None, **options: Any) -> PlanResult:
     """A sweep's runs with sizes, horizons, learning rates and every rounding. Nothing is written or trained.
 
+    With a sweep's name alone (`sl.plan(sweep="mine")`) it is the plan on disk.
+
     Args:
         experiment: a whole study by name (`quickstart`), whose options the others change.
         **options: those of `scaling-lab plan`, by the same names; groups as dictionaries, whose `kind` chooses another member:
@@ -36,12 +38,14 @@ def plan(experiment: str | None = None, **options: Any) -> PlanResult:
     """
     from scaling_lab.api.options import arguments
     from scaling_lab.cli.commands.plan import read_study, store_of
-    from scaling_lab.cli.planning import make_merged_plan
+    from scaling_lab.cli.planning import defines_plan, make_merged_plan
 
     chosen = {} if experiment is None else {"experiment": experiment}
     command = read_study(arguments("plan", {**chosen, **options}), "plan", launches=False)
     trees = [combination.tree for combination in command.combinations]
-    return PlanResult(make_merged_plan(trees), store_of(command), trees, command.given)
+    store = store_of(command)
+    made = make_merged_plan(trees) if defines_plan(command.given) else store.read_plan()
+    return PlanResult(made, store, trees, command.given)
 
 
 class PlanResult:

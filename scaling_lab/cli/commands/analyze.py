@@ -160,7 +160,13 @@ def analyze_source(
 
     Where no law can be fitted to a sweep there are findings alone, if any; otherwise `UserError` says why.
     """
-    from scaling_lab.analysis.analysis import SweepResult, analyze, analyze_records, read_observations
+    from scaling_lab.analysis.analysis import (
+        SweepResult,
+        analyze,
+        analyze_records,
+        read_observations,
+        require_result,
+    )
     from scaling_lab.analysis.data.sweep_records import split_by_role
 
     if where.runs is not None:
@@ -184,10 +190,8 @@ def analyze_source(
         f"analyzing {len(found)} runs of {RunStore.for_sweep(where.results_dir, where.sweep).folder}"
     )
     result = analyze_records(records, settings)
+    require_result(result, records, settings)
     if result.analysis is None:
-        # Runs of which some can have a law are an error without one, unless one study was asked for.
-        if not result.findings or (records.law and settings.study is None):
-            raise UserError(str(result.problem))
         console.warn(f"no scaling law: {result.problem}")
     return result, records.law or found
 
