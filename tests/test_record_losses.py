@@ -20,7 +20,7 @@ from scaling_lab.analysis.data.sweep_records import SweepRecords
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 from scaling_lab.analysis.laws import get_law
 from scaling_lab.analysis.settings import ApproachSettings
-from scaling_lab.analysis.studies.skills import Skills, skill_optima
+from scaling_lab.analysis.studies.shared.skill_optima import Skills, skill_optima
 from scaling_lab.analysis.studies.tuning import records_with_loss
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord

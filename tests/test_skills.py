@@ -17,7 +17,7 @@ from scaling_lab.analysis.analysis import Analysis, AnalysisSettings, analyze, r
 from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 from scaling_lab.analysis.studies import law_comparison
-from scaling_lab.analysis.studies.skills import Skills, column_of, skill_optima
+from scaling_lab.analysis.studies.shared.skill_optima import Skills, column_of, skill_optima
 from scaling_lab.core.errors import UserError
 
 # The same sizes and tokens, but what knowledge gains from parameters falls more slowly than what code does.

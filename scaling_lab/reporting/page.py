@@ -27,7 +27,7 @@ from scaling_lab.core.record import RunRecord, RunStatus
 from scaling_lab.core.spec import Plan
 from scaling_lab.core.storage.files import write_atomic
 from scaling_lab.core.storage.serialization import dumps
-from scaling_lab.reporting import captions, tables
+from scaling_lab.reporting import captions, run_table, tables
 from scaling_lab.reporting.captions import Document, estimate_of
 from scaling_lab.reporting.figure_list import Drawn, ReportFigure, draw_figures, draw_finding_figures
 
@@ -103,7 +103,7 @@ def write_report(
     if analysis is not None or findings:
         write_atomic(folder / ANALYSIS_NAME, dumps(data))
     page = folder / REPORT_NAME
-    runs = tables.runs(analysis, records, o.plan)
+    runs = run_table.runs(analysis, records, o.plan)
     write_atomic(page, render(data, figures, o, records, runs))
     return page
 
