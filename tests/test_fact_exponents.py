@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,15 @@ import pytest
 
 from helpers.runs import train
 from helpers.specs import tiny
+from helpers.synthetic import QUICKSTART_LAW, make_record, make_spec
+from scaling_lab.analysis.analysis import find_in_records
+from scaling_lab.analysis.data.sweep_records import split_by_role
+from scaling_lab.analysis.finding import FindingStatus
 from scaling_lab.analysis.studies.fact_exponents import compare, comparisons, exponent_of, fitted_scale
+from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.evaluation import EvalSpec
+from scaling_lab.core.record import RunRecord
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.generation.zipf_exposure import (
     asymptotic_exponent,
@@ -108,6 +115,45 @@ def test_what_has_no_exponent_is_refused() -> None:
         compare(FACTS, [1e4, 2e4, 4e4], "1 - exact_match", [0.5, 0.0, 0.1])
     with pytest.raises(UserError, match="no scale from 0.01 to 1e\\+06"):
         compare(FACTS, [1e4, 2e4, 4e4], "1 - exact_match", [1.0, 1.0, 1.0])
+
+
+def trained(width: int, tokens: float, share: float) -> RunRecord:
+    """A finished run whose scores are what a model would have that does not know this share of the values."""
+    rng = np.random.default_rng(0)
+    shape = GPTShape(width=width, depth=1, heads=1, context=40)
+    spec = make_spec(shape, 1e9, 0, 40, Convention.SIX_N_WITH_HEAD, "facts")
+    spec = replace(spec, data=FACTS, train_tokens=int(tokens), role="lr_sweep")
+    record = make_record(spec, QUICKSTART_LAW, rng, noise=0.0, curve_points=2)
+    return replace(
+        record, metrics={"exact_match": 1 - share, "value_loss_nats": share * math.log(FACTS.symbols)}
+    )
+
+
+def test_the_study_takes_the_largest_size_that_has_enough_horizons() -> None:
+    shares = dict(zip(HORIZONS, curve(7.0)))
+    small = [trained(16, d, 0.9 * shares[d]) for d in HORIZONS]
+    large = [trained(32, d, shares[d]) for d in HORIZONS[::-1]]
+    largest = [trained(64, d, 0.5) for d in HORIZONS[:2]]
+    (found,) = find_in_records(split_by_role([*small, *large, *largest]))
+    assert found.name == "fact_exponents"
+    expected = compare(FACTS, HORIZONS, "1 - exact_match", curve(7.0))
+    row = found.table("exponents").rows[0]
+    assert row[2] == pytest.approx(expected.exponent.value)
+    assert row[7] == pytest.approx(7.0, rel=1e-3)
+    quantity = found.quantities[0]
+    assert quantity.estimate == pytest.approx(expected.exponent.value)
+    assert quantity.published[0].value == pytest.approx(0.5 / 1.5)
+    assert f"falls as D^-{expected.exponent.value:.3f}" in found.answer
+    assert found.chart is not None
+    assert [panel.title[:6] for panel in found.chart.panels] == ["values", "loss o"]
+    assert find_in_records(split_by_role(largest)) == ()
+
+
+def test_scores_without_an_exponent_are_a_finding_without_an_answer() -> None:
+    none_unknown = [trained(16, d, 0.5 if d < HORIZONS[2] else 0.0) for d in HORIZONS]
+    (found,) = find_in_records(split_by_role(none_unknown))
+    assert found.status is FindingStatus.NOT_ANSWERED
+    assert "1 - exact_match is 0 at D=4e+04 tokens: raise eval.tokens" in str(found.reason)
 
 
 def test_the_script_refuses_a_folder_without_sweeps(

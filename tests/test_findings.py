@@ -209,6 +209,30 @@ def test_a_report_from_analysis_json_alone_has_the_same_findings_numbers_and_fig
     assert "made from analysis.json alone" in alone
 
 
+def test_a_report_is_made_of_an_analysis_json_of_version_1(analysis: Analysis, tmp_path: Path) -> None:
+    old = analysis.to_json_dict() | {"schema_version": 1}
+    for key in ("findings", "problem", "choices"):
+        del old[key]
+    for key in ("points_compute_range_flops", "total_flops"):
+        del old["observations"][key]
+    for estimate in old["estimates"]:
+        del estimate["fit"]
+    path = tmp_path / "analysis.json"
+    path.write_text(json.dumps(old))
+    page = report_from_json(path, tmp_path / "page").read_text()
+    new = write_report(analysis, (), tmp_path / "new").read_text()
+    for table in (
+        "How optimal parameters N",
+        "The best run at larger budgets",
+        "The floor of each IsoFLOP valley",
+    ):
+        (here,), (there,) = (
+            re.findall(rf"<table>\s*<caption>{table}.*?</table>", text, re.S) for text in (page, new)
+        )
+        assert here == there
+    assert 'id="findings"' not in page
+
+
 def test_the_report_command_takes_an_analysis_json(
     analysis: Analysis, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

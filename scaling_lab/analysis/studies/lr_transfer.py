@@ -83,7 +83,7 @@ def as_finding(cells: Sequence[TransferCell]) -> Finding:
         quantities=_quantities(cells),
         tables=(_table(cells),),
         chart=_chart(cells),
-        caveats=(f"{missing} sizes have no best rate: the lowest loss is at the end of the rates tried.",)
+        caveats=(f"Sizes without a best rate among those tried: {missing} of {len(cells)}.",)
         if missing and known
         else (),
     )

@@ -25,7 +25,7 @@ def run(arguments: Arguments) -> int:
     console = Console.for_flags(arguments.flags)
     status, _ = execute(command, console)
     store = store_of(command)
-    console.say("analysing ...")
+    console.say("analyzing ...")
     study = command.tree.get("study")
     made = write_sweep_report(store, command_text(arguments), console, study=study)
     mirror_study(store, console, made.page.parent)

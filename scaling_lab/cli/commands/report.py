@@ -120,9 +120,11 @@ def write_sweep_report(
         result = analyze_records(split)
     except UserError as error:
         result = SweepResult(None, (), str(error))
+    named = next((finding for finding in result.findings if finding.name == study), None)
     if result.problem is not None:
-        console.warn(f"no scaling law: {result.problem}")
-    if study is not None and all(finding.name != study for finding in result.findings):
+        # A sweep that was made for a study, which answers, need not have a law.
+        (console.warn if named is None else console.note)(f"no scaling law: {result.problem}")
+    if study is not None and named is None:
         console.warn(f"study={study}: its data are not here. It needs {get_study(study).NEEDS}.")
     options = ReportOptions(
         command=command,
