@@ -305,7 +305,7 @@ def test_the_missing_one_of_params_tokens_flops_is_derived(tmp_path: Path, missi
     grid().drop(columns=missing).to_csv(path, index=False)
     obs = read(path)
     same_numbers(obs)
-    assert any(w.startswith(f"{missing} is not in the table: taken as") for w in obs.warnings)
+    assert any(w.startswith(f"{missing} is not in the table; computed as") for w in obs.warnings)
     assert analysed(obs).estimate("parametric").frontier is not None
 
 
@@ -317,7 +317,7 @@ def test_single_missing_cells_are_derived_only_where_one_way_of_counting_holds(t
     g.to_csv(path, index=False)
     obs = read(path)
     same_numbers(obs, grid())
-    assert any("flops is missing in 1 row(s): taken as 6 params tokens" in w for w in obs.warnings)
+    assert any("flops is missing in 1 row(s); computed as 6 params tokens" in w for w in obs.warnings)
     g["flops"] *= 1.3  # attention and head are in them: a derived one would not be
     g.to_csv(path, index=False)
     dropped = {d.row: d.reason for d in read(path).dropped}
@@ -342,10 +342,10 @@ def test_every_bad_row_is_dropped_with_its_reason_and_the_rest_is_analysed(tmp_p
         2: ("loss", -1.0, "loss is not positive: -1.0"),
         3: ("params", 0, "params is not positive: 0"),
         4: ("tokens", "inf", "tokens is not finite: inf"),
-        5: ("tokens", "1e300", "tokens is out of range: 1e+300 (1e-60 to 1e+60 is taken)"),
+        5: ("tokens", "1e300", "tokens is out of range: 1e+300 (must be 1e-60 to 1e+60)"),
         6: ("loss", "n/a", "loss is missing"),
         7: ("params", "70M", "params is not a number: '70M'"),
-        8: ("loss", "1e-200", "loss is out of range: 1e-200 (1e-60 to 1e+60 is taken)"),
+        8: ("loss", "1e-200", "loss is out of range: 1e-200 (must be 1e-60 to 1e+60)"),
         9: ("flops", "two\nlines", "flops is not a number: 'two lines'"),
     }
     for at, (column, value, _) in bad.items():
@@ -366,7 +366,7 @@ def test_duplicates_are_kept_and_reported(tmp_path: Path) -> None:
     pd.concat([g, g.iloc[:3]]).to_csv(path, index=False)
     obs = read(path, points="all")
     assert obs.n_points == len(g) + 3
-    assert any("3 exact duplicate row(s) kept" in w for w in obs.warnings)
+    assert any("3 exact duplicate row(s) are kept" in w for w in obs.warnings)
     # The same numbers under another run id, or with an unnamed run, are no duplicates of a named one.
     other = pd.concat([g, g.iloc[:3].assign(run_id=["x", "y", None])])
     other.to_csv(path, index=False)

@@ -95,12 +95,12 @@ def test_exact_duplicates_are_kept_and_reported() -> None:
     one = {"run_id": ["a"] * 6, "params": [1e8] * 6, "tokens": [1e9] * 6, "loss": [3.0] * 6}
     obs = from_table(table_from_mapping(one))
     assert obs.n_points == 6
-    assert "5 exact duplicate row(s) kept." in obs.warnings
+    assert "5 exact duplicate row(s) are kept." in obs.warnings
 
 
 def test_a_convention_that_contradicts_the_flops_is_reported() -> None:
     obs = from_table(table(flops=np.full(8, 1e18)), convention="six_n_total")
-    assert any("six_n_total means flops = 6 params tokens" in w for w in obs.warnings)
+    assert any("six_n_total implies flops = 6 params tokens" in w for w in obs.warnings)
     with pytest.raises(UserError, match="convention='six'"):
         from_table(table(), convention="six")
 
@@ -148,7 +148,7 @@ def test_runs_that_did_not_complete_are_listed_with_their_reason() -> None:
         (records[3].run_id, "diverged: loss is nan at step 7"),
         (records[5].run_id, "no final validation loss"),
     }
-    with pytest.raises(UserError, match="none of 1 run records"):
+    with pytest.raises(UserError, match="none of the 1 run records"):
         observations_from_records([records[3]])
 
 

@@ -81,7 +81,7 @@ def test_exact_duplicate_rows_are_no_curve(tmp_path: Path) -> None:
     rows = rows_of_a_law()
     settings = AnalysisSettings(**FAST)
     analysis = analyze(read_observations(table(tmp_path, rows + rows[1:6]), settings), settings)
-    assert "no curves" in analysis.estimate("envelope").message
+    assert "needs curves" in analysis.estimate("envelope").message
     assert any(isinstance(p, Drawn) and p.name == "loss_vs_flops" for p in draw_figures(analysis, []))
 
 

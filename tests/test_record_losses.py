@@ -142,8 +142,8 @@ def test_a_loss_that_was_evaluated_at_the_end_alone_has_no_curves_of_its_own() -
     [
         ({"metric": "eval.cod"}, r"metric='eval.cod' is not known. Did you mean 'eval.code'\? Choices: eval.code, "),
         ({"metrics": ("eval.facts", "speed")}, r"metrics='speed' is not known.*eval.facts, loss, value_loss_nats"),
-        ({"metric": "exact_match"}, r"metric=exact_match is a score and no loss in nats.*loss, eval.code"),
-        ({"metric": "eval.code", "metrics": ("loss",)}, r"metrics=loss: with metric=eval.code that is the loss"),
+        ({"metric": "exact_match"}, r"metric=exact_match is a score, not a loss in nats.*loss, eval.code"),
+        ({"metric": "eval.code", "metrics": ("loss",)}, r"metrics=loss is not possible with metric=eval.code"),
         ({"metrics": ("bits_per_byte",)}, r"metrics=bits_per_byte is a score"),
         (
             {"metric": "eval.code", "approach": ApproachSettings(envelope=EnvelopeSettings(curve="train"))},

@@ -181,7 +181,7 @@ def test_without_a_loss_column_the_first_metric_stands_for_it(tmp_path: Path) ->
     path = tmp_path / "t.csv"
     table().drop(columns="loss").to_csv(path, index=False)
     obs = read_observations(path, replace(QUICK, metrics=COLUMNS))
-    assert any("eval/code (nats) stands for it" in w for w in obs.warnings)
+    assert any("eval/code (nats) is used instead" in w for w in obs.warnings)
 
 
 def test_an_unknown_column_is_named_with_a_near_one(tmp_path: Path) -> None:

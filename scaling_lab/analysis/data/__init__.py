@@ -1,1 +1,1 @@
-"""From tables, files and run records to `Observations`, the points that every fit uses."""
+"""Tables, files and run records, and the `Observations` made from them, which all fits use."""

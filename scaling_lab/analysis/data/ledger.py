@@ -1,11 +1,11 @@
-"""Owns reading a large ledger fast: the run records of a sweep with their curves as columns instead of point objects.
+"""Fast reading of a sweep's run records, with curves as columns instead of point objects.
 
     records, problems = load_ledger(RunStore("results/my-sweep"))
 
-It gives what `RunStore.load_records` gives: `record.curve` is then a `CurveColumns`, a sequence of `EvalPoint` like the
-tuple, whose columns the analysis takes without making ten million objects. Many curve.jsonl files are parsed at once by
-Arrow's JSON reader; a run whose file is in any way unusual (a torn line, a missing field, NaN) is read again by the
-store's own slow reader, so that what a damaged file means is decided in one place.
+The result equals that of `RunStore.load_records`, except that `record.curve` is a `CurveColumns`: a sequence of `EvalPoint`
+like the tuple, with columns that the analysis uses without creating ten million objects. Arrow's JSON reader parses many
+curve.jsonl files at once. A run whose file is unusual in any way (a truncated line, a missing field, NaN) is read again by
+the slower reader of the store, so that one place decides how to handle damaged files.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from scaling_lab.core.storage.store import RunStore
 if TYPE_CHECKING:
     import pyarrow
 
-# Whole curve files of about so many bytes in all are parsed in one call: enough to hide the cost of a call.
+# Curve files of about this many bytes in total are parsed in one call, to make the overhead of a call negligible.
 _BATCH_BYTES = 16 << 20
 _COUNTS = ("step", "tokens")
 _REQUIRED = tuple(f.name for f in fields(EvalPoint) if f.default is MISSING)
 _NAMES = tuple(f.name for f in fields(EvalPoint) if f.name != "evals")
-# Each of a point's further losses and scores is a column of its own, so named.
+# Prefix of the columns of a point's `evals` (other losses and scores).
 EVALS = "evals."
 
 
 class CurveColumns(Sequence[EvalPoint]):
-    """One run's curve by columns: `columns[name]` is a (points,) array, int64 for counts, else float64, NaN where absent;
-    `columns["evals.NAME"]` is what the points' `evals` say of NAME, where any does.
+    """The curve of one run as columns: `columns[name]` is a (points,) array, int64 for counts, else float64 with NaN for
+    missing values; `columns["evals.NAME"]` has the values of NAME in the points' `evals`.
 
-    As a sequence it holds the same `EvalPoint` values as the store's tuple (None where absent).
+    As a sequence it contains the same `EvalPoint` values as the store's tuple (None for missing values).
     """
 
     __slots__ = ("columns",)
@@ -56,14 +56,14 @@ class CurveColumns(Sequence[EvalPoint]):
     def __getitem__(self, at: int | slice) -> EvalPoint | tuple[EvalPoint, ...]:
         if isinstance(at, slice):
             return tuple(CurveColumns({k: v[at] for k, v in self.columns.items()}))
-        return _point({name: v[at].item() for name, v in self.columns.items()})
+        return _eval_point({name: v[at].item() for name, v in self.columns.items()})
 
     def __iter__(self) -> Iterator[EvalPoint]:
         for row in zip(*(values.tolist() for values in self.columns.values())):
-            yield _point(dict(zip(self.columns, row)))
+            yield _eval_point(dict(zip(self.columns, row)))
 
     def first(self, n: int) -> tuple[EvalPoint, ...]:
-        """The first n points as columns; typed as what a record declares, since it serves as that."""
+        """The first n points as columns, typed as the tuple that a record declares."""
         return cast("tuple[EvalPoint, ...]", CurveColumns({k: v[:n] for k, v in self.columns.items()}))
 
     def __eq__(self, other: object) -> bool:
@@ -78,7 +78,7 @@ class CurveColumns(Sequence[EvalPoint]):
 
 
 def curve_columns(points: Sequence[EvalPoint]) -> Mapping[str, NDArray[Any]]:
-    """The columns of any curve: those it has, or the same arrays made from its points (NaN where a value is None)."""
+    """The columns of a curve: its own, or arrays made from its points (NaN for None)."""
     if isinstance(points, CurveColumns):
         return points.columns
     out: dict[str, NDArray[Any]] = {
@@ -92,14 +92,14 @@ def curve_columns(points: Sequence[EvalPoint]) -> Mapping[str, NDArray[Any]]:
 def load_ledger(
     store: RunStore, *, batch_bytes: int = _BATCH_BYTES
 ) -> tuple[list[RunRecord], list[tuple[str, str]]]:
-    """Every record of a sweep with its curve, by run id, and (run id, reason) for each that cannot be read.
+    """All records of a sweep with their curves, ordered by run id, and (run id, reason) for each that cannot be read.
 
-    The same as `store.load_records()`, several times faster and in a fraction of the memory (scripts/bench_store.py).
+    The same as `store.load_records()`, but several times faster and with a fraction of the memory (scripts/bench_store.py).
     """
     records: dict[str, RunRecord] = {}
     problems: dict[str, str] = {}
 
-    def settle(batch: list[tuple[str, RunRecord]], parsed: Future[list[CurveColumns | None]]) -> None:
+    def collect(batch: list[tuple[str, RunRecord]], parsed: Future[list[CurveColumns | None]]) -> None:
         for (run_id, record), columns in zip(batch, parsed.result()):
             if columns is not None and len(columns) >= record.curve_points:
                 records[run_id] = replace(record, curve=columns.first(record.curve_points))
@@ -110,14 +110,14 @@ def load_ledger(
                 problems[run_id] = str(error)
 
     run_ids = store.run_ids_with_record()
-    # pyarrow parses without Python's lock: one batch is parsed while the next one's files are read.
+    # pyarrow parses without the GIL, so one batch is parsed while the files of the next are read.
     with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting: list[tuple[list[tuple[str, RunRecord]], Future[list[CurveColumns | None]]]] = []
+        pending: list[tuple[list[tuple[str, RunRecord]], Future[list[CurveColumns | None]]]] = []
 
         def submit(batch: list[tuple[str, RunRecord]], texts: list[bytes]) -> None:
-            waiting.append((batch, pool.submit(_parse, texts)))
-            while len(waiting) > 1:
-                settle(*waiting.pop(0))
+            pending.append((batch, pool.submit(_parse, texts)))
+            while len(pending) > 1:
+                collect(*pending.pop(0))
 
         batch: list[tuple[str, RunRecord]] = []
         texts: list[bytes] = []
@@ -137,27 +137,27 @@ def load_ledger(
                 submit(batch, texts)
                 batch, texts, size = [], [], 0
         submit(batch, texts)
-        for one in waiting:
-            settle(*one)
+        for one in pending:
+            collect(*one)
     return [records[r] for r in run_ids if r in records], [(r, problems[r]) for r in run_ids if r in problems]
 
 
 def _parse(texts: Sequence[bytes]) -> list[CurveColumns | None]:
-    """The curves of several files, None for one that only the slow reader can judge."""
+    """The curves of several files; None for a file that needs the slow reader."""
     whole = [text if text.endswith(b"\n") else text[: text.rfind(b"\n") + 1] for text in texts]
-    together = _columns(b"".join(whole))
-    if together is None:  # one of them is unusual: find out which
+    merged = _columns(b"".join(whole))
+    if merged is None:  # one of the files is unusual: find out which
         return [None] if len(texts) == 1 else [_parse([text])[0] for text in texts]
     lines = np.array([text.count(b"\n") for text in whole], dtype=np.int64)
     ends = np.cumsum(lines)
     return [
-        CurveColumns({name: values[start:end] for name, values in together.items()})
+        CurveColumns({name: values[start:end] for name, values in merged.items()})
         for start, end in zip((ends - lines).tolist(), ends.tolist())
     ]
 
 
 def _columns(text: bytes) -> dict[str, NDArray[Any]] | None:
-    """The columns of JSON lines; None unless every line is one plain point."""
+    """The columns of JSON lines; None unless every line is one complete point."""
     if not text:
         return {name: np.empty(0, dtype=_dtype(name)) for name in _NAMES}
     import pyarrow
@@ -166,9 +166,9 @@ def _columns(text: bytes) -> dict[str, NDArray[Any]] | None:
     try:
         table = json.read_json(
             pyarrow.BufferReader(text),
-            # One block: a block's end inside a line would otherwise have to be sewn together.
+            # A single block, because a block boundary may lie inside a line.
             read_options=json.ReadOptions(use_threads=False, block_size=len(text) + 1),
-            # Only `evals` may be inferred: which names it has is the sweep's choice.
+            # Only the type of `evals` is inferred: its names differ between sweeps.
             parse_options=json.ParseOptions(explicit_schema=_schema(), unexpected_field_behavior="infer"),
         )
     except pyarrow.ArrowException:
@@ -188,18 +188,18 @@ def _columns(text: bytes) -> dict[str, NDArray[Any]] | None:
         if name == "wall_time_s":
             column = column.fill_null(EvalPoint.wall_time_s)
         out[name] = column.to_numpy()
-        if out[name].dtype != _dtype(name):  # a column of nothing but nulls
+        if out[name].dtype != _dtype(name):  # all values are null
             out[name] = out[name].astype(_dtype(name))
     return out | evals
 
 
 def _evals(table: pyarrow.Table) -> dict[str, NDArray[np.float64]] | None:
-    """The columns of the points' `evals`; None unless each is a number by name."""
+    """The columns of the points' `evals`; None unless all values are numbers."""
     import pyarrow
 
     if "evals" not in table.column_names or pyarrow.types.is_null(table.column("evals").type):
         return {}
-    # A table is read as one block, and so is this column; flatten() keeps what is absent absent.
+    # The table was read as one block, so this column has one chunk; flatten() keeps missing values missing.
     (column,) = table.column("evals").chunks
     if not pyarrow.types.is_struct(column.type):
         return None
@@ -225,13 +225,15 @@ def _number(value: float | None) -> float:
     return np.nan if value is None else value
 
 
-def _point(cells: Mapping[str, Any]) -> EvalPoint:
-    plain = {name: _cell(name, value) for name, value in cells.items() if not name.startswith(EVALS)}
-    # NaN is no value: not every run of a sweep, and not every point of a run, has each of them.
+def _eval_point(cells: Mapping[str, Any]) -> EvalPoint:
+    plain = {
+        name: _optional_value(name, value) for name, value in cells.items() if not name.startswith(EVALS)
+    }
+    # NaN means missing: not every run, and not every point of a run, has all of them.
     evals = {name.removeprefix(EVALS): v for name, v in cells.items() if name.startswith(EVALS) and v == v}
     return EvalPoint(**plain, evals=evals or None)
 
 
-def _cell(name: str, value: Any) -> Any:
-    """A column's value as the point has it: NaN stands for absent, which only optional fields may be."""
+def _optional_value(name: str, value: Any) -> Any:
+    """The value of a field, with None for NaN in optional fields."""
     return None if value != value and name not in _REQUIRED else value

@@ -1,7 +1,7 @@
-"""Owns `Observations`: the points that every approach fits, under one convention, and what was dropped and why.
+"""`Observations`: the points that all approaches fit, under one convention, and what was dropped and why.
 
-Two sources: a table of the user's (`from_table`) and the run records of a sweep (record_observations.py). Every row is
-kept, so that the envelope has curves; `final()` gives one row a run.
+They come from a user's table (`from_table`) or from the run records of a sweep (record_observations.py). All rows are kept,
+because the envelope needs curves; `final()` gives one point per run.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from scaling_lab.analysis.data.table_rows import (
     COUNTS,
     SIX_ND_TOLERANCE,
+    assign_runs,
     extra_columns,
-    oddities,
     optional_column,
     read_rows,
-    runs_of,
+    table_warnings,
 )
 from scaling_lab.analysis.data.tables import Table, missing_column
 from scaling_lab.analysis.data.units import Unit
@@ -31,30 +31,30 @@ from scaling_lab.core.counts import FLOPS_PER_PARAM_TOKEN, Convention
 from scaling_lab.core.errors import UserError, unknown
 
 AS_GIVEN = "as_given"
-"""The convention of a table whose owner did not say what `params` and `flops` count."""
+"""The convention of a table for which the user did not say what `params` and `flops` count."""
 CONVENTIONS = (AS_GIVEN, *(c.value for c in Convention))
 FLOOR = "floor_nats"
 """The extra column with the true irreducible loss of each run's validation set, where the corpus's entropy is known."""
 
-# With fewer rows nothing can be fitted: a five-parameter law, two budgets of three sizes, three curves of two points.
+# The minimum for any fit: a five-parameter law, two budgets of three sizes, or three curves of two points.
 MIN_ROWS = 6
-# Budgets are clusters "within 10%": analyze's contract.
+# Documented behavior of analyze: points within 10% form one budget.
 BUDGET_TOLERANCE = 0.10
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """One row (or run) that is not analysed, and why."""
+    """A row (or run) that is not analyzed, and why."""
 
     run_id: str
     row: int | None
-    """Row number in the table, the first row of data being 1; None for a run of a sweep."""
+    """Row number in the table (the first row of data is 1); None for a run of a sweep."""
     reason: str
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Loss curves for the envelope: flat arrays, one entry a point, `run_index` into the observations' runs."""
+    """Loss curves for the envelope: flat arrays with one entry per point; `run_index` refers to the runs of the observations."""
 
     run_index: NDArray[np.int64]
     n_params: Array
@@ -62,7 +62,7 @@ class Curves:
     compute_flops: Array
     loss_nats: Array
     kind: str
-    """What the loss is: "rows of the table", "validation points" or "smoothed training loss"."""
+    """The kind of loss: "rows of the table", "validation points" or "smoothed training loss"."""
 
     def of_runs(self, keep: NDArray[np.bool_], new_index: NDArray[np.int64]) -> Curves:
         at = keep[self.run_index]
@@ -78,38 +78,38 @@ class Curves:
 
 @dataclass(frozen=True)
 class Observations:
-    """Equal-length float64 arrays, one entry a point: a run's final loss, or every row of its curve."""
+    """Float64 arrays of equal length with one entry per point: the final loss of a run, or each row of its curve."""
 
     run_names: NDArray[np.object_]
-    """(runs,) the runs' ids."""
+    """(runs,) ids of the runs."""
     run_index: NDArray[np.int64]
-    """(points,) which run each point belongs to."""
+    """(points,) the run of each point."""
     n_params: Array
     n_tokens: Array
     compute_flops: Array
     budget_flops: Array
-    """The budget a point was planned for, FLOPs; NaN where the source does not say."""
+    """The budget a point was planned for, FLOPs; NaN if unknown."""
     loss_nats: Array
     loss_sem_nats: Array
-    """Standard error of the loss; NaN where unknown."""
+    """Standard error of the loss; NaN if unknown."""
     seed: Array
-    """NaN where unknown."""
+    """NaN if unknown."""
     convention: str
     dropped: tuple[Dropped, ...] = ()
     warnings: tuple[str, ...] = ()
     extra: Mapping[str, Array] = field(default_factory=dict)
-    """Further numeric columns by name (width, depth, unique_tokens ...), for the laws that need them."""
+    """Other numeric columns by name (width, depth, unique_tokens, ...), for laws that need them."""
     separate_curves: Curves | None = None
-    """The curves where they are not the points themselves (records: losses in training)."""
+    """The curves, if they differ from the points themselves (for records: losses during training)."""
     alternatives: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
-    """By convention: (runs,) N and FLOPs per token, where the source can count otherwise (a sweep's records)."""
+    """By convention: (runs,) N and FLOPs per token, if the source allows other conventions (the records of a sweep)."""
     budgets_match_convention: bool = True
-    """False where `budget_flops` was planned under another convention than `compute_flops` counts."""
+    """False if `budget_flops` was planned under another convention than that of `compute_flops`."""
     column_curves: Mapping[str, Curves] = field(default_factory=dict)
-    """By column of `extra`: the curves of a further loss, where they are not the points themselves. Of all runs under the
-    source's own convention: a selection of runs has none."""
+    """By column of `extra`: the curves of another loss, if they differ from the points themselves. They cover all runs under
+    the convention of the source, so a selection of runs has none."""
     units: Mapping[str, Unit] = field(default_factory=dict)
-    """By column of the table: the unit it was read in, where one was given. The arrays here are converted already."""
+    """By column of the table: the unit it was read in, if one was given. The arrays here are already converted."""
 
     @classmethod
     def from_arrays(
@@ -126,12 +126,12 @@ class Observations:
         convention: str = AS_GIVEN,
         extra: Mapping[str, Any] | None = None,
     ) -> Observations:
-        """Observations from plain arrays; without `compute_flops` it is 6 N D, without `run_id` each point is a run."""
+        """Observations from arrays. Without `compute_flops` it is 6 N D; without `run_id` each point is a run."""
         n, d, loss = (np.asarray(v, dtype=np.float64).ravel() for v in (n_params, n_tokens, loss_nats))
-        nothing = np.full(n.size, np.nan)
+        unknown_column = np.full(n.size, np.nan)
 
         def optional(values: Any) -> Array:
-            return nothing if values is None else np.asarray(values, dtype=np.float64).ravel()
+            return unknown_column if values is None else np.asarray(values, dtype=np.float64).ravel()
 
         names = np.asarray(
             [str(i) for i in range(n.size)] if run_id is None else [str(r) for r in run_id], dtype=object
@@ -164,12 +164,12 @@ class Observations:
 
     @property
     def run_id(self) -> NDArray[np.object_]:
-        """(points,) the run's id of every point."""
+        """(points,) the run id of each point."""
         return self.run_names[self.run_index]
 
     @cached_property
     def is_final(self) -> NDArray[np.bool_]:
-        """(points,) whether a point is the last of its run by tokens (of equal ones the last in the source)."""
+        """(points,) whether a point is the last of its run by tokens (in case of ties, the last in the source)."""
         order = np.lexsort((np.arange(self.n_points), self.n_tokens, self.run_index))
         last = np.ones(self.n_points, dtype=bool)
         last[:-1] = self.run_index[order[1:]] != self.run_index[order[:-1]]
@@ -179,13 +179,13 @@ class Observations:
 
     @cached_property
     def is_six_nd(self) -> bool:
-        """Whether flops = 6 params tokens to 1% at every point: then the frontier has a closed form."""
+        """Whether flops = 6 params tokens to 1% at all points, which gives the frontier a closed form."""
         six = FLOPS_PER_PARAM_TOKEN * self.n_params * self.n_tokens
         return bool(np.all(np.abs(self.compute_flops / six - 1.0) <= SIX_ND_TOLERANCE))
 
     @cached_property
     def curves(self) -> Curves:
-        """What the envelope reads: every row of every run."""
+        """The curves for the envelope: all rows of all runs."""
         if self.separate_curves is not None:
             return self.separate_curves
         return Curves(
@@ -198,11 +198,11 @@ class Observations:
         )
 
     def final(self) -> Observations:
-        """One point a run, its last by tokens; the curves stay."""
+        """One point per run, its last by tokens; the curves are kept."""
         return self.points(self.is_final)
 
     def points(self, keep: NDArray[np.bool_]) -> Observations:
-        """These points only. The runs and the curves stay as they are."""
+        """Only these points, with unchanged runs and curves."""
         return replace(
             self,
             run_index=self.run_index[keep],
@@ -218,7 +218,7 @@ class Observations:
         )
 
     def runs(self, keep: NDArray[np.bool_]) -> Observations:
-        """These runs only ((runs,) mask): their points and their curves."""
+        """Only these runs ((runs,) mask), with their points and curves."""
         new_index = np.cumsum(keep) - 1
         curves = self.separate_curves
         kept = self.points(keep[self.run_index])
@@ -232,10 +232,10 @@ class Observations:
         )
 
     def under(self, convention: str) -> Observations:
-        """The same runs counted under another convention; the budgets stay the plan's.
+        """The same runs counted under another convention; budgets remain those of the plan.
 
         Raises:
-            UserError: the source cannot count under it (a table's numbers are what they are).
+            UserError: the convention is not available (a table has only one).
         """
         if convention == self.convention:
             return self
@@ -258,7 +258,7 @@ class Observations:
         )
 
     def with_budgets(self) -> Observations:
-        """The same, every missing budget set to the geometric mean of its cluster of FLOPs within 10%."""
+        """Set each missing budget to the geometric mean of its cluster of FLOPs (within 10%)."""
         missing = ~np.isfinite(self.budget_flops)
         if not missing.any():
             return self
@@ -268,9 +268,9 @@ class Observations:
 
 
 def cluster_budgets(compute_flops: Array, tolerance: float = BUDGET_TOLERANCE) -> Array:
-    """(points,) the budget of each point: clusters whose members lie within `tolerance` of the cluster's centre.
+    """(points,) the budget of each point: the mean of its cluster, whose members lie within `tolerance` of the center.
 
-    The fullest window of the allowed width is taken first, so that a scattered run does not cut a budget in two.
+    The window with the most points is taken first, so that a scattered run does not split a budget in two.
     """
     log_c = np.log(compute_flops)
     order = np.argsort(log_c, kind="stable")
@@ -292,10 +292,10 @@ def cluster_budgets(compute_flops: Array, tolerance: float = BUDGET_TOLERANCE) -
 
 
 def from_table(table: Table, *, convention: str = AS_GIVEN, strict: bool = False) -> Observations:
-    """Observations from a table: derive what can be derived, drop bad rows with a reason each, count what is odd.
+    """Observations from a table: derive missing values, drop bad rows with a reason for each, and collect warnings.
 
     Raises:
-        UserError: a needed column is missing, too few usable rows, or (`strict`) any bad row.
+        UserError: a required column is missing, there are too few usable rows, or (with `strict`) any bad row.
     """
     if convention not in CONVENTIONS:
         raise unknown("convention", convention, CONVENTIONS)
@@ -304,12 +304,12 @@ def from_table(table: Table, *, convention: str = AS_GIVEN, strict: bool = False
         raise missing_column("loss", table)
     counts = [name for name in COUNTS if table.has(name)]
     if len(counts) < 2:
-        wanted = next(n for n in COUNTS if n not in counts)
-        have = f" beside {counts[0]!r}" if counts else ""
-        raise missing_column(wanted, table, why=f" (two of params, tokens and flops are needed{have})")
+        missing = next(n for n in COUNTS if n not in counts)
+        have = f", found only {counts[0]!r}" if counts else ""
+        raise missing_column(missing, table, why=f" (two of params, tokens and flops are needed{have})")
     rows = read_rows(table)
     warnings += rows.notes
-    names, index, given = runs_of(table)
+    names, index, given = assign_runs(table)
     good = rows.good
     dropped = tuple(
         Dropped(str(names[index[at]]), int(table.row[at]), rows.reasons[at]) for at in sorted(rows.reasons)
@@ -321,13 +321,13 @@ def from_table(table: Table, *, convention: str = AS_GIVEN, strict: bool = False
         )
     if int(good.sum()) < MIN_ROWS:
         raise _too_few(table, int(good.sum()), dropped)
-    warnings += oddities(table, rows, given)
+    warnings += table_warnings(table, rows, given)
     params, tokens, flops = (rows.values[name][good] for name in COUNTS)
     if convention != AS_GIVEN and Convention(convention).is_six_n:
         off = np.abs(flops / (FLOPS_PER_PARAM_TOKEN * params * tokens) - 1.0) > SIX_ND_TOLERANCE
         if off.any():
             warnings.append(
-                f"convention={convention} means flops = 6 params tokens, but {int(off.sum())} of {off.size} rows differ"
+                f"convention={convention} implies flops = 6 params tokens, but {int(off.sum())} of {off.size} rows differ"
                 " by more than 1%; the column flops is used as it is."
             )
     run_index = index[good]
@@ -351,13 +351,13 @@ def from_table(table: Table, *, convention: str = AS_GIVEN, strict: bool = False
 
 
 def _too_few(table: Table, usable: int, dropped: tuple[Dropped, ...]) -> UserError:
-    """The one line for a table with nothing to fit: what is needed, and what is wrong with the rows that there are."""
+    """The error for a table with too few usable rows: what is required, and what is wrong with its rows."""
     why = ""
     if dropped:
         common, times = Counter(d.reason.split(":")[0] for d in dropped).most_common(1)[0]
         why = f"; {times} row(s): {common}" if times > 1 else ""
-        why += f"; the first bad one is row {dropped[0].row}: {dropped[0].reason}"
+        why += f"; the first bad row is row {dropped[0].row}: {dropped[0].reason}"
     return UserError(
-        f"{table.source} has {usable} usable row(s) of {len(table.row)}, at least {MIN_ROWS} are needed"
+        f"{table.source} has {usable} usable row(s) of {len(table.row)}; at least {MIN_ROWS} are required"
         f" (with finite, positive loss and two of params, tokens, flops){why}."
     )

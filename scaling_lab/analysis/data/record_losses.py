@@ -1,7 +1,7 @@
-"""Owns which losses a sweep's records have beside the validation loss, and records in which another one takes its place.
+"""The losses in a sweep's records, and replacing the validation loss with another one.
 
-A record's `metrics` hold `eval.NAME` for each other evaluation set, losses by name with their unit (`value_loss_nats`), and
-what is no loss in nats (`exact_match`, `bits_per_byte`): laws are fitted to losses only.
+The `metrics` of a record contain `eval.NAME` for each other evaluation set, named losses with their unit
+(`value_loss_nats`), and scores that are not losses in nats (`exact_match`, `bits_per_byte`). Laws are fitted to losses only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scaling_lab.core.errors import UserError, unknown
 from scaling_lab.core.record import EvalPoint, RunRecord
 
 LOSS = "loss"
-"""The name of the validation loss itself."""
+"""The name of the validation loss."""
 _EVAL_SET = "eval."
 
 
@@ -27,34 +27,34 @@ def is_loss(metric: str) -> bool:
 
 
 def loss_names(records: Iterable[RunRecord]) -> tuple[str, ...]:
-    """Every loss that at least one record has, the validation loss first."""
+    """All losses that at least one record has, starting with the validation loss."""
     return (LOSS, *sorted({name for r in records for name in r.metrics if is_loss(name)}))
 
 
 def check_losses(records: Sequence[RunRecord], option: str, names: Iterable[str]) -> None:
-    """Raises `UserError` for a name that is no loss of these records, with the losses that there are."""
+    """Raise `UserError`, with the available losses, for a name that is not a loss of these records."""
     choices = loss_names(records)
     for name in names:
         if name in choices:
             continue
         if any(name in r.metrics for r in records):
             raise UserError(
-                f"{option}={name} is a score and no loss in nats, and laws are of losses. Choices: {', '.join(choices)}."
+                f"{option}={name} is a score, not a loss in nats, and laws are fitted to losses. Choices: {', '.join(choices)}."
             )
         raise unknown(option, name, choices)
 
 
 def with_loss(record: RunRecord, name: str) -> RunRecord:
-    """The record as if loss `name` were its validation loss, in its curve too; without a final loss where it has none.
+    """The record with loss `name` as its validation loss, in its curve as well; without a final loss if it has none.
 
-    The training loss is left out, being no estimate of another one, and so is the floor, being that of the validation set.
+    The training loss is removed, because it does not estimate another loss, and so is the floor of the validation set.
     """
     if name == LOSS:
         return record
     columns = dict(curve_columns(record.curve))
-    nothing = np.full(columns["step"].size, np.nan)
-    columns["val_loss_nats"] = columns.get(EVALS + name.removeprefix(_EVAL_SET), nothing)
-    columns["val_loss_sem_nats"] = columns["train_loss_nats"] = nothing
+    missing = np.full(columns["step"].size, np.nan)
+    columns["val_loss_nats"] = columns.get(EVALS + name.removeprefix(_EVAL_SET), missing)
+    columns["val_loss_sem_nats"] = columns["train_loss_nats"] = missing
     return replace(
         record,
         final_val_loss_nats=record.metrics.get(name),

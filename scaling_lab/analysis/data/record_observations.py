@@ -1,5 +1,4 @@
-"""Owns the way from the run records of a sweep to `Observations`: N and C under any convention, curves for the envelope,
-and why a run is not analysed."""
+"""`Observations` from the run records of a sweep: N and C under any convention, and curves for the envelope."""
 
 from __future__ import annotations
 
@@ -20,12 +19,12 @@ from scaling_lab.core.record import RunRecord, RunStatus
 CurveKind = Literal["auto", "validation", "train"]
 CURVE_KINDS = ("auto", "validation", "train")
 
-# Hoffmann et al. 2022 smooth the training loss with a Gaussian "with a window length of 10 steps" and give no more;
-# read here as the full window, two standard deviations to either side.
+# Hoffmann et al. 2022 smooth the training loss with a Gaussian "with a window length of 10 steps" without further detail.
+# Here the window is taken to be two standard deviations to either side.
 SMOOTHING_WINDOW_STEPS = 10.0
 _SIGMAS_PER_WINDOW = 4.0
-# Fewer validation points than this do not make a curve.
-_ENOUGH_VALIDATION_POINTS = 4
+# A validation curve needs at least this many points.
+_MIN_VALIDATION_POINTS = 4
 
 
 def observations_from_records(
@@ -35,36 +34,36 @@ def observations_from_records(
     metric: str | None = None,
     metrics: Sequence[str] = (),
 ) -> Observations:
-    """One point a completed run (its final validation loss) and, beside it, the runs' curves.
+    """One point per completed run (its final validation loss), and the curves of the runs.
 
     Args:
-        convention: what N and C count; None takes the plan's own. The budgets are always the plan's.
-        curve: what the envelope reads. "train" is the training loss smoothed over 10 steps, as in the paper; with data
-            seen more than once it falls below the validation loss. "validation" is the loss on the fixed validation set,
-            comparable between runs but sparse. "auto" takes validation where the runs have at least four such points.
-        metric: another loss of the records to take in place of the validation loss (`eval.NAME`); its curve is of the
-            visits of the validation set.
-        metrics: further losses, each a column of `extra` with its own curves; NaN where a record has none.
+        convention: what N and C count; None uses that of the plan. The budgets are always those of the plan.
+        curve: the curves for the envelope. "train" is the training loss smoothed over 10 steps, as in the paper; on
+            repeated data it falls below the validation loss. "validation" is the loss on the fixed validation set,
+            comparable between runs but sparse. "auto" uses validation if runs have at least four such points.
+        metric: another loss of the records (`eval.NAME`) to use instead of the validation loss; its curve has a point at
+            each evaluation.
+        metrics: other losses, each a column of `extra` with its own curves; NaN if a record has none.
 
     Raises:
-        UserError: no completed run, an unknown `curve`, or a metric that is no loss of these records.
+        UserError: no completed run, an unknown `curve`, or a metric that is not a loss of these records.
     """
     if curve not in CURVE_KINDS:
         raise unknown("approach.envelope.curve", curve, CURVE_KINDS)
     chosen = LOSS if metric is None else metric
-    everything = _of_loss(list(records), chosen, metrics, curve)
+    all_records = _of_loss(list(records), chosen, metrics, curve)
     if chosen != LOSS:
         curve = "validation"
     usable, dropped = [], []
-    for record in everything:
+    for record in all_records:
         reason = _why_unusable(record, "final validation loss" if chosen == LOSS else chosen)
         if reason is None:
             usable.append(record)
         else:
             dropped.append(Dropped(record.run_id, None, reason))
     if not usable:
-        first = f" The first: {dropped[0].run_id}: {dropped[0].reason}." if dropped else ""
-        raise UserError(f"none of {len(everything)} run records is a completed run with a loss.{first}")
+        first = f" First reason: {dropped[0].run_id}: {dropped[0].reason}." if dropped else ""
+        raise UserError(f"none of the {len(all_records)} run records is a completed run with a loss.{first}")
     planned = {r.spec.convention for r in usable}
     if convention is None:
         if len(planned) > 1:
@@ -115,25 +114,25 @@ def observations_from_records(
 def _of_loss(
     records: Sequence[RunRecord], chosen: str, metrics: Sequence[str], curve: CurveKind
 ) -> list[RunRecord]:
-    """The records with the chosen loss as their validation loss. Raises `UserError` for what they cannot give."""
+    """The records with the chosen loss as validation loss; raises `UserError` if a chosen loss is not available."""
     check_losses(records, "metrics", metrics)
     check_losses(records, "metric", [chosen])
     if chosen != LOSS and LOSS in metrics:
         raise UserError(
-            f"metrics={LOSS}: with metric={chosen} that is the loss. Choices: metrics without it, or no metric."
+            f"metrics={LOSS} is not possible with metric={chosen}, which replaces that loss. Choices: metrics without it, or no metric."
         )
     if chosen != LOSS and curve == "train":
         raise UserError(
-            f"approach.envelope.curve=train is the training loss, and metric={chosen} is not. Choices: auto, validation."
+            f"approach.envelope.curve=train is the training loss, but metric={chosen} is not. Choices: auto, validation."
         )
     return [with_loss(r, chosen) for r in records]
 
 
 def smooth(values: Array, steps: Array, window_steps: float = SMOOTHING_WINDOW_STEPS) -> Array:
-    """(points,) Gaussian smoothing of one run's curve over steps, the kernel renormalised at the ends."""
+    """(points,) Gaussian smoothing of the curve of one run over steps, with the kernel renormalized at the ends."""
     sigma = window_steps / _SIGMAS_PER_WINDOW
     total, weight = values.copy(), np.ones_like(values)
-    # Neighbours k places away, as long as any of them is within the window.
+    # Neighbors k points away, as long as any of them is within the window.
     for k in range(1, values.size):
         gap = steps[k:] - steps[:-k]
         if gap.min() > window_steps / 2:
@@ -147,7 +146,7 @@ def smooth(values: Array, steps: Array, window_steps: float = SMOOTHING_WINDOW_S
 
 
 def _optional_columns(records: Sequence[RunRecord]) -> dict[str, Array]:
-    """Columns that only some sweeps have: the validation set's floor, and the tokens that were trained on again and again."""
+    """Columns that only some sweeps have: the floor of the validation set, and unique tokens if tokens were repeated."""
     columns = {}
     floors = np.array([_or_nan(r.val_floor_nats) for r in records])
     if np.isfinite(floors).all():
@@ -160,24 +159,24 @@ def _optional_columns(records: Sequence[RunRecord]) -> dict[str, Array]:
 
 
 def _loss_column(records: Sequence[RunRecord], name: str) -> Array:
-    """(runs,) the final value of a further loss; NaN where there is none."""
+    """(runs,) the final value of another loss; NaN if a record has none."""
     return np.array([_or_nan(r.metrics.get(name)) for r in records])
 
 
 def _column_curves(
     records: Sequence[RunRecord], names: Sequence[str], n: Array, per_token: Array
 ) -> dict[str, Curves]:
-    """The curves of further losses, of those that were evaluated while the runs trained."""
-    of = {
+    """The curves of other losses that were evaluated during training."""
+    by_name = {
         name: _curves([with_loss(r, name) for r in records], n, per_token, "validation")
         for name in names
         if name != LOSS
     }
-    return {name: curves for name, curves in of.items() if curves is not None}
+    return {name: curves for name, curves in by_name.items() if curves is not None}
 
 
 def _lr_horizon(record: RunRecord) -> float:
-    """Length of the run's LR schedule over the run's own; infinite where the LR ends at its peak."""
+    """Length of the LR schedule divided by the length of the run; infinite if the LR ends at its peak."""
     schedule = record.spec.schedule
     if schedule.multiplier(1.0) > 0.999:
         return float("inf")
@@ -188,7 +187,7 @@ def _why_unusable(record: RunRecord, loss_name: str) -> str | None:
     if record.status is not RunStatus.COMPLETED:
         return record.status.value + (f": {record.reason}" if record.reason else "")
     if record.spec.role == "trunk":
-        return "a trunk: its learning rate never falls, its branches are the runs to compare"
+        return "a trunk run: its learning rate does not decay; its branches are analyzed instead"
     loss = record.final_val_loss_nats
     if loss is None:
         return f"no {loss_name}"
@@ -202,10 +201,10 @@ def _warnings(records: Sequence[RunRecord]) -> list[str]:
     roles = sorted({r.spec.role for r in records})
     if len({(r.spec.data.kind, r.environment.data_fingerprint) for r in records}) > 1:
         out.append(
-            "The runs were trained on different data (their fingerprints differ): their losses do not compare."
+            "The runs were trained on different data (their fingerprints differ), so their losses are not comparable."
         )
     if "validation" in roles:
-        out.append("Runs with the role 'validation' are among the observations.")
+        out.append("The observations include runs with the role 'validation'.")
     return out
 
 
@@ -213,11 +212,11 @@ def _curve_kind(records: Sequence[RunRecord], curve: CurveKind) -> str:
     if curve != "auto":
         return curve
     visits = [np.count_nonzero(np.isfinite(curve_columns(r.curve)["val_loss_nats"])) for r in records]
-    return "validation" if visits and np.median(visits) >= _ENOUGH_VALIDATION_POINTS else "train"
+    return "validation" if visits and np.median(visits) >= _MIN_VALIDATION_POINTS else "train"
 
 
 def _curves(records: Sequence[RunRecord], n: Array, per_token: Array, kind: str) -> Curves | None:
-    """None where no run has a point of this kind: then the runs' ends are all there is."""
+    """The curves of this kind; None if no run has such points, so that only final losses are known."""
     index, tokens, losses = [], [], []
     column = "val_loss_nats" if kind == "validation" else "train_loss_nats"
     for i, record in enumerate(records):

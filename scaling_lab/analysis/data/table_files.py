@@ -1,8 +1,8 @@
-"""Owns the way from a file of the user's to a data frame: CSV in its dialects, Parquet, JSON records, JSON lines.
+"""Read a user's file into a data frame: CSV and its dialects, Parquet, JSON records, JSON lines.
 
-Other people's files are not tidy: semicolons, decimal commas, byte order marks, Latin-1, a trailing comma on every row,
-a torn last line. What can be read is read, and a note says what was assumed; a row that cannot be read keeps its place,
-empty, so that row numbers stay those of the file and the row is dropped with a reason further on.
+Files vary: semicolons, decimal commas, byte order marks, Latin-1, a trailing comma on every row, a truncated last line.
+Reading is lenient, and notes say what was assumed. A row that cannot be read becomes an empty row, so that row numbers match
+the file and the row is later dropped with a reason.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ KINDS = {
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _COMPRESSIONS = (*_OPENERS, ".zst")
 _SEPARATORS = (",", ";", "\t", "|")
-# So much of a file shows its encoding, separator and decimal mark.
+# Encoding, separator and decimal mark are detected from this much of a file.
 _SAMPLE_BYTES = 1 << 16
-# JSON lines beyond this size are parsed by Arrow first, twenty times faster than by the standard library.
+# Larger JSON-lines files are first parsed with Arrow, which is twenty times faster than the standard library.
 LARGE_JSON_BYTES = 8 << 20
 
 
 def read_frame(path: Path) -> tuple[pd.DataFrame, list[str]]:
-    """The file's rows, column names as distinct stripped text, and notes on how it was read.
+    """The rows of the file, with distinct, stripped column names, and notes on how it was read.
 
     Raises:
-        UserError: no such file, an unknown ending, or not a table; one line that names the file.
+        UserError: no such file, an unknown file extension, or not a table.
     """
     kind = _kind(path)
     notes: list[str] = []
@@ -60,19 +60,19 @@ def read_frame(path: Path) -> tuple[pd.DataFrame, list[str]]:
             frame = _read_json(path, kind == "jsonl", notes)
     except UserError:
         raise
-    # Parser, Arrow and decoding errors are subclasses of these; a file nested too deeply is a RecursionError.
+    # Parser, Arrow and decoding errors are subclasses of these; a file with too deep nesting raises RecursionError.
     except (ValueError, OSError, EOFError, ImportError, TypeError, lzma.LZMAError, RecursionError) as error:
         text = str(error).strip()
         first = text.splitlines()[0] if text else type(error).__name__
         raise UserError(f"runs={path} could not be read as {kind}: {first}") from error
     if len(frame) == 0:
-        raise UserError(f"runs={path} holds no rows.")
+        raise UserError(f"runs={path} has no rows.")
     frame.columns = cast("Any", distinct_names([str(c) for c in frame.columns], notes))
     return frame, notes
 
 
 def header_names(path: Path) -> list[str]:
-    """Column names of a CSV or Parquet file without reading its rows; empty where they are not to be had cheaply."""
+    """Column names of a CSV or Parquet file, without reading its rows; empty for other files."""
     try:
         kind = _kind(path)
         if kind == "parquet":
@@ -86,7 +86,7 @@ def header_names(path: Path) -> list[str]:
                 [str(c) for c in pd.read_csv(_source(path), nrows=0, **_dialect(path, [])).columns], []
             )
     except (OSError, ValueError):
-        pass  # reading the table itself will say what is wrong with it
+        pass  # reading the table will report the problem
     return []
 
 
@@ -104,7 +104,7 @@ def _kind(path: Path) -> str:
         suffixes = suffixes[:-1]
     kind = KINDS.get(suffixes[-1] if suffixes else "")
     if kind is None:
-        raise unknown("runs: the file's ending", suffixes[-1] if suffixes else "", KINDS)
+        raise unknown("runs: file extension", suffixes[-1] if suffixes else "", KINDS)
     return kind
 
 
@@ -121,7 +121,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _source(path: Path) -> Any:
-    """What pandas can read: the path, or the bytes of a compression that it needs a further package for."""
+    """What pandas reads: the path, or the decompressed bytes for .zst, for which pandas needs another package."""
     if path.suffix.lower() != ".zst":
         return path
     with _open(path) as file:
@@ -144,13 +144,13 @@ def _read_csv(path: Path, notes: list[str]) -> pd.DataFrame:
     except pd.errors.ParserError:
         frame = _read_ragged_csv(path, options, notes)
     if not isinstance(frame.index, pd.RangeIndex):
-        # Every row has one cell more than the header: pandas takes the first for the row's name. After a trailing
-        # separator it is the last one that is too many.
+        # Every row has one cell more than the header, and pandas uses the first as row name. With a trailing separator
+        # the extra cell is the last one.
         if frame.iloc[:, -1].isna().all():
             with warnings.catch_warnings():
                 warnings.simplefilter(
                     "ignore", pd.errors.ParserWarning
-                )  # of the cell too many, which is empty
+                )  # about the extra cell, which is empty
                 frame = pd.read_csv(_source(path), low_memory=False, index_col=False, **options)
         else:
             levels = frame.index.nlevels
@@ -159,7 +159,7 @@ def _read_csv(path: Path, notes: list[str]) -> pd.DataFrame:
 
 
 def _read_ragged_csv(path: Path, options: dict[str, Any], notes: list[str]) -> pd.DataFrame:
-    """A file in which some rows have too many cells: they stay as empty rows, and a note counts them."""
+    """Read a file in which some rows have too many cells: they become empty rows, and a note counts them."""
     import pandas as pd
 
     width = len(pd.read_csv(_source(path), nrows=0, **options).columns)
@@ -189,13 +189,13 @@ def _dialect(path: Path, notes: list[str]) -> dict[str, Any]:
         try:
             sample.decode("utf-8")
         except UnicodeDecodeError as error:
-            if error.start < len(sample) - 4:  # not merely a character cut in two by the sample's end
+            if error.start < len(sample) - 4:  # not just a character truncated by the end of the sample
                 encoding = "latin-1"
                 notes.append("The file is not UTF-8: read as Latin-1.")
     lines = sample.decode(encoding, errors="replace").lstrip("\ufeff").splitlines()
     header = next((line for line in lines if line.strip()), "")
     outside_quotes = re.sub(r'"[^"]*"', "", header)
-    separator = max(_SEPARATORS, key=outside_quotes.count)  # of equal ones the first: the comma
+    separator = max(_SEPARATORS, key=outside_quotes.count)  # in case of ties the first, the comma
     options: dict[str, Any] = {"sep": separator, "encoding": encoding}
     if separator != ",":
         cells = [cell.strip().strip('"') for line in lines[1:50] for cell in line.split(separator)]
@@ -210,12 +210,12 @@ def _dialect(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
-    """The columns, those that pandas had stored as the frame's index among them."""
+    """All columns, including those that pandas stored as the index of the frame."""
     import pyarrow.parquet
 
     table = pyarrow.parquet.ParquetFile(path).read()
     names = table.column_names
-    if len(set(names)) < len(names):  # the frame's own names must be distinct
+    if len(set(names)) < len(names):  # column names of a frame must be distinct
         table = table.rename_columns(distinct_names(names, []))
     nameless = [n for n in table.column_names if re.fullmatch(r"__index_level_\d+__", n)]
     return table.drop_columns(nameless).to_pandas(ignore_metadata=True)
@@ -225,8 +225,8 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
 
 def _read_json(path: Path, lines: bool, notes: list[str]) -> pd.DataFrame:
-    """JSON records, JSON lines (also under the ending .json), an object of columns or of one list of records; nested
-    objects become a.b."""
+    """JSON records, JSON lines (also in .json files), an object of columns, or an object with one list of records. Nested
+    objects become columns a.b."""
     import pandas as pd
 
     if lines and path.stat().st_size > LARGE_JSON_BYTES:
@@ -244,8 +244,8 @@ def _read_json(path: Path, lines: bool, notes: list[str]) -> pd.DataFrame:
             if "\n" not in text.strip() or not _is_json(text.strip().splitlines()[0]):
                 raise
             if error.pos == len(text.rstrip()):
-                raise  # a single document that ends too early
-            lines = True  # a file of JSON lines that is called .json
+                raise  # a single, truncated document
+            lines = True  # JSON lines in a .json file
     if lines:
         data = _json_lines(text, notes)
     if isinstance(data, dict):
@@ -257,12 +257,12 @@ def _read_json(path: Path, lines: bool, notes: list[str]) -> pd.DataFrame:
         else:
             data = [data]
     if not isinstance(data, list) or not all(isinstance(record, dict) for record in data):
-        raise ValueError("expected a list of records, one object a row")
+        raise ValueError("expected a list of records, one object per row")
     return pd.json_normalize(data)
 
 
 def _json_lines(text: str, notes: list[str]) -> list[dict[str, Any]]:
-    """One record a line that is not blank; a line that is not an object is an empty record, and a note counts it."""
+    """One record per non-blank line; a line that is not an object becomes an empty record, and a note counts these lines."""
     records: list[dict[str, Any]] = []
     bad: list[str] = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -284,13 +284,13 @@ def _json_lines(text: str, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _arrow_lines(path: Path) -> pd.DataFrame | None:
-    """A large file of JSON lines; None where Arrow does not read it as the standard library would."""
+    """A large file of JSON lines; None if Arrow would read it differently from the standard library."""
     import pyarrow
     from pyarrow import json as arrow_json
 
     options = arrow_json.ReadOptions(block_size=4 << 20)
     try:
-        try:  # block by block, in a third of the memory; the first block must show every column's type
+        try:  # block by block, with a third of the memory; the first block must determine all column types
             with _open(path) as file, arrow_json.open_json(file, read_options=options) as blocks:
                 table = pyarrow.Table.from_batches(list(blocks), blocks.schema)
         except pyarrow.ArrowException:
@@ -300,11 +300,13 @@ def _arrow_lines(path: Path) -> pd.DataFrame | None:
         return None
     while any(pyarrow.types.is_struct(f.type) for f in table.schema):
         table = table.flatten()
-    # Arrow takes text like "2026-01-01" for a time, which no filter written as that text would match.
-    odd = any(pyarrow.types.is_temporal(f.type) for f in table.schema)
-    if odd or len(set(table.column_names)) < table.num_columns:
+    # Arrow parses text like "2026-01-01" as a time, which a filter with that text would not match.
+    has_times = any(pyarrow.types.is_temporal(f.type) for f in table.schema)
+    if has_times or len(set(table.column_names)) < table.num_columns:
         return None
-    return table.to_pandas(split_blocks=True, self_destruct=True)  # column by column: never twice in memory
+    return table.to_pandas(
+        split_blocks=True, self_destruct=True
+    )  # column by column, without a second copy in memory
 
 
 def _is_json(text: str) -> bool:
@@ -326,7 +328,7 @@ def _decoded(raw: bytes, notes: list[str]) -> str:
 
 
 def distinct_names(names: list[str], notes: list[str]) -> list[str]:
-    """Names without blanks around them, a repeated one numbered."""
+    """Stripped names, with repeated names numbered."""
     out: list[str] = []
     repeated = []
     for name in (n.strip().removeprefix("\ufeff") for n in names):
@@ -337,5 +339,5 @@ def distinct_names(names: list[str], notes: list[str]) -> list[str]:
             repeated.append(name)
         out.append(new)
     if repeated:
-        notes.append(f"Columns of the same name are numbered: {', '.join(dict.fromkeys(repeated))}.")
+        notes.append(f"Columns with the same name are numbered: {', '.join(dict.fromkeys(repeated))}.")
     return out

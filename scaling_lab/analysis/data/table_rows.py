@@ -1,6 +1,6 @@
-"""Owns what the rows of a table mean: which are usable and why the others are not, what is derived, whose run a row is.
+"""The rows of a table: which are usable, why others are not, derived values, and the run of each row.
 
-Everything is done by whole columns, so that ten million rows take seconds; only bad cells are looked at one by one.
+Everything operates on whole columns, so ten million rows take seconds; only bad cells are handled one by one.
 """
 
 from __future__ import annotations
@@ -18,38 +18,37 @@ from scaling_lab.core.counts import FLOPS_PER_PARAM_TOKEN
 COUNTS = ("params", "tokens", "flops")
 _NEEDED = (*COUNTS, "loss")
 LR_HORIZON = "lr_horizon_fraction"
-"""The extra column that says over how much of a run its LR schedule stretches: 1 is matched, infinite a constant LR."""
+"""The extra column with the length of the LR schedule divided by that of the run: 1 is matched, infinite a constant LR."""
 _LR_SCHEDULE = "lr_schedule"
-# flops = 6 params tokens "to 1%": analyze's contract.
+# Documented behavior of analyze: flops = 6 params tokens "to 1%".
 SIX_ND_TOLERANCE = 0.01
-# Beyond these a number is a mistake, and products of several of them would leave float64.
+# A number outside this range is a mistake, and products of such numbers would overflow float64.
 _SMALLEST, _LARGEST = 1e-60, 1e60
 _FORMULAS = {"flops": "6 params tokens", "tokens": "flops / (6 params)", "params": "flops / (6 tokens)"}
-# flops beyond this factor of 6 params tokens overall are told: embeddings and attention seldom make up for it, a unit does.
+# A median of flops / (6 params tokens) beyond this factor gives a warning: usually a wrong unit, not embeddings or attention.
 _UNIT_FACTOR = 3.0
-# Of so many bad cells the text is looked up for the reason; further ones share a general one.
+# The reason quotes the text of at most this many bad cells per column; the others get a general reason.
 _REASONS_WITH_TEXT = 10_000
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Every row of a table as float64, the usable ones marked."""
+    """All rows of a table as float64, with a mask of the usable ones."""
 
     values: dict[str, Array]
-    """params, tokens, flops, loss: (rows,) each."""
+    """params, tokens, flops and loss, (rows,) each."""
     good: NDArray[np.bool_]
-    """(rows,)"""
+    """(rows,) whether the row is usable."""
     reasons: dict[int, str]
-    """Position -> why the row is not usable."""
+    """Index of a row -> why it is not usable."""
     notes: list[str]
 
 
 def read_rows(table: Table) -> Rows:
-    """The needed columns as numbers, the one of params, tokens and flops that is missing derived in float64.
+    """The required columns as numbers; one of params, tokens and flops may be missing and is then derived.
 
-    A table that lacks one of the three altogether gets it from flops = 6 params tokens. Where single cells of one are
-    empty they are filled likewise, but only if flops = 6 params tokens to 1% in the rows that have all three: else two
-    ways of counting would meet in one fit.
+    A missing column is derived from flops = 6 params tokens. Single empty cells are filled in the same way, but only if
+    flops = 6 params tokens to 1% in all complete rows: otherwise one fit would mix two ways of counting.
     """
     given = [name for name in COUNTS if table.has(name)]
     values = {name: table.numbers(name) for name in (*given, "loss")}
@@ -59,9 +58,9 @@ def read_rows(table: Table) -> Rows:
     if len(given) == 2:
         missing = next(name for name in COUNTS if name not in given)
         values[missing] = _derived(missing, values)
-        notes.append(f"{missing} is not in the table: taken as {_FORMULAS[missing]}.")
+        notes.append(f"{missing} is not in the table; computed as {_FORMULAS[missing]}.")
         filled = {missing: np.ones(values[missing].size, dtype=bool)}
-    for name, where in filled.items():  # what follows from two good cells may still be no number
+    for name, where in filled.items():  # the result from two good cells may still overflow
         good = _usable(values[name])
         for at in np.flatnonzero(where & ~good).tolist():
             reasons.setdefault(at, f"{name} = {_FORMULAS[name]} is out of range: {values[name][at]:.3g}")
@@ -84,25 +83,25 @@ def _derived(name: str, values: Mapping[str, Array]) -> Array:
 
 
 def _fill_cells(table: Table, values: dict[str, Array], notes: list[str]) -> dict[str, NDArray[np.bool_]]:
-    """Fill empty cells of params, tokens or flops whose row has the other two; by column, which were filled."""
+    """Fill empty cells of params, tokens or flops in rows with the other two; returns which cells were filled, by column."""
     usable = {name: _usable(values[name]) for name in COUNTS}
     whole = usable["params"] & usable["tokens"] & usable["flops"]
-    wanted = {
+    fillable = {
         name: np.isnan(values[name]) & np.logical_and.reduce([usable[o] for o in COUNTS if o != name])
         for name in COUNTS
     }
-    if not any(w.any() for w in wanted.values()):
+    if not any(w.any() for w in fillable.values()):
         return {}
     with np.errstate(all="ignore"):
         off = np.abs(values["flops"] / _derived("flops", values) - 1.0)[whole] > SIX_ND_TOLERANCE
     if off.any() or not whole.any():
         return {}
     filled = {}
-    for name, cells in wanted.items():
+    for name, cells in fillable.items():
         empty = cells & table.empty(name)
         if empty.any():
             values[name] = np.where(empty, _derived(name, values), values[name])
-            notes.append(f"{name} is missing in {int(empty.sum())} row(s): taken as {_FORMULAS[name]}.")
+            notes.append(f"{name} is missing in {int(empty.sum())} row(s); computed as {_FORMULAS[name]}.")
             filled[name] = empty
     return filled
 
@@ -110,7 +109,7 @@ def _fill_cells(table: Table, values: dict[str, Array], notes: list[str]) -> dic
 def _bad_cells(
     table: Table, values: Mapping[str, Array], filled: Mapping[str, NDArray[np.bool_]]
 ) -> dict[int, str]:
-    """Position -> reason for every row with a cell that is missing, unparseable, infinite, not positive or absurd."""
+    """Index -> reason, for each row with a cell that is missing, not a number, infinite, not positive, or out of range."""
     reasons: dict[int, str] = {}
     for name, column in values.items():
         bad = ~_usable(column)
@@ -119,20 +118,20 @@ def _bad_cells(
         if not bad.any():
             continue
         empty = table.empty(name)
-        told = 0
+        with_text = 0
         for at in np.flatnonzero(bad).tolist():
             if empty[at]:
                 reason = f"{name} is missing"
-            elif told < _REASONS_WITH_TEXT:
-                told += 1
-                reason = f"{name} {_what_is_wrong(float(column[at]), table.cell(name, at))}"
+            elif with_text < _REASONS_WITH_TEXT:
+                with_text += 1
+                reason = f"{name} {_problem(float(column[at]), table.cell(name, at))}"
             else:
                 reason = f"{name} is not a usable number"
             reasons[at] = f"{reasons[at]}; {reason}" if at in reasons else reason
     return reasons
 
 
-def _what_is_wrong(value: float, text: str) -> str:
+def _problem(value: float, text: str) -> str:
     text = text if len(text) <= 40 else text[:37] + "..."
     text = " ".join(text.split())
     if np.isnan(value):
@@ -141,11 +140,11 @@ def _what_is_wrong(value: float, text: str) -> str:
         return f"is not finite: {text}"
     if value <= 0:
         return f"is not positive: {text}"
-    return f"is out of range: {text} ({_SMALLEST:g} to {_LARGEST:g} is taken)"
+    return f"is out of range: {text} (must be {_SMALLEST:g} to {_LARGEST:g})"
 
 
-def runs_of(table: Table) -> tuple[NDArray[np.object_], NDArray[np.int64], NDArray[np.int64]]:
-    """Names (runs,), run of each row (rows,), and the same with -1 for every row without an id."""
+def assign_runs(table: Table) -> tuple[NDArray[np.object_], NDArray[np.int64], NDArray[np.int64]]:
+    """Names (runs,), run of each row (rows,), and the same with -1 for rows without an id."""
     import pandas as pd
 
     n_rows = len(table.row)
@@ -155,38 +154,38 @@ def runs_of(table: Table) -> tuple[NDArray[np.object_], NDArray[np.int64], NDArr
     column = table.frame["run_id"]
     try:
         codes, uniques = pd.factorize(column)
-    except TypeError:  # cells that cannot be compared, such as lists
+    except TypeError:  # unhashable cells, such as lists
         codes, uniques = pd.factorize(column.where(column.isna(), column.astype(str)))
     names = np.array([str(u) for u in uniques], dtype=object)
     given = np.asarray(codes, dtype=np.int64)
     unnamed = np.flatnonzero(given < 0)
     if not unnamed.size:
         return names, given, given
-    # A row without an id is a run of its own.
+    # Each row without an id is a separate run.
     names = np.concatenate([names, np.array([f"row{table.row[i]}" for i in unnamed], dtype=object)])
     index = given.copy()
     index[unnamed] = np.arange(len(uniques), len(uniques) + unnamed.size)
     return names, index, given
 
 
-def oddities(table: Table, rows: Rows, run: NDArray[np.int64]) -> list[str]:
-    """What a reader of the results should know: duplicates, repeated runs, numbers that do not fit together.
+def table_warnings(table: Table, rows: Rows, run: NDArray[np.int64]) -> list[str]:
+    """Warnings about the table: duplicates, repeated runs, inconsistent numbers.
 
     Args:
-        run: (rows,) the run's code, -1 for a row without an id.
+        run: (rows,) the run of each row, -1 for rows without an id.
     """
     found = []
     good = rows.good
     copies = _count_copies([rows.values[name][good] for name in _NEEDED] + [run[good].astype(np.float64)])
     if copies:
-        found.append(f"{copies} exact duplicate row(s) kept.")
+        found.append(f"{copies} exact duplicate row(s) are kept.")
     if table.has("run_id"):
         named = run[run >= 0]
         repeated = named.size - int(np.count_nonzero(np.bincount(named))) if named.size else 0
         if repeated:
-            found.append(f"{repeated} row(s) repeat a run_id: rows of one run are its curve.")
+            found.append(f"{repeated} row(s) repeat a run_id; the rows of one run form its curve.")
     else:
-        found.append("run_id is not in the table: each row is a run.")
+        found.append("run_id is not in the table, so each row is a run.")
     if all(table.has(name) for name in COUNTS):
         ratio = float(
             np.median(
@@ -195,21 +194,21 @@ def oddities(table: Table, rows: Rows, run: NDArray[np.int64]) -> list[str]:
         )
         if not 1 / _UNIT_FACTOR <= ratio <= _UNIT_FACTOR:
             found.append(
-                f"flops is about {ratio:.2g} times 6 params tokens: are the three in units of one parameter, one token"
-                " and one FLOP (else units.params=, units.tokens=, units.flops=)?"
+                f"flops is about {ratio:.2g} times 6 params tokens. Check the units, which should be one parameter, one"
+                " token and one FLOP; otherwise set units.params=, units.tokens= or units.flops=."
             )
     return found
 
 
 def _count_copies(columns: list[Array]) -> int:
-    """How many rows equal an earlier one in every column. Rows are compared by a hash first, those that share one fully."""
+    """Number of rows that equal an earlier row in all columns. Only rows with equal hashes are compared in full."""
     mixed = np.zeros(columns[0].size, dtype=np.uint64)
     for column in columns:
         bits = np.ascontiguousarray(column + 0.0).view(np.uint64)
         mixed ^= bits
         mixed *= np.uint64(
             0x9E3779B97F4A7C15
-        )  # odd: a bijection, so that equal hashes of one column are equal bits
+        )  # odd, hence a bijection: equal hashes of a single column mean equal values
         mixed ^= mixed >> np.uint64(29)
     ordered = np.sort(mixed)
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
@@ -221,10 +220,10 @@ def _count_copies(columns: list[Array]) -> int:
 
 
 def extra_columns(table: Table, good: NDArray[np.bool_]) -> dict[str, Array]:
-    """The further numeric columns, for laws that need them (width, depth, unique_tokens ...).
+    """The other numeric columns, for laws that need them (width, depth, unique_tokens, ...).
 
-    A column `lr_schedule` of words becomes `lr_horizon_fraction`: infinite for a constant LR, else 1, a schedule that fits
-    its run; a table that knows better gives the number itself.
+    A text column `lr_schedule` becomes `lr_horizon_fraction`: infinite for a constant LR, else 1 (a schedule matched to the
+    run). A table may contain `lr_horizon_fraction` itself instead.
     """
     import pandas as pd
 
@@ -241,7 +240,7 @@ def extra_columns(table: Table, good: NDArray[np.bool_]) -> dict[str, Array]:
 
 
 def optional_column(table: Table, name: str, *, positive: bool) -> Array:
-    """(rows,) a column that may be missing, NaN where it says nothing usable."""
+    """(rows,) an optional column, NaN where the value is missing or not usable."""
     if not table.has(name):
         return np.full(len(table.row), np.nan)
     values = table.numbers(name)

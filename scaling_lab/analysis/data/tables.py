@@ -1,7 +1,7 @@
-"""Owns a table of the user's as the analysis sees it: renames, filters, and what a cell means.
+"""A user's table: renamed columns, filters, units, and conversion of cells to numbers.
 
-The file itself is read by table_files.py. The result is a `Table`: named NumPy columns, unparseable cells already NaN with the text kept for the reason. Nothing
-here knows a scaling law. pandas is imported inside the functions, so that `import scaling_lab.analysis` stays light.
+Files are read by table_files.py. A `Table` gives columns as NumPy arrays, with NaN for cells that are not numbers; their
+text is kept for error messages. pandas is imported inside functions, so that importing `scaling_lab.analysis` stays fast.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from scaling_lab.core.errors import UserError, unknown
 if TYPE_CHECKING:
     import pandas as pd
 
-# The names of the columns that `analyze` understands; `columns.NAME=` says what a table calls them.
+# The columns that `analyze` understands; `columns.NAME=` gives their names in a table.
 COLUMNS = ("run_id", "params", "tokens", "flops", "loss", "budget_flops", "seed", "loss_sem")
 
-# What other people's tables call these columns: only ever suggested, never taken silently.
+# Common other names of these columns: only suggested in errors, never used silently.
 _ALIASES: dict[str, tuple[str, ...]] = {
     "run_id": ("run", "id", "name", "run_name", "model"),
     "params": (
@@ -53,13 +53,13 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# What people write into a cell that has no value.
-_NOTHING = ("", "nan", "none", "null", "na", "n/a", "-", "?")
+# Common ways to write a missing value.
+_MISSING_WORDS = ("", "nan", "none", "null", "na", "n/a", "-", "?")
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table after renames and filters: the columns as read, and where they came from."""
+    """A table after renaming and filtering, with the origin of its rows."""
 
     source: str
     """Name of the file, for messages."""
@@ -68,7 +68,7 @@ class Table:
     """(rows,) row number of each kept row in the file; the first row of data is 1."""
     notes: tuple[str, ...] = ()
     units: Mapping[str, Unit] = field(default_factory=dict)
-    """By column, what `numbers` multiplies by; `cell` and `where` see the table's own numbers."""
+    """By column, the unit by which `numbers` multiplies; `cell` and `where` use the numbers as written."""
 
     def has(self, name: str) -> bool:
         return name in self.frame.columns
@@ -78,7 +78,7 @@ class Table:
         return [str(c) for c in self.frame.columns]
 
     def numbers(self, name: str) -> NDArray[np.float64]:
-        """(rows,) a column as float64, in one parameter, token, FLOP or nat; cells that are not numbers are NaN."""
+        """(rows,) a column as float64, converted to single parameters, tokens, FLOPs or nats; NaN for cells that are not numbers."""
         values = self._as_written(name)
         if name not in self.units:
             return values
@@ -86,7 +86,7 @@ class Table:
             return values * self.units[name].factor
 
     def _as_written(self, name: str) -> NDArray[np.float64]:
-        """(rows,) a column as float64 in its own unit."""
+        """(rows,) a column as float64 in the unit of the table."""
         import pandas as pd
 
         column = self.frame[name]
@@ -97,20 +97,20 @@ class Table:
         try:
             values = pd.to_numeric(column, errors="coerce")
         except TypeError:  # cells that are lists or objects
-            values = pd.to_numeric(column.map(_plain), errors="coerce")
+            values = pd.to_numeric(column.map(_scalar), errors="coerce")
         return values.to_numpy(dtype=np.float64, na_value=np.nan)
 
     def empty(self, name: str) -> NDArray[np.bool_]:
-        """(rows,) whether a cell says nothing: no value, blanks, or a word for no value."""
+        """(rows,) whether a cell is empty: no value, blank, or a word for a missing value."""
         column = self.frame[name]
         empty = column.isna().to_numpy(dtype=bool)
         if column.dtype.kind not in "biufc":
             words = column.astype(str).str.strip().str.lower()
-            empty = empty | words.isin(_NOTHING).to_numpy(dtype=bool)
+            empty = empty | words.isin(_MISSING_WORDS).to_numpy(dtype=bool)
         return empty
 
     def cell(self, name: str, position: int) -> str:
-        """A cell's text as the table has it, for a reason; '' where it is empty."""
+        """The text of a cell, for error messages; '' if it is empty."""
         import pandas as pd
 
         value = self.frame[name].iloc[position]
@@ -126,18 +126,18 @@ def read_table(
     metrics: Sequence[str] = (),
     units: Mapping[str, Any] | None = None,
 ) -> Table:
-    """Read a table, rename its columns to ours and keep the rows that match.
+    """Read a table, rename its columns, and keep the rows that match.
 
     Args:
         path: CSV, TSV, Parquet, JSON (a list of records, or an object of columns) or JSON lines, optionally compressed.
-        columns: ours -> theirs (`{"loss": "val_loss"}`).
-        where: `COLUMN`, `COLUMN.min` or `COLUMN.max` -> value, by the table's own names (or ours after renaming).
-        metric: the column to analyze in place of `loss`.
-        metrics: further loss columns, made numbers; without a column `loss` the first one stands for it.
-        units: column (ours, or a metric) -> its unit (`units.read_units`).
+        columns: our column name -> that in the table (`{"loss": "val_loss"}`).
+        where: `COLUMN`, `COLUMN.min` or `COLUMN.max` -> value, by the names in the table (or ours after renaming).
+        metric: the column to analyze instead of `loss`.
+        metrics: other loss columns, converted to numbers; without a column `loss` the first one is used as loss.
+        units: column (by our name, or a metric) -> its unit (`units.read_units`).
 
     Raises:
-        UserError: no such file, not a table, an unknown column or unit; the message names the file and the nearest column.
+        UserError: no such file, not a table, an unknown column or unit; the message names the file and a similar column.
     """
     path = Path(path)
     frame, notes = read_frame(path)
@@ -180,18 +180,18 @@ def table_from_frame(
     if len(frame) and not keep.any():
         wanted = " ".join(f"where.{k}={v}" for k, v in (where or {}).items())
         raise UserError(f"{source}: no row matches {wanted} ({len(frame)} rows read).")
-    if not keep.all():  # (a copy of everything)
+    if not keep.all():  # skipped otherwise, since it copies the table
         frame, row = frame.loc[keep].reset_index(drop=True), row[keep]
-    found = _units(frame, units or {}, metric, metrics, source)
-    if found:
-        notes.append(units_sentence(found))
-    table = Table(source, frame, row, tuple(notes), found)
+    units_found = _units(frame, units or {}, metric, metrics, source)
+    if units_found:
+        notes.append(units_sentence(units_found))
+    table = Table(source, frame, row, tuple(notes), units_found)
     if not metrics:
         return table
     numbers = {name: table._as_written(name) for name in metrics}
     if "loss" not in frame:
         numbers["loss"] = numbers[metrics[0]]
-        notes.append(f"loss is not in the table: {metrics[0]} stands for it.")
+        notes.append(f"loss is not in the table; {metrics[0]} is used instead.")
     return replace(table, frame=frame.assign(**numbers), notes=tuple(notes))
 
 
@@ -204,14 +204,14 @@ def table_from_mapping(data: Mapping[str, Any], source: str = "table") -> Table:
 
 
 def missing_column(name: str, table: Table, *, why: str = "") -> UserError:
-    """The one-line error for a wanted column that is not there, with a near match."""
+    """The error for a missing column, with a similar column name if there is one."""
     near = nearest_column(
         name, [n for n in table.names if n not in COLUMNS]
     )  # params is not what loss is called
     hint = (
         f" Did you mean {shlex.quote(f'columns.{name}={near}')}?"
         if near
-        else f" Say which one it is with columns.{name}=NAME."
+        else f" Give its name with columns.{name}=NAME."
     )
     return UserError(
         f"{table.source} has no column {name!r}{why}; its columns are {listed(table.names)}.{hint}"
@@ -221,7 +221,7 @@ def missing_column(name: str, table: Table, *, why: str = "") -> UserError:
 def _units(
     frame: pd.DataFrame, units: Mapping[str, Any], metric: str | None, metrics: Sequence[str], source: str
 ) -> dict[str, Unit]:
-    """The unit of every column that has one; `UserError` for a unit of a column that the table lacks."""
+    """The unit of each column that has one; `UserError` for the unit of a column that the table does not have."""
     given = read_units(units, (*metrics, *([] if metric is None else [metric])))
     names = list(frame.columns)
     for name, value in units.items():
@@ -251,7 +251,7 @@ def _rename(frame: pd.DataFrame, renames: Mapping[str, str], source: str) -> pd.
             raise UserError(
                 f"columns.{ours}={theirs}: {source} has no such column; its columns are {listed(names)}.{hint}"
             )
-    # A column may serve twice (columns.params=params_no_embed beside params), so copy rather than rename.
+    # A column may be used twice (columns.params=params_no_embed, while params is kept), so copy instead of renaming.
     return frame.assign(**{ours: frame[theirs] for ours, theirs in renames.items()})
 
 
@@ -286,13 +286,13 @@ def _matches(
         if number is None:
             raise UserError(f"where.{key}={value}: {column} is a column of numbers in {source}.")
         values = cells.to_numpy(dtype=np.float64, na_value=np.nan)
-        # Written with eight digits in the table and with two in the question: equal to 1e-9 is equal.
+        # The table and the option may have different numbers of digits, so compare to 1e-9.
         return np.isclose(values, number, rtol=1e-9, atol=0.0)
     return (cells.astype(str) == str(value)).to_numpy(dtype=bool)
 
 
-def _plain(value: Any) -> Any:
-    """A cell that can be read as a number, or nothing."""
+def _scalar(value: Any) -> Any:
+    """A cell that may be converted to a number, or None."""
     return value if isinstance(value, (str, int, float)) else None
 
 

@@ -1,6 +1,6 @@
-"""Owns the units of a table's columns: which there are (`units.COLUMN=`), what they multiply by, and the sentence about them.
+"""Units of the columns of a table (`units.COLUMN=`) and their conversion factors.
 
-The analysis itself counts in one parameter, one token, one FLOP, and losses in nats per token.
+The analysis uses single parameters, tokens and FLOPs, and losses in nats per token.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _COUNTS = {
     "unique_tokens": _COUNT_UNITS,
 }
 _LOSSES = ("loss", "loss_sem")
-# A column without a unit of its own has that of the column it is compared with.
+# Without a unit of its own, a column has the unit of the column it is compared with.
 _FOLLOWS = {"budget_flops": "flops", "unique_tokens": "tokens", "loss_sem": "loss"}
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit as it was given, and what a number in it is multiplied by."""
+    """A unit as given, and the factor by which numbers are multiplied."""
 
     name: str
     factor: float
@@ -43,15 +43,15 @@ class Unit:
 
 
 def read_units(given: Mapping[str, Any], metrics: Sequence[str] = ()) -> dict[str, Unit]:
-    """The option `units.` by column.
+    """Read the option `units.`.
 
     Args:
-        given: column -> unit: a number or K, M, B, T for counts and FLOPs (PF-days too for FLOPs), nats or bits (per token)
+        given: column -> unit: a number, K, M, B or T for counts and FLOPs (also PF-days for FLOPs); nats or bits (per token)
             for losses.
-        metrics: loss columns beside `loss` and `loss_sem`.
+        metrics: loss columns other than `loss` and `loss_sem`.
 
     Raises:
-        UserError: a column that has no unit, or no unit of that column.
+        UserError: a column that cannot have a unit, or an invalid unit.
     """
     known = dict.fromkeys((*_COUNTS, *_LOSSES, *metrics))
     found = {}
@@ -72,9 +72,9 @@ def _read(column: str, value: Any) -> Unit:
         return Unit(f"{number:g}" if float(f"{number:g}") == number else repr(number), number)
     choices = ", ".join(units)
     if units is _LOSS_UNITS:
-        raise UserError(f"units.{column}={value!s} is no unit of a loss per token. Choices: {choices}.")
+        raise UserError(f"units.{column}={value!s} is not a unit of a loss per token. Choices: {choices}.")
     raise UserError(
-        f"units.{column}={value!s} is no unit. Choices: {choices}, or a positive number such as 1e6."
+        f"units.{column}={value!s} is not a unit. Choices: {choices}, or a positive number such as 1e6."
     )
 
 
@@ -91,13 +91,15 @@ def _number(value: Any) -> float | None:
 def units_of_columns(
     given: Mapping[str, Unit], names: Sequence[str], metric: str | None = None, metrics: Sequence[str] = ()
 ) -> dict[str, Unit]:
-    """The unit of every column of a table that has one, those included that follow another column's: budget_flops follows
-    flops, unique_tokens tokens, loss_sem and the metrics loss.
+    """The unit of each column of a table that has one.
+
+    Without a unit of its own, budget_flops has that of flops, unique_tokens that of tokens, and loss_sem and the metrics
+    that of loss.
 
     Args:
-        names: the table's columns.
-        metric: the column that stands in place of `loss`.
-        metrics: further loss columns; without `loss` the first stands for it.
+        names: the columns of the table.
+        metric: the column used instead of `loss`.
+        metrics: other loss columns; without `loss` the first is used as loss.
     """
     losses = (*_LOSSES, *([] if metric is None else [metric]), *metrics)
     found = {}
@@ -112,5 +114,5 @@ def units_of_columns(
 
 
 def units_sentence(units: Mapping[str, Unit]) -> str:
-    """What was read in which unit."""
+    """A sentence that lists the units."""
     return "units: " + ", ".join(f"{column} in {unit}" for column, unit in units.items()) + "."
