@@ -285,8 +285,8 @@ def multipliers_text(request: RunRequest) -> str:
 def horizon_text(request: RunRequest, tokens: float) -> str:
     """The subject and verb of the error about a horizon shorter than one step."""
     if request.train_tokens is not None:
-        option = "train_tokens" if request.role == "single" else "design.horizons_tokens:"
-        return f"{option}={tokens:.0f} is" if request.role == "single" else f"{option} {tokens:.0f} is"
+        option = "train_tokens=" if request.role == "single" else "design.horizons_tokens: "
+        return f"{option}{tokens:.0f} is"
     return (
         f"design.budgets_flops: {request.label} pay for only {tokens:.0f} tokens at width {request.shape.width}, depth "
         f"{request.shape.depth},"
