@@ -1,5 +1,5 @@
-"""Tests of "any table": real files of every kind that people have, and random ones. Either there is an analysis that is
-valid JSON by its schema, or one line that says what is wrong; never a traceback, never a NumPy warning."""
+"""Tests of "any table": files of every kind that people have. Either there is an analysis that is valid JSON by its schema, or
+one line that says what is wrong; never a traceback, never a NumPy warning. Random ones: test_random_tables.py."""
 
 from __future__ import annotations
 
@@ -7,85 +7,31 @@ import bz2
 import gzip
 import json
 import lzma
-import warnings
-from importlib import resources
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from scaling_lab.analysis.analysis import Analysis, AnalysisSettings, analyze, read_observations
+from helpers.tables import (
+    PLAIN,
+    QUICK,
+    analyzed,
+    assert_the_laws_numbers,
+    grid,
+    read,
+    refused,
+    same_numbers,
+)
 from scaling_lab.analysis.data import table_files
 from scaling_lab.analysis.data.observations import Observations, from_table
 from scaling_lab.analysis.data.tables import read_table, table_from_mapping
+from scaling_lab.analysis.estimate import FitStatus
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
-from scaling_lab.core.errors import UserError
-
-SCHEMA = json.loads(
-    resources.files("scaling_lab.analysis").joinpath("analysis.schema.json").read_text(encoding="utf-8")
-)
-VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
-PLAIN = AnalysisSettings(bootstrap=BootstrapSettings(resamples=0), profile=False)
-
-
-def grid(budgets: int = 4, sizes: int = 6) -> pd.DataFrame:
-    """An IsoFLOP grid from the Chinchilla law, exact."""
-    rows = []
-    for i, c in enumerate(np.geomspace(1e18, 1e21, budgets)):
-        for j, n in enumerate(0.1 * c**0.5 * np.geomspace(0.25, 4, sizes)):
-            d = c / (6 * n)
-            loss = 1.69 + 406.4 * n**-0.34 + 410.7 * d**-0.28
-            rows.append((f"b{i}s{j}", round(n), d, 6 * round(n) * d, loss))
-    return pd.DataFrame(rows, columns=["run_id", "params", "tokens", "flops", "loss"])
-
-
-def read(path: Path, **options: Any) -> Observations:
-    """Observations of a file, warnings being errors."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return read_observations(path, AnalysisSettings(**options))
-
-
-def analysed(obs: Observations, s: AnalysisSettings = PLAIN) -> Analysis:
-    """The analysis, warnings being errors and its JSON valid."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        analysis = analyze(obs, s)
-        data = json.loads(json.dumps(analysis.to_json_dict("x"), allow_nan=False))
-    error = next(VALIDATOR.iter_errors(data), None)
-    assert error is None, error
-    return analysis
-
-
-def refused(path: Path, **options: Any) -> str:
-    """The one line for a file that cannot be analysed."""
-    with pytest.raises(UserError) as found:
-        analysed(read(path, **options))
-    return one_line(str(found.value))
-
-
-def one_line(text: str) -> str:
-    """A message that fits on a terminal."""
-    assert "\n" not in text
-    assert 10 < len(text) < 1500
-    return text
-
-
-def same_numbers(obs: Observations, frame: pd.DataFrame | None = None) -> None:
-    """The grid came through whole, in any order."""
-    wanted = grid() if frame is None else frame
-    assert obs.n_points == len(wanted)
-    np.testing.assert_allclose(np.sort(obs.loss_nats), np.sort(wanted["loss"]), rtol=1e-7)
-    np.testing.assert_allclose(np.sort(obs.compute_flops), np.sort(wanted["flops"]), rtol=1e-7)
-    assert not obs.dropped
-
 
 # -- files
 
@@ -306,7 +252,7 @@ def test_the_missing_one_of_params_tokens_flops_is_derived(tmp_path: Path, missi
     obs = read(path)
     same_numbers(obs)
     assert any(w.startswith(f"{missing} is not in the table; computed as") for w in obs.warnings)
-    assert analysed(obs).estimate("parametric").frontier is not None
+    assert_the_laws_numbers(analyzed(obs, QUICK))
 
 
 def test_single_missing_cells_are_derived_only_where_one_way_of_counting_holds(tmp_path: Path) -> None:
@@ -334,7 +280,7 @@ def test_integers_do_not_overflow(tmp_path: Path) -> None:
     assert obs.compute_flops.min() > 2**63
 
 
-def test_every_bad_row_is_dropped_with_its_reason_and_the_rest_is_analysed(tmp_path: Path) -> None:
+def test_every_bad_row_is_dropped_with_its_reason_and_the_rest_is_analyzed(tmp_path: Path) -> None:
     g = grid().astype(object)
     bad: dict[int, tuple[str, Any, str]] = {
         0: ("loss", np.nan, "loss is missing"),
@@ -355,7 +301,9 @@ def test_every_bad_row_is_dropped_with_its_reason_and_the_rest_is_analysed(tmp_p
     obs = read(path)
     assert [(d.row, d.reason) for d in obs.dropped] == [(at + 1, why) for at, (_, _, why) in bad.items()]
     assert obs.n_points == len(g) - len(bad)
-    data = analysed(obs).to_json_dict("x")
+    analysis = analyzed(obs)
+    assert_the_laws_numbers(analysis, ("parametric",))
+    data = analysis.to_json_dict("x")
     assert data["observations"]["n_dropped"] == len(bad)
     assert "strict=true" in refused(path, strict=True)
 
@@ -398,7 +346,7 @@ def test_several_curves_make_an_envelope(tmp_path: Path) -> None:
     )
     obs = read(path)
     assert (obs.n_runs, obs.n_points) == (9, 270)
-    frontier = analysed(obs).estimate("envelope").frontier
+    frontier = analyzed(obs).estimate("envelope").frontier
     assert frontier is not None
     assert frontier.params.exponent == pytest.approx(0.28 / 0.62, abs=0.02)
 
@@ -428,123 +376,38 @@ def test_a_table_with_nothing_to_fit_says_what_is_missing(
         assert part in text
 
 
-@pytest.mark.parametrize(
-    "kind", ["one run", "one budget", "one size", "equal losses", "six rows", "one C a run", "all the same"]
-)
-def test_poor_tables_are_analysed_as_far_as_they_go(kind: str) -> None:
-    g = grid()
-    g = {
-        "one run": g.assign(run_id="a", params=1e8, flops=lambda t: 6e8 * t["tokens"]),
-        "one budget": grid(1, 9),
-        "one size": g.assign(params=1e8, flops=lambda t: 6e8 * t["tokens"]),
-        "equal losses": g.assign(loss=2.5),
-        "six rows": g.iloc[:6],
-        "one C a run": pd.concat([g, g]),
-        "all the same": pd.concat([g.iloc[:1]] * 8),
-    }[kind]
-    for points in ("final", "all"):
-        try:
-            obs = from_table(table_from_mapping({c: g[c].to_numpy() for c in g}))
-            # Bootstrapped once: the slow part is the same for both.
-            resamples = 20 if points == "final" else 0
-            s = AnalysisSettings(
-                points=points,  # type: ignore[arg-type]
-                bootstrap=BootstrapSettings(resamples=resamples),
-                profile=False,
-                backtest=False,
-            )
-            analysis = analysed(obs, s)
-        except UserError as error:
-            one_line(str(error))
-        else:
-            assert all(e.message for e in analysis.estimates)
+TOO_POOR = {
+    "one run": lambda: grid().assign(run_id="a", params=1e8, flops=lambda t: 6e8 * t["tokens"]),
+    "one budget": lambda: grid(1, 9),
+    "one size": lambda: grid().assign(params=1e8, flops=lambda t: 6e8 * t["tokens"]),
+    "equal losses": lambda: grid().assign(loss=2.5),
+    "six rows": lambda: grid().iloc[:6],
+    "all the same": lambda: pd.concat([grid().iloc[:1]] * 8),
+}
 
 
-# -- anything at all
-
-
-CELLS = st.one_of(
-    st.floats(min_value=1e-3, max_value=1e25),
-    st.floats(allow_nan=True, allow_infinity=True),
-    st.integers(-5, 2**63),
-    st.sampled_from(["", "x", "nan", "1e9", "3,5", "∞", None, True, "-"]),
-)
-
-
-@st.composite
-def tables(draw: st.DrawFn) -> dict[str, Any]:
-    """Columns of a small table: mostly a plausible grid, with noise, holes, nonsense and missing columns."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    n = draw(st.integers(0, 30))
-    sizes = np.exp(rng.uniform(np.log(1e3), np.log(1e11), draw(st.integers(1, 7))))
-    budgets = np.exp(rng.uniform(np.log(1e10), np.log(1e24), draw(st.integers(1, 4))))
-    params, flops = rng.choice(sizes, n), rng.choice(budgets, n)
-    tokens = flops / (6 * params)
-    if draw(st.booleans()):
-        flops = flops * np.exp(rng.normal(0, draw(st.sampled_from([0.01, 0.5])), n))
-    loss = 1.7 + 400 * params**-0.34 + 410 * tokens**-0.28
-    loss *= np.exp(rng.normal(0, draw(st.sampled_from([0.0, 1e-3, 0.1, 2.0])), n))
-    columns: dict[str, Any] = {"params": params, "tokens": tokens, "flops": flops, "loss": loss}
-    if draw(st.booleans()):
-        columns["run_id"] = [f"r{k}" for k in rng.integers(0, max(1, n // draw(st.integers(1, 5))), n)]
-    if draw(st.booleans()):
-        columns["loss_sem"] = np.abs(rng.normal(0, 0.01, n))
-    if draw(st.booleans()):
-        columns["budget_flops"] = rng.choice([*budgets, np.nan], n)
-    for name in draw(st.lists(st.sampled_from(sorted(columns)), max_size=2)):
-        cells = [*np.asarray(columns[name], dtype=object)]
-        for _ in range(draw(st.integers(0, 3)) if n else 0):
-            cells[draw(st.integers(0, n - 1))] = draw(CELLS)
-        columns[name] = cells
-    columns.pop(draw(st.sampled_from(["", "params", "tokens", "flops", "loss", "none"])), None)
-    return columns
-
-
-@settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    columns=tables(),
-    points=st.sampled_from(["final", "all"]),
-    resamples=st.sampled_from([0, 20]),
-    unit=st.sampled_from(["auto", "run", "row", "budget", "residual"]),
-    weights=st.sampled_from([None, None, "loss_sem"]),
-)
-def test_a_random_table_is_analysed_or_refused(
-    columns: dict[str, Any], points: Any, resamples: int, unit: Any, weights: str | None
+@pytest.mark.parametrize("points", ["final", "all"])
+@pytest.mark.parametrize("kind", TOO_POOR)
+def test_a_table_too_poor_for_an_exponent_gets_none_and_each_approach_says_why(
+    kind: str, points: str
 ) -> None:
-    s = AnalysisSettings(
-        points=points,
-        bootstrap=BootstrapSettings(resamples=resamples, unit=unit),
-        weights=weights,
-        profile=False,
-        metrics=("loss",),
-    )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            obs = from_table(table_from_mapping(columns))
-        analysed(obs, s)
-    except UserError as error:
-        one_line(str(error))
+    s = replace(PLAIN, points=points, backtest=False, bootstrap=BootstrapSettings(resamples=20))
+    analysis = analyzed(observations(TOO_POOR[kind]()), s)
+    for estimate in analysis.estimates:
+        assert estimate.frontier is None, estimate
+        assert estimate.status in (FitStatus.NOT_APPLICABLE, FitStatus.NOT_IDENTIFIED)
+        assert estimate.message
+        assert analysis.band(estimate.approach).interval("params_exponent") is None
+    assert "needs curves" in analysis.estimate("envelope").message
+    assert "at least two budgets" in analysis.estimate("isoflop").message
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    cells=st.lists(st.lists(st.text(max_size=6) | CELLS.map(str), min_size=1, max_size=6), max_size=12),
-    ending=st.sampled_from(["csv", "tsv", "json", "jsonl"]),
-    separator=st.sampled_from([",", ";", "\t", " "]),
-    raw=st.binary(max_size=20),
-)
-def test_a_random_file_is_read_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, cells: list[list[str]], ending: str, separator: str, raw: bytes
-) -> None:
-    path = tmp_path_factory.mktemp("fuzz") / f"t.{ending}"
-    head = separator.join(["params", "tokens", "loss", "x"])
-    body = [separator.join(row) for row in cells]
-    if ending.startswith("json"):
-        body = [json.dumps(dict(zip(["params", "tokens", "loss"], row))) for row in cells]
-        head = ""
-    path.write_bytes("\n".join([head, *body]).encode("utf-8", errors="surrogatepass") + raw)
-    try:
-        read(path)
-    except UserError as error:
-        one_line(str(error))
+@pytest.mark.parametrize("points", ["final", "all"])
+def test_two_rows_a_run_at_one_compute_are_no_curve_but_a_grid(points: str) -> None:
+    analysis = analyzed(observations(pd.concat([grid(), grid()])), replace(QUICK, points=points))
+    assert "needs curves" in analysis.estimate("envelope").message
+    assert_the_laws_numbers(analysis)
+
+
+def observations(frame: pd.DataFrame) -> Observations:
+    return from_table(table_from_mapping({c: frame[c].to_numpy() for c in frame}))

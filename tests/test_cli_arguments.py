@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from fractions import Fraction
 from typing import Literal
 
@@ -133,11 +134,37 @@ def test_suffixes_are_exact(number, suffix):
     )
 
 
-@given(st.text())
-def test_reading_a_number_ends_in_a_number_or_a_user_error(text):
+@given(st.text() | st.floats().map(str) | st.integers().map(str) | st.lists(st.integers()).map(str))
+def test_a_text_is_read_as_what_it_is_or_refused_by_the_options_name(text):
     for wanted in (int, float, bool, tuple[int, ...], int | None, Convention):
-        with contextlib.suppress(UserError):  # anything else is a bug
-            read_value("hours", text, wanted)
+        try:
+            value = read_value("seed", text, wanted)
+        except UserError as error:
+            refusal = str(error)
+        else:
+            refusal = None
+            assert_is_read(value, text, wanted)
+        assert refusal is None or refusal.startswith("seed="), wanted
+
+
+def assert_is_read(value: object, text: str, wanted: object) -> None:
+    """The value is of the wanted type, and the number that Python reads, if Python reads one (suffixes have a test of their own)."""
+    if wanted is Convention:
+        assert value == Convention(text.strip())
+    elif wanted is bool:
+        assert value is (text.strip().lower() in ("true", "yes", "on", "1"))
+    elif wanted == tuple[int, ...]:
+        assert type(value) is tuple
+        assert all(type(part) is int for part in value)
+        if numbers := re.fullmatch(r"\[(-?\d+(?:, -?\d+)*)\]", text, re.ASCII):
+            assert list(value) == [int(part) for part in numbers[1].split(", ")]
+    elif value is None:
+        assert wanted == int | None
+        assert text.strip().lower() in ("null", "none")
+    else:
+        assert type(value) is (float if wanted is float else int)
+        with contextlib.suppress(ValueError):
+            assert value == (float if wanted is float else Fraction)(text)
 
 
 @pytest.mark.parametrize(
