@@ -122,9 +122,9 @@ class ValidationSet:
     def fact_scores(
         self, model: nn.Module, parameters: dict[str, Tensor], *, dtype: str, vocab_size: int
     ) -> dict[str, float]:
-        """How well the model knows the values of facts (for sources with `value_positions`): the share of values whose tokens are all
-        the model's first choice, and the loss per token of a value, nats. The first shows emergence, the second does not
-        (Schaeffer et al. 2023, arXiv 2304.15004)."""
+        """How well the model knows the values of facts, for sources with `value_positions`: the share of values whose tokens
+        are all the model's first choice, and the loss per token of a value, nats. The first shows emergence, the second
+        does not (Schaeffer et al. 2023, arXiv 2304.15004)."""
         if not hasattr(self._source, "value_positions"):
             return {}
         places = torch.from_numpy(self._source.value_positions(self._windows.shape[1])).to(
