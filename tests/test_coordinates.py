@@ -25,14 +25,14 @@ from scaling_lab.training.measure.coordinates import (
 from scaling_lab.training.models import build_model
 
 SMALL = {"width": 32, "depth": 2, "heads": 2, "context": 32}
-# Every family there is; a new one is picked up.
+# All families; a new one is included automatically.
 SHAPES = [
     *(cls(**SMALL) for cls in members("scaling_lab.core.shapes").values()),
     GPTShape(**SMALL, tied_head=True),
 ]
 BASE = {"base_width": 32, "base_head_dim": 16}
 WIDTHS, DEPTHS = (32, 64, 128), (2, 4, 8, 16)
-# An exponent this small is a factor of 1.3 over four-fold the size; those of standard are 0.8 to 2.
+# An exponent of 0.2 is a factor of 1.3 over a four-fold size; those of the standard parametrization are 0.8 to 2.
 FLAT, GROWING = 0.2, 0.5
 
 
@@ -74,8 +74,8 @@ def test_flat_in_the_depth_under_completep_alone(shape):
         assert growth(deeper, "depth", lambda p: p.change[STREAM]) > GROWING
 
 
-def test_activations_are_the_modules_own():
-    """By running the parts one after the other; the hooks are gone afterwards."""
+def test_activations_are_those_of_the_modules():
+    """Compared with running the parts one after the other; the hooks are removed afterwards."""
     model = build_model(GPTShape(**SMALL))
     tokens = torch.randint(0, 256, (2, 32))
     seen = activations(model, dict(model.named_parameters()), tokens)

@@ -1,4 +1,4 @@
-"""One run over several processes: the losses of one device at the same global batch, resumes on another number of them.
+"""One run over several processes: the same losses as on one device, and resuming on another number of processes.
 
 Two real processes over gloo, started by torchrun once for all tests here (tests/helpers/team.py); one process for comparison.
 """
@@ -38,7 +38,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """What two processes made of the plan of tests/helpers/team.py."""
+    """The results of two processes that executed tests/helpers/team.py."""
     folder = tmp_path_factory.mktemp("team")
     for name in ("1-to-2", "1-to-2-fsdp"):
         interrupted_at(RunStore(folder / name), SPECS["even"], 7)
@@ -50,12 +50,12 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> dict[str, RunRecord]:
-    """The same runs, of one process."""
+    """The same runs in a single process."""
     return {name: train(RunStore(tmp_path_factory.mktemp(name)), spec) for name, spec in SPECS.items()}
 
 
 def same(a: RunRecord, b: RunRecord, tolerance: float = TOLERANCE) -> bool:
-    """The same steps, tokens and FLOPs, counted once; losses within the tolerance."""
+    """Whether steps, tokens and FLOPs are equal, and losses equal within the tolerance."""
     pairs = list(zip(a.curve, b.curve, strict=True))
     assert [(p.step, p.tokens, p.train_flops, p.lr) for p, _ in pairs] == [
         (q.step, q.tokens, q.train_flops, q.lr) for _, q in pairs
@@ -70,13 +70,13 @@ def record(folder: Path, name: str, spec=SPECS["even"]) -> RunRecord:
     return RunStore(folder / name).read_record(spec.run_id())
 
 
-# Uneven shares are refused under fsdp (tests/helpers/team.py asks for them).
+# Uneven shares are refused under fsdp, which tests/helpers/team.py checks.
 BOTH_KINDS = [(k, name) for name in SPECS for k in ("ddp", "fsdp") if (k, name) != ("fsdp", "uneven")]
 
 
 @pytest.mark.parametrize(("kind", "name"), BOTH_KINDS)
 def test_two_processes_have_the_losses_of_one(folder, alone, kind, name):
-    # Sums in bfloat16 are rounded at 3 digits, in another order.
+    # In bfloat16, sums in another order differ in the third digit.
     tolerance = 2e-3 if name == "bfloat16" else TOLERANCE
     together = record(folder, f"{kind}-{name}", SPECS[name])
     assert same(together, alone[name], tolerance)
@@ -95,12 +95,12 @@ def test_a_stack_over_two_processes(folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["1-to-2", "1-to-2-fsdp", "fsdp-to-ddp"])
-def test_a_run_goes_on_with_more_processes(folder, alone, name):
+def test_a_run_resumes_with_more_processes(folder, alone, name):
     assert same(record(folder, name), alone["even"])
 
 
 @pytest.mark.parametrize("name", ["2-to-1", "2-to-1-fsdp"])
-def test_a_run_of_two_processes_goes_on_in_one(folder, alone, name, caplog):
+def test_a_run_of_two_processes_resumes_in_one(folder, alone, name, caplog):
     store = RunStore(folder / name)
     assert store.state(SPECS["even"].run_id()).state == "interrupted"
     caplog.set_level("INFO")
@@ -108,7 +108,7 @@ def test_a_run_of_two_processes_goes_on_in_one(folder, alone, name, caplog):
     assert f"of {STEPS}." in caplog.text  # "resumes from step ..."
 
 
-def test_a_checkpoint_is_the_same_of_one_process_and_of_two(folder, alone, tmp_path):
+def test_checkpoints_of_one_process_and_of_two_are_the_same(folder, alone, tmp_path):
     spec = SPECS["tied"]
     train(RunStore(tmp_path), spec)
     path = Path("checkpoint") / f"step-{spec.steps}.pt"
@@ -120,7 +120,7 @@ def test_a_checkpoint_is_the_same_of_one_process_and_of_two(folder, alone, tmp_p
         assert two.tensors.keys() == one.tensors.keys()
         for name, tensor in one.tensors.items():
             assert two.tensors[name].shape == tensor.shape
-            # Adam divides small gradients by small numbers: single weights differ by more than a loss does.
+            # Adam divides small gradients by small numbers, so single weights differ by more than losses do.
             assert float((two.tensors[name] - tensor).norm() / tensor.norm()) < 1e-3
 
 
@@ -139,14 +139,14 @@ SHORT = torch.OutOfMemoryError("CUDA out of memory.")
 
 @pytest.fixture
 def group_of_one():
-    """A process group of this process alone."""
+    """A process group with only this process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 class Follower(Team):
-    """A process that takes orders, as all but the first do."""
+    """A team as the processes other than the first see it."""
 
     leads = False
 
@@ -178,9 +178,9 @@ def fail_in_a_step(monkeypatch, team: Team, run_folder: Path, micro: int, error:
     ],
 )
 @pytest.mark.usefixtures("group_of_one")
-def test_a_spread_step_that_fails_ends_the_group(tmp_path, monkeypatch, leads, micro, error, ends):
-    """The other processes end by `TeamLost`, and a requeue goes on: with smaller micro-batches where memory was short. Where
-    single sequences were too much, the first process says what to do and asks for no requeue."""
+def test_an_error_in_a_sharded_step_ends_the_team(tmp_path, monkeypatch, leads, micro, error, ends):
+    """All processes end with `TeamLost`, so that a requeue resumes the run, with smaller micro-batches if memory ran out. If a
+    single sequence was too much, the first process raises a `UserError` instead, which is not requeued."""
     team = (Team if leads else Follower)(World(0, 1, 0), "fsdp")
     with pytest.raises(ends) as stop:
         fail_in_a_step(monkeypatch, team, tmp_path, micro, error)
@@ -191,8 +191,8 @@ def test_a_spread_step_that_fails_ends_the_group(tmp_path, monkeypatch, leads, m
 
 
 @pytest.mark.usefixtures("group_of_one")
-def test_a_disk_that_refuses_the_note_keeps_no_group_waiting(tmp_path, monkeypatch):
-    """The others are in a collective: only the end of this process ends them."""
+def test_a_hint_that_cannot_be_written_does_not_keep_the_team_waiting(tmp_path, monkeypatch):
+    """The others wait in a collective until this process ends."""
     team = Follower(World(0, 1, 0), "fsdp")
     with pytest.raises(TeamLost, match="out of memory"):
         fail_in_a_step(monkeypatch, team, tmp_path / "not there", 4, SHORT)
@@ -200,8 +200,8 @@ def test_a_disk_that_refuses_the_note_keeps_no_group_waiting(tmp_path, monkeypat
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_group_that_runs_out_of_memory_goes_on_in_smaller_parts(tmp_path, alone):
-    """At its next start; the second process, which has no say in a run, is the one that is short."""
+def test_a_team_that_runs_out_of_memory_resumes_with_smaller_micro_batches(tmp_path, alone):
+    """At its next start. The process that runs out of memory is the second one, which does not write checkpoints."""
     spec, store = SPECS["even"], RunStore(tmp_path)
     store.write_plan(Plan("t", (PlannedRun(spec, Execution()),), spec.convention, spec.data.fingerprint()))
     said = []
@@ -224,9 +224,9 @@ def test_a_group_that_runs_out_of_memory_goes_on_in_smaller_parts(tmp_path, alon
     assert last_claim(store.run_folder(spec.run_id())).generation == 2
 
 
-def test_who_is_who(monkeypatch):
+def test_world_from_the_environment(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # so that what is set below is put back
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores what is set below
         monkeypatch.delenv(name)
     assert World.from_environment("auto") is None
     with pytest.raises(UserError, match="parallel=ddp needs several processes"):
@@ -238,7 +238,9 @@ def test_who_is_who(monkeypatch):
         "SLURM_STEP_NODELIST": "gpu[003-004,9],login",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    assert World.from_environment("auto") is None  # tasks of Slurm each work for themselves, unless told
+    assert (
+        World.from_environment("auto") is None
+    )  # Slurm tasks work on their own unless `parallel` says otherwise
     assert World.from_environment("ddp") == World(5, 8, 1)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu003", "22345")
     monkeypatch.setenv("RANK", "1")
@@ -251,8 +253,8 @@ def test_who_is_who(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_group_that_is_stopped_or_loses_a_process_goes_on_another_time(tmp_path, number):
-    """SIGTERM to torchrun, as a scheduler sends it; SIGKILL to the second process, as a lost node looks."""
+def test_a_team_that_is_stopped_or_loses_a_process_can_resume(tmp_path, number):
+    """SIGTERM to torchrun, as a scheduler sends it; SIGKILL to the second process, as if its node were lost."""
     spec, store = tiny(200_000), RunStore(tmp_path)
     store.write_plan(Plan("t", (PlannedRun(spec, Execution()),), spec.convention, spec.data.fingerprint()))
     process = torchrun("-m", "scaling_lab.worker", str(store.folder), port=28_500 + os.getpid() % 1000)
@@ -275,7 +277,7 @@ def test_a_group_that_is_stopped_or_loses_a_process_goes_on_another_time(tmp_pat
 
 
 @pytest.mark.slow
-def test_the_command_under_torchrun_writes_and_says_everything_once(tmp_path):
+def test_the_command_under_torchrun_writes_and_prints_everything_once(tmp_path):
     options = [
         "sweep=p",
         f"results_dir={tmp_path}",

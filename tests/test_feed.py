@@ -1,4 +1,4 @@
-"""How training tokens reach the device: the same windows whichever way, each once an epoch, repeated and noised as told."""
+"""How training tokens reach the device: the same windows from every feed, once per epoch, with repetition and noise."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def sources(tmp_path_factory) -> dict:
 
 @pytest.fixture
 def in_chunks(monkeypatch):
-    """Text is read in chunks of three steps too, as a corpus too large for the device is."""
+    """Text is read in chunks of three steps too, like a corpus that is too large for the device."""
     monkeypatch.setattr(feed_module, "RESIDENT_TOKENS", 0)
     monkeypatch.setattr(feed_module, "CHUNK_TOKENS", CHUNK_STEPS * BATCH * CONTEXT + 5)
 
@@ -66,7 +66,7 @@ def in_chunks(monkeypatch):
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 @pytest.mark.parametrize("name", ["tokens", "prepared"])
 def test_resident_and_chunked_feeds_give_the_same_windows(sources, monkeypatch, name, noise):
-    """Two slots with seeds of their own, over more than an epoch; from the start and from the middle."""
+    """Two slots with different seeds, over more than an epoch; from the start and from the middle."""
     specs = [spec_of(sources[name], 400, noise=noise, seed_data=seed) for seed in (0, 7)]
     resident = open_feed(specs, CPU)
     assert isinstance(resident, ResidentFeed)
@@ -83,7 +83,7 @@ def test_resident_and_chunked_feeds_give_the_same_windows(sources, monkeypatch, 
         np.testing.assert_array_equal(chunked.windows(slot, 10, 9).numpy(), wanted[slot][10:19])
         np.testing.assert_array_equal(resident.windows(slot, 10, 9).numpy(), wanted[slot][10:19])
     again = open_feed(specs, CPU)
-    for first in (107, 2, 3, 106, 399):  # taken up anywhere, and slots at steps of their own
+    for first in (107, 2, 3, 106, 399):  # resumed anywhere, with the slots at different steps
         for slot in (1, 0):
             steps = min(2, 400 - first)
             part = wanted[slot].reshape(400, BATCH, -1)[first : first + steps]
@@ -91,7 +91,7 @@ def test_resident_and_chunked_feeds_give_the_same_windows(sources, monkeypatch, 
 
 
 def test_a_shard_boundary_inside_a_window_changes_nothing(sources):
-    """Windows by hand from the flat file: window w is the tokens from w * context on, and one more."""
+    """Windows computed from the flat file: window w has the context + 1 tokens from w * context on."""
     flat = np.load(sources["tokens"].path)
     spec = spec_of(sources["prepared"], 200)
     feed = open_feed([spec], CPU)
@@ -127,7 +127,7 @@ def test_training_from_chunks_is_the_same_bit_for_bit(sources, tmp_path, monkeyp
 
 @pytest.mark.parametrize("name", ["tokens", "context_tree"])
 def test_stacks_read_each_members_own_windows(sources, tmp_path, in_chunks, name):
-    """Three members, one of them shorter, one that begins in the middle: as if each were alone."""
+    """Three members, one of them shorter: the same as if each were trained alone."""
     data = {**sources, **GENERATED}[name]
     execution = Execution(stack="s", stack_size=3)
     specs = [
@@ -150,7 +150,7 @@ def test_stacks_read_each_members_own_windows(sources, tmp_path, in_chunks, name
 
 
 @pytest.mark.parametrize("chunks", [False, True], ids=["resident", "chunks"])
-def test_no_window_comes_twice_in_an_epoch_and_none_is_left_out(sources, request, chunks):
+def test_every_window_occurs_exactly_once_per_epoch(sources, request, chunks):
     if chunks:
         request.getfixturevalue("in_chunks")
     flat = np.load(sources["tokens"].path)
@@ -165,8 +165,8 @@ def test_no_window_comes_twice_in_an_epoch_and_none_is_left_out(sources, request
 
 
 @pytest.mark.parametrize("name", ["tokens", "prepared", "context_tree", "zipf_facts"])
-def test_unique_tokens_are_exactly_so_many_each_as_often(sources, name):
-    """U tokens for D/U epochs: U / context windows, the corpus's first, each D/U times."""
+def test_unique_tokens_are_repeated_equally_often(sources, name):
+    """U unique tokens for D/U epochs: the first U / context windows of the corpus, D/U times each."""
     data, unique, epochs = {**sources, **GENERATED}[name], 12 * CONTEXT, 5
     spec = spec_of(data, 12 * epochs // BATCH, unique_tokens=unique)
     assert spec.train_tokens == epochs * unique
@@ -185,8 +185,8 @@ def test_unique_tokens_are_exactly_so_many_each_as_often(sources, name):
 
 
 @pytest.mark.parametrize("command", ["plan", "train", "sweep"])
-def test_too_many_passes_are_refused_with_what_is_lacking(tmp_path, capsys, command):
-    """20,480 tokens over 2,048 unique ones, 4 passes at most: 20,480 / 4 = 5,120 are needed, 3,072 more."""
+def test_too_many_epochs_are_refused_with_the_missing_tokens(tmp_path, capsys, command):
+    """20,480 tokens from 2,048 unique ones, at most 4 epochs: 20,480 / 4 = 5,120 are needed, 3,072 more."""
     sizes = ["model.width=16", "model.depth=1", "train_tokens=20480", "recipe.batch_tokens=512"]
     if command != "train":
         sizes = [
@@ -211,7 +211,7 @@ def test_too_many_passes_are_refused_with_what_is_lacking(tmp_path, capsys, comm
 
 
 @pytest.mark.parametrize("name", ["tokens", "context_tree"])
-def test_noise_replaces_its_share_the_same_in_every_epoch_and_for_every_feed(sources, request, name):
+def test_noise_replaces_the_same_share_in_every_epoch_and_feed(sources, request, name):
     data, share = {**sources, **GENERATED}[name], 0.25
     windows, epochs = 160, 3
     clean = spec_of(data, windows * epochs // BATCH, unique_tokens=windows * CONTEXT)
@@ -229,7 +229,7 @@ def test_noise_replaces_its_share_the_same_in_every_epoch_and_for_every_feed(sou
         np.testing.assert_array_equal(epoch, after[0])
     request.getfixturevalue("in_chunks")
     np.testing.assert_array_equal(by_window(noisy), after)
-    # A random token is the former one with probability 1 / vocabulary.
+    # A random token equals the replaced one with probability 1 / vocabulary.
     changed = before[:, 1:] != after[0][:, 1:]
     expected = share * (1 - 1 / data.vocab_size)
     assert abs(changed.mean() - expected) < 4 * math.sqrt(expected * (1 - expected) / changed.size)
@@ -237,12 +237,14 @@ def test_noise_replaces_its_share_the_same_in_every_epoch_and_for_every_feed(sou
     new = after[0][:, 1:][changed]
     assert len(np.unique(new)) > 0.6 * min(data.vocab_size, new.size)
     if name == "context_tree":
-        np.testing.assert_array_equal(after[0][:, 0], before[:, 0])  # a document still begins as one
+        np.testing.assert_array_equal(
+            after[0][:, 0], before[:, 0]
+        )  # the first token of a document is never replaced
     else:
         np.testing.assert_array_equal(
             after[0][1:, 0], after[0][:-1, -1]
-        )  # a token is what it is, target or input
-    # Another share takes the same tokens and more.
+        )  # a token is the same as target and as input
+    # A larger share replaces the same tokens and more.
     more = by_window(replace(clean, noise=2 * share))[0][:, 1:]
     np.testing.assert_array_equal(more[changed], after[0][:, 1:][changed])
 
@@ -258,7 +260,7 @@ def test_validation_has_no_noise(sources, name):
 
 
 def test_noise_costs_loss(tmp_path):
-    """On a known language the noised run ends higher, on the same clean validation set."""
+    """On a language with known entropy the noisy run ends with a higher loss on the same clean validation set."""
     spec = spec_of(GENERATED["context_tree"], 150)
     clean, noisy = (
         train(RunStore(tmp_path / n), s) for n, s in (("a", spec), ("b", replace(spec, noise=0.5)))

@@ -1,4 +1,4 @@
-"""The modules against a forward pass written out in plain numpy float64, and their initial values against the documented."""
+"""The models compared with a forward pass in NumPy float64, and their initial values with the documented ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHAPES = [
     "shape", SHAPES, ids=lambda s: f"{s.kind}-{getattr(s, 'mlp', '')}-{getattr(s, 'tied_head', '')}"
 )
 def test_logits_equal_plain_numpy(shape):
-    """Every parameter is drawn at random, gains and biases too: at their initial 1 and 0 a missing one would not show."""
+    """All parameters are random, gains and biases too: with their initial 1 and 0 a missing one would not be noticed."""
     generator = torch.Generator().manual_seed(1)
     model = build_model(shape).double()
     with torch.no_grad():
@@ -83,8 +83,8 @@ INITIAL_STD = {
 
 
 @pytest.mark.parametrize("case", INITIAL_STD)
-def test_initial_values_are_the_documented(case):
-    """At least 16,384 elements a matrix: the sample's std is within 3% (five standard errors), its mean near 0."""
+def test_initial_values_are_as_documented(case):
+    """Matrices have at least 16,384 elements: the sample's std is within 3% (five standard errors), its mean near 0."""
     shape, expected = INITIAL_STD[case]
     torch.manual_seed(0)
     seen = set()

@@ -1,4 +1,4 @@
-"""The gradient noise scale: the estimator on gradients whose noise is known, and the probe against a whole corpus."""
+"""The gradient noise scale: the estimator on gradients with known noise, and the probe compared with a whole corpus."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from scaling_lab.training.run.session import open_session
 
 
 def test_estimator_by_hand():
-    """|G|^2 = 2 and tr(S) = 12 a token: |g|^2 is 2 + 12/4 = 5 at 4 tokens and 2 + 12/24 = 2.5 at 24."""
+    """|G|^2 = 2 and tr(S) = 12 per token: |g|^2 is 2 + 12/4 = 5 at 4 tokens and 2 + 12/24 = 2.5 at 24."""
     found = noise_from_norms(5.0, 2.5, 4, 24)
     assert (found.gradient_square, found.trace_tokens) == (pytest.approx(2), pytest.approx(12))
     assert found.scale_tokens == pytest.approx(6)
@@ -44,7 +44,7 @@ def test_estimator_is_unbiased_on_gaussian_gradients():
     assert np.mean([n.gradient_square for n in found]) == pytest.approx((g**2).sum(), rel=0.02)
 
 
-def test_probe_against_the_spread_of_every_sequences_gradient():
+def test_probe_agrees_with_the_gradients_of_all_sequences():
     """tr(S) and |G|^2 over 1,600 sequences by brute force, and the probe's means over 25 measurements."""
     spec = tiny(10)
     session = open_session(spec, Execution())
@@ -62,8 +62,8 @@ def test_probe_against_the_spread_of_every_sequences_gradient():
     assert np.mean([m.gradient_square for m in measured]) == pytest.approx(square, rel=0.05)
 
 
-def test_a_measurement_warns_nobody():
-    """`scaling-lab train` shows what torch warns of, and there is nothing that a user could do about its vmap."""
+def test_a_measurement_causes_no_warnings():
+    """`scaling-lab train` shows torch's warnings, and a user can do nothing about the one on vmap."""
     spec = tiny(10)
     session = open_session(spec, Execution())
     windows = session.feed.windows(0, 0, PROBE_SEQUENCES)
@@ -72,7 +72,7 @@ def test_a_measurement_warns_nobody():
         NoiseProbe(session.step.model, session.step.layout, spec).measure(session.step.flat, windows)
 
 
-def test_measured_at_the_visits_that_it_does_not_make_dear(tmp_path):
+def test_measured_at_as_many_evaluations_as_the_cost_allows(tmp_path):
     spec = tiny(
         400,
         batch_tokens=1024,
@@ -84,12 +84,12 @@ def test_measured_at_the_visits_that_it_does_not_make_dear(tmp_path):
     assert measured_steps(tiny(100), (100,)) == frozenset()
     record = train(RunStore(tmp_path), spec)
     measured = {p.step: p.noise_scale_tokens for p in record.curve if p.noise_scale_tokens is not None}
-    assert measured  # None is allowed, where a measurement cannot tell
+    assert measured  # None is allowed if a measurement does not determine the scale
     assert set(measured) <= {283, 400}
     assert all(100 < scale < 1e6 for scale in measured.values())
 
 
-def test_where_a_step_has_micro_batches_enough_its_own_norms_serve(monkeypatch):
+def test_with_enough_micro_batches_the_steps_own_norms_are_used(monkeypatch):
     spec = tiny(400, batch_tokens=64 * 16, train_tokens=64 * 16 * 400)
     session = open_session(spec, Execution(micro_batch_sequences=1))
     monkeypatch.setattr(NoiseProbe, "measure", lambda *_: pytest.fail("not needed"))

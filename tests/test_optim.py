@@ -1,4 +1,4 @@
-"""AdamW and clipping against torch's own, step by step."""
+"""AdamW and clipping compared with torch's own, step by step."""
 
 from __future__ import annotations
 

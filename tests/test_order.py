@@ -32,7 +32,7 @@ def test_seeds_and_epochs_differ():
 
 
 def test_order_looks_random():
-    """Neighbouring positions are uncorrelated: 4 standard errors of a correlation of 20,000 pairs."""
+    """Neighboring positions are uncorrelated, within 4 standard errors of a correlation of 20,000 pairs."""
     windows = WindowOrder(20_000, 3).windows(0, 20_000).astype(float)
     assert abs(np.corrcoef(windows[:-1], windows[1:])[0, 1]) < 4 / np.sqrt(20_000)
     # The first tenth of an epoch is spread over the corpus: mean within 4 standard errors of the middle.
@@ -47,7 +47,7 @@ def test_huge_corpora_need_no_table():
 
 
 def test_golden_order():
-    """The data order is part of what a run id promises: the same on every machine and version."""
+    """A run id implies the data order, so it must be the same on every machine and version."""
     assert WindowOrder(10, 0).windows(0, 10).tolist() == [3, 7, 0, 9, 2, 5, 1, 8, 4, 6]
 
 

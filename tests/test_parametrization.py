@@ -1,5 +1,5 @@
-"""Parametrisations: the rules at hand-computed points, every family's roles, initial values and forward pass, and how a
-recipe and a parametrisation meet."""
+"""Parametrizations: the rules at hand-computed points, the roles, initial values and forward pass of every family, and how
+they interact with recipes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from scaling_lab.training.engine.optimizer import FlatLayout, adamw_update, cont
 from scaling_lab.training.models import build_model
 from scaling_lab.training.run.loop import train_run
 
-# Every family there is, at its default options; a new one is picked up.
+# All families with their default options; a new one is included automatically.
 FAMILIES = [cls() for cls in members("scaling_lab.core.shapes").values()]
 SHAPES = [*FAMILIES, GPTShape(tied_head=True), GPTShape(mlp="swiglu", mlp_ratio=8 / 3)]
 KINDS = [cls() for cls in CLASSES.values()]
@@ -108,7 +108,7 @@ def test_base_shapes():
         (lambda: parametrization_class("nup"), "parametrization='nup'.*mup"),
     ],
 )
-def test_impossible_ones_are_refused(make, named):
+def test_impossible_parametrizations_are_refused(make, named):
     with pytest.raises(UserError, match=named):
         make()
 
@@ -117,8 +117,8 @@ def test_impossible_ones_are_refused(make, named):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
-def test_roles_are_what_grows_with_the_width(shape):
-    """Of a hidden matrix both sides, of an embedding and a head one, of a vector its only one. All under a role's name."""
+def test_roles_follow_from_the_sides_that_grow_with_the_width(shape):
+    """Both sides of a hidden matrix grow, one of an embedding or a head, and the only one of a vector."""
     model = {w: dict(build_model(sized(shape, w, 2, 2)).named_parameters()) for w in (32, 64)}
     growing = {Role.HIDDEN: 2, Role.INPUT: 1, Role.OUTPUT: 1, Role.VECTOR: 1, Role.BLOCK_VECTOR: 1}
     seen = set()
@@ -152,7 +152,7 @@ def test_at_the_base_shape_all_are_standard(shape, kind):
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 @pytest.mark.parametrize("kind", [MuP(), CompleteP()], ids=name_of)
 def test_initial_values_follow_the_base_shape(shape, kind):
-    """Four times the base width, and depth: matrices of blocks at (base std) / 2, everything else at the base's std."""
+    """At four times the base width and depth, matrices in blocks have (base std) / 2, everything else the base's std."""
     torch.manual_seed(0)
     big, depth = sized(shape, 256, 8, 16), 2 if kind.kind == "completep" else 8
     base = dict(build_model(sized(shape, 64, depth, 4)).named_parameters())
@@ -161,10 +161,10 @@ def test_initial_values_follow_the_base_shape(shape, kind):
             assert p.unique().numel() == 1, name
             continue
         role = role_of(name, p.ndim)
-        expected = base.get(name)  # deeper blocks than the base has are as its own
+        expected = base.get(name)  # None for blocks beyond the base's depth
         if expected is not None:
             factor = 0.5 if role is Role.HIDDEN else 1.0
-            # The base's own sample has 4,096 elements at least: 1.1% of its std, at three standard errors.
+            # The samples have at least 4,096 elements, so the standard error of their std is 1.1%.
             assert p.std().item() == pytest.approx(factor * expected.std().item(), rel=0.05), name
 
 
@@ -183,7 +183,7 @@ def test_multipliers_equal_scaled_weights(shape):
             if ".attention_out." in name or ".mlp_out." in name:
                 p.mul_(1 / 4)
         for name, p in plain.named_parameters():
-            if name.startswith("final_norm."):  # all that the head reads; a tied head must keep its embedding
+            if name.startswith("final_norm."):  # the head's input; a tied head must keep its embedding
                 p.mul_(1 / 2)
     tokens = torch.randint(0, 256, (2, 64))
     torch.testing.assert_close(model(tokens), plain(tokens))
@@ -191,7 +191,7 @@ def test_multipliers_equal_scaled_weights(shape):
 
 
 def test_attention_is_divided_by_the_head_dimension():
-    """Of a gpt2, whose queries can be scaled: at head dimension 32 twice the base's 8, logits halve."""
+    """Compared with a gpt2 model whose queries are scaled, at head dimension 32 and a base of 8."""
     shape = GPT2Shape(width=64, depth=1, heads=2)
     torch.manual_seed(0)
     model = build_model(shape, MuP(base_width=64, base_head_dim=8)).double()
@@ -208,7 +208,7 @@ def test_attention_is_divided_by_the_head_dimension():
 
 @pytest.mark.parametrize("shape", FAMILIES, ids=name_of)
 def test_a_stack_and_a_compiler_see_plain_numbers(shape):
-    """vmap over the parameters of two models gives each one's own logits."""
+    """vmap over the parameters of two models gives the logits of each."""
     shape, kind = sized(shape, 32, 4, 2), CompleteP()
     models = [build_model(shape, kind) for _ in range(2)]
     stacked, buffers = torch.func.stack_module_state(models)
@@ -220,12 +220,12 @@ def test_a_stack_and_a_compiler_see_plain_numbers(shape):
         torch.testing.assert_close(logits, one(tokens))
 
 
-# -- the optimiser
+# -- the optimizer
 
 
 @pytest.mark.parametrize("shape", FAMILIES, ids=name_of)
 def test_ten_steps_equal_torchs_adamw_with_groups_written_by_hand(shape):
-    """At four times the base width and depth; gradients so small that epsilon decides part of the update."""
+    """At four times the base width and depth, with gradients so small that epsilon affects the update."""
     shape, kind = sized(shape, 64, 4, 4), CompleteP(base_width=16, base_depth=1, base_head_dim=8)
     model = build_model(shape, kind).double()
     layout = FlatLayout.of(model)
@@ -292,7 +292,7 @@ def spec(**changes) -> RunSpec:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)
-def test_a_spec_holds_it_and_an_old_one_is_standard(kind):
+def test_a_spec_has_a_parametrization_and_an_old_spec_is_standard(kind):
     one = spec(parametrization=kind)
     data = json.loads(dumps(one.to_dict()))
     assert RunSpec.from_dict(data) == one
@@ -306,8 +306,8 @@ def test_a_base_shape_that_the_family_cannot_have_is_refused():
         spec(parametrization=MuP(base_width=40))
 
 
-def test_trained_runs_differ_by_parametrisation(tmp_path):
-    """Real runs away from the base shape: a first loss of its own each, and every one learns."""
+def test_trained_runs_differ_by_parametrization(tmp_path):
+    """Real runs away from the base shape: their first losses differ, and all of them learn."""
     curves = {}
     for kind in KINDS:
         planned = PlannedRun(spec(parametrization=kind), Execution())
@@ -321,8 +321,8 @@ def test_trained_runs_differ_by_parametrisation(tmp_path):
 TINY_PLAN = ["sweep=s", "device=cpu", "compile=false", "data.max_mb=1", "design.budgets_flops=[1e9]"]
 
 
-def test_a_plan_of_a_version_without_parametrisations_is_the_same_plan(tmp_path, monkeypatch, capsys):
-    """An option that plan.json does not know yet is no difference where the runs are the same; another value is one."""
+def test_a_plan_of_a_version_without_parametrizations_is_the_same_plan(tmp_path, monkeypatch, capsys):
+    """An option that an old plan.json does not have is not a difference if the runs are the same; another value is one."""
     monkeypatch.chdir(tmp_path)
     assert main(["plan", *TINY_PLAN]) == 0
     store = RunStore("results/s")
@@ -330,7 +330,9 @@ def test_a_plan_of_a_version_without_parametrisations_is_the_same_plan(tmp_path,
     assert {run.spec.parametrization for run in plan.runs} == {STANDARD}
     assert plan.settings.pop("parametrization") == {"kind": "standard"}
     store.write_plan(plan)
-    store.claim(plan.runs[0].spec).release()  # begun: what differs is refused from here on
+    store.claim(
+        plan.runs[0].spec
+    ).release()  # the sweep has begun, so that from here on differences are refused
     assert main(["plan", *TINY_PLAN]) == 0
     assert "unchanged" in capsys.readouterr().out
     assert main(["plan", *TINY_PLAN, "parametrization=mup"]) == 2
@@ -349,7 +351,7 @@ def test_a_list_multiplies_a_plan(tmp_path, monkeypatch, capsys):
 
 
 def test_a_list_of_corpora_is_refused_before_training(tmp_path, monkeypatch, capsys):
-    """Workers check one corpus a sweep, so that such a plan could not be trained."""
+    """Workers check one corpus per sweep, so such a plan could not be trained."""
     monkeypatch.chdir(tmp_path)
     few = [word for word in TINY_PLAN if not word.startswith("data")]
     assert main(["plan", *few, "data=zipf_facts", "data.facts=9", "data.slope=0.3,0.7"]) == 2
@@ -360,7 +362,7 @@ def test_a_list_of_corpora_is_refused_before_training(tmp_path, monkeypatch, cap
 
 
 def test_an_experiments_lists_multiply_its_plan(tmp_path, monkeypatch):
-    """experiment=lr_transfer plans every size under each parametrisation; a choice of the user's goes before its list."""
+    """experiment=lr_transfer plans every size with each parametrization; a choice by the user replaces its list."""
     monkeypatch.chdir(tmp_path)
     small = ["experiment=lr_transfer", "device=cpu", "compile=false", "design.widths=[16]", "design.seeds=1"]
     assert main(["plan", *small]) == 0

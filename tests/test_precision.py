@@ -1,4 +1,4 @@
-"""What dtype= and deterministic= set for a process: the switches themselves, which need no GPU to be looked at."""
+"""The switches that dtype= and deterministic= set for a process; checking them needs no GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scaling_lab.training.engine.gradient import autocast
 
 @pytest.fixture
 def switches(monkeypatch) -> Iterator[None]:
-    """Puts back what a process has set."""
+    """Restores the switches of this process."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cuda.cudnn_sdp_enabled()
@@ -28,8 +28,8 @@ def switches(monkeypatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def test_tf32_is_of_the_run_that_asks_for_it(switches):
-    """One process computes runs of several kinds, one after the other."""
+def test_tf32_applies_only_to_runs_that_ask_for_it(switches):
+    """A process may compute runs of several dtypes, one after the other."""
     for dtype, on in (("tf32", True), ("float32", False), ("tf32", True), ("bfloat16", False)):
         apply_execution(Execution(device="cuda", deterministic=False), dtype)
         assert torch.backends.cuda.matmul.allow_tf32 is on
@@ -42,7 +42,7 @@ def test_tf32_is_of_the_run_that_asks_for_it(switches):
     assert enabled == {"float32": False, "tf32": False, "bfloat16": True}
 
 
-def test_tf32_without_a_gpu_is_one_line(tmp_path, capsys):
+def test_tf32_without_a_gpu_is_one_line_of_error(tmp_path, capsys):
     with pytest.raises(UserError, match="dtype=tf32 requires device=cuda, not cpu"):
         apply_execution(Execution(), "tf32")
     options = ["sweep=t", f"results_dir={tmp_path}", "device=cpu", "dtype=tf32"]
@@ -52,8 +52,8 @@ def test_tf32_without_a_gpu_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "t").exists()
 
 
-def test_deterministic_is_an_error_where_an_operation_has_no_such_form(switches):
-    """And no warning: under warn_only attention's backward pass would go on adding in any order."""
+def test_deterministic_raises_for_an_operation_that_cannot_be(switches):
+    """It does not warn: under warn_only, attention's backward pass would still add in any order."""
     apply_execution(Execution(device="cuda", deterministic=True))
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert torch.are_deterministic_algorithms_enabled()
@@ -61,7 +61,7 @@ def test_deterministic_is_an_error_where_an_operation_has_no_such_form(switches)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     with pytest.raises(RuntimeError, match="put_ does not have a deterministic implementation"):
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
-    # The next run of this process may not ask for it.
+    # The next run of this process may not be deterministic.
     set_deterministic(False)
     assert torch.backends.cuda.cudnn_sdp_enabled()
     assert not torch.are_deterministic_algorithms_enabled()

@@ -1,4 +1,4 @@
-"""Checkpoints and exact resume: killed at random moments, a run ends with the same losses bit for bit."""
+"""Checkpoints and exact resuming: a run that is killed at any moment ends with the same losses bit for bit."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_compiled_resume_is_bit_identical(tmp_path):
 
 
 def test_block_means_survive_a_stop_in_the_middle_of_a_block(tmp_path, monkeypatch):
-    """Runs longer than the curve keep means over blocks of steps, here of three; a checkpoint falls inside one."""
+    """Long runs record means over blocks of steps, here of three; a checkpoint falls inside a block."""
     monkeypatch.setattr("scaling_lab.core.record.MAX_CURVE_POINTS", 100)
     spec = tiny(250)
     whole = train(RunStore(tmp_path / "whole"), spec)
@@ -55,7 +55,7 @@ def test_block_means_survive_a_stop_in_the_middle_of_a_block(tmp_path, monkeypat
     store = RunStore(tmp_path / "resumed")
     monkeypatch.setattr(
         "scaling_lab.training.run.session.BLOCK_STEPS", 1
-    )  # so that it stops at this very step
+    )  # so that it stops at exactly this step
     interrupted_at(store, spec, 64)
     assert steps_saved(store.run_folder(spec.run_id()) / "checkpoint")[-1] == 64
     assert losses(train(store, spec)) == losses(whole)
@@ -65,7 +65,7 @@ def checkpoint(step: int, value: float = 1.0) -> Checkpoint:
     return Checkpoint("run", step, step, (0.5,), 1.5, Execution(), "data", {"flat": torch.full((5,), value)})
 
 
-def test_the_last_two_are_kept_and_read_back(tmp_path):
+def test_the_last_two_checkpoints_are_kept_and_read_back(tmp_path):
     for step in (1, 2, 3, 10):
         save_checkpoint(tmp_path, checkpoint(step, float(step)))
     assert steps_saved(tmp_path) == [3, 10]
@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, damage, ca
     assert "is skipped" in caplog.text
 
 
-def test_another_runs_or_executions_checkpoint_is_not_taken(tmp_path):
+def test_a_checkpoint_of_another_run_or_execution_is_not_used(tmp_path):
     save_checkpoint(tmp_path, checkpoint(1))
     assert load_latest(tmp_path, "other", Execution(), "data") is None
     assert load_latest(tmp_path, "run", Execution(compile=True), "data") is None
@@ -127,7 +127,7 @@ def test_no_pickle_is_ever_executed(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_a_deleted_curve_begins_again(tmp_path, caplog):
+def test_a_run_with_a_deleted_curve_starts_over(tmp_path, caplog):
     spec = tiny(150)
     whole = train(RunStore(tmp_path / "whole"), spec)
     store = RunStore(tmp_path / "resumed")
@@ -137,7 +137,7 @@ def test_a_deleted_curve_begins_again(tmp_path, caplog):
     assert "starts over" in caplog.text
 
 
-def test_a_disk_that_refuses_checkpoints_does_not_stop_the_run(tmp_path, caplog):
+def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_run(tmp_path, caplog):
     spec, store = tiny(100), RunStore(tmp_path)
     folder = store.run_folder(spec.run_id())
     folder.mkdir(parents=True)
@@ -149,8 +149,8 @@ def test_a_disk_that_refuses_checkpoints_does_not_stop_the_run(tmp_path, caplog)
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_twenty_kills_change_nothing():
-    """SIGKILL during steps, checkpoint and record writes and resumes, each proved; see scripts/kill_resume.py, which
-    makes a hundred of them."""
+    """SIGKILL during steps, during writes of checkpoints and records, and while resuming; the script verifies where each one
+    landed (scripts/kill_resume.py runs a hundred of them)."""
     script = Path(__file__).parent.parent / "scripts" / "kill_resume.py"
     done = subprocess.run([sys.executable, script, "--kills", "20"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -162,8 +162,8 @@ def test_twenty_kills_change_nothing():
     assert same == runs
 
 
-def test_a_superseded_owner_that_was_loading_leaves_the_curve_alone(tmp_path, monkeypatch):
-    """It was paused while it loaded its data, and lost the run: the new owner's curve must stay."""
+def test_a_process_that_lost_its_claim_while_loading_does_not_touch_the_curve(tmp_path, monkeypatch):
+    """It was paused while it loaded its data, and another process took the run over: its curve must not be replaced."""
     import scaling_lab.training.run.loop as loop
     from scaling_lab.core.storage.claims import ClaimLost
 
@@ -185,7 +185,7 @@ def test_a_superseded_owner_that_was_loading_leaves_the_curve_alone(tmp_path, mo
     assert not (store.run_folder(spec.run_id()) / "record.json").exists()
 
 
-def test_a_superseded_owners_error_is_not_the_runs(tmp_path, monkeypatch):
+def test_an_error_in_a_process_that_lost_its_claim_is_not_recorded(tmp_path, monkeypatch):
     import scaling_lab.training.run.loop as loop
     from scaling_lab.launching.worker import train_claimed
 
@@ -202,8 +202,8 @@ def test_a_superseded_owners_error_is_not_the_runs(tmp_path, monkeypatch):
     assert not (store.run_folder(spec.run_id()) / "record.json").exists()
 
 
-def test_a_worker_stops_in_good_order_when_its_launcher_is_killed(tmp_path):
-    """SIGKILL leaves the launcher no time to stop anybody: the worker sees that it is an orphan."""
+def test_a_worker_checkpoints_and_stops_when_its_launcher_is_killed(tmp_path):
+    """A launcher that gets SIGKILL cannot stop its workers: the worker notices that its parent is gone."""
     spec, store = tiny(500_000), RunStore(tmp_path)
     plan = Plan("t", (PlannedRun(spec, Execution()),), spec.convention, spec.data.fingerprint())
     store.write_plan(plan)

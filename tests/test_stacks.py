@@ -1,4 +1,4 @@
-"""Stacks of runs: each member has its own folder, claim, curve, checkpoint and record, and goes its own way to its end."""
+"""Stacks of runs: each member has its own folder, claim, curve, checkpoints and record, and ends independently."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STACKED = Execution(stack="a", stack_size=4)
 
 
 def members(wild_lr: float = 0.005) -> list[PlannedRun]:
-    """Two seeds, another learning rate, and another horizon."""
+    """Runs that differ in seed, learning rate or horizon."""
     base = tiny(60)
     specs = [
         base,
@@ -48,7 +48,7 @@ def train_all(folder, runs: list[PlannedRun], **options) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> dict:
-    """The stack trained in one go."""
+    """The records of the stack, trained without interruption."""
     return train_all(tmp_path_factory.mktemp("whole"), members())
 
 
@@ -67,7 +67,7 @@ def test_each_member_ends_as_if_alone(tmp_path, whole):
         assert visits == [p.step for p in alone.curve if p.val_loss_nats is not None]
 
 
-def test_a_member_that_diverges_leaves_the_others_bit_as_they_were(tmp_path, whole):
+def test_a_diverged_member_does_not_change_the_others_by_a_bit(tmp_path, whole):
     runs = members(wild_lr=1e30)
     records = train_all(tmp_path, runs)
     assert records[runs[2].run_id].status is RunStatus.DIVERGED
@@ -76,8 +76,8 @@ def test_a_member_that_diverges_leaves_the_others_bit_as_they_were(tmp_path, who
 
 
 @pytest.mark.parametrize("there", [(0, 1, 2, 3), (1, 3), (2,)], ids=["all", "two", "one"])
-def test_stopped_and_taken_up_by_whoever_is_left_bit_for_bit(tmp_path, monkeypatch, whole, there):
-    """A stack stopped midway; then some of its members are claimed elsewhere, and the rest goes on as if they were there."""
+def test_a_stopped_stack_resumes_bit_for_bit_with_any_of_its_members(tmp_path, monkeypatch, whole, there):
+    """A stack is stopped midway; then some members are claimed elsewhere, and the others continue as if they were present."""
     runs, store = members(), RunStore(tmp_path)
     real = Member.checkpoint
 
@@ -107,8 +107,8 @@ def test_stopped_and_taken_up_by_whoever_is_left_bit_for_bit(tmp_path, monkeypat
         assert losses(store.read_record(planned.run_id)) == losses(whole[planned.run_id])
 
 
-def test_a_record_that_a_kill_prevented_is_written_from_the_last_checkpoint(tmp_path, whole):
-    """Of a whole stack, and of its first member alone while the others are over."""
+def test_a_missing_record_is_written_from_the_last_checkpoint(tmp_path, whole):
+    """Of a whole stack, and of its first member alone when the others are finished; a kill may have prevented the record."""
     runs, store = members(), RunStore(tmp_path)
     train_all(tmp_path, runs)
     for gone in (runs, runs[:1]):
@@ -120,8 +120,8 @@ def test_a_record_that_a_kill_prevented_is_written_from_the_last_checkpoint(tmp_
             assert losses(record) == losses(whole[run_id])
 
 
-def test_a_member_that_is_taken_over_or_in_error_is_dropped_alone(tmp_path, monkeypatch, whole):
-    """Its slot rests; the others end bit for bit as they would have."""
+def test_a_member_that_fails_or_is_taken_over_does_not_affect_the_others(tmp_path, monkeypatch, whole):
+    """Its slot is idle; the others end with the same results bit for bit."""
     runs, store = members(), RunStore(tmp_path)
     real = Member.add_block
 
@@ -152,8 +152,8 @@ def test_an_old_plan_without_stacks_loads():
     assert Plan.from_dict(data) == runs
 
 
-def test_out_of_memory_halves_the_micro_batch_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
-    """From its last checkpoint, to the losses of the run whose micro-batch was so from there on; and resumes with it."""
+def test_out_of_memory_halves_the_micro_batch_and_the_run_continues(tmp_path, monkeypatch, caplog):
+    """From its last checkpoint, with the losses of an undisturbed run; the record has the new micro-batch."""
     import torch
 
     from scaling_lab.training.run.session import Program
@@ -193,8 +193,8 @@ def test_out_of_memory_with_single_sequences_is_a_failed_record(tmp_path, monkey
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit and /proc are Linux's")
-def test_a_real_lack_of_memory(tmp_path):
-    """The kernel refuses torch's allocations; the run ends all the same, in smaller parts."""
+def test_really_running_out_of_memory(tmp_path):
+    """The kernel refuses torch's allocations; the run still completes, with smaller micro-batches."""
     done = run_helper("limited_memory", str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
     status, micro = done.stdout.split()

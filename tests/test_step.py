@@ -1,4 +1,4 @@
-"""The step's variants against the plain one: micro-batches, chunked loss, stacks; and the CUDA graph where there is a GPU."""
+"""Variants of the step compared with the plain one: micro-batches, chunked loss, stacks, and CUDA graphs on a GPU."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_micro_batches_give_the_same_losses(micro):
     whole = train_block(open_session(spec, Execution()), 0, 20)
     parts = train_block(open_session(spec, Execution(micro_batch_sequences=micro)), 0, 20)
     assert parts == pytest.approx(whole, rel=2e-5)
-    assert parts != whole  # other sums: the parts were taken
+    assert parts != whole  # rounded differently, so micro-batches were really used
     with pytest.raises(ValueError, match="do not divide"):
         open_session(spec, Execution(micro_batch_sequences=3))
 
 
-def test_a_step_tells_the_norms_of_its_micro_batches():
-    """Against autograd on the plain module."""
+def test_step_metrics_include_the_norms_of_micro_batches():
+    """Compared with autograd on the ordinary module."""
     spec = tiny(1)
     session = open_session(spec, Execution(micro_batch_sequences=1))
     starts = torch.arange(spec.batch_sequences) * 640
@@ -86,7 +86,7 @@ def test_head_parameters_are_found():
 
 
 def largest_tensor(work: Callable[[], object]) -> int:
-    """Elements of the largest tensor that any operation of it makes."""
+    """Number of elements of the largest tensor that any of its operations creates."""
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
@@ -105,7 +105,7 @@ def largest_tensor(work: Callable[[], object]) -> int:
 
 
 def test_no_logits_of_a_whole_batch_over_a_large_vocabulary(monkeypatch):
-    """Of a process alone and of its share in a group; of one whose parameters are spread over processes."""
+    """In a single process, in a share of a team, and with sharded parameters."""
     spec = tiny(1, shape=replace(SHAPE, vocab_size=4000), batch_tokens=64 * 16, train_tokens=64 * 16)
     everything = 64 * 16 * 4000
     model, text = build_model(spec.shape), torch.zeros(1000, dtype=torch.uint8)
@@ -158,7 +158,7 @@ def stack_of(specs, execution: Execution | None = None):
 
 
 def run_stack(sessions, step, first: int, last: int, live=None) -> torch.Tensor:
-    """Losses (steps, K) of a stack whose members in `live` take part."""
+    """Losses (steps, K) of a stack in which only the members in `live` are trained."""
     starts, controls = [], []
     for k, session in enumerate(sessions):
         spec, count = session.spec, last - first
@@ -172,7 +172,7 @@ def run_stack(sessions, step, first: int, last: int, live=None) -> torch.Tensor:
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_stack_equals_its_runs_alone(compiled):
-    """Seeds, learning rates, clipping norms and weight decays of one shape."""
+    """With different seeds, learning rates, clipping norms and weight decays."""
     base = tiny(30)
     specs = [
         base,
@@ -186,7 +186,7 @@ def test_a_stack_equals_its_runs_alone(compiled):
         assert together[:, k].tolist() == pytest.approx(losses, rel=2e-5)
 
 
-def test_a_member_that_diverges_or_rests_leaves_the_others_bit_as_they_were():
+def test_a_diverged_or_idle_member_does_not_change_the_others_by_a_bit():
     base = tiny(30)
     others = [base, replace(base, seed_init=1, seed_data=1)]
     calm, wild = replace(base, seed_init=2), replace(base, optimizer=replace(base.optimizer, peak_lr=1e30))
@@ -198,7 +198,7 @@ def test_a_member_that_diverges_or_rests_leaves_the_others_bit_as_they_were():
     assert torch.isfinite(runs["calm"][0]).all()
     assert torch.equal(runs["wild"][0][:, :2], runs["calm"][0][:, :2])
     assert torch.equal(runs["wild"][1].flat[:2], runs["calm"][1].flat[:2])
-    # At rest: a row of zeros as controls.
+    # Idle: a row of zeros as controls.
     sessions, step = stack_of([*others, wild])
     before = {name: t.clone() for name, t in StackSlot(step, 2).state().items()}
     resting = run_stack(sessions, step, 0, 20, live=(0, 1))
@@ -206,8 +206,8 @@ def test_a_member_that_diverges_or_rests_leaves_the_others_bit_as_they_were():
     assert all(torch.equal(t, before[name]) for name, t in StackSlot(step, 2).state().items())
 
 
-def test_a_process_compiles_every_run_however_many_came_before(monkeypatch):
-    """Dynamo gives up on a place in the source after so many programs, and would compute later runs eagerly, in silence."""
+def test_a_process_compiles_every_run_however_many_came_before_it(monkeypatch):
+    """Dynamo stops compiling a function after a number of programs, and would silently run later ones eagerly."""
     compiled = []
 
     def backend(graph, inputs):
@@ -216,7 +216,7 @@ def test_a_process_compiles_every_run_however_many_came_before(monkeypatch):
 
     monkeypatch.setattr(
         "scaling_lab.training.engine.step.can_use_library", lambda *_: False
-    )  # small steps otherwise go another way
+    )  # otherwise small steps do not use torch.compile
     compile_with = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_with(f, **options, backend=backend))
     with torch._dynamo.config.patch(recompile_limit=2):
@@ -240,7 +240,7 @@ def test_a_cuda_graph_gives_the_eager_losses(monkeypatch, micro, compiled):
     replay, replays = torch.cuda.CUDAGraph.replay, []
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(graph), replay(graph)))
     ours = train_block(graphed, 0, 150)
-    assert len(replays) == 150  # captured, not fallen back
+    assert len(replays) == 150  # the graph was captured; no fallback
     monkeypatch.setattr("scaling_lab.training.engine.step.BlockGraph", OneByOne)
     assert ours == pytest.approx(train_block(eager, 0, 150), rel=1e-6)
     assert len(replays) == 150

@@ -1,4 +1,4 @@
-"""Compiled steps kept as libraries on disk: the eager step's losses, one library for every batch, mended when damaged."""
+"""Compiled steps as libraries on disk: the same losses as eager steps, one library for all batches, rebuilt if damaged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMPILED = Execution(compile=True)
 
 @pytest.fixture
 def libraries(tmp_path, monkeypatch):
-    """An empty cache folder, and a process that has loaded nothing."""
+    """An empty cache folder in a process that has loaded no library."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     step_library.forget_loaded()
     return lambda: sorted(library_folder().glob("*"))
@@ -43,14 +43,14 @@ def assert_as_eager(spec, steps=12, rel=1e-5):
         for name, value in compiled.step.state().items():
             other = eager.step.state()[name]
             if isinstance(spec.shape, GPT2Shape):
-                # Adam divides the gradients of its key biases, zero but for rounding, by their own size: as a whole only.
+                # The gradients of its key biases are zero but for rounding, and Adam divides them by their size: compare norms.
                 assert float((value - other).norm() / other.norm()) < 1e-3
             else:
                 torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-5)
     return ours
 
 
-def test_one_library_serves_all_batches_seeds_and_horizons_and_is_made_anew_when_torn(libraries, monkeypatch):
+def test_one_library_serves_all_batches_seeds_and_horizons_and_is_rebuilt_if_damaged(libraries, monkeypatch):
     spec = tiny(40, shape=SMALL)
     first = assert_as_eager(spec)
     (path,) = libraries()
@@ -68,7 +68,7 @@ def test_one_library_serves_all_batches_seeds_and_horizons_and_is_made_anew_when
     assert path.stat().st_mtime_ns != written
 
 
-def test_a_step_that_cannot_be_traced_is_left_to_torch_compile(libraries, monkeypatch, caplog):
+def test_a_step_that_cannot_be_traced_falls_back_to_torch_compile(libraries, monkeypatch, caplog):
     def broken(*_):
         raise RuntimeError("no such operator\nand more")
 
@@ -87,7 +87,7 @@ def key(spec, constants=(0.5,), batch=4, corpus=torch.uint8):
     return library_key(model, spec, constants, batch, torch.zeros(9, dtype=corpus))
 
 
-def test_a_library_is_named_by_all_that_it_depends_on(monkeypatch):
+def test_a_librarys_name_depends_on_everything_it_depends_on(monkeypatch):
     spec = tiny(40, shape=SMALL)
     same = [
         key(spec), key(spec, batch=9), key(replace(spec, seed_init=5, seed_data=6)),
@@ -120,12 +120,12 @@ def test_every_family_and_precision(libraries, monkeypatch, changes):
     no_torch_compile(monkeypatch)
     assert_as_eager(tiny(40, **changes), rel=2e-2 if "dtype" in changes else 1e-5)
     (path,) = libraries()
-    # torch 2.13 cannot leave the batch of layers with biases free.
+    # torch 2.13 cannot trace layers with biases for a dynamic batch size.
     assert path.stem.endswith("-4") == (changes["shape"].kind == "gpt2")
 
 
 @pytest.mark.slow
-def test_the_library_is_the_same_program_whichever_batch_asked_first(libraries, tmp_path, monkeypatch):
+def test_the_library_is_the_same_program_whichever_batch_came_first(libraries, tmp_path, monkeypatch):
     few, many = tiny(40, shape=SMALL), tiny(40, shape=SMALL, batch_tokens=1024, train_tokens=1024 * 40)
     losses = []
     for order in ((few, many), (many, few)):

@@ -1,4 +1,4 @@
-"""Being told to checkpoint or to stop: by signals, by a launcher's own handlers, by another thread; never by surprise."""
+"""Requests to checkpoint or stop: from signals, a launcher's own handlers, and other threads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def checkpoints(store: RunStore, spec) -> list[int]:
 
 
 def at_block(monkeypatch, number: int, action) -> None:
-    """Do `action` in the midst of the `number`-th block of steps."""
+    """Call `action` during the `number`-th block of steps."""
     real, seen = Program.run_block, []
 
     def run_block(self, places, count):
@@ -43,7 +43,7 @@ def at_block(monkeypatch, number: int, action) -> None:
 
 @pytest.fixture
 def owner():
-    """Somebody else's handlers, as submitit installs them: SIGTERM is let pass, SIGUSR2 requeues and exits."""
+    """Existing signal handlers such as submitit's: SIGTERM is ignored, SIGUSR2 requeues and exits."""
     seen: list[str] = []
 
     def bypass(number, frame):
@@ -67,7 +67,7 @@ def test_a_launchers_handler_is_called_once_the_checkpoint_is_written(tmp_path, 
 
     def preempt():
         os.kill(os.getpid(), signal.SIGUSR2)
-        assert not seen  # not in the midst of a step
+        assert not seen  # not during a step
 
     with monkeypatch.context() as patch:
         at_block(patch, 4, preempt)
@@ -76,12 +76,12 @@ def test_a_launchers_handler_is_called_once_the_checkpoint_is_written(tmp_path, 
     assert seen == ["SIGUSR2"]
     assert signal.getsignal(signal.SIGUSR2) is requeue
     curve = store.read_curve(spec.run_id())
-    assert checkpoints(store, spec) == [curve[-1].step]  # everything that was computed is saved
+    assert checkpoints(store, spec) == [curve[-1].step]  # everything computed so far is saved
     assert store.state(spec.run_id()).state == "interrupted"
     assert losses(train(store, spec)) == losses(whole)
 
 
-def test_a_launchers_handler_that_returns_leaves_the_run_going(tmp_path, monkeypatch, owner):
+def test_after_a_launchers_handler_returns_the_run_continues(tmp_path, monkeypatch, owner):
     seen, _ = owner
     spec, store = tiny(250), RunStore(tmp_path)
     saved_at: list[int] = []
@@ -94,8 +94,8 @@ def test_a_launchers_handler_that_returns_leaves_the_run_going(tmp_path, monkeyp
     assert saved_at[0] < spec.steps
 
 
-def test_while_there_is_nothing_to_save_the_answer_does_not_wait(tmp_path, monkeypatch, owner):
-    """Reading data and compiling may take longer than the grace of a scheduler."""
+def test_requests_are_handled_at_once_while_there_is_nothing_to_save(tmp_path, monkeypatch, owner):
+    """Reading data and compiling may take longer than a scheduler's grace period."""
     seen, _ = owner
     spec, store = tiny(100), RunStore(tmp_path)
     real = loop.open_program
@@ -109,10 +109,10 @@ def test_while_there_is_nothing_to_save_the_answer_does_not_wait(tmp_path, monke
     with pytest.raises(SystemExit):
         train(store, spec)
     assert seen == ["SIGUSR2"]
-    assert store.state(spec.run_id()).state == "interrupted"  # the claim is given back
+    assert store.state(spec.run_id()).state == "interrupted"  # the claim is released
 
 
-def test_told_to_stop_as_a_run_ends_a_worker_begins_no_other(tmp_path, monkeypatch):
+def test_a_worker_asked_to_stop_at_the_end_of_a_run_starts_no_other(tmp_path, monkeypatch):
     specs = tiny(20), tiny(20, seed_init=1)
     store = RunStore(tmp_path)
     plan = Plan(
@@ -135,7 +135,7 @@ def test_told_to_stop_as_a_run_ends_a_worker_begins_no_other(tmp_path, monkeypat
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
 
 
-def test_another_thread_may_ask_for_a_checkpoint_and_wait_for_it(tmp_path, monkeypatch):
+def test_another_thread_can_request_a_checkpoint_and_wait_for_it(tmp_path, monkeypatch):
     assert not request_checkpoint()
     assert not request_stop()
     spec, store = tiny(100_000), RunStore(tmp_path)
@@ -157,7 +157,7 @@ def test_another_thread_may_ask_for_a_checkpoint_and_wait_for_it(tmp_path, monke
     assert len(checkpoints(store, spec)) == 2
 
 
-def test_in_another_thread_signals_stay_whose_they_are(tmp_path, owner):
+def test_outside_the_main_thread_signal_handlers_are_left_alone(tmp_path, owner):
     _, (bypass, _) = owner
     found: list[object] = []
 
@@ -172,7 +172,7 @@ def test_in_another_thread_signals_stay_whose_they_are(tmp_path, owner):
 
 
 def test_a_preempted_command_exits_with_the_requeue_status(tmp_path):
-    """SIGUSR1 to `scaling-lab train`: a checkpoint, one line, 75; the same command goes on from it."""
+    """SIGUSR1 to `scaling-lab train`: a checkpoint, one line, status 75; the same command resumes from it."""
     command = [
         sys.executable, "-m", "scaling_lab.cli.main", "train", "sweep=p", f"results_dir={tmp_path}",
         "model.width=16", "model.depth=1", "device=cpu", "train_tokens=30M", "compile=false",

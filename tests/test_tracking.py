@@ -1,4 +1,4 @@
-"""The W&B mirror with the real client: what arrives offline and at a server, and that nothing it does can hurt a run."""
+"""The W&B mirror with the real client: what it writes offline and to a server, and that no failure can harm a run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def mirrored(tmp_path, spec=None, **options) -> RunRecord:
 
 
 def assert_whole(history: list[dict], record: RunRecord) -> None:
-    """Exactly the curve: every point once, in order, with FLOPs, tokens and losses in one row."""
+    """The history is exactly the curve: every point once, in order, with FLOPs, tokens and losses in one row."""
     assert [h["train_step"] for h in history] == [p.step for p in record.curve]
     assert [h["_step"] for h in history] == [p.step for p in record.curve]
     assert [h["train_flops"] for h in history] == [p.train_flops for p in record.curve]
@@ -89,7 +89,7 @@ def test_offline_the_file_holds_the_whole_curve(tmp_path):
     from scaling_lab.tracking.wandb.run_files import read_run_file
 
     spec = tiny(40, sweep="sweep")
-    record = mirrored(tmp_path, spec)  # nobody is logged in
+    record = mirrored(tmp_path, spec)  # without a login
     (path,) = offline_files(tmp_path / "sweep" / "wandb")
     run = read_run_file(path)
     assert (run.run_id, run.project, run.group) == (f"sweep-{spec.run_id()}", "scaling_lab", "sweep")
@@ -99,7 +99,7 @@ def test_offline_the_file_holds_the_whole_curve(tmp_path):
     assert_whole(run.history, record)
 
 
-def test_disabled_writes_nothing_and_keeps_nothing(tmp_path, server):  # noqa: F811
+def test_disabled_writes_nothing(tmp_path, server):  # noqa: F811
     mirrored(tmp_path, mode="disabled")
     assert not (tmp_path / "sweep" / "wandb").exists()
     assert not server.operations
@@ -113,7 +113,7 @@ def test_config_has_every_convention():
         assert config[f"C/{convention.value}"] == spec.count().flops_per_token(convention) * spec.train_tokens
 
 
-def test_runs_of_one_stack_are_runs_of_their_own(tmp_path, server):  # noqa: F811
+def test_members_of_a_stack_are_separate_runs(tmp_path, server):  # noqa: F811
     store = RunStore(tmp_path / "sweep")
     runs = [PlannedRun(tiny(40, sweep="sweep", seed_init=s), Execution(stack=2)) for s in (1, 2)]
     plan = Plan("sweep", tuple(runs), runs[0].spec.convention, runs[0].spec.data.fingerprint())
@@ -148,7 +148,7 @@ def interrupted_then_done(tmp_path, monkeypatch, stop_after: int) -> RunRecord:
     return record
 
 
-def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch, server):  # noqa: F811
+def test_a_resumed_run_continues_the_same_wandb_run(tmp_path, monkeypatch, server):  # noqa: F811
     record = interrupted_then_done(tmp_path, monkeypatch, 30)
     (run,) = server.runs.values()
     assert run.inits == 2
@@ -157,7 +157,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch, serv
 
 
 @pytest.mark.slow
-def test_resumed_offline_the_newest_file_is_whole_and_the_only_one(tmp_path, monkeypatch):
+def test_after_resuming_offline_there_is_one_complete_file(tmp_path, monkeypatch):
     from scaling_lab.tracking.wandb.run_files import read_run_file
 
     record = interrupted_then_done(tmp_path, monkeypatch, 30)
@@ -166,13 +166,13 @@ def test_resumed_offline_the_newest_file_is_whole_and_the_only_one(tmp_path, mon
 
 
 def killed_attempt(folder: Path, spec, wait_s: float = 0.3) -> None:
-    """A process that has mirrored 30 points of `spec` and is killed."""
+    """Run a process that mirrors 30 points of `spec` and is killed."""
     done = run_helper("killed_mirror", json.dumps(spec.to_dict()), str(folder), str(wait_s), timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def test_after_a_kill_there_is_one_wandb_run(tmp_path, server):  # noqa: F811
-    """Points that the killed attempt sent and the resumed one computes again are there once."""
+    """Points that the killed attempt sent and the resumed one recomputes are stored once."""
     spec = tiny(40, sweep="sweep")
     killed_attempt(tmp_path / "sweep", spec)
     record = mirrored(tmp_path, spec)
@@ -183,7 +183,7 @@ def test_after_a_kill_there_is_one_wandb_run(tmp_path, server):  # noqa: F811
 
 @pytest.mark.slow
 def test_after_a_kill_wandb_sync_uploads_the_whole_curve(tmp_path, server, monkeypatch):  # noqa: F811
-    """With the killed attempt's file still there, `wandb sync` would upload nothing of this run."""
+    """If the killed attempt's file were still there, `wandb sync` would upload nothing of this run."""
     spec = tiny(40, sweep="sweep")
     monkeypatch.setenv("WANDB_MODE", "offline")
     killed_attempt(tmp_path / "sweep", spec)
@@ -198,7 +198,7 @@ def test_after_a_kill_wandb_sync_uploads_the_whole_curve(tmp_path, server, monke
     assert_whole(run.history, record)
 
 
-# -- what goes wrong
+# -- failures
 def assert_unhurt(record: RunRecord, store: RunStore, undisturbed: RunRecord | None = None) -> None:
     assert record.status is RunStatus.COMPLETED
     assert len(store.read_curve(record.run_id)) == record.curve_points == 40
@@ -209,7 +209,7 @@ def assert_unhurt(record: RunRecord, store: RunStore, undisturbed: RunRecord | N
     "failing", ["key", "quota", pytest.param("error", marks=pytest.mark.slow), "hang", "unreachable"]
 )
 def test_a_server_that_fails_at_once_is_a_warning(tmp_path, server, monkeypatch, caplog, failing):  # noqa: F811
-    """The runs are complete, it is said once, and only the first waits for the server."""
+    """The runs are complete, there is one warning, and only the first run waits for the server."""
     monkeypatch.setattr(wandb_client, "INIT_TIMEOUT_S", 1.5)
     monkeypatch.setattr(wandb_client, "FINISH_TIMEOUT_S", 0.5)
     server.failing = failing
@@ -268,7 +268,7 @@ def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path, caplog):
     assert "tracker=wandb stopped" in caplog.text
 
 
-def test_a_client_that_hangs_does_not_hold_the_run_up(tmp_path, monkeypatch, caplog):
+def test_a_client_that_hangs_does_not_delay_the_run(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(tracking, "DRAIN_TIMEOUT_S", 0.5)
     monkeypatch.setattr(tracking, "open_mirror", lambda *args: time.sleep(30))
     began = time.monotonic()
@@ -278,7 +278,7 @@ def test_a_client_that_hangs_does_not_hold_the_run_up(tmp_path, monkeypatch, cap
     assert "did not finish" in caplog.text
 
 
-def test_a_failed_run_is_failed_there_too(tmp_path, monkeypatch, server):  # noqa: F811
+def test_a_failed_run_is_marked_as_failed(tmp_path, monkeypatch, server):  # noqa: F811
     from scaling_lab.training.measure.evaluation import ValidationSet
 
     def broken(*args, **options):
@@ -296,7 +296,7 @@ def test_a_failed_run_is_failed_there_too(tmp_path, monkeypatch, server):  # noq
 
 
 # -- modes and names
-def test_mode_is_offline_where_nobody_is_logged_in(monkeypatch, tmp_path):
+def test_mode_is_offline_without_a_login(monkeypatch, tmp_path):
     assert wandb_mode("auto") == "offline"
     assert wandb_mode("disabled") == "disabled"
     netrc = tmp_path / "netrc"
@@ -311,7 +311,7 @@ def test_mode_is_offline_where_nobody_is_logged_in(monkeypatch, tmp_path):
     assert wandb_mode("auto") == "offline"
 
 
-def test_login_at_a_server_of_ones_own(monkeypatch, tmp_path):
+def test_login_at_a_private_server(monkeypatch, tmp_path):
     folder = Path(os.environ["WANDB_CONFIG_DIR"])
     folder.mkdir()
     (folder / "settings").write_text("[default]\nbase_url = https://wandb.example.org\n")
@@ -322,7 +322,7 @@ def test_login_at_a_server_of_ones_own(monkeypatch, tmp_path):
     assert wandb_mode("auto") == "online"
 
 
-def test_online_without_a_login_asks_nobody_and_goes_offline(tmp_path, caplog):
+def test_online_without_a_login_contacts_no_server_and_continues_offline(tmp_path, caplog):
     record = mirrored(tmp_path, mode="online")
     assert record.status is RunStatus.COMPLETED
     assert "not logged in at" in caplog.text
@@ -340,7 +340,7 @@ def test_trackers_by_name(tmp_path):
 # -- a whole sweep, and uploading it later
 @pytest.fixture(scope="module")
 def finished_sweep(tmp_path_factory):
-    """Three runs with records and no mirror: what tests copy and upload."""
+    """Three runs with records and no mirror, which tests copy and upload."""
     store = RunStore(tmp_path_factory.mktemp("results") / "sweep")
     runs = [PlannedRun(tiny(20, sweep="sweep", seed_init=seed), Execution()) for seed in range(3)]
     plan = Plan("sweep", tuple(runs), runs[0].spec.convention, runs[0].spec.data.fingerprint())
@@ -356,9 +356,9 @@ def sweep(finished_sweep, tmp_path, monkeypatch):
     return RunStore(tmp_path / "results" / "sweep")
 
 
-def test_upload_brings_up_every_run_and_the_ledger_once(sweep, server, capsys):  # noqa: F811
+def test_upload_uploads_every_run_and_the_ledger_once(sweep, server, capsys):  # noqa: F811
     records, _ = sweep.load_records()
-    # One is up already, one was cut off after five points: as an outage in the middle of a sweep leaves it.
+    # One run is uploaded already and one was cut off after five points, as after an outage during a sweep.
     from scaling_lab.tracking.sink.wandb_client import Target
     from scaling_lab.tracking.wandb.study import upload_run
 
@@ -402,7 +402,7 @@ def test_upload_without_a_login_or_a_server_is_one_line(sweep, server, capsys, m
 
 @pytest.mark.slow
 def test_the_analysis_is_one_run_with_figures_tables_and_exponents(tmp_path, server, monkeypatch, capsys):  # noqa: F811
-    """Of a sweep that was mirrored; analysed twice, and still one run."""
+    """For a mirrored sweep that is analyzed twice: there is still one such run."""
     store = synthetic_sweep(tmp_path / "results")
     wandb_client.Target().save(wandb_client.wandb_folder(store.folder))
     monkeypatch.chdir(tmp_path)
@@ -457,8 +457,8 @@ def test_the_workspace_shows_loss_against_flops_and_groups_by_budget(sweep, serv
     assert "did not accept the workspace" in capsys.readouterr().err
 
 
-def test_the_end_of_a_sweep_asks_what_is_missing(sweep, server, capsys):  # noqa: F811
-    """A server that took the runs but not their data (a full quota) is noticed; one that cannot be asked, too."""
+def test_the_end_of_a_sweep_checks_what_is_missing(sweep, server, capsys):  # noqa: F811
+    """A server that accepted the runs but not their data (quota exceeded) is noticed, and so is one that does not respond."""
     from scaling_lab.cli.display.console import Console
     from scaling_lab.tracking.wandb.study import say_what_is_missing, upload_run
 

@@ -1,4 +1,4 @@
-"""Training real tiny models on real text: the step, the loop, the record, and what happens when it is disturbed."""
+"""Training tiny models on real text: the step, the loop, the record, and interruptions."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_record_and_curve(tmp_path):
     on_disk = json.loads((store.run_folder(spec.run_id()) / "record.json").read_text())
     assert on_disk["status"] == "completed"
     assert "curve" not in on_disk
-    assert store.claim(spec) is None  # over: nobody runs it again
+    assert store.claim(spec) is None  # finished, so it cannot be claimed again
 
 
 def test_same_spec_same_losses_bit_for_bit(tmp_path):
@@ -75,7 +75,7 @@ def test_same_spec_same_losses_bit_for_bit(tmp_path):
 
 
 def test_step_equals_plain_torch():
-    """The functional step against the ordinary module, autograd, clip_grad_norm_ and torch.optim.AdamW."""
+    """The functional step equals the ordinary module with autograd, clip_grad_norm_ and torch.optim.AdamW."""
     spec = tiny(12)
     session = open_session(spec, Execution())
     ours = train_block(session, 0, 12)
@@ -110,8 +110,8 @@ def test_compiled_step_equals_eager():
 
 
 def test_bfloat16_is_within_seed_noise_of_float32(tmp_path):
-    """Seed by seed, so that the seeds' own scatter is not in the difference: a shift of a tenth of it would be seen. Weights
-    that are themselves bfloat16, without float32 masters, fail this: they shift it by a quarter."""
+    """Compared seed by seed, so that differences between seeds cancel: a shift of a tenth of their spread would be detected.
+    Weights stored in bfloat16, without float32 master weights, fail this test: they shift the loss by a quarter of it."""
 
     def loss(dtype: str, seed: int) -> float:
         spec = tiny(
@@ -125,11 +125,11 @@ def test_bfloat16_is_within_seed_noise_of_float32(tmp_path):
     assert 0.003 < noise < 0.1
     assert abs(statistics.fmean(shifts)) < noise / 10
     assert max(map(abs, shifts)) < noise / 2
-    assert min(map(abs, shifts)) > 0  # it was bfloat16
+    assert min(map(abs, shifts)) > 0  # bfloat16 was really used
 
 
 def test_causal_and_independent():
-    """A token's logits depend on nothing after it, and on no other sequence."""
+    """A token's logits do not depend on later tokens or on other sequences."""
     for shape in (GPTShape(width=32, depth=2, heads=2), GPT2Shape(width=32, depth=2, heads=2)):
         torch.manual_seed(0)
         model = build_model(shape)
@@ -151,7 +151,7 @@ def test_divergence_is_a_record(tmp_path):
     assert all(math.isfinite(p.train_loss_nats) for p in record.curve)
 
 
-def test_an_error_of_the_run_is_a_failed_record_and_the_others_go_on(tmp_path, monkeypatch):
+def test_a_failing_run_gets_a_failed_record_and_the_others_continue(tmp_path, monkeypatch):
     import scaling_lab.training.run.session as session
 
     real = session.build_model
@@ -174,7 +174,7 @@ def test_an_error_of_the_run_is_a_failed_record_and_the_others_go_on(tmp_path, m
     assert failed.reason == "RuntimeError: no memory for this"
 
 
-def test_other_data_than_the_plans_is_refused(tmp_path):
+def test_data_that_differ_from_the_plan_are_refused(tmp_path):
     store = RunStore(tmp_path)
     claim = store.claim(tiny())
     assert claim is not None
@@ -183,7 +183,7 @@ def test_other_data_than_the_plans_is_refused(tmp_path):
     assert store.state(tiny().run_id()).state == "interrupted"
 
 
-def test_a_worker_that_is_told_to_stop_gives_its_run_back(tmp_path):
+def test_a_worker_that_is_asked_to_stop_releases_its_run(tmp_path):
     """SIGTERM to a real worker: exit 75, no record, and the next worker trains the run."""
     store, spec = RunStore(tmp_path), tiny(200_000)
     store.write_plan(Plan("t", (PlannedRun(spec, Execution()),), spec.convention, spec.data.fingerprint()))
@@ -200,7 +200,7 @@ def test_a_worker_that_is_told_to_stop_gives_its_run_back(tmp_path):
 
 
 def test_a_plan_for_another_device_is_refused_before_anything_fails(tmp_path):
-    """A plan for a GPU, taken up on a machine without one: one line, and no run is recorded as failed."""
+    """A plan for a GPU on a machine without one: one line of error, and no run is recorded as failed."""
     if torch.cuda.is_available():
         pytest.skip("this machine has the device")
     store = RunStore(tmp_path)
@@ -234,14 +234,14 @@ def test_evaluation_steps():
 
     assert visits(tokens=64, points=4) == (354, 500, 707, 1000)
     assert visits(tokens=64, points=1) == (1000,)
-    # 256,000 training tokens at a tenth of their cost: 25,600 * 3 forward tokens, so two visits of 30,000.
+    # 256,000 training tokens at a tenth of their cost: 25,600 * 3 forward tokens, so two evaluations of 30,000.
     assert visits(tokens=30_000, points=6, max_cost_fraction=0.1) == (707, 1000)
-    # The last step is visited whatever it costs.
+    # The last step is always evaluated, whatever it costs.
     assert visits(tokens=10**9, points=6) == (1000,)
     assert evaluation_steps(tiny(1, eval=EvalSpec(tokens=64, points=5, max_cost_fraction=100))) == (1,)
 
 
-def test_blocks_cover_every_step_once_and_end_where_validation_is_due():
+def test_blocks_cover_every_step_once_and_end_at_evaluations():
     for steps in (1, 2, 63, 64, 65, 1000):
         spec = tiny(steps)
         run, parts = StepCounter(spec), []

@@ -39,7 +39,7 @@ def gathered(feed: Feed, slot: int, first: int, steps: int) -> np.ndarray:
 
 
 def all_windows(feed: Feed, slot: int, steps: int) -> np.ndarray:
-    """(steps * batch, context + 1), asked for in uneven blocks as the loop does."""
+    """(steps * batch, context + 1), requested in uneven blocks as by the training loop."""
     out, first = [], 0
     for block in [1, 2, 3, 1, 3, 3] * steps:
         block = min(block, steps - first, feed.max_block_steps)

@@ -1,4 +1,4 @@
-"""Mirrors 30 points of a run to W&B in the folder that is given, waits, and kills itself: a run on a node that is lost."""
+"""Mirrors 30 points of a run to W&B in the given folder, waits, and kills itself, as if its node were lost."""
 
 from __future__ import annotations
 

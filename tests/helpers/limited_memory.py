@@ -20,7 +20,7 @@ open_program = loop.open_program
 def open_limited_program(*args: Any, **options: Any) -> Any:
     program = open_program(*args, **options)
     loop.open_program = open_program
-    # What is mapped now and 200 MB: a batch of 256 sequences takes about 900 MB of activations and logits.
+    # 200 MB more than is mapped now: a batch of 256 sequences needs about 900 MB for activations and logits.
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 200 * 2**20,) * 2)
     return program

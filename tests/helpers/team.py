@@ -37,7 +37,7 @@ def lead(team: Team, folder: Path) -> None:
     stack = of_kind("ddp", "ddp-stack")
     train_pending(stack, planned_stack())
 
-    # A run of one process goes on in two, one of two in one (by pytest, afterwards), one spread over two in two copies.
+    # A run of one process resumes in two, one of two in one (by pytest, afterwards), a sharded one with data parallelism.
     train(of_kind("ddp", "1-to-2"), SPECS["even"])
     train(of_kind("fsdp", "1-to-2-fsdp"), SPECS["even"])
     interrupted_at(of_kind("ddp", "2-to-1"), SPECS["even"], 7)

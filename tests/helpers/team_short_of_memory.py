@@ -1,6 +1,6 @@
-"""Owns a worker whose second process has memory for one sequence at a time: started by torchrun in tests/test_distributed.py.
+"""A worker whose second process has memory for one sequence at a time; tests/test_distributed.py starts it with torchrun.
 
-A GPU that runs out says it by the same error, in the midst of a forward pass that the other process waits in.
+A GPU that runs out of memory raises the same error, in a forward pass in which the other process waits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Owns what the W&B tests share: a client that knows nobody's login and nobody's files, and the parts of a mirror."""
+"""Fixtures of the W&B tests: a client without a login or existing files, a server, and parts of a mirror."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scaling_lab.tracking.sink import wandb_client
 
 @pytest.fixture
 def fresh_wandb(monkeypatch, tmp_path):
-    """The real client as on a new machine; whatever it started is ended after the test."""
+    """The real client as on a new machine; everything it started is stopped after the test."""
     for name in ("CONFIG", "CACHE", "DATA"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / f"wandb-{name.lower()}"))
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
@@ -33,7 +33,7 @@ def fresh_wandb(monkeypatch, tmp_path):
     wandb_client.forget_failures()
     wandb: Any = sys.modules.get("wandb")
     if wandb is not None:
-        # Its settings, the server's address among them, are read once for each service process.
+        # Its settings, including the server's address, are read once per service process.
         wandb.teardown()
 
 

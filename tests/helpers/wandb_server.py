@@ -1,4 +1,4 @@
-"""Owns a W&B server for the tests: on the loopback interface, in memory, answering what the real client asks for.
+"""A W&B server for the tests: on the loopback interface, in memory, with the responses that the real client needs.
 
 GraphQL (`Viewer`, `UpsertBucket`, `RunResumeStatus`, `CreateRunFiles`, `Runs`, `Run`, `RunHistoryKeys`,
 `RunParquetHistory`, `HistoryPage`, the artifact mutations ...) and `/files/<entity>/<project>/<run>/file_stream`. It keeps
@@ -28,7 +28,7 @@ KEY = "k" * 40
 
 @dataclass
 class StoredRun:
-    """One run as the server has it."""
+    """One run on the server."""
 
     name: str
     project: str
@@ -43,7 +43,7 @@ class StoredRun:
     complete: bool = False
     exit_code: int | None = None
     inits: int = 0
-    """How often a client opened it."""
+    """How often a client has opened it."""
     artifacts: list[str] = field(default_factory=list)
 
     @property
@@ -62,7 +62,7 @@ class StoredRun:
 
 class WandbServer:
     """See the module. `failing` decides what goes wrong: None, "key" (401), "quota" (HTTP 403 on every upload),
-    "error" (HTTP 500) or "hang" (answers nothing)."""
+    "error" (HTTP 500) or "hang" (never responds)."""
 
     def __init__(self) -> None:
         self.runs: dict[tuple[str, str], StoredRun] = {}
@@ -73,7 +73,7 @@ class WandbServer:
         self.unknown: list[str] = []
         self.failing: str | None = None
         self.lose_history_above: int | None = None
-        """Pages of the history end below this step: a server that gives back less than it has."""
+        """Pages of the history end below this step, to simulate a server that returns less than it has."""
         self._lock = threading.RLock()
         self._open = threading.Event()
         handler = type("Bound", (_Handler,), {"store": self})
@@ -141,7 +141,7 @@ class WandbServer:
     def _run(self, project: str, name: str) -> StoredRun:
         return self.runs.setdefault((project, name), StoredRun(name, project))
 
-    # -- what the SDK asks while a run is on
+    # -- what the SDK requests during a run
     def _Viewer(self, v: dict[str, Any]) -> dict[str, Any]:
         return {
             "viewer": {
@@ -217,7 +217,7 @@ class WandbServer:
         ]
         return {"createRunFiles": {"runID": v["run"], "uploadHeaders": [], "files": files}}
 
-    # -- what the public API asks
+    # -- what the public API requests
     def _node(self, run: StoredRun) -> dict[str, Any]:
         counts: dict[str, int] = {}
         for row in run.history:
@@ -250,7 +250,7 @@ class WandbServer:
         }
 
     def _Runs(self, v: dict[str, Any]) -> dict[str, Any]:
-        """A page of a project's runs; of the filters those that this project's code sends are understood."""
+        """A page of a project's runs; supports the filters that this project's code sends."""
         found = [r for (project, _), r in sorted(self.runs.items()) if project == v["project"]]
         if not found:
             return {"project": None}
