@@ -33,9 +33,7 @@ def test_the_python_example_runs(
     scope: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), scope)
     printed = capsys.readouterr().out
-    assert re.search(r"isoflop 0\.5\d+ Interval\(lo=0\.[45]", printed)
-    assert re.search(r"parametric 0\.5\d+ Interval\(lo=0\.[45]", printed)
-    assert re.search(r"envelope None .*needs curves", printed)
+    assert re.search(r"^0\.5\d+ Interval\(lo=0\.[45]", printed)
     # The prediction is the one at the compute that was asked for.
     asked = scope["analysis"].predict(1e21).parametric
     assert asked.compute_flops == 1e21
