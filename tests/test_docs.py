@@ -32,7 +32,9 @@ def command_lines() -> Iterator[tuple[str, str]]:
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
             for line in block.splitlines():
-                if found := re.search(r"(?:^|[\s/(])scaling-lab\)? (?=[a-z])(.*)", re.sub(r"\s+#.*", "", line)):
+                if found := re.search(
+                    r"(?:^|[\s/(])scaling-lab\)? (?=[a-z])(.*)", re.sub(r"\s+#.*", "", line)
+                ):
                     yield page.name, found[1]
 
 
@@ -45,7 +47,10 @@ def test_commands_and_options_exist(page: str, line: str) -> None:
     assert arguments.flags <= entry.flags | {"quiet", "verbose", "help"}
     # What an experiment or a group's choice adds to the form needs the name of a real one, not the page's placeholder.
     plain = parse(
-        [arguments.command, *(a.text for a in arguments.assignments if a.key not in ("experiment", "mapping"))]
+        [
+            arguments.command,
+            *(a.text for a in arguments.assignments if a.key not in ("experiment", "mapping")),
+        ]
     )
     form = entry.load().form(plain)
     for assignment in arguments.assignments:
