@@ -29,7 +29,7 @@ from helpers.tables import (
 )
 from scaling_lab.analysis.data import table_files
 from scaling_lab.analysis.data.observations import Observations, from_table
-from scaling_lab.analysis.data.tables import read_table, table_from_mapping
+from scaling_lab.analysis.data.tables import read_table, table_from_frame
 from scaling_lab.analysis.estimate import FitStatus
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 
@@ -330,7 +330,7 @@ def test_numbers_in_millions_and_billions_are_noticed(tmp_path: Path) -> None:
     obs = read(path)
     assert any("flops is about 1e+15 times 6 params tokens" in w for w in obs.warnings)
     assert not any(
-        "times 6 params tokens" in w for w in from_table(table_from_mapping(dict(grid()))).warnings
+        "times 6 params tokens" in w for w in from_table(table_from_frame(grid(), "table")).warnings
     )
 
 
@@ -410,4 +410,4 @@ def test_two_rows_a_run_at_one_compute_are_no_curve_but_a_grid(points: str) -> N
 
 
 def observations(frame: pd.DataFrame) -> Observations:
-    return from_table(table_from_mapping({c: frame[c].to_numpy() for c in frame}))
+    return from_table(table_from_frame(frame, "table"))

@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 from scaling_lab.analysis.estimate import FitStatus
 from scaling_lab.analysis.fitting.fit import fit, fit_many, make_objective, weights_from_indices
 from scaling_lab.analysis.fitting.newton import solve_positive
-from scaling_lab.analysis.fitting.profile import profile_interval, profile_intervals
+from scaling_lab.analysis.fitting.profile import profile_intervals
 from scaling_lab.analysis.inference.law_comparison import compare_laws
 from scaling_lab.analysis.laws import get_law
 from scaling_lab.core.errors import UserError
@@ -366,7 +366,7 @@ def test_profile_of_a_linear_problem_is_the_t_interval() -> None:
     columns = law.example_columns()
     rng = np.random.default_rng(4)
     loss = law.loss_nats(law.example, columns) + 0.02 * rng.standard_normal(60)
-    interval = profile_interval(law, columns, "k_N", 0.9, loss_nats=loss, objective="mse")
+    (interval,) = profile_intervals(law, columns, ["k_N"], 0.9, loss_nats=loss, objective="mse")
     x = np.stack([np.ones(60), -np.log(columns["n_params"]), -np.log(columns["n_tokens"])], axis=1)
     beta, rss, *_ = np.linalg.lstsq(x, loss, rcond=None)
     error = np.sqrt(rss[0] / 57 * np.linalg.inv(x.T @ x)[1, 1])
@@ -380,7 +380,7 @@ def test_profile_points_are_minima_at_their_quantity(
 ) -> None:
     data, loss = chinchilla240
     best = fit(LAW, data, loss_nats=loss)
-    interval = profile_interval(LAW, data, "alpha", loss_nats=loss, starts=best.parameters)
+    (interval,) = profile_intervals(LAW, data, ["alpha"], loss_nats=loss, starts=best.parameters)
     assert interval.lo is not None
     assert interval.hi is not None
     assert interval.lo < best.parameters["alpha"] < interval.hi
@@ -422,7 +422,7 @@ def test_a_quantity_that_the_data_do_not_bound() -> None:
     rng = np.random.default_rng(0)
     data = {"n_params": 1e9 * np.exp(0.1 * rng.standard_normal(40)), "n_tokens": np.geomspace(1e9, 1e12, 40)}
     loss = LAW.loss_nats(LAW.example, data) * np.exp(0.01 * rng.standard_normal(40))
-    interval = profile_interval(LAW, data, "alpha", loss_nats=loss)
+    (interval,) = profile_intervals(LAW, data, ["alpha"], loss_nats=loss)
     assert interval.lo is None or interval.hi is None
     assert "alpha" in interval.message.lower()
 
@@ -433,7 +433,9 @@ def test_profile_coverage_is_near_nominal() -> None:
     a, hits = exponent(LAW.example), 0
     for seed in range(40):
         loss = truth * np.exp(0.004 * np.random.default_rng(seed).standard_normal(35))
-        interval = profile_interval(LAW, grid, "params_exponent", 0.9, loss_nats=loss, starts=LAW.example)
+        (interval,) = profile_intervals(
+            LAW, grid, ["params_exponent"], 0.9, loss_nats=loss, starts=LAW.example
+        )
         hits += (interval.lo is None or interval.lo <= a) and (interval.hi is None or a <= interval.hi)
     assert 30 <= hits <= 40  # a 90% interval: 36 expected, standard deviation 1.9
 
@@ -442,9 +444,9 @@ def test_profile_refuses_unknown_names() -> None:
     grid = isoflop_grid()
     loss = LAW.loss_nats(LAW.example, grid)
     with pytest.raises(UserError, match="params_exponent"):
-        profile_interval(LAW, grid, "param_exponent", loss_nats=loss)
+        profile_intervals(LAW, grid, ["param_exponent"], loss_nats=loss)
     with pytest.raises(UserError, match="level"):
-        profile_interval(LAW, grid, "alpha", 90, loss_nats=loss)
+        profile_intervals(LAW, grid, ["alpha"], 90, loss_nats=loss)
 
 
 # -- comparison of laws -----------------------------------------------------------------------------------------------------

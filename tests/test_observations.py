@@ -11,7 +11,7 @@ import pytest
 from helpers.synthetic import synthetic_records
 from scaling_lab.analysis.data.observations import Observations, cluster_budgets, from_table
 from scaling_lab.analysis.data.record_observations import observations_from_records, smooth
-from scaling_lab.analysis.data.tables import Table, table_from_mapping
+from scaling_lab.analysis.data.tables import Table, table_from_frame
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunStatus
@@ -26,14 +26,16 @@ def table(**columns: object) -> Table:
         "loss": np.linspace(4, 3, 8),
     }
     base |= {"flops": 120 * n**2} | columns
-    return table_from_mapping({k: v for k, v in base.items() if v is not None}, "t.csv")
+    return table_from_frame(pd.DataFrame({k: v for k, v in base.items() if v is not None}), "t.csv")
 
 
 def test_bad_cells_are_dropped_each_with_its_reason() -> None:
     loss: list[object] = [4.0, "oops", np.nan, -1.0, np.inf, 3.5, 3.4, 3.3, 3.2, 3.1, 3.0, 2.9]
     n = np.full(12, 1e8)
     obs = from_table(
-        table_from_mapping({"run_id": list("abcdefghijkl"), "params": n, "tokens": n, "loss": loss})
+        table_from_frame(
+            pd.DataFrame({"run_id": list("abcdefghijkl"), "params": n, "tokens": n, "loss": loss}), "t.csv"
+        )
     )
     assert {d.run_id: d.reason for d in obs.dropped} == {
         "b": "loss is not a number: 'oops'",
@@ -93,7 +95,7 @@ def test_the_last_row_of_a_run_is_by_tokens_not_by_order() -> None:
 
 def test_exact_duplicates_are_kept_and_reported() -> None:
     one = {"run_id": ["a"] * 6, "params": [1e8] * 6, "tokens": [1e9] * 6, "loss": [3.0] * 6}
-    obs = from_table(table_from_mapping(one))
+    obs = from_table(table_from_frame(pd.DataFrame(one), "t.csv"))
     assert obs.n_points == 6
     assert "5 exact duplicate row(s) are kept." in obs.warnings
 

@@ -118,7 +118,7 @@ def test_muennighoff(made: dict[str, Reproduction]) -> None:
     assert r.row("the next token after 4 epochs, in fresh tokens", 2).ours == pytest.approx(
         0.822867, abs=1e-5
     )
-    assert r.row("epochs without end are worth, in fresh epochs", 2).ours == pytest.approx(
+    assert r.row("infinitely many epochs are worth, in fresh epochs", 2).ours == pytest.approx(
         16.387756, abs=1e-5
     )
 

@@ -30,7 +30,7 @@ from helpers.tables import (
     read,
 )
 from scaling_lab.analysis.data.observations import MIN_ROWS, Observations, from_table
-from scaling_lab.analysis.data.tables import table_from_mapping
+from scaling_lab.analysis.data.tables import table_from_frame
 from scaling_lab.analysis.estimate import FitStatus
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 from scaling_lab.core.errors import UserError
@@ -121,7 +121,7 @@ def test_a_known_law_is_found_however_its_table_is_written(
     path = tmp_path_factory.mktemp("law") / f"t.{ending}"
     WRITERS[ending](frame, path)
     obs = read(path, **options)
-    clean = from_table(table_from_mapping(dict(grid())))
+    clean = from_table(table_from_frame(pd.DataFrame(grid()), "table"))
     found, wanted = (by_run(o.final()) for o in (obs, clean))
     assert found.keys() == wanted.keys()
     np.testing.assert_allclose([*found.values()], [*wanted.values()], rtol=1e-9)
@@ -261,7 +261,7 @@ def test_a_random_table_is_analyzed_for_what_it_is_or_refused(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            obs = from_table(table_from_mapping(columns))
+            obs = from_table(table_from_frame(pd.DataFrame(columns), "table"))
         assert_the_tables_own_numbers(obs, columns)
         analysis = analyzed(obs, s)
     except UserError as error:
@@ -288,7 +288,7 @@ def test_exact_losses_give_the_law_or_no_exponent(seed: int, rows: int, sizes: i
     flops = rng.choice(np.exp(rng.uniform(np.log(1e10), np.log(1e24), budgets)), rows)
     tokens = flops / (6 * params)
     table = {"params": params, "tokens": tokens, "flops": flops, "loss": law_loss(params, tokens)}
-    fit = analyzed(from_table(table_from_mapping(table)), QUICK).estimate("parametric")
+    fit = analyzed(from_table(table_from_frame(pd.DataFrame(table), "table")), QUICK).estimate("parametric")
     if fit.frontier is None:
         assert fit.status is FitStatus.NOT_IDENTIFIED
         # A power law in two variables over at most a few distinct places: fewer than its parameters, or all on one line.

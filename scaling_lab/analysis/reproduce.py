@@ -60,7 +60,7 @@ class ReproduceSettings:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The publications asked for."""
+        """The selected publications."""
         return publication_names() if self.published == ALL else (str(self.published),)
 
 

@@ -51,19 +51,10 @@ def observations_from_records(
     if curve not in CURVE_KINDS:
         raise unknown("approach.envelope.curve", curve, CURVE_KINDS)
     chosen = LOSS if metric is None else metric
-    all_records = _of_loss(list(records), chosen, metrics, curve)
+    all_records = _with_chosen_loss(list(records), chosen, metrics, curve)
     if chosen != LOSS:
         curve = "validation"
-    usable, dropped = [], []
-    for record in all_records:
-        reason = _why_unusable(record, "final validation loss" if chosen == LOSS else chosen)
-        if reason is None:
-            usable.append(record)
-        else:
-            dropped.append(Dropped(record.run_id, None, reason))
-    if not usable:
-        first = f" First reason: {dropped[0].run_id}: {dropped[0].reason}." if dropped else ""
-        raise UserError(f"none of the {len(all_records)} run records is a completed run with a loss.{first}")
+    usable, dropped = _usable_records(all_records, "final validation loss" if chosen == LOSS else chosen)
     planned = {r.spec.convention for r in usable}
     if convention is None:
         if len(planned) > 1:
@@ -89,15 +80,7 @@ def observations_from_records(
         convention=convention.value,
         dropped=tuple(dropped),
         warnings=tuple(_warnings(usable)),
-        extra={
-            "width": np.array([float(r.spec.shape.width) for r in usable]),
-            "depth": np.array([float(r.spec.shape.depth) for r in usable]),
-            "n_steps": np.array([float(r.spec.steps) for r in usable]),
-            "batch_tokens": np.array([float(r.spec.batch_tokens) for r in usable]),
-            LR_HORIZON: np.array([_lr_horizon(r) for r in usable]),
-            **_optional_columns(usable),
-            **{name: _loss_column(usable, name) for name in metrics if name != LOSS},
-        },
+        extra=_extra_columns(usable, metrics),
         separate_curves=_curves(usable, n, per_token, kind),
         alternatives={
             c.value: (
@@ -111,7 +94,22 @@ def observations_from_records(
     )
 
 
-def _of_loss(
+def _usable_records(records: Sequence[RunRecord], loss_name: str) -> tuple[list[RunRecord], list[Dropped]]:
+    """The completed runs with a loss, and why the others are dropped; raises `UserError` if none is usable."""
+    usable, dropped = [], []
+    for record in records:
+        reason = _why_unusable(record, loss_name)
+        if reason is None:
+            usable.append(record)
+        else:
+            dropped.append(Dropped(record.run_id, None, reason))
+    if not usable:
+        first = f" First reason: {dropped[0].run_id}: {dropped[0].reason}." if dropped else ""
+        raise UserError(f"none of the {len(records)} run records is a completed run with a loss.{first}")
+    return usable, dropped
+
+
+def _with_chosen_loss(
     records: Sequence[RunRecord], chosen: str, metrics: Sequence[str], curve: CurveKind
 ) -> list[RunRecord]:
     """The records with the chosen loss as validation loss; raises `UserError` if a chosen loss is not available."""
@@ -143,6 +141,19 @@ def smooth(values: Array, steps: Array, window_steps: float = SMOOTHING_WINDOW_S
         total[:-k] += w * values[k:]
         weight[:-k] += w
     return total / weight
+
+
+def _extra_columns(records: Sequence[RunRecord], metrics: Sequence[str]) -> dict[str, Array]:
+    """Columns for laws that need them, and a column for each other loss."""
+    return {
+        "width": np.array([float(r.spec.shape.width) for r in records]),
+        "depth": np.array([float(r.spec.shape.depth) for r in records]),
+        "n_steps": np.array([float(r.spec.steps) for r in records]),
+        "batch_tokens": np.array([float(r.spec.batch_tokens) for r in records]),
+        LR_HORIZON: np.array([_lr_horizon(r) for r in records]),
+        **_optional_columns(records),
+        **{name: _loss_column(records, name) for name in metrics if name != LOSS},
+    }
 
 
 def _optional_columns(records: Sequence[RunRecord]) -> dict[str, Array]:

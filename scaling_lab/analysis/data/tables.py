@@ -195,14 +195,6 @@ def table_from_frame(
     return replace(table, frame=frame.assign(**numbers), notes=tuple(notes))
 
 
-def table_from_mapping(data: Mapping[str, Any], source: str = "table") -> Table:
-    """A `Table` from arrays by our own column names, for the Python API."""
-    import pandas as pd
-
-    frame = pd.DataFrame({k: np.asarray(v) for k, v in data.items()})
-    return Table(source, frame, np.arange(1, len(frame) + 1, dtype=np.int64))
-
-
 def missing_column(name: str, table: Table, *, why: str = "") -> UserError:
     """The error for a missing column, with a similar column name if there is one."""
     near = nearest_column(

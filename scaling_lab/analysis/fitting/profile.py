@@ -113,13 +113,6 @@ class _QuadraticPenalty:
         return 0.5 * c * value**2, (c * value)[:, None] * gradient, hessian
 
 
-def profile_interval(
-    law: LossLaw, data: Any, quantity: str, level: float = 0.9, **options: Any
-) -> ProfileInterval:
-    """The profile interval of one quantity; see `profile_intervals` for the options."""
-    return profile_intervals(law, data, [quantity], level, **options)[0]
-
-
 def profile_intervals(
     law: LossLaw,
     data: Any,

@@ -58,7 +58,7 @@ class Backtest:
     observed: BudgetOptimum
     best_sampled_loss_nats: float
     loss_rms_log: float | None
-    """Root mean square of ln predicted - ln observed over the held-out runs (parametric only)."""
+    """Root mean square of ln predicted - ln observed over the held_out-out runs (parametric only)."""
     message: str
 
 
@@ -101,10 +101,10 @@ def backtest(
     weights: Array | None = None,
 ) -> tuple[Backtest, ...]:
     """Fit without the largest budget, predict its optimum and loss, and compare. Empty if there is only one budget."""
-    held = largest_budget(observations)
-    if held is None:
+    held_out = largest_budget(observations)
+    if held_out is None:
         return ()
-    budget, runs = held
+    budget, runs = held_out
     train = observations.runs(~runs)
     if train.n_points == 0:
         return ()

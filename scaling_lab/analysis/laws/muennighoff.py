@@ -72,9 +72,9 @@ class Muennighoff(LossLaw):
         u_d = np.minimum(columns.get("unique_tokens", d), d)
         g = (alpha * A / (beta * B)) ** (1 / (alpha + beta))
         u_n = np.minimum(n, g * (g * u_d) ** (beta / alpha))
-        worth_d = u_d * (1 + r_d * (1 - np.exp(-(d / u_d - 1) / r_d)))
-        worth_n = u_n * (1 + r_n * (1 - np.exp(-(n / u_n - 1) / r_n)))
-        return E + A / worth_n**alpha + B / worth_d**beta
+        effective_d = u_d * (1 + r_d * (1 - np.exp(-(d / u_d - 1) / r_d)))
+        effective_n = u_n * (1 + r_n * (1 - np.exp(-(n / u_n - 1) / r_n)))
+        return E + A / effective_n**alpha + B / effective_d**beta
 
     def frontier(self, parameters: Mapping[str, Any]) -> ComputeOptimum:
         """The frontier for unlimited unique tokens; with repetition the optimum depends on U and has no closed form."""
@@ -83,8 +83,8 @@ class Muennighoff(LossLaw):
     # Internal: E, ln A and ln B as in Chinchilla's law (relative to the mean loss, at the center of the data), exponents, ln R*.
     def evaluate(self, theta: Array, inputs: LawInputs) -> tuple[Array, Array]:
         alpha, beta = theta[:, _ALPHA, None], theta[:, _BETA, None]
-        log_n, d_log_n = self._log_worth_n(theta, inputs)
-        log_d, d_log_d = self._log_worth_d(theta, inputs)
+        log_n, d_log_n = self._log_effective_n(theta, inputs)
+        log_d, d_log_d = self._log_effective_d(theta, inputs)
         x, y = log_n - inputs.log_centers[0], log_d - inputs.log_centers[1]
         size = np.exp(theta[:, _A, None] - alpha * x)
         data = np.exp(theta[:, _B, None] - beta * y)
@@ -98,14 +98,14 @@ class Muennighoff(LossLaw):
         jacobian[:, _BETA] -= y * data / total
         return np.log(total), jacobian
 
-    def _log_worth_d(self, theta: Array, inputs: LawInputs) -> tuple[Array, Array]:
+    def _log_effective_d(self, theta: Array, inputs: LawInputs) -> tuple[Array, Array]:
         """ln D' (B, n) and its derivative with respect to ln R_D*."""
         u_d = np.minimum(inputs.columns["unique_tokens"], inputs.columns["n_tokens"])
         repetitions = inputs.columns["n_tokens"] / u_d - 1
         worth, slope, _ = _saturate(repetitions, theta[:, _RD, None])
         return np.log(u_d) + np.log1p(worth), slope / (1 + worth)
 
-    def _log_worth_n(self, theta: Array, inputs: LawInputs) -> tuple[Array, Array]:
+    def _log_effective_n(self, theta: Array, inputs: LawInputs) -> tuple[Array, Array]:
         """ln N' (B, n) and its derivatives with respect to all internal parameters (B, 7, n)."""
         log_n = np.log(inputs.columns["n_params"])
         log_unique = np.log(np.minimum(inputs.columns["unique_tokens"], inputs.columns["n_tokens"]))
@@ -153,7 +153,7 @@ class Muennighoff(LossLaw):
         for r_d, r_n in product(np.log([5.0, 40.0]), np.log([3.0, 20.0])):
             theta = np.zeros((1, 7))
             theta[0, _RD] = r_d
-            worth = np.exp(self._log_worth_d(theta, inputs)[0][0])
+            worth = np.exp(self._log_effective_d(theta, inputs)[0][0])
             columns = {"n_params": inputs.columns["n_params"], "n_tokens": worth}
             loss = np.exp(log_loss + inputs.log_loss_center)
             inner = plain.prepare(columns, loss)

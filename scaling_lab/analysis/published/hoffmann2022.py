@@ -108,7 +108,7 @@ def _rounding(unrounded: Mapping[str, float]) -> tuple[ComparisonRow, ...]:
     six_n_d = AnalysisSettings(where={"dropped_by_besiroglu": 0})
     refit = estimate_packed("chinchilla_epoch245.csv", "parametric", six_n_d).frontier
     assert refit is not None
-    anew = float(refit.tokens(_GOPHER_FLOPS) / refit.params(_GOPHER_FLOPS))
+    refitted = float(refit.tokens(_GOPHER_FLOPS) / refit.params(_GOPHER_FLOPS))
     chinchilla = "70B parameters and 1.4T tokens: Chinchilla as trained, by Approaches 1 and 2."
     return (
         ComparisonRow("Chinchilla as trained", 1.4e12 / 70e9, "20", remark=chinchilla),
@@ -123,7 +123,7 @@ def _rounding(unrounded: Mapping[str, float]) -> tuple[ComparisonRow, ...]:
             remark="Still three times Chinchilla's 20: the fit had not converged (Besiroglu et al. 2024).",
         ),
         ComparisonRow(
-            "approach 3, refitted to their figure's 240 points", anew, "18", source="reference",
+            "approach 3, refitted to their figure's 240 points", refitted, "18", source="reference",
             remark="At the optimum of their objective, Approach 3 agrees with Approaches 1 and 2 (`published=besiroglu2024`).",
         ),
     )  # fmt: skip

@@ -128,7 +128,7 @@ def _uncertainty(estimate: Estimate, settings: ReproduceSettings) -> tuple[Compa
     )
     last = estimate_packed(_TABLE, "parametric", AnalysisSettings())
     repeated = "21 rows repeat a run id; here only the last row of each run (by tokens) is used."
-    rows.append(ComparisonRow("a, one row a run", params_exponent(last), remark=repeated))
+    rows.append(ComparisonRow("a, one row per run", params_exponent(last), remark=repeated))
     return tuple(rows)
 
 

@@ -92,13 +92,13 @@ def _epochs() -> tuple[ComparisonRow, ...]:
     free = law.frontier(law.example)
     assert free is not None
     # What the paper says about this many epochs (its figure 1).
-    said = {
+    claims = {
         4: "The paper: up to 4 epochs are almost as good as new data.",
         16: "The paper: rapidly diminishing returns; after R_D* = 15.4 repetitions the value of a token has fallen to 1/e.",
         40: "The paper: at 40 epochs repeating is worthless.",
     }
     rows = []
-    for epochs, remark in said.items():
+    for epochs, remark in claims.items():
         d = epochs * _UNIQUE_TOKENS
         compute = (d / free.tokens_coefficient) ** (1 / free.tokens_exponent)
         n = float(free.params_coefficient * compute**free.params_exponent)
@@ -118,7 +118,7 @@ def _epochs() -> tuple[ComparisonRow, ...]:
     limit = "1 + R_D*: 25B tokens, repeated forever, are worth 410B fresh ones."
     return (
         *rows,
-        ComparisonRow("epochs without end are worth, in fresh epochs", _fresh_epochs(1e4), remark=limit),
+        ComparisonRow("infinitely many epochs are worth, in fresh epochs", _fresh_epochs(1e4), remark=limit),
     )
 
 

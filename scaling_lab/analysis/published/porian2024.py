@@ -85,7 +85,7 @@ class Porian2024(Publication):
                 f"{options}shared",
             ),
             ComparisonTable(
-                "five further experiments, minima by Akima",
+                "five other experiments, minima by Akima",
                 tuple(_akima_row(n, published[e], e) for e, n in _FURTHER.items()),
             ),
         )

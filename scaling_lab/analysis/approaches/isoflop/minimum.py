@@ -100,9 +100,9 @@ def apply_window(
     enough = (used & sizes.present).sum(axis=1) >= MINIMUM_SIZES[method]
     at_edge = (best <= lowest) | (best >= highest)
     opens_down = np.zeros(at_edge.shape, dtype=bool)
-    asked = at_edge & enough
-    if asked.any():
-        opens_down[asked] = _polynomials(log_n, loss[asked], weight[asked], 2)[0][:, 2] <= 0
+    checked = at_edge & enough
+    if checked.any():
+        opens_down[checked] = _polynomials(log_n, loss[checked], weight[checked], 2)[0][:, 2] <= 0
     return WindowedValley(loss, weight, enough, at_edge, opens_down, lowest, highest)
 
 

@@ -50,8 +50,6 @@ class SharedFit:
     """(samples, valleys); NaN if the fitted valley has no minimum."""
     loss_min: Array
     curvature: Array
-    sum_of_squares: Array
-    """(samples,): weighted, over all valleys."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def fit_shared(valleys: Sequence[ValleyData], start: Array | None = None) -> Sha
         damping = np.where(better, damping / 5, damping * 8)
         if np.all(np.abs(move).max(axis=1) < _SMALLEST_MOVE):
             break
-    return _solution(stacks, len(valleys), np.exp(theta), value)
+    return _solution(stacks, len(valleys), np.exp(theta))
 
 
 def shared_curve(steepness: Array, coefficients: Array, x: Array) -> Array:
@@ -177,7 +175,7 @@ def _residuals(stacks: Sequence[_Stack], steepness: Array) -> Array:
     return np.concatenate([p.reshape(p.shape[0], -1) for p in parts], axis=1)
 
 
-def _solution(stacks: Sequence[_Stack], n_valleys: int, steepness: Array, value: Array) -> SharedFit:
+def _solution(stacks: Sequence[_Stack], n_valleys: int, steepness: Array) -> SharedFit:
     a, b = steepness[:, 0], steepness[:, 1]
     coefficients = np.empty((steepness.shape[0], n_valleys, PARAMETERS_PER_VALLEY))
     for stack in stacks:
@@ -197,7 +195,7 @@ def _solution(stacks: Sequence[_Stack], n_valleys: int, steepness: Array, value:
         ],
         axis=1,
     )
-    return SharedFit(steepness, coefficients, x_min, loss_min, curvature, value)
+    return SharedFit(steepness, coefficients, x_min, loss_min, curvature)
 
 
 def _basis_at(steepness: Array, x: Array) -> Array:
