@@ -68,7 +68,7 @@ def test_published_tables_give_a_valid_analysis(file: str, settings: dict, schem
         assert estimate["message"]
 
 
-def test_a_sweeps_analysis_is_valid_and_right(sweep: dict, schema: dict) -> None:
+def test_the_analysis_of_a_sweep_is_valid_and_correct(sweep: dict, schema: dict) -> None:
     jsonschema.validate(sweep, schema)
     by_name = {e["approach"]: e for e in sweep["estimates"]}
     for name in ("isoflop", "parametric"):

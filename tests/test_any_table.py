@@ -87,7 +87,7 @@ def test_compressed_files(tmp_path: Path, ending: str, kind: str) -> None:
     same_numbers(read(path))
 
 
-def test_a_row_with_too_many_cells_is_dropped_alone(tmp_path: Path) -> None:
+def test_only_a_row_with_too_many_cells_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     lines = grid().to_csv(index=False).splitlines()
     lines[4] += ",1,2"
@@ -121,7 +121,7 @@ def test_json_in_every_form(tmp_path: Path) -> None:
         same_numbers(read(path, columns=columns))
 
 
-def test_a_bad_line_of_json_lines_is_dropped_alone(tmp_path: Path) -> None:
+def test_only_a_bad_line_of_json_lines_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     lines = [json.dumps(r) for r in grid().to_dict(orient="records")]
     path.write_text("\n".join([*lines[:3], "[1, 2]", *lines[3:], '{"params": 1e8, "tok']))
@@ -131,7 +131,7 @@ def test_a_bad_line_of_json_lines_is_dropped_alone(tmp_path: Path) -> None:
     assert any("2 line(s) are not JSON objects" in w and "line 4" in w for w in obs.warnings)
 
 
-def test_large_json_lines_take_the_fast_way_to_the_same_table(
+def test_the_fast_reader_of_large_json_lines_gives_the_same_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "t.jsonl"
@@ -153,7 +153,7 @@ def test_large_json_lines_take_the_fast_way_to_the_same_table(
         same_numbers(read(path))
 
 
-def test_a_column_that_begins_late_in_large_json_lines_is_read(
+def test_a_column_that_starts_late_in_large_json_lines_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table_files, "LARGE_JSON_BYTES", 0)
@@ -255,7 +255,7 @@ def test_the_missing_one_of_params_tokens_flops_is_derived(tmp_path: Path, missi
     assert_the_laws_numbers(analyzed(obs, QUICK))
 
 
-def test_single_missing_cells_are_derived_only_where_one_way_of_counting_holds(tmp_path: Path) -> None:
+def test_single_missing_cells_are_derived_only_if_flops_are_six_n_d(tmp_path: Path) -> None:
     g = grid()
     g.loc[3, "flops"] = np.nan
     g.loc[7, "tokens"] = np.nan
@@ -388,9 +388,7 @@ TOO_POOR = {
 
 @pytest.mark.parametrize("points", ["final", "all"])
 @pytest.mark.parametrize("kind", TOO_POOR)
-def test_a_table_too_poor_for_an_exponent_gets_none_and_each_approach_says_why(
-    kind: str, points: str
-) -> None:
+def test_a_table_with_too_little_data_gets_no_exponent_and_a_reason(kind: str, points: str) -> None:
     s = replace(PLAIN, points=points, backtest=False, bootstrap=BootstrapSettings(resamples=20))
     analysis = analyzed(observations(TOO_POOR[kind]()), s)
     for estimate in analysis.estimates:
@@ -403,7 +401,7 @@ def test_a_table_too_poor_for_an_exponent_gets_none_and_each_approach_says_why(
 
 
 @pytest.mark.parametrize("points", ["final", "all"])
-def test_two_rows_a_run_at_one_compute_are_no_curve_but_a_grid(points: str) -> None:
+def test_repeated_rows_of_a_run_are_not_a_curve(points: str) -> None:
     analysis = analyzed(observations(pd.concat([grid(), grid()])), replace(QUICK, points=points))
     assert "needs curves" in analysis.estimate("envelope").message
     assert_the_laws_numbers(analysis)

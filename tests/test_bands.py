@@ -21,7 +21,7 @@ from scaling_lab.analysis.inference.bands import Band, accepted_means, bounded_t
         (3.0, 1.37, 4.64),
     ],
 )
-def test_the_published_belt(x: float, lo: float, hi: float) -> None:
+def test_the_published_confidence_belt(x: float, lo: float, hi: float) -> None:
     assert accepted_means(x, 0.9) == pytest.approx((lo, hi), abs=0.011)
 
 
@@ -32,7 +32,7 @@ def test_the_belt_covers_at_its_level(mu: float) -> None:
     assert np.mean(held) == pytest.approx(0.9, abs=0.005)
 
 
-def test_tails_far_from_the_bound_are_central_and_at_it_one_sided() -> None:
+def test_intervals_are_central_far_from_the_bound_and_one_sided_at_it() -> None:
     assert bounded_tails(1e-5, 0.9) == pytest.approx((0.05, 0.95), abs=0.002)
     lower, upper = bounded_tails(0.3, 0.9)  # x = .52: the belt holds 0 to x + 1.64
     assert lower <= 0.3  # a quantile within the share at 0: the interval begins there
@@ -43,7 +43,7 @@ def band(values: np.ndarray) -> Band:
     return Band("parametric", 0.9, "residual", "residual bootstrap", values.size, 0, 0, {"E": values})
 
 
-def test_a_band_uses_it_where_samples_pile_up_at_zero() -> None:
+def test_a_band_uses_the_belt_where_samples_pile_up_at_zero() -> None:
     free = 1.4 + norm.ppf((np.arange(4000) + 0.5) / 4000)
     piled = band(np.maximum(free, 0.0)).interval("E")
     assert piled is not None

@@ -18,7 +18,7 @@ from scaling_lab.training.run.session import open_session
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "bench_bf16.py"
 
 
-def test_the_way_that_is_not_taken_is_bfloat16_throughout():
+def test_the_alternative_is_bfloat16_throughout():
     """Its gradient is that of a module whose parameters are bfloat16: numbers of 8 bits, near float32's."""
     found = importlib.util.spec_from_file_location("bench_bf16", SCRIPT)
     assert found is not None

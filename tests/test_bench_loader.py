@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "bench_loader.py"
 
 
 @pytest.mark.slow
-def test_quick_benchmark_says_what_each_source_gives(tmp_path):
+def test_the_quick_benchmark_reports_every_source(tmp_path):
     out = tmp_path / "bench.txt"
     command = [sys.executable, str(SCRIPT), "--quick", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)

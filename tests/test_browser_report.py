@@ -87,7 +87,7 @@ def seen(page: Path, tmp_path: Path, width: int, *, dark: bool = False) -> dict[
 
 
 @pytest.mark.parametrize("width", [360, 768, 1280])
-def test_nothing_spills_over_at_any_width(page: Path, tmp_path: Path, width: int) -> None:
+def test_nothing_overflows_at_any_width(page: Path, tmp_path: Path, width: int) -> None:
     got = seen(page, tmp_path, width)
     assert got["spill"] == 0, got["wide"]
     figures = got["figures"]
@@ -97,7 +97,7 @@ def test_nothing_spills_over_at_any_width(page: Path, tmp_path: Path, width: int
     assert got["requests"] == 0
 
 
-def test_dark_mode_turns_page_and_figures(page: Path, tmp_path: Path) -> None:
+def test_dark_mode_changes_page_and_figures(page: Path, tmp_path: Path) -> None:
     light, dark = seen(page, tmp_path, 1000), seen(page, tmp_path, 1000, dark=True)
     assert light["paper"] == "rgb(255, 255, 255)"
     assert dark["paper"] == "rgb(20, 23, 27)"

@@ -77,7 +77,7 @@ def test_wilsons_interval_at_points_computed_by_hand() -> None:
     assert wilson(0, 50)[0] == pytest.approx(0.0)
 
 
-def test_counting_of_hits_misses_and_widths() -> None:
+def test_hits_misses_and_widths_are_counted() -> None:
     studies = [
         {"E": StudyInterval(1.0, 2.0, 1.5), "A": StudyInterval(np.exp(1), np.exp(3), 5.0)} for _ in range(90)
     ]
@@ -94,7 +94,7 @@ def test_counting_of_hits_misses_and_widths() -> None:
     assert not coverages([{"E": StudyInterval(1, 2, 1.5)}] * 500)[0].passes  # 100% of 500 is too wide
 
 
-def test_cells_are_distinct_and_cover_what_is_asked() -> None:
+def test_cells_are_distinct_and_cover_the_request() -> None:
     assert len({c.name for c in CELLS}) == len(CELLS)
     claimed = {(c.grid.split("-")[0], c.law.split("-")[0], c.approach) for c in CELLS if c.claimed}
     for approach in ("isoflop", "parametric"):
@@ -112,7 +112,7 @@ def test_cells_are_distinct_and_cover_what_is_asked() -> None:
     [c for c in CELLS if c.grid in ("quickstart", "horizons") and c.law != "kaplan-small"],
     ids=lambda c: c.name,
 )
-def test_a_study_has_every_printed_interval_and_is_reproducible(cell: Cell) -> None:
+def test_a_study_has_every_reported_interval_and_is_reproducible(cell: Cell) -> None:
     once, again = run_study(cell, 3, resamples=40), run_study(cell, 3, resamples=40)
     assert once == again
     assert once != run_study(cell, 4, resamples=40)
@@ -142,7 +142,7 @@ def test_approaches_of_one_grid_see_the_same_studies() -> None:
     np.testing.assert_array_equal(one, two)
 
 
-def test_the_script_resumes_and_its_table_is_of_what_was_counted(
+def test_the_script_resumes_and_its_table_shows_the_counts(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cell = "quickstart quickstart 0.015 isoflop"
@@ -182,7 +182,7 @@ def test_the_script_resumes_and_its_table_is_of_what_was_counted(
     assert "3 above" in changed
 
 
-def test_studies_that_would_now_come_out_otherwise_do_not_count(script: ModuleType, tmp_path: Path) -> None:
+def test_outdated_studies_do_not_count(script: ModuleType, tmp_path: Path) -> None:
     cell = CELLS[0]
     results = script.Results(tmp_path, 40, "r1")
     results.load(cell)
@@ -202,7 +202,7 @@ def test_studies_that_would_now_come_out_otherwise_do_not_count(script: ModuleTy
     assert found() == 0
 
 
-def test_an_analysis_says_where_its_intervals_are_not_calibrated() -> None:
+def test_an_analysis_warns_where_its_intervals_are_not_calibrated() -> None:
     s = AnalysisSettings(
         bootstrap=BootstrapSettings(resamples=60), sensitivity=False, backtest=False, profile=False
     )
@@ -223,7 +223,7 @@ def test_an_analysis_says_where_its_intervals_are_not_calibrated() -> None:
     assert not any("calibrat" in d or "too wide" in d for d in without.estimate("envelope").diagnostics)
 
 
-def test_a_floor_that_cannot_be_told_from_none_is_said() -> None:
+def test_an_analysis_warns_where_the_floor_is_consistent_with_zero() -> None:
     s = AnalysisSettings(
         bootstrap=BootstrapSettings(resamples=60), sensitivity=False, backtest=False, profile=False
     )
@@ -272,7 +272,7 @@ def test_default_intervals_cover_on_the_quickstarts_grid(grid: str, approach: st
 
 
 @pytest.mark.slow
-def test_intervals_half_as_wide_would_be_noticed() -> None:
+def test_intervals_half_as_wide_fail_the_coverage_test() -> None:
     """The test above has teeth: intervals at level .6, about half as wide, fall below its range."""
     cell = next(c for c in CELLS if c.name == "quickstart quickstart 0.005 isoflop")
     approach, hits = IsoFlop(), 0

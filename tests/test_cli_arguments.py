@@ -26,7 +26,7 @@ def test_flags_are_taken_in_any_position():
     assert [a.text for a in arguments.assignments] == ["runs=a.csv", "seed=1"]
 
 
-def test_only_the_first_equals_sign_splits_and_hydras_plus_is_taken_off():
+def test_only_the_first_equals_sign_splits_and_hydras_plus_is_removed():
     arguments = parse(["analyze", "runs=a=b (1).csv", "++columns.loss=val loss (nats)", "where.train/loss=1"])
     assert [(a.key, a.value) for a in arguments.assignments] == [
         ("runs", "a=b (1).csv"),
@@ -49,7 +49,7 @@ def test_only_the_first_equals_sign_splits_and_hydras_plus_is_taken_off():
         (["plan", "sweep=a\nb"], "control character"),
     ],
 )
-def test_what_is_refused_says_why(argv, part):
+def test_refusals_give_the_reason(argv, part):
     with pytest.raises(UserError) as error:
         parse(argv)
     assert part in str(error.value)
@@ -82,7 +82,7 @@ def test_what_is_refused_says_why(argv, part):
         ("hull", Literal["interpolate", "hull"], "hull"),
     ],
 )
-def test_values_are_read_kindly(text, wanted, value):
+def test_values_are_parsed_leniently(text, wanted, value):
     read = read_value("key", text, wanted)
     assert read == value
     assert type(read) is type(value)
@@ -118,7 +118,7 @@ def test_a_time_is_read_in_the_unit_of_the_fields_name(key, text, value):
         ("hul", Literal["interpolate", "hull"], "Did you mean 'hull'?"),
     ],
 )
-def test_a_wrong_value_names_the_option_and_what_is_wanted(text, wanted, part):
+def test_a_wrong_value_names_the_option_and_the_expected_type(text, wanted, part):
     with pytest.raises(UserError) as error:
         read_value("some.key", text, wanted)
     assert "some.key" in str(error.value)
@@ -135,7 +135,7 @@ def test_suffixes_are_exact(number, suffix):
 
 
 @given(st.text() | st.floats().map(str) | st.integers().map(str) | st.lists(st.integers()).map(str))
-def test_a_text_is_read_as_what_it_is_or_refused_by_the_options_name(text):
+def test_any_text_is_parsed_correctly_or_refused_with_the_options_name(text):
     for wanted in (int, float, bool, tuple[int, ...], int | None, Convention):
         try:
             value = read_value("seed", text, wanted)
@@ -175,7 +175,7 @@ def test_lists_split_at_the_top_level_only(text, parts):
     assert split_list(text) == parts
 
 
-def test_the_nearest_key_looks_at_the_last_part_too():
+def test_the_nearest_key_considers_the_last_part():
     keys = ["model.width", "model.depth", "seed", "recipe.warmup_fraction", "design.sizes.min_width"]
     assert nearest("model.widht", keys) == "model.width"
     assert nearest("depht", keys) == "model.depth"

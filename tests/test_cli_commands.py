@@ -171,7 +171,7 @@ def test_refusals_are_one_line_and_write_nothing(capsys, in_an_empty_folder, arg
     assert os.listdir(in_an_empty_folder) == []
 
 
-def test_traceback_is_for_developers(monkeypatch, capsys):
+def test_tracebacks_are_for_developers_only(monkeypatch, capsys):
     monkeypatch.setenv("SCALING_LAB_TRACEBACK", "1")
     assert main(["plan", "sweep=x", "seed=a"]) == 2
     assert "Traceback" in capsys.readouterr().err
@@ -195,7 +195,7 @@ def test_analyze_reads_awkward_names_and_prints_only_json(capsys, table):
     assert not (table.parent / "results").exists()
 
 
-def test_where_of_text_and_the_summary(capsys, table):
+def test_where_on_text_columns_and_the_summary(capsys, table):
     argv = [
         "analyze",
         f"runs={table.name}",
@@ -273,7 +273,7 @@ def test_plan_prints_the_grid_and_writes_it(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-def test_one_run_says_what_its_recipe_does_not_know(capsys):
+def test_a_single_run_prints_its_recipes_warnings(capsys):
     """As a plan does."""
     argv = [
         "train",
@@ -293,7 +293,7 @@ def test_one_run_says_what_its_recipe_does_not_know(capsys):
     assert "note:" not in capsys.readouterr().out
 
 
-def test_a_token_file_needs_its_vocabulary(capsys, tmp_path):
+def test_a_token_file_needs_its_vocabulary_size(capsys, tmp_path):
     import numpy as np
 
     np.save(tmp_path / "words.npy", np.arange(5000, dtype=np.uint16) % 99)
@@ -358,7 +358,7 @@ def test_own_configs_are_found_first(capsys, tmp_path):
     assert "model.width" in refused(capsys, "plan", "config_dir=own", "experiment=mine")
 
 
-def test_doctor_says_what_is_here(capsys):
+def test_doctor_reports_what_is_installed(capsys):
     assert main(["doctor", "--json"]) == 0
     found = {f["what"]: f for f in json.loads(capsys.readouterr().out)["findings"]}
     assert found["python"]["ok"]
@@ -409,7 +409,7 @@ WORDS = st.one_of(
     first=st.booleans(),
     good=st.sampled_from([[], ["sweep=x", "data.max_mb=1"], ["runs=runs.csv"]]),
 )
-def test_any_argument_list_is_obeyed_or_refused_for_one_of_its_words(capsys, command, words, first, good):
+def test_any_argument_list_runs_or_is_refused_naming_one_of_its_words(capsys, command, words, first, good):
     words = [*good, *words]
     argv = [command, *words] if first else [*words, command]
     status = main(argv)

@@ -51,7 +51,7 @@ def name_of(shape: Any) -> str:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
-def test_flat_in_the_width_under_mup_and_completep_but_not_standard(shape):
+def test_activations_are_flat_in_width_under_mup_and_completep_only(shape):
     for parametrization in (MuP(**BASE), CompleteP(**BASE)):
         flat = points(shape, parametrization, "width")
         for quantity in (STREAM, LOGITS):
@@ -63,7 +63,7 @@ def test_flat_in_the_width_under_mup_and_completep_but_not_standard(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
-def test_flat_in_the_depth_under_completep_alone(shape):
+def test_activations_are_flat_in_depth_under_completep_only(shape):
     flat = points(shape, CompleteP(**BASE), "depth")
     for quantity in (STREAM, LOGITS):
         assert abs(growth(flat, "depth", lambda p, q=quantity: p.size[q])) < FLAT, quantity
@@ -94,6 +94,6 @@ def test_growth_of_a_power_law():
     assert growth(made, "width", lambda p: p.change[STREAM]) == pytest.approx(0.0, abs=1e-12)
 
 
-def test_too_short_a_text_is_refused():
+def test_a_text_that_is_too_short_is_refused():
     with pytest.raises(ValueError, match="too few"):
         measure(SHAPES[0], STANDARD, text()[:100], peak_lr=0.01)

@@ -94,12 +94,12 @@ def test_an_evaluation_set_of_another_tokenizer(folder):
     assert make_plan(settings(data=by_bytes, eval=sets(of(PySource())), max_epochs=1e9)).runs
 
 
-def test_of_a_users_tokens_nobody_knows_the_tokenizer(tmp_path):
+def test_the_tokenizer_of_a_users_token_file_is_unknown(tmp_path):
     np.save(tmp_path / "t.npy", (np.arange(20_000) % 50).astype(np.uint8))
     source = TokenFile(str(tmp_path / "t.npy"), 50)
     assert make_plan(settings(eval=sets(of(source)))).runs
 
 
-def test_a_folder_that_is_not_there_is_named_as_the_evaluation_sets(tmp_path):
+def test_a_missing_folder_is_named_as_the_evaluation_sets(tmp_path):
     message = refused(eval=sets({"kind": "prepared", "path": str(tmp_path / "nowhere")}))
     assert message.startswith(f"eval.sets: set0: path='{tmp_path}/nowhere' has no meta.json")

@@ -117,7 +117,7 @@ def test_an_epoch_is_every_window_of_the_training_split_once(tmp_path, corpus):
     assert record.curve[0].train_loss_nats == pytest.approx(by_hand, abs=FLOAT32_NATS)
 
 
-def test_each_seed_decides_its_own_part(tmp_path, corpus):
+def test_each_seed_controls_its_own_part(tmp_path, corpus):
     """seed_data the windows of the first batch, seed_init the parameters that meet them."""
     seen = []
     for i, seeds in enumerate(({}, {"seed_init": 1}, {"seed_data": 1})):
@@ -132,7 +132,7 @@ def test_each_seed_decides_its_own_part(tmp_path, corpus):
     assert min(abs(a - b) for a, b in ((seen[0], seen[1]), (seen[0], seen[2]), (seen[1], seen[2]))) > 1e-3
 
 
-def test_every_dtypes_token_ids_survive():
+def test_token_ids_of_every_dtype_survive():
     """The largest ids of each dtype that a vocabulary of 2^17 can hold, of uint16 those beyond int16 among them."""
     for dtype in (np.uint8, np.uint16, np.uint32, np.int32, np.int64):
         largest = min(np.iinfo(dtype).max, 2**17 - 1)
@@ -231,7 +231,7 @@ def test_the_gradient_is_clipped_to_its_norm(tmp_path, corpus, clip_norm):
 # -- execution
 
 
-def test_threads_are_the_plans(corpus):
+def test_threads_are_set_as_planned(corpus):
     before = torch.get_num_threads()
     try:
         for threads in (2, 1):
@@ -241,7 +241,7 @@ def test_threads_are_the_plans(corpus):
         torch.set_num_threads(before)
 
 
-def test_a_worker_takes_the_longest_run_first(tmp_path, corpus):
+def test_a_worker_starts_with_the_longest_run(tmp_path, corpus):
     store = RunStore(tmp_path)
     runs = tuple(PlannedRun(spec_of(corpus, steps), Execution()) for steps in (2, 1, 4, 3))
     made = train_pending(store, Plan("t", runs, runs[0].spec.convention, corpus.source.fingerprint()))
@@ -258,7 +258,7 @@ def test_a_worker_takes_the_longest_run_first(tmp_path, corpus):
 # -- the store
 
 
-def test_a_reused_pid_is_not_the_claims_owner(tmp_path, corpus):
+def test_a_reused_pid_does_not_own_the_claim(tmp_path, corpus):
     """Our own pid, alive, but said to have started at another time: the owner is gone."""
     store, spec = RunStore(tmp_path), spec_of(corpus)
     assert store.claim(spec) is not None
@@ -272,7 +272,7 @@ def test_a_reused_pid_is_not_the_claims_owner(tmp_path, corpus):
     assert claim.generation == 2
 
 
-def test_a_curve_shorter_than_its_record_says_is_refused(tmp_path, corpus):
+def test_a_curve_shorter_than_its_record_is_refused(tmp_path, corpus):
     store, spec = RunStore(tmp_path), spec_of(corpus, steps=3)
     record, _ = train(store, spec)
     path = store.run_folder(spec.run_id()) / "curve.jsonl"
@@ -287,7 +287,7 @@ def test_a_curve_shorter_than_its_record_says_is_refused(tmp_path, corpus):
     assert store.read_record(spec.run_id()) == record
 
 
-def test_a_record_written_between_the_look_and_the_claim_is_honoured(tmp_path, corpus, monkeypatch):
+def test_a_record_written_just_before_the_claim_is_respected(tmp_path, corpus, monkeypatch):
     """The former owner finishes while the claim file is being created: the run is over, and nobody holds it."""
     store, spec = RunStore(tmp_path), spec_of(corpus)
     record = store.run_folder(spec.run_id()) / "record.json"

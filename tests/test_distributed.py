@@ -124,7 +124,7 @@ def test_checkpoints_of_one_process_and_of_two_are_the_same(folder, alone, tmp_p
             assert float((two.tensors[name] - tensor).norm() / tensor.norm()) < 1e-3
 
 
-def test_shares_cover_a_batch_and_differ_by_one():
+def test_shares_cover_a_batch_and_differ_by_at_most_one():
     for sequences, size in ((8, 2), (7, 3), (3, 3), (100, 16)):
         parts = [batch_share(sequences, World(rank, size, rank)) for rank in range(size)]
         assert [k for first, last in parts for k in range(first, last)] == list(range(sequences))
@@ -295,7 +295,7 @@ def test_the_command_under_torchrun_writes_and_prints_everything_once(tmp_path):
     assert len(list(tmp_path.glob("p/runs/*/claim-*.json"))) == 1
 
 
-def test_sweep_under_torchrun_says_what_to_do(tmp_path, monkeypatch, capsys):
+def test_sweep_under_torchrun_is_refused_with_the_right_command(tmp_path, monkeypatch, capsys):
     from scaling_lab.cli.main import main
 
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -32,11 +32,11 @@ def test_an_ordinary_run_has_not_diverged():
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_ends_the_run_at_once(loss):
+def test_a_non_finite_loss_ends_the_run_immediately(loss):
     assert first_diverged([3.0, 2.9, loss, 2.8]) == 3
 
 
-def test_far_above_a_uniform_guess():
+def test_a_loss_far_above_a_uniform_guess_is_divergence():
     assert first_diverged([UNIFORM + 3.01] * 100, 10_000) == 32
     assert first_diverged([UNIFORM + 2.9] * 100, 10_000) is None
     assert first_diverged([*[UNIFORM + 3.01] * 31, 3.0] * 5, 10_000) is None

@@ -98,7 +98,7 @@ def test_ends_are_taken_only_where_sizes_have_horizons() -> None:
         EnvelopeSettings(method="ends", edge="keep")
 
 
-def test_two_crossings_are_no_power_law() -> None:
+def test_two_crossings_are_not_a_power_law() -> None:
     """Any line goes through two: of sizes that a larger one never beats, only the first two pairs cross."""
     obs = horizons(noise=0.004)
     rank = np.unique(np.round(np.log(obs.n_params), 9), return_inverse=True)[1]
@@ -113,7 +113,7 @@ def test_two_crossings_are_no_power_law() -> None:
     assert "2 of 12 pairs of sizes cross; at least three are needed" in asked.message
 
 
-def test_the_interval_takes_the_estimators_own_error_out() -> None:
+def test_the_interval_corrects_the_estimators_own_error() -> None:
     obs = horizons("kaplan", 0.004, study=5)
     approach = Envelope()
     estimate = approach.estimate(obs)
@@ -131,7 +131,7 @@ def test_the_interval_takes_the_estimators_own_error_out() -> None:
     assert by_run.interval("params_exponent") is not None
 
 
-def test_without_residuals_there_is_a_sentence_and_no_interval() -> None:
+def test_without_residuals_there_is_a_reason_and_no_interval() -> None:
     obs = power_curves()
     three = Observations.from_arrays(
         n_params=np.concatenate([obs.n_params, np.full(4, 4.0)]),

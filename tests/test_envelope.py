@@ -73,7 +73,7 @@ def test_edges_are_counted_and_kept_on_request() -> None:
     assert kept.frontier.compute_flops.size == 1500
 
 
-def test_a_change_of_size_forced_by_the_end_of_a_run_is_no_crossing() -> None:
+def test_a_change_of_size_forced_by_the_end_of_a_run_is_not_a_crossing() -> None:
     law = Truth(0.34, 0.28)
     obs = law.curves(1e9 * 2.0 ** np.arange(-3, 4), points=400, decades=8)
     # The middle size stops before it would be overtaken.
@@ -198,7 +198,7 @@ def test_curves_under_a_constant_lr_or_another_horizon_are_flagged() -> None:
 @pytest.mark.parametrize(
     "approach", [Envelope(), Envelope(EnvelopeSettings(method="hull"))], ids=["interpolate", "hull"]
 )
-def test_a_tables_schedules_are_read_and_their_absence_is_said(approach: Envelope, tmp_path) -> None:
+def test_a_tables_schedules_are_read_and_their_absence_is_reported(approach: Envelope, tmp_path) -> None:
     import pandas as pd
 
     from scaling_lab.analysis.data.observations import from_table

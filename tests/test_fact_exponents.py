@@ -58,7 +58,7 @@ def test_the_local_exponent_is_the_slope_of_the_exact_share(statements: float) -
 
 
 @pytest.mark.parametrize(("slope", "facts"), [(0.7, 262_144), (1.0, 262_144), (1.5, 10_000)])
-def test_many_facts_have_the_exponent_of_facts_without_end(slope: float, facts: int) -> None:
+def test_many_facts_have_the_exponent_of_infinitely_many(slope: float, facts: int) -> None:
     """Away from both ends. Probabilities are integers over 2^32, none below 1: steep laws with many facts end in a flat tail."""
     source = ZipfFacts(facts=facts, slope=slope, symbols=512)
     assert asymptotic_exponent(slope) == pytest.approx(slope / (1 + slope))
@@ -72,7 +72,7 @@ def curve(scale: float, unit: float = 1.0) -> list[float]:
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 7.0, 60.0])
-def test_a_curve_of_its_own_gives_back_its_scale(scale: float) -> None:
+def test_the_scale_is_recovered_from_a_predicted_curve(scale: float) -> None:
     statements = np.array(HORIZONS) / FACTS.statement_tokens
     assert fitted_scale(FACTS, statements, curve(scale)) == pytest.approx(scale, rel=1e-3)
     found = compare(FACTS, HORIZONS[::-1], "1 - exact_match", curve(scale)[::-1])
@@ -108,7 +108,7 @@ def test_the_standard_error_by_hand() -> None:
     assert found.standard_error == pytest.approx(math.sqrt((1 / 36 + 1 / 9 + 1 / 36) / 1 / 2))
 
 
-def test_what_has_no_exponent_is_refused() -> None:
+def test_data_without_an_exponent_is_refused() -> None:
     with pytest.raises(UserError, match="2 horizons, an exponent needs at least 3"):
         compare(FACTS, [1e4, 2e4, 2e4], "1 - exact_match", [0.5, 0.4, 0.4])
     with pytest.raises(UserError, match=r"1 - exact_match is 0 at D=2e\+04 tokens: raise eval.tokens"):

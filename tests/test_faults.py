@@ -100,7 +100,7 @@ def status(capsys: pytest.CaptureFixture[str]) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("leave_bytes", [0, 12_000, 60_000])
-def test_a_full_disk_stops_the_sweep_and_no_run_fails(tmp_path, undisturbed, leave_bytes):
+def test_a_full_disk_stops_the_sweep_but_fails_no_run(tmp_path, undisturbed, leave_bytes):
     """Before anything is written, in the curve, and at the checkpoint or the record."""
     with mounted(tmp_path / "disk") as disk:
         store = RunStore(disk / "sweep")
@@ -148,7 +148,7 @@ def test_the_command_on_a_full_disk_ends_with_one_line(tmp_path, undisturbed):
         assert_all_as(store, undisturbed)
 
 
-def test_a_read_only_folder_is_read_and_not_written(store, undisturbed, capsys):
+def test_a_read_only_folder_is_read_but_not_written(store, undisturbed, capsys):
     (store.run_folder(SECOND) / "record.json").unlink()
     with read_only(store.folder):
         assert status(capsys)[FIRST]["state"] == "completed"
@@ -186,7 +186,7 @@ def test_a_finished_run_without_its_curve_is_not_done(store, undisturbed, capsys
 
 
 @pytest.mark.parametrize("text", ['{"run_id": "gpt', "", "[]", "null"])
-def test_a_half_written_record_is_one_failed_run(store, undisturbed, capsys, text):
+def test_a_half_written_record_fails_only_its_own_run(store, undisturbed, capsys, text):
     (store.run_folder(FIRST) / "record.json").write_text(text)
     found = status(capsys)
     assert found[SECOND]["state"] == "completed"
@@ -198,7 +198,7 @@ def test_a_half_written_record_is_one_failed_run(store, undisturbed, capsys, tex
     assert_all_as(store, undisturbed)
 
 
-def test_a_deleted_checkpoint_costs_the_steps_and_says_so(store, undisturbed, caplog):
+def test_a_deleted_checkpoint_costs_steps_and_is_reported(store, undisturbed, caplog):
     folder = store.run_folder(FIRST)
     (folder / "record.json").unlink()
     shutil.rmtree(folder / "checkpoint")
@@ -213,7 +213,7 @@ def edit(path: Path, change) -> None:
     path.write_text(json.dumps(data))
 
 
-def test_a_folder_of_an_older_schema_is_read(store, capsys):
+def test_a_folder_with_an_older_schema_is_read(store, capsys):
     """As the first version wrote it: fields that came later are missing, in the plan, the spec, the record and the claim."""
 
     def older(spec: dict) -> None:
@@ -253,7 +253,7 @@ def test_a_broken_plan_says_how_to_go_on(store, capsys):
     assert main(["status"]) == 0
 
 
-def test_failed_runs_of_two_reopeners_are_reopened_once(store):
+def test_two_processes_reopen_a_failed_run_once(store):
     path = store.run_folder(FIRST) / "record.json"
     edit(path, lambda record: record.update(status=RunStatus.FAILED, reason="no memory"))
     assert store.reopen_failed(PLAN) == [FIRST]

@@ -102,7 +102,7 @@ def test_a_shard_boundary_inside_a_window_changes_nothing(sources):
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_generated_windows_are_documents_from_their_beginning(in_chunks, name):
+def test_generated_windows_start_with_their_documents(in_chunks, name):
     source = GENERATED[name]
     feed = open_feed([spec_of(source, 10, seed_data=3)], CPU)
     assert isinstance(feed, ChunkFeed)

@@ -111,7 +111,7 @@ def test_log_ticks_are_round_numbers() -> None:
 
 
 @given(st.lists(st.floats(0, 1), max_size=8))
-def test_names_pushed_apart_keep_their_order_and_distance(positions: list[float]) -> None:
+def test_labels_pushed_apart_keep_their_order_and_distance(positions: list[float]) -> None:
     moved = style.spread(positions, 0.05, 0.0, 1.0)
     by_place = sorted(moved)
     assert all(b - a > 0.045 for a, b in itertools.pairwise(by_place))
@@ -209,7 +209,7 @@ def test_the_twenty_to_one_line_is_twenty_to_one_at_the_runs_own_cost() -> None:
     np.testing.assert_allclose(9 * n * d, c)
 
 
-def test_band_is_the_quantiles_of_the_samples_lines() -> None:
+def test_the_band_is_the_quantiles_of_the_sampled_lines() -> None:
     slopes, logs = np.linspace(0.4, 0.6, 101), np.zeros(101)
     band = Band(
         "isoflop",
@@ -254,7 +254,7 @@ def test_contour_frontier_touches_the_lowest_contour_of_each_budget() -> None:
     assert {"1e11", "4e11"} <= {t.get_text() for t in ax.texts}
 
 
-def test_contour_says_no_to_a_law_of_other_columns() -> None:
+def test_contours_are_refused_for_a_law_of_other_columns() -> None:
     observations = grid_observations()
     fit = replace(law_fit(observations, np.zeros(10)), law="muennighoff")
     estimate = Estimate("parametric", FitStatus.CONVERGED, "fine", None, "muennighoff", (fit,))
@@ -352,7 +352,7 @@ def small_svg() -> str:
         return svg.to_svg(figure)
 
 
-def test_a_figure_is_the_same_file_every_time_and_says_no_date() -> None:
+def test_a_figure_is_the_same_file_every_time_and_has_no_date() -> None:
     import datetime
 
     assert small_svg() == small_svg()
@@ -399,7 +399,7 @@ def test_shortened_coordinates_move_nothing_visibly() -> None:
     assert len(short) < len(raw.getvalue())
 
 
-def test_synthetic_runs_end_on_their_law() -> None:
+def test_synthetic_runs_end_exactly_on_their_law() -> None:
     """The test helper itself: without noise a run's last loss is the law's, to the last digit, and records are real."""
     for record in synthetic_records(noise=0.0):
         spec = record.spec

@@ -107,7 +107,7 @@ def test_each_resample_equals_its_own_fit(chinchilla240: tuple[dict[str, np.ndar
         assert batch.parameters["alpha"][i] == pytest.approx(alone.parameters["alpha"], rel=1e-5)
 
 
-def test_no_general_purpose_optimiser_goes_lower(
+def test_no_general_purpose_optimizer_finds_a_lower_value(
     chinchilla240: tuple[dict[str, np.ndarray], np.ndarray],
 ) -> None:
     data, loss = chinchilla240
@@ -221,7 +221,7 @@ def test_long_tables_are_searched_on_a_sample_and_fitted_whole() -> None:
     assert result.objective == pytest.approx(truth.objective, rel=1e-9)
 
 
-def test_observations_are_accepted_as_they_are() -> None:
+def test_observations_are_accepted_directly() -> None:
     from scaling_lab.analysis.data.observations import Observations
 
     law = get_law("gemstones")
@@ -288,7 +288,7 @@ def test_fewer_observations_than_parameters() -> None:
     assert not batch.reached.any()
 
 
-def test_no_floor_is_at_bound_and_says_so() -> None:
+def test_a_missing_floor_is_reported_as_at_bound() -> None:
     grid = isoflop_grid()
     loss = 9 - 0.25 * np.log(grid["n_params"]) + 30 / grid["n_tokens"] ** 0.1
     result = fit(
@@ -307,7 +307,7 @@ def test_exact_power_law_without_floor_converges_without_e() -> None:
     assert result.parameters["alpha"] == pytest.approx(0.076, rel=1e-9)
 
 
-def test_a_lone_start_disagrees_and_a_cut_search_says_max_steps(
+def test_a_single_start_disagrees_and_a_cut_off_search_reports_max_steps(
     chinchilla240: tuple[dict[str, np.ndarray], np.ndarray],
 ) -> None:
     data, loss = chinchilla240
@@ -417,7 +417,7 @@ def test_profiles_of_all_quantities(chinchilla240: tuple[dict[str, np.ndarray], 
         assert a.rises.min() == 0.0
 
 
-def test_a_quantity_that_the_data_do_not_bound() -> None:
+def test_a_quantity_not_bounded_by_the_data() -> None:
     # A spread of N of 20% under 1% of noise says next to nothing of alpha.
     rng = np.random.default_rng(0)
     data = {"n_params": 1e9 * np.exp(0.1 * rng.standard_normal(40)), "n_tokens": np.geomspace(1e9, 1e12, 40)}

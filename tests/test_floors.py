@@ -103,7 +103,7 @@ class ProbingOracle(nn.Module):
 
 
 @pytest.mark.parametrize("source", [FACTS, Mixture((TREE, FACTS), (1.0, 2.0))], ids=["zipf_facts", "mixture"])
-def test_an_oracle_that_asks_the_source_scores_exactly_the_floor(source):
+def test_an_oracle_that_queries_the_source_scores_exactly_the_floor(source):
     held_out = ValidationSet(source, CONTEXT, EvalSpec(tokens=CONTEXT * 40), CPU)
     oracle = ProbingOracle(source)
     probabilities = oracle(torch.from_numpy(validation(source, 40))[:, :-1].long()).exp().sum(-1)
@@ -111,7 +111,7 @@ def test_an_oracle_that_asks_the_source_scores_exactly_the_floor(source):
     assert held_out.loss(oracle, {})[0] == pytest.approx(held_out.floor_nats(), abs=1e-6)
 
 
-def test_the_records_floor_is_that_of_its_validation_windows(tmp_path):
+def test_the_recorded_floor_is_that_of_the_validation_windows(tmp_path):
     spec = spec_of(TREE, eval=EvalSpec(tokens=CONTEXT * 50))
     record = train(RunStore(tmp_path), spec)
     by_hand = -TREE.log_probs(validation(TREE, 50)).mean()

@@ -37,7 +37,7 @@ def every_document(source: GeneratedSource, length: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("source", EXACT, ids=repr)
-def test_probabilities_of_all_documents_add_up_and_their_entropy_is_the_stated_one(source):
+def test_document_probabilities_sum_to_one_and_have_the_stated_entropy(source):
     length = 6
     documents = every_document(source, length)
     log_p = source.log_probs(documents).sum(1)
@@ -70,7 +70,7 @@ def test_floor_over_a_million_tokens(source):
     assert 4 * error < 0.02 * source.entropy_nats(length)
 
 
-def test_the_tree_by_hand():
+def test_a_context_tree_by_hand():
     """Probabilities of a language of three symbols, redone in fractions from the construction in the docstring."""
     source = SMALL_TREE
     key = stream_key("context_tree language", source.seed)
@@ -127,7 +127,7 @@ def test_generated_tokens_are_the_same_on_every_machine():
     assert draw_u32(stream_key("a"), np.arange(3)).tolist() == draw_u32(stream_key("a"), [0, 1, 2]).tolist()
 
 
-def test_facts_come_as_often_as_stated():
+def test_facts_occur_at_their_stated_rate():
     source = ZipfFacts(facts=50, symbols=5)
     ranks = source.stated_ranks("train", np.arange(20_000), 5)
     seen = np.bincount(ranks.ravel(), minlength=51)[1:]

@@ -38,7 +38,7 @@ def drifting(noise_nats: float = 0.0) -> Observations:
 
 
 @pytest.mark.parametrize("minimum", ["parabola", "cubic", "akima"])
-def test_the_bias_of_a_method_on_its_grid_is_estimated_and_taken_off(minimum: str) -> None:
+def test_the_bias_of_a_method_on_its_grid_is_estimated_and_corrected(minimum: str) -> None:
     obs = drifting()
     isoflop, parametric = IsoFlop(IsoFlopSettings(minimum=minimum)), Parametric()  # type: ignore[arg-type]
     found, fitted = isoflop.estimate(obs), parametric.estimate(obs)
@@ -54,7 +54,7 @@ def test_the_bias_of_a_method_on_its_grid_is_estimated_and_taken_off(minimum: st
         assert abs(wrong) > 0.004
 
 
-def test_the_sentence_stands_among_the_diagnostics_and_corrects() -> None:
+def test_the_diagnostics_state_the_bias_and_the_corrected_numbers() -> None:
     def said(minimum: str) -> str:
         approach = ApproachSettings(isoflop=IsoFlopSettings(minimum=minimum))  # type: ignore[arg-type]
         settings = AnalysisSettings(
@@ -94,7 +94,7 @@ def test_analysis_json_has_the_bias_and_the_answer_without_it() -> None:
     assert corrected["params_opt"] == pytest.approx(float(LAW.params_opt(at)), rel=2e-3)
 
 
-def test_a_bias_that_cannot_be_told_is_null() -> None:
+def test_an_unknown_bias_is_null() -> None:
     settings = AnalysisSettings(bootstrap=BootstrapSettings(resamples=0), sensitivity=False, backtest=False)
     obs = drifting()
     one = obs.points(obs.budget_flops == BUDGETS[0])

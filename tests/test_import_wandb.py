@@ -214,7 +214,7 @@ def test_expressions(text, value):
     assert Expression(text, "mapping.x").value(run, {"val/loss": 2.0}) == value
 
 
-def test_what_an_expression_may_not_do():
+def test_forbidden_expressions():
     for text in ("(lambda: 1)()", "open('x')", "a if b else c", "f'{n}'", "n.__class__()"):
         with pytest.raises(UserError, match="mapping.x"):
             Expression(text, "mapping.x")
@@ -236,7 +236,7 @@ def test_incomplete_and_torn_histories():
         rows_of_run(foreign(history, {"m": 5}), mapping)
 
 
-def test_what_only_some_rows_have_costs_no_row():
+def test_columns_present_in_some_rows_only_drop_no_row():
     history = [
         {"_step": i, "loss": 3.0, "tokens": 10.0 * i} | ({"sem": 0.5} if i == 4 else {}) for i in range(1, 5)
     ]
@@ -246,7 +246,7 @@ def test_what_only_some_rows_have_costs_no_row():
     assert [row["tokens"] for row in found] == [10.0, 20.0, 30.0, 40.0]
 
 
-def test_a_run_file_cut_anywhere_holds_a_beginning(sweep, tmp_path):
+def test_a_run_file_cut_anywhere_gives_a_correct_prefix(sweep, tmp_path):
     """Cut at every place: never an error, never a wrong row."""
     import wandb
 

@@ -30,7 +30,7 @@ BUDGETS = np.array([1e18, 4e18, 1.6e19, 6.4e19])
     high=st.floats(1.5, 10.0),
     method=st.sampled_from(MINIMUM_METHODS),
 )
-def test_recovers_any_law_when_windows_are_centred_alike(
+def test_recovers_any_law_when_windows_are_centered_alike(
     alpha: float, beta: float, low: float, high: float, method: str
 ) -> None:
     law = Truth(alpha, beta)
@@ -43,7 +43,7 @@ def test_recovers_any_law_when_windows_are_centred_alike(
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(0.34, 0.28), (0.2, 0.7), (0.6, 0.25)])
-def test_the_shared_shape_has_no_bias_where_windows_are_off_centre(alpha: float, beta: float) -> None:
+def test_the_shared_shape_is_unbiased_where_windows_are_off_center(alpha: float, beta: float) -> None:
     law = Truth(alpha, beta)
     ladder = 1e9 * 1.7 ** np.arange(-9, 10)
     n, c = [], []
@@ -93,7 +93,7 @@ def grid_with(budget_losses: dict[float, list[float]]) -> Observations:
     )
 
 
-def test_every_way_a_budget_fails_is_named_and_left_out() -> None:
+def test_every_way_a_budget_can_fail_is_named_and_the_budget_excluded() -> None:
     good = [3.3, 3.1, 3.0, 3.05, 3.2]
     obs = grid_with(
         {
@@ -125,7 +125,7 @@ def test_every_way_a_budget_fails_is_named_and_left_out() -> None:
 
 
 @pytest.mark.parametrize("method", MINIMUM_METHODS)
-def test_a_monotone_budget_is_at_its_edge_by_every_method(method: str) -> None:
+def test_every_method_finds_the_edge_of_a_monotone_budget(method: str) -> None:
     good = [3.3, 3.1, 3.0, 3.05, 3.2]
     obs = grid_with({1e18: good, 2e18: good, 4e18: [3.5, 3.3, 3.2, 3.15, 3.12]})
     estimate = IsoFlop(IsoFlopSettings(minimum=method)).estimate(obs)  # type: ignore[arg-type]
@@ -140,7 +140,7 @@ def test_one_budget_is_not_applicable() -> None:
     assert estimate.budgets[0].status is BudgetStatus.OK
 
 
-def test_runs_off_their_budget_are_named_and_left_out() -> None:
+def test_runs_off_their_budget_are_named_and_excluded() -> None:
     law = Truth(0.34, 0.28)
     obs = law.isoflop(BUDGETS, np.geomspace(0.3, 3, 7), run_id=[f"r{i}" for i in range(28)])
     flops = obs.compute_flops.copy()
@@ -199,7 +199,7 @@ def test_akima_equals_scipy() -> None:
             assert curve.argmin() in (0, dense.size - 1) or loss.argmin() in (0, 8)
 
 
-def test_a_local_window_leaves_a_flank_out() -> None:
+def test_a_local_window_excludes_a_flank() -> None:
     law = Truth(0.34, 0.28)
     obs = law.isoflop(BUDGETS, np.geomspace(0.2, 5, 15))
     loss = obs.loss_nats.copy()
@@ -263,7 +263,7 @@ def test_every_unit_gives_intervals_on_a_sweep_with_seeds(unit: str) -> None:
     assert band.failed + band.samples["params_exponent"].size == 300
 
 
-def test_another_convention_than_the_plans_is_corrected_for() -> None:
+def test_a_convention_other_than_the_plans_is_corrected_for() -> None:
     records = synthetic_records(noise=0.0)
     obs = observations_from_records(records)
     other = obs.under("six_n_non_embedding")

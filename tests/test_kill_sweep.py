@@ -28,7 +28,7 @@ def test_forty_kills_of_workers_and_commands_change_nothing(tmp_path):
         assert re.search(rf"\b[1-9]\d* {what}\b", done.stdout), done.stdout
 
 
-def test_what_the_script_tells_apart(tmp_path):
+def test_the_script_detects_each_kind_of_problem(tmp_path):
     """Its checks see what they look for: another loss, a second owner, a run trained after its end."""
     import importlib.util
     from dataclasses import replace

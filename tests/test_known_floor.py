@@ -43,7 +43,7 @@ LOG10 = np.log(10.0)
 # -- the line
 
 
-def test_a_power_law_is_straight_from_end_to_end() -> None:
+def test_a_power_law_is_straight_over_its_whole_range() -> None:
     line = straight_line(FLOPS, 40.0 * FLOPS**-0.2)
     assert line is not None
     assert line.exponent == pytest.approx(0.2, abs=1e-9)
@@ -56,7 +56,7 @@ def test_a_power_law_is_straight_from_end_to_end() -> None:
     np.testing.assert_allclose(line(FLOPS), 40.0 * FLOPS**-0.2)
 
 
-def test_a_bend_is_measured_and_ends_the_straight_part() -> None:
+def test_a_bend_is_measured_and_limits_the_straight_part() -> None:
     # The local exponent goes from .1 at 1e10 FLOPs to .4 at 1e13: .1 a decade.
     x = np.log10(FLOPS / 1e10)
     line = straight_line(FLOPS, np.exp(-LOG10 * (0.1 * x + 0.05 * x**2)))
@@ -80,7 +80,7 @@ def test_a_power_law_down_to_a_plateau_is_straight_on_its_slope() -> None:
     assert line.compute_range_flops[1] == pytest.approx(1e12, rel=0.3)
 
 
-def test_noise_is_averaged_by_the_line() -> None:
+def test_the_line_averages_noise() -> None:
     rng = np.random.default_rng(0)
     found = []
     for _ in range(200):
@@ -96,7 +96,7 @@ def test_noise_is_averaged_by_the_line() -> None:
     assert abs(curvatures.mean()) < 4 * curvatures.std() / np.sqrt(200)
 
 
-def test_where_nothing_is_straight_the_line_is_that_through_all_points_and_says_so() -> None:
+def test_where_nothing_is_straight_the_line_through_all_points_is_flagged() -> None:
     zigzag = np.exp(-0.2 * np.log(FLOPS) + 0.1 * (-1.0) ** np.arange(31))
     line = straight_line(FLOPS, zigzag)
     assert line is not None
@@ -114,7 +114,7 @@ def test_few_points_make_no_line() -> None:
 # -- from observations
 
 
-def test_the_frontier_is_what_no_cheaper_evaluation_beats() -> None:
+def test_the_frontier_has_the_evaluations_that_no_cheaper_one_beats() -> None:
     obs = Observations.from_arrays(
         n_params=[1, 1, 1, 1, 1], n_tokens=[1, 1, 1, 1, 1],
         compute_flops=[4, 1, 3, 2, 5], loss_nats=[1.9, 3.0, 2.0, 2.0, 1.5],
@@ -189,7 +189,7 @@ def test_a_known_floor_changes_no_resample(analysis: Analysis) -> None:
             np.testing.assert_array_equal(values, other.samples[name])
 
 
-def test_points_of_one_run_are_not_independent_and_have_the_resamples_error() -> None:
+def test_points_of_one_run_are_not_independent_so_the_error_is_resampled() -> None:
     rng = np.random.default_rng(0)
     n, d = (np.tile(v, 2) for v in (np.geomspace(1e4, 1e6, 24), np.geomspace(1e6, 3e7, 6).repeat(4)))
     d[24:] /= 2  # a second evaluation of each run, at half its tokens
@@ -236,7 +236,7 @@ def test_losses_below_the_floor_are_left_out(analysis: Analysis) -> None:
     assert known.reducible_nats.min() > 0
 
 
-def test_no_floor_or_several_are_no_known_floor(analysis: Analysis) -> None:
+def test_a_missing_floor_or_several_are_not_a_known_floor(analysis: Analysis) -> None:
     assert known_of(of_floor(floors=(1.0, 1.1))) is None
     points = replace(analysis.points, extra={})
     assert known_floor(points, Parametric(), analysis.estimates[2], analysis.bands[2]) is None
@@ -252,7 +252,7 @@ def test_a_law_without_a_floor_has_no_z() -> None:
 # -- as it is shown
 
 
-def test_it_is_in_analysis_json_and_valid(analysis: Analysis) -> None:
+def test_the_finding_is_in_analysis_json_and_valid(analysis: Analysis) -> None:
     schema = json.loads(resources.files("scaling_lab.analysis").joinpath("analysis.schema.json").read_text())
     data = json.loads(json.dumps(analysis.to_json_dict(), allow_nan=False))
     jsonschema.validate(data, schema)
@@ -272,7 +272,7 @@ def test_it_is_in_analysis_json_and_valid(analysis: Analysis) -> None:
     jsonschema.validate(json.loads(json.dumps(with_few.to_json_dict())), schema)
 
 
-def test_the_words_have_the_numbers(analysis: Analysis) -> None:
+def test_the_sentences_have_the_numbers(analysis: Analysis) -> None:
     line = straight_line(FLOPS, FLOPS**-0.2)
     known = KnownFloor(1.25, 1.3, (1.1, 1.4), 0.05, FLOPS, FLOPS**-0.2, line)
     said = words(known)

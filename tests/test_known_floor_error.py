@@ -52,7 +52,7 @@ def test_each_side_has_the_root_mean_square_of_its_own_errors() -> None:
     assert np.mean(np.square(z)) == pytest.approx(1.0)
 
 
-def test_a_side_that_nothing_reaches_has_the_error_of_both() -> None:
+def test_a_side_without_samples_uses_the_error_of_both_sides() -> None:
     errors = FloorErrors(np.array([2.0] * 30 + [-4.0] * 10), noise_log=0.1)
     assert errors.standard_error(-1.0) == pytest.approx(0.1 * np.sqrt((30 * 4 + 10 * 16) / 40))
     assert errors.standard_error(1.0) == pytest.approx(0.2)
@@ -111,7 +111,7 @@ def test_the_null_is_the_true_floor_and_not_the_fitted_one() -> None:
     assert abs(np.median(at_truth.ratios)) < 0.3 * at_truth.ratios.std()
 
 
-def test_equal_weights_change_nothing_and_unequal_ones_do() -> None:
+def test_only_unequal_weights_change_the_error() -> None:
     points, approach = study(), Parametric()
     w = np.full(points.n_points, 4.0)
     plain = floor_errors(points, approach, fitted(points, approach), TRUTH.E, 50, 0)
@@ -126,7 +126,7 @@ def test_equal_weights_change_nothing_and_unequal_ones_do() -> None:
     assert other.standard_error(1.0) != pytest.approx(plain.standard_error(1.0), rel=0.02)
 
 
-def test_where_there_is_no_simulation() -> None:
+def test_cases_without_a_simulation() -> None:
     points, approach = study(), Parametric()
     fit = fitted(points, approach)
     few = points.points(np.arange(points.n_points) < 7)
@@ -138,7 +138,7 @@ def test_where_there_is_no_simulation() -> None:
 # -- over simulated studies
 
 
-def test_the_script_passes_what_is_calibrated_and_nothing_else(script: ModuleType) -> None:
+def test_the_script_passes_only_calibrated_results(script: ModuleType) -> None:
     z = norm.ppf((np.arange(500) + 0.5) / 500)
     assert script.line(0.005, z, 0)[1]
     assert "sd 1.000 +- 0.032" in script.line(0.005, z, 0)[0]

@@ -92,7 +92,7 @@ def test_a_killed_worker_is_replaced_and_every_run_completes(tmp_path):
     assert "2 workers" in out
 
 
-def test_a_run_whose_worker_always_dies_fails_with_the_reason(tmp_path):
+def test_a_run_whose_worker_always_dies_fails_with_a_reason(tmp_path):
     # Every worker that claims the widest model is killed from inside, as the kernel does when memory runs out.
     (tmp_path / "inject").mkdir()
     (tmp_path / "inject/sitecustomize.py").write_text(
@@ -129,7 +129,7 @@ def test_a_run_whose_worker_always_dies_fails_with_the_reason(tmp_path):
     assert "3 of 4 runs completed, 1 failed" in out
 
 
-def test_interrupt_stops_the_workers_and_the_sweep_goes_on(tmp_path):
+def test_an_interrupt_stops_the_workers_and_the_sweep_can_resume(tmp_path):
     store = RunStore(tmp_path / "results/s")
     sweep = start(tmp_path, *TINY, "design.budgets_flops=[6e9]")
     running = wait_for(lambda: claims(store))
@@ -173,7 +173,7 @@ def test_workers_share_cores_and_gpus(monkeypatch):
     assert [len(worker_slots(Execution("cuda"), None, 100, size)) for size in (1e9, 30e9, 100e9)] == [8, 4, 2]
 
 
-def test_a_worker_is_handed_its_runs_also_where_they_are_all_that_was_read(tmp_path, monkeypatch):
+def test_a_worker_always_gets_its_run_ids(tmp_path, monkeypatch):
     """A cluster's job reads its part of the plan alone: a worker without ids would train the whole plan's runs."""
     planned = [PlannedRun(spec(seed_init=seed), Execution()) for seed in (1, 2)]
     store = RunStore(tmp_path / "s")
@@ -194,7 +194,7 @@ def test_impossible_options_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("launcher", ["local", "submitit_local"])
-def test_a_clone_in_the_working_folder_hides_nothing_from_the_workers(tmp_path, launcher):
+def test_a_clone_in_the_working_folder_does_not_shadow_the_package(tmp_path, launcher):
     """Python would take a folder of this name for the package, as it looks into the working folder first."""
     (tmp_path / "scaling_lab/scaling_lab").mkdir(parents=True)
     command = [str(Path(sys.executable).parent / "scaling-lab"), "sweep", *TINY, "design.budgets_flops=[1e8]"]

@@ -137,7 +137,7 @@ def arrays(*seconds: float, wishes: Wishes | None = None):
     return make_arrays(Queue(), jobs, wishes or Wishes(), LineReporter())
 
 
-def test_arrays_hold_jobs_of_like_time_longest_first():
+def test_arrays_hold_jobs_of_similar_time_longest_first():
     made = arrays(100, 4000, 1000, 1100, 90, 80, 70)
     assert [[ids[0] for ids in a.jobs] for a in made] == [["r1", "r3", "r2"], ["r0", "r4", "r5"], ["r6"]]
     # Three times the longest estimate, whole minutes, at most the partition's limit and at least ten minutes.
@@ -150,7 +150,7 @@ def test_arrays_hold_jobs_of_like_time_longest_first():
     assert [(len(a.jobs), a.time_min, a.mem_gb) for a in mine] == [(3, 7, 0.5)]
 
 
-def test_a_job_needs_the_time_of_its_runs_and_the_memory_of_those_side_by_side(tmp_path, monkeypatch):
+def test_a_job_needs_the_time_of_its_runs_and_the_memory_of_the_concurrent_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["plan", *TINY, "--quiet"]) == 0
     runs = RunStore("results/s").read_plan().runs
@@ -167,7 +167,7 @@ def test_a_job_needs_the_time_of_its_runs_and_the_memory_of_those_side_by_side(t
     assert on_gpu.seconds > start
 
 
-def test_what_slurm_prints_is_read(monkeypatch):
+def test_slurms_output_is_parsed(monkeypatch):
     answers = {
         "squeue": "12|0|RUNNING|s-ab|None\n12|1|PENDING|s-ab|Resources\n12|2|CANCELLED|s-ab|None\n9|N/A|TIMEOUT|s-cd|TimeLimit\n",
         "sinfo": "debug*|1000|infinite\ngpu|250000+|2-01:00:00\ngpu|500000|2-01:00:00\n",
@@ -197,7 +197,7 @@ def test_runs_of_one_stack_stay_in_one_job():
     assert group_into_jobs(runs, pending, 3) == (("r0", "r4", "r1"), ("r3", "r5", "r6"))
 
 
-def test_why_no_job_runs_is_said_once(tmp_path, monkeypatch, capsys):
+def test_the_reason_why_no_job_runs_is_printed_once(tmp_path, monkeypatch, capsys):
     """A job that asks for more than any node has waits for ever: Slurm takes it, and says so in its queue alone."""
 
     class Queue:
@@ -241,7 +241,7 @@ def test_why_no_job_runs_is_said_once(tmp_path, monkeypatch, capsys):
     ]
 
 
-def test_a_job_that_left_the_queue_unbegun_is_not_called_pending(tmp_path, monkeypatch):
+def test_a_job_that_left_the_queue_without_starting_is_not_called_pending(tmp_path, monkeypatch):
     pytest.importorskip("submitit", reason="pip install 'scaling-lab[slurm]'")
     from scaling_lab.launching.submitit_backends import SlurmBackend
 

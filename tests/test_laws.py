@@ -53,7 +53,7 @@ def test_a_law_recovers_its_own_truth(law: LossLaw) -> None:
         assert result.parameters[name] == pytest.approx(value, rel=1e-6), name
 
 
-def test_a_law_is_close_to_its_truth_under_noise(law: LossLaw) -> None:
+def test_a_law_is_recovered_approximately_under_noise(law: LossLaw) -> None:
     columns, loss = synthetic(law)
     noisy = loss * np.exp(1e-4 * np.random.default_rng(0).standard_normal(len(loss)))
     result = fit(law, columns, loss_nats=noisy)
@@ -128,7 +128,7 @@ def test_closed_form_frontier_is_the_minimum_at_fixed_compute(name: str) -> None
         assert abs(int(np.argmin(losses)) - 1000) <= 1
 
 
-def test_every_law_has_its_card_and_its_config(law: LossLaw) -> None:
+def test_every_law_has_its_description_and_its_config(law: LossLaw) -> None:
     assert law.title
     assert law.source
     assert "L(" in law.formula
@@ -257,7 +257,7 @@ def test_columns_are_checked() -> None:
         fit(law, {"n_params": np.ones(3), "n_tokens": np.ones(3)}, loss_nats=np.ones(4))
 
 
-def test_importing_the_laws_is_light() -> None:
+def test_importing_the_laws_loads_no_heavy_package() -> None:
     code = (
         "import sys, scaling_lab.analysis.fitting.fit, scaling_lab.analysis.laws as l; l.law_names();"
         "print(sorted({'torch', 'hydra', 'wandb', 'datasets', 'pandas', 'matplotlib'} & set(sys.modules)))"

@@ -53,7 +53,7 @@ def same(store: RunStore, batch_bytes: int = 1 << 20) -> list[RunRecord]:
 
 
 @pytest.mark.parametrize("batch_bytes", [1, 20_000, 1 << 24])
-def test_the_fast_reader_gives_the_store_s_records(tmp_path: Path, batch_bytes: int) -> None:
+def test_the_fast_reader_gives_the_stores_records(tmp_path: Path, batch_bytes: int) -> None:
     failed = diverged(RECORDS[0])
     records = same(written(tmp_path, [failed, *RECORDS[1:]]), batch_bytes)
     assert all(isinstance(r.curve, CurveColumns) for r in records)
@@ -107,7 +107,7 @@ def test_damaged_curves_mean_the_same_to_both_readers(store: RunStore, kind: str
         assert {values.dtype.kind for values in curve_columns(record.curve).values()} <= {"i", "f"}
 
 
-def test_missing_curves_and_bad_records_are_problems_of_one_run(store: RunStore) -> None:
+def test_missing_curves_and_bad_records_affect_one_run_only(store: RunStore) -> None:
     (store.run_folder(RECORDS[0].run_id) / "curve.jsonl").unlink()
     (store.run_folder(RECORDS[1].run_id) / "record.json").write_text('{"run_id": 1}')
     (store.run_folder(RECORDS[3].run_id) / "record.json").unlink()
@@ -162,7 +162,7 @@ def test_other_evaluation_sets_are_columns_to_both_readers(
             np.testing.assert_array_equal(fast[name], values)
 
 
-def test_good_runs_are_never_read_the_slow_way(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_good_runs_never_need_the_slow_reader(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: RunStore, run_id: str) -> list[EvalPoint]:
         raise AssertionError(f"{run_id} was read line by line")
 
@@ -192,7 +192,7 @@ def test_columns_of_plain_points_are_the_same_arrays(store: RunStore) -> None:
         assert mine[name].dtype == theirs[name].dtype
 
 
-def test_every_line_that_the_store_writes_is_understood(tmp_path: Path) -> None:
+def test_the_fast_reader_parses_every_line_that_the_store_writes(tmp_path: Path) -> None:
     points = (
         EvalPoint(1, 512, 1e9, 1e-3),
         EvalPoint(2, 2**40, 6e23, 1e-320, 1e-300, 3, None, wall_time_s=1),

@@ -74,7 +74,7 @@ def test_the_best_rate_of_every_size_is_recovered():
         assert drift(own, "depth") == pytest.approx(1.0, rel=1e-6)
 
 
-def test_the_error_is_that_of_repetitions():
+def test_the_error_matches_the_scatter_of_repetitions():
     """Over 20 sweeps with noise the best LRs scatter about the truth by what their errors say, or a little less: where two
     rates are equally good, the parabola through the better one's neighbours is chosen after the noise is seen."""
     off, stated = [], []
@@ -88,7 +88,7 @@ def test_the_error_is_that_of_repetitions():
     assert abs(np.mean(off)) < 0.3 * np.std(off)
 
 
-def test_a_least_loss_at_the_end_has_no_best_rate():
+def test_a_lowest_loss_at_the_end_gives_no_best_rate():
     low = [record(MuP(), 32, 2, lr) for lr in (0.001, 0.002, 0.004)]
     (cell,) = transfer_cells(low)
     assert cell.best_lr is None
@@ -96,7 +96,7 @@ def test_a_least_loss_at_the_end_has_no_best_rate():
     assert drift([cell], "width") is None
 
 
-def test_what_is_not_of_the_study_is_left_out():
+def test_runs_outside_the_study_are_ignored():
     good = [record(MuP(), 32, 2, float(lr)) for lr in RATES]
     others = [
         record(MuP(), 32, 2, 0.007, role="isoflop"),
@@ -108,7 +108,7 @@ def test_what_is_not_of_the_study_is_left_out():
     assert transfer_cells(others[:1]) == []
 
 
-def test_the_finding_has_the_figure_and_its_words():
+def test_the_finding_has_its_figure_and_sentences():
     (found,) = find_in_records(split_by_role(sweep(NOISE, 2)))
     assert found.name == "lr_transfer"
     (figure,) = draw_finding_figures([found])

@@ -54,7 +54,7 @@ def test_strict_makes_a_bad_row_an_error() -> None:
 
 
 @pytest.mark.parametrize("missing", ["params", "tokens", "flops"])
-def test_one_of_params_tokens_flops_is_derived_in_float64_and_said(missing: str) -> None:
+def test_one_of_params_tokens_flops_is_derived_in_float64_with_a_note(missing: str) -> None:
     n = np.array([7 * 10**10] * 8)  # as integers: 6 N D overflows int64
     d = np.array([14 * 10**11] * 8)
     columns = {"params": n, "tokens": d, "flops": 6.0 * 7e10 * 1.4e12 * np.ones(8)} | {missing: None}
@@ -118,7 +118,7 @@ def test_budgets_are_clusters_within_ten_percent_and_do_not_chain() -> None:
         assert many[label == value].max() / many[label == value].min() <= 1.1**2 + 1e-9
 
 
-def test_numeric_columns_beside_are_kept_for_laws() -> None:
+def test_further_numeric_columns_are_kept_for_laws() -> None:
     obs = from_table(table(width=np.arange(1, 9), note=list("xxxxyyyy")))
     assert set(obs.extra) == {"width"}
     keep = obs.n_params > 1e8
@@ -164,7 +164,7 @@ def test_curves_are_validation_points_or_smoothed_training_loss() -> None:
     assert train.loss_nats.size == sum(p.train_loss_nats is not None for r in records for p in r.curve)
 
 
-def test_smoothing_keeps_a_constant_averages_noise_and_knows_the_distance_in_steps() -> None:
+def test_smoothing_keeps_a_constant_averages_noise_and_weighs_by_steps() -> None:
     steps = np.arange(200.0)
     np.testing.assert_allclose(smooth(np.full(200, 2.5), steps), 2.5)
     noise = np.random.default_rng(0).standard_normal(4000)

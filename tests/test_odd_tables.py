@@ -62,7 +62,7 @@ def test_valleys_of_a_recounted_sweep_show_the_points_that_were_fitted(conventio
     assert set(np.round(np.log(drawn), 6)) <= set(np.round(np.log(analysis.points.n_params), 6))
 
 
-def test_names_of_minima_cover_no_point() -> None:
+def test_labels_of_minima_cover_no_point() -> None:
     settings = AnalysisSettings(**FAST)
     analysis = analyze(observations_of_sweep(synthetic_records(QUICKSTART_LAW), settings), settings)
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -78,7 +78,7 @@ def test_names_of_minima_cover_no_point() -> None:
         assert not inside, name.get_text()
 
 
-def test_exact_duplicate_rows_are_no_curve(tmp_path: Path) -> None:
+def test_exact_duplicate_rows_are_not_a_curve(tmp_path: Path) -> None:
     rows = rows_of_a_law()
     settings = AnalysisSettings(**FAST)
     analysis = analyze(read_observations(table(tmp_path, rows + rows[1:6]), settings), settings)
@@ -98,7 +98,7 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("kind", NONSENSE)
-def test_equal_and_nonsense_losses_give_no_exponent_that_looks_good(tmp_path: Path, kind: str) -> None:
+def test_equal_and_nonsense_losses_give_no_exponent_without_a_caveat(tmp_path: Path, kind: str) -> None:
     """Every figure is drawn or says why not. Equal losses have no optimum; of random ones each exponent comes with a caveat."""
     rows = rows_of_a_law()
     rows[1:] = [",".join([*r.split(",")[:4], repr(float(x))]) for r, x in zip(rows[1:], NONSENSE[kind])]
@@ -149,7 +149,7 @@ def lines_of(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
 QUICK = ("bootstrap.resamples=0", "sensitivity=false", "backtest=false")
 
 
-def test_two_tables_of_one_name_have_a_folder_each(
+def test_two_tables_with_one_name_get_separate_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -165,7 +165,9 @@ def test_two_tables_of_one_name_have_a_folder_each(
     }
 
 
-def test_a_foreign_report_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_by_somebody_else_is_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = table(tmp_path, rows_of_a_law())
     page = tmp_path / "mine" / "report.html"
     page.parent.mkdir()
@@ -200,7 +202,7 @@ def test_the_next_command_works_as_printed(
     assert "Did you mean 'columns.loss=val loss (c4)'?" in capsys.readouterr().err
 
 
-def test_tables_leave_out_columns_and_never_crop() -> None:
+def test_tables_drop_columns_and_never_crop() -> None:
     columns = {"run": "left", "D": "right", "state": "left"}
     rows = [("a-long-run-name", "123,456,789", "completed"), ("b",)]
     for width, names in ((200, ["run", "D", "state"]), (40, ["run", "state"]), (20, ["run"])):

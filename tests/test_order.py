@@ -19,7 +19,7 @@ def test_every_epoch_is_a_permutation(n, seed, epoch):
 
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(1, 500), seed=st.integers(0, 99), first=st.integers(0, 2000), count=st.integers(1, 700))
-def test_any_stretch_equals_its_part_of_the_whole(n, seed, first, count):
+def test_any_range_equals_its_part_of_the_whole_order(n, seed, first, count):
     order = WindowOrder(n, seed)
     whole = np.concatenate([order.windows(i, 1) for i in range(first, first + count, 37)])
     assert order.windows(first, count)[::37].tolist() == whole.tolist()
@@ -39,7 +39,7 @@ def test_order_looks_random():
     assert abs(windows[:2000].mean() - 10_000) < 4 * 20_000 / np.sqrt(12 * 2000)
 
 
-def test_huge_corpora_need_no_table():
+def test_huge_corpora_need_no_permutation_table():
     windows = WindowOrder(10**13, 0).windows(10**12, 1000)
     assert windows.min() >= 0
     assert windows.max() < 10**13

@@ -48,7 +48,7 @@ def test_the_numerical_frontier_equals_the_closed_form_where_both_exist() -> Non
     np.testing.assert_allclose(np.exp(points.log_n[0]), law.params_opt(np.exp(points.log_c[0])), rtol=2e-3)
 
 
-def test_the_frontier_minimises_the_loss_under_the_observed_flops_per_token() -> None:
+def test_the_frontier_minimizes_the_loss_under_the_observed_flops_per_token() -> None:
     law = Truth(0.34, 0.28)
     obs = law.isoflop(BUDGETS, FACTORS)
     per_token = 6 * obs.n_params * (1 + (2e8 / obs.n_params) ** 0.5)
@@ -140,7 +140,7 @@ def test_records_in_a_convention_with_attention_use_the_numerical_frontier() -> 
     assert 1.02 < middle / (6 * n * d) < 2.0
 
 
-def test_too_few_points_are_not_identified_and_say_so() -> None:
+def test_too_few_points_are_reported_as_not_identified() -> None:
     obs = Truth(0.34, 0.28).isoflop(BUDGETS[:1], FACTORS[:4])
     estimate = Parametric().estimate(obs)
     assert estimate.status is FitStatus.NOT_IDENTIFIED

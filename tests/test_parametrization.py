@@ -54,7 +54,7 @@ def sized(shape, width: int, depth: int, heads: int):
 # -- the rules
 
 
-def test_rules_at_a_point():
+def test_scaling_rules_at_a_hand_computed_point():
     """Four times the base width, eight times the base depth, twice the base head dimension: Dey et al. 2025, table 1."""
     shape = GPTShape(width=256, depth=16, heads=8)
     mup, full, half = MuP(), CompleteP(), CompleteP(alpha=0.5)
@@ -132,7 +132,7 @@ def test_roles_follow_from_the_sides_that_grow_with_the_width(shape):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)
-def test_at_the_base_shape_all_are_standard(shape, kind):
+def test_at_the_base_shape_all_equal_standard(shape, kind):
     shape = sized(shape, **BASE)
     torch.manual_seed(0)
     expected = build_model(shape)
@@ -207,7 +207,7 @@ def test_attention_is_divided_by_the_head_dimension():
 
 
 @pytest.mark.parametrize("shape", FAMILIES, ids=name_of)
-def test_a_stack_and_a_compiler_see_plain_numbers(shape):
+def test_multipliers_are_plain_numbers_to_stacks_and_compilers(shape):
     """vmap over the parameters of two models gives the logits of each."""
     shape, kind = sized(shape, 32, 4, 2), CompleteP()
     models = [build_model(shape, kind) for _ in range(2)]
@@ -267,7 +267,7 @@ def test_a_matrix_without_a_role_is_an_error():
 # -- recipes, specs, runs
 
 
-def test_the_recipes_lr_holds_at_the_base_shape():
+def test_the_recipes_lr_applies_at_the_base_shape():
     """The recipe's width rule or muP's, never both."""
     wide, recipe, alone = GPTShape(width=256, depth=8, heads=16), DefaultRecipe(), SweepHorizons(1e6, 1e6)
     standard = decide(recipe, STANDARD, wide, 1e6, alone)

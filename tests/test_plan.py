@@ -66,7 +66,7 @@ def test_isoflop_plan_spends_its_budgets():
     assert sorted(map(len, seeds.values())) == [1, 1, 2]
 
 
-def test_windows_are_centred_alike():
+def test_windows_are_centered_alike():
     """The centre of each budget's sizes lies within half a rung of the guess, so no parabola is biased by its window."""
     design = IsoFlopDesign(sizes=SizeLadder(min_width=8, max_width=1024, width_ratio=1.2, width_multiple=2))
     log_n = sorted(math.log(12 * d * w * w + 256 * w) for w, d in design.sizes.sizes())
@@ -77,7 +77,7 @@ def test_windows_are_centred_alike():
         assert abs(centre - math.log(design.n_opt_guess(budget))) < rung
 
 
-def test_a_run_of_too_many_epochs_is_left_out_and_named(tmp_path):
+def test_a_run_with_too_many_epochs_is_dropped_and_named(tmp_path):
     path = tmp_path / "t.bin"
     np.zeros(200_000, np.uint8).tofile(path)
     data = TokenFile(path=str(path), dtype="uint8")
@@ -128,7 +128,7 @@ def test_learning_rate_design_multiplies_what_the_recipe_says():
         assert all(abs(s.train_flops() / 5e10 - 1) < 0.02 for s in at)
 
 
-def test_the_middle_of_an_lr_sweep_is_the_isoflop_run():
+def test_the_center_of_an_lr_sweep_is_the_isoflop_run():
     """So one results folder holds both, and nothing is trained twice."""
     isoflop = {r.run_id for r in make_plan(settings()).runs if r.spec.shape.width == 24}
     middle = make_plan(settings(design=lr_design(widths=(24,), lr_multipliers=(1.0,)))).runs[0]
@@ -220,7 +220,7 @@ def test_sweep_horizons_by_hand():
         ),
     ],
 )
-def test_what_cannot_be_planned_is_one_line(make, named):
+def test_an_impossible_plan_is_one_clear_error(make, named):
     with pytest.raises(UserError, match=named) as error:
         make()
     assert "\n" not in str(error.value)

@@ -58,7 +58,7 @@ def test_seeds_and_rates_of_one_horizon_are_a_stack_on_a_gpu():
     assert stacks([*sweep_of_rates(2), continued], device="cuda")[2] == (None, 1)
 
 
-def test_on_a_cpu_a_stack_leaves_every_core_one():
+def test_on_a_cpu_there_is_a_stack_for_every_core():
     assert stacks(sweep_of_rates(3), compile="true", cores=2) == [(None, 1)] * 3
     assert [size for _, size in stacks(sweep_of_rates(6), compile="true", cores=2)] == [3] * 6
     assert len({name for name, _ in stacks(sweep_of_rates(6), compile="true", cores=2)}) == 2
@@ -66,13 +66,13 @@ def test_on_a_cpu_a_stack_leaves_every_core_one():
     assert stacks(sweep_of_rates(6), compile="false", cores=2) == [(None, 1)] * 6
 
 
-def test_planning_twice_says_the_same():
+def test_planning_twice_gives_the_same_plan():
     specs = sweep_of_rates(7)
     settings = ExecutionSettings(device="cuda", memory_gb=40.0)
     assert plan_executions(specs, settings) == plan_executions(list(specs), settings)
 
 
-def test_what_members_share():
+def test_fields_that_stack_members_share():
     assert stack_key(BASE) == stack_key(sweep_of_rates(2)[1])
     for other in (
         replace(BASE, dtype="bfloat16"),
@@ -108,7 +108,7 @@ def test_micro_batches_fit_the_memory():
     assert plan_executions([large], ExecutionSettings(device="cuda"))[0].micro_batch_sequences is None
 
 
-def test_on_a_cpu_runs_side_by_side_share_the_machines_memory(monkeypatch):
+def test_concurrent_runs_on_a_cpu_share_the_machines_memory(monkeypatch):
     """The kernel kills who takes too much, and there is no error to go on from: the plan has to see to it."""
     wide = replace(
         BASE, shape=replace(SHAPE, width=512, depth=2), batch_tokens=64 * 256, train_tokens=64 * 2560
@@ -159,7 +159,7 @@ WORDS = ContextTree()
     ],
     ids=["whole", "part", "generated", "noisy", "stack"],
 )
-def test_tokens_on_the_device_are_those_of_the_feed(spec, members):
+def test_the_estimate_of_tokens_on_the_device_equals_the_feeds(spec, members):
     """A language without end is not 2^60 tokens of memory."""
     feed = open_feed([replace(spec, seed_data=k) for k in range(members)], torch.device("cpu"))
     held = feed.tokens.numel() * feed.tokens.element_size()

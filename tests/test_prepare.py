@@ -24,7 +24,7 @@ from scaling_lab.corpora.pipeline import PrepareSettings, prepare
 from scaling_lab.corpora.tokenizing import TokenizerTokens
 
 
-def test_bytes_come_back_and_every_document_is_on_one_side(tmp_path):
+def test_bytes_round_trip_and_every_document_is_in_one_split(tmp_path):
     texts = [*TEXTS, "naïve café ☕", TEXTS[3]]
     meta = prepare(
         LocalText(jsonl(tmp_path / "a.jsonl", texts)),
@@ -43,7 +43,7 @@ def test_bytes_come_back_and_every_document_is_on_one_side(tmp_path):
     assert source.bytes_per_token == pytest.approx(bytes_in / tokens)
 
 
-def test_the_side_of_a_document_does_not_depend_on_the_others(tmp_path):
+def test_the_split_of_a_document_does_not_depend_on_the_others(tmp_path):
     settings = PrepareSettings(validation_fraction=0.3)
     prepare(LocalText(jsonl(tmp_path / "a.jsonl", TEXTS)), tmp_path / "a", settings)
     prepare(LocalText(jsonl(tmp_path / "b.jsonl", TEXTS[::-1][:300])), tmp_path / "b", settings)
@@ -89,7 +89,7 @@ def test_the_hubs_loader_gives_the_same_tokens_as_the_file(tmp_path):
         list(HubText(str(tmp_path / "hub"), None, "body").documents())
 
 
-def test_bpe_decodes_to_the_text_and_says_which_it_was(tmp_path):
+def test_bpe_decodes_to_the_text_and_its_hash_is_recorded(tmp_path):
     text = PySource(max_mb=0.4).text("train").decode("utf-8").replace("\0", "<|endoftext|>")
     path = tmp_path / "code.txt"
     path.write_text(text, encoding="utf-8")
@@ -193,7 +193,7 @@ def test_interrupted_between_batches_is_the_same_bytes(tmp_path, monkeypatch):
     assert folder_bytes(tmp_path / "calm") == folder_bytes(out)
 
 
-def test_killed_while_a_file_was_put_in_place_or_while_tidying(tmp_path):
+def test_killed_during_a_rename_or_the_cleanup(tmp_path):
     """What SIGKILL leaves between a temporary file and its name, and between the sidecar and the end."""
     source = LocalText(jsonl(tmp_path / "a.jsonl", TEXTS))
     prepare(source, tmp_path / "calm", PrepareSettings())
@@ -215,7 +215,7 @@ def test_killed_while_a_file_was_put_in_place_or_while_tidying(tmp_path):
     assert folder_bytes(finished) == before
 
 
-def test_another_command_does_not_go_on_with_it(tmp_path):
+def test_a_different_command_does_not_resume_it(tmp_path):
     source = LocalText(jsonl(tmp_path / "a.jsonl", TEXTS))
     out = tmp_path / "out"
     prepare(source, out, PrepareSettings())
@@ -286,13 +286,13 @@ def mixed_encodings(path: Path) -> Path:
         (lambda path: path / "missing.txt", "there is no such file"),
     ],
 )
-def test_bad_text_is_one_clear_line(tmp_path, make, message):
+def test_bad_text_is_one_clear_error(tmp_path, make, message):
     with pytest.raises(UserError, match=message) as caught:
         prepare(LocalText(make(tmp_path)), tmp_path / "out", PrepareSettings())
     assert "\n" not in str(caught.value)
 
 
-def test_replace_takes_what_is_not_utf8(tmp_path):
+def test_replace_accepts_text_that_is_not_utf8(tmp_path):
     prepare(
         LocalText(bad_utf8(tmp_path), errors="replace"),
         tmp_path / "out",
@@ -312,7 +312,7 @@ def test_one_giant_line_is_cut_and_kept_whole(tmp_path):
     assert all(part.decode() in line for part in parts)
 
 
-def test_the_command_ends_with_what_to_do_next(tmp_path):
+def test_the_command_ends_with_the_next_command(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", TEXTS)
     done = subprocess.run(command(path, tmp_path / "out"), capture_output=True, text=True, check=False)
     assert done.returncode == 0
@@ -322,7 +322,7 @@ def test_the_command_ends_with_what_to_do_next(tmp_path):
     assert nothing.stderr.count("\n") == 1
 
 
-def test_a_published_tokenizer_neither_cuts_nor_fills_up_documents(tmp_path):
+def test_a_published_tokenizer_neither_truncates_nor_pads_documents(tmp_path):
     """Files of encoder models say how long their inputs are; as a tokenizer of documents they are used without."""
     from tokenizers import Tokenizer
 

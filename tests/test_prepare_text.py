@@ -64,13 +64,13 @@ def test_rows_whose_text_is_null_are_left_out_and_counted(tmp_path, form):
         ([{"body": "a"}], r"text_column='text' has no text in '.*', row 0\. The row has: body"),
     ],
 )
-def test_rows_of_the_hub_without_such_a_text_are_one_clear_line(tmp_path, rows, message):
+def test_rows_of_the_hub_without_the_text_column_are_one_clear_error(tmp_path, rows, message):
     with pytest.raises(UserError, match=message) as caught:
         list(hub_of(tmp_path / "hub", rows).documents())
     assert "\n" not in str(caught.value)
 
 
-def test_the_row_that_is_no_text_is_named_beyond_the_first_thousand(tmp_path):
+def test_a_row_that_is_not_text_is_named_beyond_the_first_thousand(tmp_path):
     table = pa.table({"text": pa.array([b"x"] * 2000 + [b"y"], pa.binary())})
     pq.write_table(table, tmp_path / "b.parquet")
     with pytest.raises(UserError, match="row 0. The row has: text"):
@@ -81,7 +81,7 @@ def test_the_row_that_is_no_text_is_named_beyond_the_first_thousand(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["hub", "jsonl", "parquet", "marks", "folder"])
-def test_giant_documents_are_cut_alike_whatever_holds_them(tmp_path, form, monkeypatch):
+def test_giant_documents_are_split_alike_in_every_format(tmp_path, form, monkeypatch):
     monkeypatch.setattr(reading, "MAX_DOCUMENT_CHARACTERS", 1000)
     # Reads end anywhere within documents, which must not decide where those are cut.
     monkeypatch.setattr(reading, "READ_BYTES", 1531)
@@ -124,18 +124,18 @@ def test_text_is_the_same_however_it_is_read(tmp_path, monkeypatch, read_bytes, 
     assert list(source.documents()) == (expected.split("\n\n") if single else [expected])
 
 
-def test_a_byte_order_mark_before_json_lines_is_no_text(tmp_path):
+def test_a_byte_order_mark_before_json_lines_is_not_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}\r\n')
     assert list(LocalText(tmp_path / "a.jsonl").documents()) == ["one", "two"]
 
 
-def test_a_file_that_ends_within_a_character_is_one_clear_line(tmp_path):
+def test_a_file_that_ends_within_a_character_is_one_clear_error(tmp_path):
     (tmp_path / "a.txt").write_bytes("abc caf\u00e9".encode()[:-1])
     with pytest.raises(UserError, match="not UTF-8 .*0xc3 near offset 7"):
         list(LocalText(tmp_path / "a.txt").documents())
 
 
-def test_compressed_text_is_not_called_wrongly_encoded(tmp_path):
+def test_compressed_text_is_not_reported_as_wrongly_encoded(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(b"\x1f\x8b\x08")
     with pytest.raises(UserError, match="is compressed: unpack it first"):
         LocalText(tmp_path / "a.txt.gz")
@@ -182,7 +182,7 @@ def small_batches(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_batches")
-def test_an_interrupted_preparation_does_not_go_on_with_other_text(tmp_path):
+def test_an_interrupted_preparation_does_not_resume_with_other_text(tmp_path):
     path, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
     interrupted(LocalText(path), out, PrepareSettings())
     with pytest.raises(UserError, match="started with text_column='text', but now it is 'body'"):
@@ -192,7 +192,7 @@ def test_an_interrupted_preparation_does_not_go_on_with_other_text(tmp_path):
         prepare(LocalText(path), out, PrepareSettings())
 
 
-def test_an_attempt_that_came_to_nothing_binds_nobody(tmp_path):
+def test_a_failed_attempt_does_not_block_the_folder(tmp_path):
     """The error says what to give instead; that command must then work in the same folder."""
     (tmp_path / "bad.txt").write_bytes(b"good\n\nbad \xff\n\nbetter\n\n" * 50)
     path, out = tmp_path / "bad.txt", tmp_path / "out"
@@ -205,7 +205,7 @@ def test_an_attempt_that_came_to_nothing_binds_nobody(tmp_path):
     assert folder_bytes(out) == folder_bytes(tmp_path / "calm")
 
 
-def test_enough_tokens_end_within_a_batch(tmp_path):
+def test_max_tokens_can_end_within_a_batch(tmp_path):
     source = LocalText(jsonl(tmp_path / "a.jsonl", TEXTS))
     meta = prepare(source, tmp_path / "out", PrepareSettings(validation_fraction=0.2, max_tokens=2000))
     longest = max(map(len, TEXTS)) + 1
@@ -218,7 +218,7 @@ def test_enough_tokens_end_within_a_batch(tmp_path):
 
 @pytest.mark.usefixtures("small_batches")
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "txt"])
-def test_the_share_done_is_that_of_the_files_bytes(tmp_path, form):
+def test_progress_is_the_share_of_the_files_bytes(tmp_path, form):
     """Of text that compresses well and comes again and again: neither what is stored nor what is kept is in proportion."""
     texts = [t for t in TEXTS for _ in range(3)]
     if form == "parquet":
@@ -238,7 +238,7 @@ def test_the_share_done_is_that_of_the_files_bytes(tmp_path, form):
         assert all(a < b for a, b in itertools.pairwise(shares))
 
 
-def test_a_bpe_under_way_is_told(tmp_path, monkeypatch):
+def test_training_a_bpe_is_shown(tmp_path, monkeypatch):
     from scaling_lab.corpora import tokenizing
 
     monkeypatch.setattr(tokenizing, "PROGRESS_EVERY_BYTES", 5000)
@@ -282,7 +282,7 @@ STAGES = [
 ]
 
 
-def test_a_terminal_sees_a_bar_with_speed_and_time_left():
+def test_a_terminal_shows_a_bar_with_speed_and_time_left():
     text = shown(STAGES[:-1], terminal=True)
     assert "\u2501" in text
     for word in ("books: tokenizing", "50%", "2M tokens", "tokens/s", "ETA"):
@@ -291,7 +291,7 @@ def test_a_terminal_sees_a_bar_with_speed_and_time_left():
     assert "%" not in shown(STAGES, terminal=True).split("writing checksums")[-1]
 
 
-def test_elsewhere_are_few_plain_lines(monkeypatch):
+def test_without_a_terminal_there_are_a_few_plain_lines(monkeypatch):
     from scaling_lab.cli.display import prepare_display
 
     assert shown(STAGES, terminal=False) == "books: training the BPE\n"
@@ -305,7 +305,7 @@ def test_elsewhere_are_few_plain_lines(monkeypatch):
     assert "ETA" in lines[4]
 
 
-def test_the_command_writes_no_bar_into_a_pipe_and_refuses_to_read_its_own_files(tmp_path):
+def test_the_command_writes_no_bar_into_a_pipe_and_does_not_read_its_own_output(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", TEXTS)
     done = subprocess.run(command(path, tmp_path / "out"), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -88,7 +88,7 @@ def damage(folder: Path, what: str) -> None:
         ("torn", "meta.json cannot be read"),
     ],
 )
-def test_damaged_folders_are_one_clear_line(folder, what, message):
+def test_damaged_folders_are_one_clear_error(folder, what, message):
     damage(folder, what)
     with pytest.raises(UserError, match=message) as caught:
         fresh(folder).tokens("train")
@@ -120,7 +120,7 @@ def test_the_first_of_several_bad_tokens_is_named(folder):
         fresh(folder).tokens("train")
 
 
-def test_other_tokens_of_the_vocabulary_are_seen_by_their_checksum(folder):
+def test_changed_tokens_are_detected_by_their_checksum(folder):
     old = np.fromfile(folder / "validation-00001.bin", "<u2")[3]
     put(folder / "validation-00001.bin", 3, (int(old) + 1) % 256)
     with pytest.raises(
@@ -144,7 +144,7 @@ def test_only_shards_that_changed_since_they_were_verified_are_read_again(folder
         verify(str(folder))
 
 
-def test_nothing_needs_to_be_remembered(folder, tmp_path, monkeypatch):
+def test_the_cache_of_verified_shards_is_optional(folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(shard_check.CACHE_VARIABLE, str(tmp_path / "file" / "below"))
     before = sorted(p.name for p in folder.iterdir())

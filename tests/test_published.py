@@ -26,7 +26,7 @@ def made() -> dict[str, Reproduction]:
     return {name: reproduce(name, resamples=800) for name in publication_names()}
 
 
-def test_the_publications_that_there_are() -> None:
+def test_the_list_of_publications() -> None:
     assert publication_names() == NAMES
 
 
@@ -74,7 +74,7 @@ def test_hoffmann(made: dict[str, Reproduction]) -> None:
     assert [round(v) for v in trap.values()] == [20, 22, 93, 59, 18]
 
 
-def test_porian_chain_lies_in_the_published_intervals(made: dict[str, Reproduction]) -> None:
+def test_porians_steps_lie_in_the_published_intervals(made: dict[str, Reproduction]) -> None:
     r = made["porian2024"]
     chain, parabola, further = r.parts[0], r.parts[2], r.parts[-1]
     assert [row.published for row in chain.rows] == ["0.835", "0.706", "0.602", "0.571", "0.497"]
@@ -149,7 +149,7 @@ def test_how_a_row_is_judged(
     assert (row.as_printed, row.inside, row.verdict) == (as_printed, inside, verdict)
 
 
-def test_what_is_refused() -> None:
+def test_unknown_names_are_refused() -> None:
     with pytest.raises(UserError, match="Did you mean 'porian2024'"):
         reproduce("porian2042")
     for bad in (
@@ -164,7 +164,7 @@ def test_what_is_refused() -> None:
         ComparisonRow("x", 1.0, "1.0", Interval(0.0, 2.0))
 
 
-def test_packed_tables_are_small_and_have_their_provenance() -> None:
+def test_packed_tables_are_small_and_state_their_provenance() -> None:
     text = packed("README.md").read_text()
     tables = sorted(packed("README.md").parent.glob("*.csv"))
     assert sum(p.stat().st_size for p in tables) < 450_000

@@ -49,7 +49,7 @@ def test_the_grid_is_a_real_isoflop_sweep(first):
         assert 0 < best < len(losses) - 1, f"the best size of {budget:.3g} FLOPs is at an edge: {losses}"
 
 
-def test_it_ends_with_the_answer_and_the_next_step(first):
+def test_the_output_ends_with_the_answer_and_the_next_step(first):
     folder, done = first
     report = folder / "results/quickstart/report/report.html"
     assert report.is_file()
@@ -64,7 +64,7 @@ def test_it_ends_with_the_answer_and_the_next_step(first):
     assert analysis["backtest"]
 
 
-def test_a_second_time_trains_nothing(first):
+def test_a_second_run_trains_nothing(first):
     folder, _ = first
     before = {p: p.stat().st_mtime_ns for p in (folder / "results/quickstart/runs").rglob("*")}
     again = quickstart(folder)

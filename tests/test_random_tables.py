@@ -248,7 +248,7 @@ def assert_refused_for_a_fault_it_has(text: str, columns: dict[str, Any], weight
     unit=st.sampled_from(["auto", "run", "row", "budget", "residual"]),
     weights=st.sampled_from([None, None, "loss_sem"]),
 )
-def test_a_random_table_is_analyzed_for_what_it_is_or_refused(
+def test_a_random_table_is_analyzed_correctly_or_refused(
     columns: dict[str, Any], points: Any, resamples: int, unit: Any, weights: str | None
 ) -> None:
     s = replace(
@@ -281,7 +281,9 @@ def test_a_random_table_is_analyzed_for_what_it_is_or_refused(
     sizes=st.integers(2, 7),
     budgets=st.integers(2, 4),
 )
-def test_exact_losses_give_the_law_or_no_exponent(seed: int, rows: int, sizes: int, budgets: int) -> None:
+def test_exact_losses_give_the_law_or_a_status_that_says_otherwise(
+    seed: int, rows: int, sizes: int, budgets: int
+) -> None:
     """Runs at random places: the parametric fit has converged to the law, or its status says that it has not."""
     rng = np.random.default_rng(seed)
     params = rng.choice(np.exp(rng.uniform(np.log(1e3), np.log(1e11), sizes)), rows)
@@ -314,7 +316,7 @@ PLAUSIBLE = st.floats(1e3, 1e12).map(lambda x: f"{x:.6g}")
     separator=st.sampled_from([",", ";", "\t", " "]),
     raw=st.binary(max_size=20) | st.just(b""),
 )
-def test_a_random_file_is_read_as_it_is_written_or_refused(
+def test_a_random_file_is_read_correctly_or_refused(
     tmp_path_factory: pytest.TempPathFactory, cells: list[Any], ending: str, separator: str, raw: bytes
 ) -> None:
     path = tmp_path_factory.mktemp("fuzz") / f"t.{ending}"

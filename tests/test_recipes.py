@@ -126,7 +126,7 @@ def test_a_run_that_ends_within_the_warmup_ends_below_the_peak():
     assert any("ends during the recipe's warmup" in note for note in half.notes)
 
 
-def test_chinchilla_at_its_ends():
+def test_chinchilla_at_the_ends_of_its_range():
     sweep = SweepHorizons(smallest_budget_tokens=1.8e6, longest_tokens=8e6)
     small, large, tiny = (
         ChinchillaRecipe().decide(OfSize(n, context=64), 2e6, sweep) for n in (7 * 10**7, 16 * 10**9, 10**4)
@@ -142,7 +142,7 @@ def test_chinchilla_at_its_ends():
 
 
 @pytest.mark.parametrize("kind", sorted(RECIPES))
-def test_every_recipe_plans_a_tiny_sweep_and_says_what_it_rounded(kind):
+def test_every_recipe_plans_a_tiny_sweep_and_reports_its_rounding(kind):
     plan = make_plan(settings(RECIPES[kind]()))
     assert len(plan.runs) >= 20
     for run in plan.runs:
@@ -172,7 +172,7 @@ def test_a_field_that_is_set_replaces_its_rule(kind):
         RECIPES[kind](batch_tokens=100).decide(shape, 1e6, ALONE)
 
 
-def test_a_recipe_with_a_schedule_says_that_yours_is_not_used():
+def test_a_recipe_with_its_own_schedule_reports_that_the_given_one_is_unused():
     plan = make_plan(settings(KaplanRecipe(), schedule=Constant()))
     assert "recipe=kaplan has its own schedule (cosine): schedule=constant is not used." in plan.notes
     assert all(run.spec.schedule.kind == "cosine" for run in plan.runs)
@@ -189,7 +189,7 @@ def test_kaplans_horizon_is_the_longest_run_of_the_sweep():
     assert len({s.batch_tokens for s in specs}) == 1
 
 
-def test_a_learning_rate_sweep_sees_the_grid_that_it_tunes():
+def test_a_learning_rate_sweep_uses_the_grid_that_it_tunes():
     """Kaplan's batch is the same in the sweep and in its LR sweep, although that has two of six sizes."""
     tuned = LearningRateDesign(
         IsoFlopDesign().budgets_flops, grid_sizes=6, sizes_per_budget=2, lr_multipliers=(1,)
@@ -198,7 +198,7 @@ def test_a_learning_rate_sweep_sees_the_grid_that_it_tunes():
     assert {run.run_id for run in make_plan(settings(KaplanRecipe(), design=tuned)).runs} < of_the_grid
 
 
-def test_a_single_run_is_its_own_sweep():
+def test_a_single_run_counts_as_its_own_sweep():
     model = ModelSettings(width=32, depth=2)
     spec = plan_single(settings(KaplanRecipe(), model=model), 300_000).spec
     assert spec.schedule.horizon_fraction == 1.0

@@ -70,7 +70,7 @@ def records() -> list[RunRecord]:
     return [with_sets(r, code=CODE, facts=FACTS) for r in plain()]
 
 
-def test_a_metric_is_analysed_as_if_it_were_the_validation_loss() -> None:
+def test_a_metric_is_analyzed_as_if_it_were_the_validation_loss() -> None:
     found = observations_of_sweep(records(), replace(QUICK, metric="eval.facts"))
     wanted = observations_from_records([noiseless(r, FACTS) for r in plain()], curve="validation")
     np.testing.assert_array_equal(found.loss_nats, wanted.loss_nats)
@@ -125,7 +125,7 @@ def test_runs_without_the_metric_are_dropped_with_the_reason() -> None:
     assert (skills.columns[0].n_runs, skills.columns[0].n_left_out) == (len(records()) - 2, 2)
 
 
-def test_a_loss_that_was_evaluated_at_the_end_alone_has_no_curves_of_its_own() -> None:
+def test_a_loss_evaluated_only_at_the_end_has_no_curves() -> None:
     ends = [
         replace(r, curve=tuple(replace(p, evals=None) for p in r.curve), metrics=r.metrics) for r in records()
     ]
@@ -151,12 +151,14 @@ def test_a_loss_that_was_evaluated_at_the_end_alone_has_no_curves_of_its_own() -
         ),
     ],
 )  # fmt: skip
-def test_what_is_no_loss_of_the_sweep_is_one_clear_error(option: dict[str, object], message: str) -> None:
+def test_a_name_that_is_not_a_loss_of_the_sweep_is_one_clear_error(
+    option: dict[str, object], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         observations_of_sweep(records(), replace(QUICK, **option))  # type: ignore[arg-type]
 
 
-def test_tuning_debt_is_of_the_same_loss() -> None:
+def test_the_excess_of_mistuning_is_measured_on_the_same_loss() -> None:
     tuned = records_with_loss(SweepRecords(tuple(records()), tuple(records()[:3])), "eval.code")
     for part, originals in ((tuned.law, records()), (tuned.lr_sweep, records()[:3])):
         assert [r.final_val_loss_nats for r in part] == [r.metrics["eval.code"] for r in originals]
@@ -189,7 +191,7 @@ def test_the_data_constrained_law_sees_a_sweeps_unique_tokens() -> None:
         analyze(observations_of_sweep(plain(), settings), settings)
 
 
-def test_losses_are_told_from_scores() -> None:
+def test_losses_are_distinguished_from_scores() -> None:
     assert loss_names(records()) == ("loss", "eval.code", "eval.facts", "value_loss_nats")
     assert not is_loss("exact_match")
     same = with_loss(with_loss(records()[0], "eval.code"), "eval.code")

@@ -184,7 +184,7 @@ def test_page_and_json_say_the_same_numbers(made: tuple[Path, Analysis, Page]) -
     assert analysis.agreement.message in page.text
 
 
-def test_headline_is_the_truth_that_the_records_were_made_from(made: tuple[Path, Analysis, Page]) -> None:
+def test_the_headline_is_the_truth_behind_the_records(made: tuple[Path, Analysis, Page]) -> None:
     _, analysis, page = made
     quoted = captions.headline_estimate(analysis.to_json_dict())
     assert quoted is not None
@@ -248,7 +248,7 @@ def test_a_changed_record_changes_the_page(
         assert (tmp_path / figure).read_text() != (before_folder / figure).read_text()
 
 
-def test_written_twice_it_differs_in_its_date_alone(
+def test_pages_written_twice_differ_only_in_their_date(
     made: tuple[Path, Analysis, Page], records: list[RunRecord], tmp_path: Path
 ) -> None:
     folder, analysis, _ = made
@@ -269,7 +269,7 @@ def test_written_twice_it_differs_in_its_date_alone(
             assert (folder / file).read_bytes() == (tmp_path / file).read_bytes(), file
 
 
-def test_half_done_sweep_says_how_much_is_done(records: list[RunRecord], tmp_path: Path) -> None:
+def test_the_page_of_an_unfinished_sweep_shows_its_progress(records: list[RunRecord], tmp_path: Path) -> None:
     some = [*records[:5], diverged(records[5]), *records[6:20]]
     _, page = make(some, tmp_path, plan=plan_of(records))
     assert f"20 of {len(records)} runs are done" in page.text
@@ -280,12 +280,14 @@ def test_half_done_sweep_says_how_much_is_done(records: list[RunRecord], tmp_pat
     assert [r[0] for r in page.table("Left out")[1:]] == [records[5].run_id]
 
 
-def test_whole_sweep_has_no_banner(records: list[RunRecord]) -> None:
+def test_the_page_of_a_finished_sweep_has_no_banner(records: list[RunRecord]) -> None:
     assert banner(records, plan_of(records)) is None
     assert banner(records, None) is None
 
 
-def test_sweep_too_young_to_be_analysed_still_has_a_page(records: list[RunRecord], tmp_path: Path) -> None:
+def test_a_sweep_with_too_few_runs_to_analyze_still_has_a_page(
+    records: list[RunRecord], tmp_path: Path
+) -> None:
     options = ReportOptions(plan=plan_of(records), problem="only 2 runs are done", made_on=MADE_ON)
     page = Page(write_report(None, records[:2], tmp_path, options).read_text())
     assert "only 2 runs are done" in page.text
@@ -301,12 +303,12 @@ def test_records_that_cannot_be_read_are_named(records: list[RunRecord], tmp_pat
     assert page.table("Left out")[1] == ["gpt-broken", "–", "record.json cannot be read"]
 
 
-def test_nothing_at_all_still_has_a_page(records: list[RunRecord], tmp_path: Path) -> None:
+def test_a_sweep_without_runs_still_has_a_page(records: list[RunRecord], tmp_path: Path) -> None:
     page = Page(write_report(None, [], tmp_path, ReportOptions(plan=plan_of(records))).read_text())
     assert f"0 of {len(records)} runs are done" in page.text
 
 
-def test_plain_table_says_which_parts_it_has_not(records: list[RunRecord], tmp_path: Path) -> None:
+def test_the_page_of_a_plain_table_names_the_missing_parts(records: list[RunRecord], tmp_path: Path) -> None:
     o = observations_of_sweep(records)
     table = Observations.from_arrays(
         n_params=o.n_params, n_tokens=o.n_tokens, loss_nats=o.loss_nats, run_id=o.run_id
@@ -323,7 +325,7 @@ def test_plain_table_says_which_parts_it_has_not(records: list[RunRecord], tmp_p
     assert page.table("How optimal parameters")[1][1] == "–"
 
 
-def test_an_answer_that_did_not_converge_says_so_first(made: tuple[Path, Analysis, Page]) -> None:
+def test_an_answer_that_did_not_converge_is_flagged_first(made: tuple[Path, Analysis, Page]) -> None:
     _, analysis, _ = made
     isoflop, parametric = analysis.estimate("isoflop"), analysis.estimate("parametric")
     budget = replace(isoflop.budgets[0], status=BudgetStatus.EDGE, message="at the edge")
@@ -371,9 +373,7 @@ def test_no_frontier_at_all_gives_no_headline_number(made: tuple[Path, Analysis,
 
 
 @pytest.mark.parametrize("exponent", [412.0, -412.0, float("nan"), 1e300])
-def test_an_exponent_out_of_this_world_is_said_in_words(
-    made: tuple[Path, Analysis, Page], exponent: float
-) -> None:
+def test_an_absurd_exponent_is_described_in_words(made: tuple[Path, Analysis, Page], exponent: float) -> None:
     _, analysis, _ = made
 
     def wild(estimate):
@@ -386,7 +386,7 @@ def test_an_exponent_out_of_this_world_is_said_in_words(
     assert "times larger" in captions.plain_meaning(analysis.to_json_dict())
 
 
-def test_text_from_outside_cannot_become_markup(records: list[RunRecord], tmp_path: Path) -> None:
+def test_user_text_cannot_become_markup(records: list[RunRecord], tmp_path: Path) -> None:
     nasty = '<script>alert("x")</script>&amp;'
     options = ReportOptions(title=nasty, command=nasty, problem=nasty, next_commands=[(nasty, nasty)])
     page = Page(write_report(None, records[:2], tmp_path, options).read_text())
@@ -394,7 +394,7 @@ def test_text_from_outside_cannot_become_markup(records: list[RunRecord], tmp_pa
     assert nasty in page.text
 
 
-def test_everything_a_phone_needs_is_said(made: tuple[Path, Analysis, Page]) -> None:
+def test_the_page_has_everything_that_a_phone_needs(made: tuple[Path, Analysis, Page]) -> None:
     metas = {a.get("name"): a.get("content") for tag, a in made[2].elements if tag == "meta"}
     assert "width=device-width" in (metas["viewport"] or "")
     assert metas["color-scheme"] == "light dark"

@@ -78,7 +78,7 @@ def test_laws_are_in_the_order_of_their_error(analysis: Analysis) -> None:
     assert f"mean error of {rows[0][3]}" in finding.answer
 
 
-def test_profiles_stand_beside_the_bootstrap_and_open_ends_are_said(analysis: Analysis) -> None:
+def test_profiles_are_shown_with_the_bootstrap_and_open_ends_are_named(analysis: Analysis) -> None:
     rows = {row[0]: row for row in rows_of(analysis, "profile", "intervals")}
     assert {"E", "A", "B", "α", "β", "a, the exponent of N", "b, the exponent of D"} == set(rows)
     assert all(" to " in row[2] and " to " in row[3] for row in rows.values())
@@ -96,7 +96,7 @@ def test_profiles_stand_beside_the_bootstrap_and_open_ends_are_said(analysis: An
     assert none.reason == "No profile intervals: why."
 
 
-def test_the_page_has_them_all(analysis: Analysis, tmp_path: Path) -> None:
+def test_the_page_has_all_tables(analysis: Analysis, tmp_path: Path) -> None:
     page = write_report(analysis, (), tmp_path).read_text()
     for heading in (
         "Optima per skill",

@@ -54,7 +54,7 @@ def test_a_horizon_that_is_all_warmup_has_nothing_to_decay():
     assert [schedule.multiplier(p) for p in (0.25, 0.5, 1.0)] == [0.25, 0.5, 1.0]
 
 
-def test_no_warmup_begins_at_the_peak():
+def test_without_warmup_the_schedule_starts_at_the_peak():
     assert Cosine(warmup_fraction=0.0).multiplier(1e-9) == pytest.approx(1.0)
     assert Constant(warmup_fraction=0.0).multiplier(1e-9) == 1.0
 

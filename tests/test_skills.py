@@ -91,7 +91,7 @@ def test_there_is_an_optimum_with_interval_at_every_budget(skills: Skills) -> No
             assert p.params_opt.interval is not None
 
 
-def test_the_columns_are_said_to_differ_by_the_right_factor(skills: Skills) -> None:
+def test_the_columns_are_reported_to_differ_by_the_right_factor(skills: Skills) -> None:
     truth = CODE.params_opt(1e19) / FACTS.params_opt(1e19)
     assert truth < 0.2
     ratios = {r.approach: r for r in skills.ratios}
@@ -104,7 +104,7 @@ def test_the_columns_are_said_to_differ_by_the_right_factor(skills: Skills) -> N
         assert r.differ
 
 
-def test_equal_columns_are_not_said_to_differ(tmp_path: Path) -> None:
+def test_equal_columns_are_not_reported_to_differ(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     again = table(seed=1)
     table().assign(other=again["facts"]).to_csv(path, index=False)
@@ -136,7 +136,7 @@ def test_the_skills_are_in_analysis_json(analysis: Analysis) -> None:
     assert len(data["skills"]["params_opt_ratios"]) >= 2
 
 
-def test_no_metrics_no_block() -> None:
+def test_without_metrics_there_is_no_finding() -> None:
     t = table()
     obs = Observations.from_arrays(n_params=t["params"], n_tokens=t["tokens"], loss_nats=t["loss"])
     analysis = analyze(obs, QUICK)
@@ -184,7 +184,7 @@ def test_without_a_loss_column_the_first_metric_stands_for_it(tmp_path: Path) ->
     assert any("eval/code (nats) is used instead" in w for w in obs.warnings)
 
 
-def test_an_unknown_column_is_named_with_a_near_one(tmp_path: Path) -> None:
+def test_an_unknown_column_is_named_with_a_suggestion(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     table().to_csv(path, index=False)
     with pytest.raises(UserError, match=r"metrics=fact: t\.csv has no such column.*metrics=facts"):
@@ -217,7 +217,7 @@ def test_the_law_that_made_the_data_predicts_best() -> None:
     assert worst.excess > 2 * (worst.excess_standard_error or np.inf)
 
 
-def test_the_comparison_is_in_analysis_json_also_of_laws_that_lack_a_column() -> None:
+def test_the_comparison_is_in_analysis_json_including_laws_that_lack_a_column() -> None:
     schema = json.loads(
         resources.files("scaling_lab.analysis").joinpath("analysis.schema.json").read_text("utf-8")
     )

@@ -173,7 +173,7 @@ def analysis(results: Path) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in ("command", "versions", "source")}
 
 
-def test_a_sweep_completes_as_on_one_machine(cluster, local, tmp_path):
+def test_a_sweep_gives_the_results_of_one_machine(cluster, local, tmp_path):
     out = end(start(tmp_path, *TINY, SLURM), 0)
     store = RunStore(tmp_path / "results/s")
     check_same_as(local, store)
@@ -185,7 +185,7 @@ def test_a_sweep_completes_as_on_one_machine(cluster, local, tmp_path):
     assert analysis(tmp_path / "results") == analysis(local)
 
 
-def test_killed_cancelled_and_timed_out_jobs_end_right_after_a_rerun(cluster, local, tmp_path):
+def test_killed_canceled_and_timed_out_jobs_complete_after_a_rerun(cluster, local, tmp_path):
     store = RunStore(tmp_path / "results/s")
     head = start(tmp_path, *TINY, SLURM, "hydra.launcher.max_num_timeout=0")
     late = wait_for(lambda: training(store))
@@ -218,7 +218,7 @@ def test_killed_cancelled_and_timed_out_jobs_end_right_after_a_rerun(cluster, lo
     )
 
 
-def test_a_job_goes_back_into_the_queue_before_its_time_limit_and_when_preempted(cluster, local, tmp_path):
+def test_a_job_is_requeued_before_its_time_limit_and_when_preempted(cluster, local, tmp_path):
     store = RunStore(tmp_path / "results/s")
     head = start(tmp_path, *TINY, SLURM)
     told = wait_for(lambda: training(store))
@@ -242,7 +242,7 @@ def test_a_job_goes_back_into_the_queue_before_its_time_limit_and_when_preempted
     assert f"run {preempted} resumes from step" in logs
 
 
-def test_a_head_dies_and_another_one_takes_over_its_jobs(cluster, local, tmp_path):
+def test_a_second_head_takes_over_the_jobs_of_one_that_died(cluster, local, tmp_path):
     store = RunStore(tmp_path / "results/s")
     head = start(tmp_path, *TINY, SLURM)
     wait_for(lambda: training(store))
@@ -256,7 +256,7 @@ def test_a_head_dies_and_another_one_takes_over_its_jobs(cluster, local, tmp_pat
     assert set(generations(store).values()) == {1}
 
 
-def test_ctrl_c_leaves_the_jobs_and_says_how_to_cancel_them(cluster, tmp_path):
+def test_ctrl_c_leaves_the_jobs_and_prints_how_to_cancel_them(cluster, tmp_path):
     store = RunStore(tmp_path / "results/s")
     head = start(tmp_path, *TINY, SLURM)
     wait_for(lambda: training(store))
@@ -270,7 +270,7 @@ def test_ctrl_c_leaves_the_jobs_and_says_how_to_cancel_them(cluster, tmp_path):
     assert not training(store)
 
 
-def test_what_sbatch_refuses_is_one_line(cluster, tmp_path):
+def test_an_error_of_sbatch_is_one_line(cluster, tmp_path):
     said = end(start(tmp_path, *TINY, SLURM, "hydra.launcher.partition=nowhere"), 2)
     assert said.splitlines()[-1].startswith("error: sbatch refuses: ")
     assert "partition=nowhere" in said

@@ -37,7 +37,7 @@ def test_pysource_leaves_out_tests_encodings_and_tables():
     ]
 
 
-def test_pysource_is_deterministic_and_says_so():
+def test_pysource_is_deterministic_and_has_a_fingerprint():
     a, b = PySource(), PySource(split_seed=1)
     assert a.fingerprint() == PySource().fingerprint()
     assert a.fingerprint() != b.fingerprint()
@@ -84,7 +84,7 @@ def test_token_file_split_and_fingerprint(tmp_path):
         (lambda p: None, {"bytes_per_token": float("inf")}, "data.bytes_per_token=inf must be positive"),
     ],
 )
-def test_bad_token_files_are_one_line(tmp_path, make, options, named):
+def test_bad_token_files_are_one_clear_error(tmp_path, make, options, named):
     path = tmp_path / "t.bin"
     make(path)
     with pytest.raises(UserError, match=named) as error:
@@ -92,7 +92,7 @@ def test_bad_token_files_are_one_line(tmp_path, make, options, named):
     assert "\n" not in str(error.value)
 
 
-def test_damaged_npy_is_one_line(tmp_path):
+def test_a_damaged_npy_file_is_one_clear_error(tmp_path):
     path = tmp_path / "t.npy"
     path.write_bytes(b"\x93NUMPY not really")
     with pytest.raises(UserError, match="cannot be read as tokens"):

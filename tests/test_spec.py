@@ -28,7 +28,7 @@ def test_golden_ids():
     assert other.run_id() == "gpt2-w48-d3-c1e11-s7-87a143e985"
 
 
-def test_labels_are_not_identity():
+def test_labels_do_not_change_the_id():
     assert spec(sweep="other", role="noise").run_id() == spec().run_id()
 
 
@@ -41,7 +41,7 @@ def test_labels_are_not_identity():
         {"data": PySource(split_seed=1)}, {"parametrization": MuP()},
     ],
 )  # fmt: skip
-def test_everything_else_is(changes):
+def test_every_other_field_changes_the_id(changes):
     assert spec(**changes).run_id() != spec().run_id()
 
 

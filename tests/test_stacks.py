@@ -52,7 +52,7 @@ def whole(tmp_path_factory) -> dict:
     return train_all(tmp_path_factory.mktemp("whole"), members())
 
 
-def test_each_member_ends_as_if_alone(tmp_path, whole):
+def test_each_member_ends_as_if_trained_alone(tmp_path, whole):
     for planned in members():
         alone = train(RunStore(tmp_path), planned.spec)
         record = whole[planned.run_id]

@@ -88,7 +88,7 @@ def test_states_progress_and_eta(store: RunStore, capsys: pytest.CaptureFixture[
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-def test_watch_follows_until_all_is_over(
+def test_watch_follows_until_all_runs_have_ended(
     store: RunStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("scaling_lab.cli.commands.status.WATCH_EVERY_S", 0.05)
@@ -131,7 +131,7 @@ def test_a_large_sweep_shows_what_matters(
     assert any(RECORDS[2].run_id in line for line in table)
 
 
-def test_the_same_reason_is_told_once(store: RunStore) -> None:
+def test_the_same_reason_is_shown_once(store: RunStore) -> None:
     rows = standing(store, store.read_plan()).rows
     bad = [row for row in rows if row.state.state == "failed"]
     many = [replace(bad[0], state=replace(bad[0].state, run_id=f"run-{i}")) for i in range(50)]

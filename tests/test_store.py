@@ -56,14 +56,14 @@ def test_a_zombie_owner_counts_as_dead(store):
     holder.wait()
 
 
-def test_of_many_takers_one_wins(store):
+def test_one_of_many_claimants_wins(store):
     """64 claims of one run from threads: exclusive creation leaves one winner."""
     with ThreadPoolExecutor(16) as pool:
         claims = list(pool.map(lambda _: store.claim(spec()), range(64)))
     assert sum(claim is not None for claim in claims) == 1
 
 
-def test_the_former_owner_is_fenced(store, monkeypatch):
+def test_a_former_owner_is_fenced_off(store, monkeypatch):
     """A paused owner that wakes after a takeover sees the newer claim and stops; its record is not written."""
     old = store.claim(spec())
     assert old is not None
@@ -79,7 +79,7 @@ def test_the_former_owner_is_fenced(store, monkeypatch):
     assert (info.step, info.generation) == (5, 2)
 
 
-def test_a_claim_of_another_host_is_dead_only_without_heartbeat(store):
+def test_a_claim_of_another_host_expires_only_without_a_heartbeat(store):
     claim = store.claim(spec())
     assert claim is not None
     path = store.run_folder(spec().run_id()) / "claim-1.json"
@@ -93,7 +93,7 @@ def test_a_claim_of_another_host_is_dead_only_without_heartbeat(store):
     assert store.claim(spec()) is not None
 
 
-def test_another_containers_process_of_this_host_name_is_not_judged_by_its_pid(store):
+def test_a_pid_in_another_container_with_this_host_name_proves_nothing(store):
     claim = store.claim(spec())
     assert claim is not None
     path = store.run_folder(spec().run_id()) / "claim-1.json"
@@ -114,7 +114,7 @@ def test_without_start_times_the_heartbeat_decides(store, monkeypatch):
     assert store.claim(spec()) is not None
 
 
-def test_a_claim_that_cannot_be_read_is_not_a_dead_owners(store, monkeypatch):
+def test_an_unreadable_claim_does_not_mean_a_dead_owner(store, monkeypatch):
     """A shared filesystem between two renames (ESTALE): the run is left alone."""
     from pathlib import Path
 
@@ -142,7 +142,7 @@ def test_claims_without_hard_links(store, monkeypatch):
     assert sum(claim is not None for claim in claims) == 1
 
 
-def test_a_record_that_is_no_object_is_a_failed_run(store):
+def test_a_record_that_is_not_an_object_is_a_failed_run(store):
     folder = store.run_folder(spec().run_id())
     folder.mkdir(parents=True)
     (folder / "record.json").write_text("[]")
@@ -162,7 +162,7 @@ def test_released_and_unreadable_claims_are_free(store):
     assert store.claim(spec()) is not None
 
 
-def test_former_owner_writes_into_nothing(store):
+def test_a_former_owner_cannot_write_to_the_new_curve(store):
     """A new attempt's curve is another file: lines of the old one do not reach it."""
     store.claim(spec())
     old = store.start_curve(spec().run_id())
@@ -204,7 +204,7 @@ def test_plan_on_disk(store):
         store.read_plan()
 
 
-def test_a_job_reads_its_runs_of_the_plan_and_those_that_they_are_trained_with(store):
+def test_a_job_reads_its_runs_and_the_runs_they_are_trained_with(store):
     trunk = spec(seed_init=1)
     branch = spec(seed_init=2, parent=trunk.run_id(), parent_step=1)
     stacked = Execution(stack="pair", stack_size=2)

@@ -190,7 +190,7 @@ def test_tests_share_code_through_helpers_alone():
     assert all(name == "conftest" or name.startswith("test_") for name in test_modules), sorted(test_modules)
 
 
-def test_every_file_says_what_it_owns():
+def test_every_file_has_a_docstring():
     for path in [*sources(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         assert docstring, f"{path.relative_to(ROOT)} has no docstring"
@@ -228,7 +228,7 @@ def test_configs_equal_the_codes_defaults():
     assert compared > 20
 
 
-def test_packages_in_pyproject_are_the_packages_there_are():
+def test_pyproject_lists_exactly_the_existing_packages():
     import tomllib
 
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])

@@ -49,7 +49,7 @@ def written(sweep):
     }
 
 
-def test_a_sweep_trains_its_plan_once_and_goes_on_from_disk(capsys):
+def test_a_sweep_trains_its_plan_once_and_resumes_from_disk(capsys):
     assert main(["sweep", "sweep=s", *TINY, BASIC, "hydra.sweeper.runs_per_job=3"]) == 0
     plan = RunStore("results/s").read_plan()
     assert set(records("s")) == {run.run_id for run in plan.runs}

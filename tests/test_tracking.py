@@ -64,7 +64,7 @@ def assert_whole(history: list[dict], record: RunRecord) -> None:
     assert [h.get("val_loss_sem_nats") for h in history] == [p.val_loss_sem_nats for p in record.curve]
 
 
-def test_online_everything_arrives(tmp_path, server):  # noqa: F811
+def test_everything_arrives_online(tmp_path, server):  # noqa: F811
     spec = tiny(40, sweep="sweep")
     record = mirrored(tmp_path, spec)
     (run,) = server.runs.values()
@@ -85,7 +85,7 @@ def test_online_everything_arrives(tmp_path, server):  # noqa: F811
     assert metrics[every["5"] - 1]["1"] == "train_flops"
 
 
-def test_offline_the_file_holds_the_whole_curve(tmp_path):
+def test_the_offline_file_holds_the_whole_curve(tmp_path):
     from scaling_lab.tracking.wandb.run_files import read_run_file
 
     spec = tiny(40, sweep="sweep")
@@ -171,7 +171,7 @@ def killed_attempt(folder: Path, spec, wait_s: float = 0.3) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-def test_after_a_kill_there_is_one_wandb_run(tmp_path, server):  # noqa: F811
+def test_a_killed_and_resumed_run_is_one_wandb_run(tmp_path, server):  # noqa: F811
     """Points that the killed attempt sent and the resumed one recomputes are stored once."""
     spec = tiny(40, sweep="sweep")
     killed_attempt(tmp_path / "sweep", spec)
@@ -182,7 +182,7 @@ def test_after_a_kill_there_is_one_wandb_run(tmp_path, server):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_after_a_kill_wandb_sync_uploads_the_whole_curve(tmp_path, server, monkeypatch):  # noqa: F811
+def test_wandb_sync_uploads_the_whole_curve_after_a_kill(tmp_path, server, monkeypatch):  # noqa: F811
     """If the killed attempt's file were still there, `wandb sync` would upload nothing of this run."""
     spec = tiny(40, sweep="sweep")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -208,7 +208,7 @@ def assert_unhurt(record: RunRecord, store: RunStore, undisturbed: RunRecord | N
 @pytest.mark.parametrize(
     "failing", ["key", "quota", pytest.param("error", marks=pytest.mark.slow), "hang", "unreachable"]
 )
-def test_a_server_that_fails_at_once_is_a_warning(tmp_path, server, monkeypatch, caplog, failing):  # noqa: F811
+def test_a_server_that_fails_immediately_is_a_warning(tmp_path, server, monkeypatch, caplog, failing):  # noqa: F811
     """The runs are complete, there is one warning, and only the first run waits for the server."""
     monkeypatch.setattr(wandb_client, "INIT_TIMEOUT_S", 1.5)
     monkeypatch.setattr(wandb_client, "FINISH_TIMEOUT_S", 0.5)
@@ -251,7 +251,7 @@ def test_a_server_that_fails_in_the_middle_is_a_warning(tmp_path, server, monkey
         assert "tracker=wandb stopped (TimeoutError" in caplog.text
 
 
-def test_without_the_package_the_run_is_complete(tmp_path, monkeypatch, caplog):
+def test_runs_complete_without_the_wandb_package(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises ImportError
     with caplog.at_level(logging.WARNING):
         record = mirrored(tmp_path)
@@ -259,7 +259,7 @@ def test_without_the_package_the_run_is_complete(tmp_path, monkeypatch, caplog):
     assert "tracker=wandb stopped" in caplog.text
 
 
-def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path, caplog):
+def test_a_folder_that_cannot_be_created_is_a_warning(tmp_path, caplog):
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "wandb").write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING):
@@ -389,7 +389,7 @@ def test_upload_uploads_every_run_and_the_ledger_once(sweep, server, capsys):  #
     }
 
 
-def test_upload_without_a_login_or_a_server_is_one_line(sweep, server, capsys, monkeypatch):  # noqa: F811
+def test_upload_without_a_login_or_a_server_is_one_clear_error(sweep, server, capsys, monkeypatch):  # noqa: F811
     server.failing = "key"
     assert main(["upload-wandb", "sweep=sweep"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]

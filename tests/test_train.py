@@ -33,7 +33,7 @@ from scaling_lab.training.run.session import open_session, train_block
 
 
 @pytest.mark.parametrize("shape", [SHAPE, GPT2Shape(width=16, depth=1, heads=1)], ids=["gpt", "gpt2"])
-def test_it_learns_real_text(tmp_path, shape):
+def test_training_learns_real_text(tmp_path, shape):
     """From about ln 256 = 5.5 nats to well under the 3.3 nats of the corpus's byte frequencies."""
     record = train(RunStore(tmp_path), tiny(400, shape=shape))
     assert record.status is RunStatus.COMPLETED
@@ -128,7 +128,7 @@ def test_bfloat16_is_within_seed_noise_of_float32(tmp_path):
     assert min(map(abs, shifts)) > 0  # bfloat16 was really used
 
 
-def test_causal_and_independent():
+def test_models_are_causal_and_sequences_independent():
     """A token's logits do not depend on later tokens or on other sequences."""
     for shape in (GPTShape(width=32, depth=2, heads=2), GPT2Shape(width=32, depth=2, heads=2)):
         torch.manual_seed(0)
@@ -142,7 +142,7 @@ def test_causal_and_independent():
         assert not torch.allclose(a[0, 40:], b[0, 40:])
 
 
-def test_divergence_is_a_record(tmp_path):
+def test_a_diverged_run_has_a_record(tmp_path):
     record = train(RunStore(tmp_path), tiny(200, optimizer=OptimizerSpec(peak_lr=1e8)))
     assert record.status is RunStatus.DIVERGED
     assert "loss" in record.reason
@@ -199,7 +199,7 @@ def test_a_worker_that_is_asked_to_stop_releases_its_run(tmp_path):
     assert store.claim(spec) is not None
 
 
-def test_a_plan_for_another_device_is_refused_before_anything_fails(tmp_path):
+def test_a_plan_for_a_missing_device_is_refused_before_any_run_fails(tmp_path):
     """A plan for a GPU on a machine without one: one line of error, and no run is recorded as failed."""
     if torch.cuda.is_available():
         pytest.skip("this machine has the device")

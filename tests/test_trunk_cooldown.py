@@ -81,7 +81,7 @@ def branches(plan: Plan) -> list[PlannedRun]:
     return [r for r in plan.runs if r.spec.parent is not None]
 
 
-def test_whole_steps_of_a_horizon_by_hand():
+def test_horizons_in_whole_steps_by_hand():
     """1000 tokens in steps of 10 are 100 steps, of which 20 cool down; 3 steps leave one for the cooldown."""
     found = [horizon_in_steps(t, 10, 0.2) for t in (1000.0, 30.0, 20.0)]
     assert [(s.steps, s.branch_step) for s in found] == [(100, 80), (3, 2), (2, 1)]
@@ -120,7 +120,7 @@ def test_a_size_with_one_budget_is_one_run_without_a_trunk():
     )
 
 
-def test_flops_are_counted_once_and_the_saving_is_said():
+def test_flops_are_counted_once_and_the_saving_is_reported():
     plan = make_plan(settings())
     points = [r.spec for r in plan.runs if r.spec.role == "isoflop"]
     trunks = [r.spec for r in plan.runs if r.spec.role == "trunk"]
@@ -210,13 +210,13 @@ def test_a_horizon_beyond_the_corpus_does_not_lengthen_the_trunk():
         ),
     ],
 )
-def test_what_cannot_be_planned_is_one_line(make, named):
+def test_an_impossible_plan_is_one_clear_error(make, named):
     with pytest.raises(UserError, match=named) as error:
         make()
     assert "\n" not in str(error.value)
 
 
-def test_a_spec_refuses_a_parent_without_a_place_in_it():
+def test_a_spec_refuses_a_parent_without_a_branch_step():
     spec = branches(tiny_plan())[0].spec
     for changes in ({"parent_step": 0}, {"parent": None}, {"parent_step": spec.steps}, {"keep_steps": (0,)}):
         with pytest.raises(UserError, match="must be within the run's"):
@@ -251,7 +251,7 @@ def test_a_branch_is_bit_for_bit_the_run_of_its_horizon_trained_alone(trained, t
             assert torch.equal(one[name], two[name])
 
 
-def test_the_trunk_keeps_what_its_branches_begin_from(trained):
+def test_the_trunk_keeps_the_checkpoints_of_its_branches(trained):
     plan, store = trained
     trunks = [r for r in plan.runs if r.spec.role == "trunk"]
     assert trunks
@@ -266,7 +266,7 @@ def test_the_trunk_keeps_what_its_branches_begin_from(trained):
         assert set(run.spec.keep_steps) <= visited
 
 
-def test_analysis_takes_the_branches_with_their_whole_n_d_and_c(trained):
+def test_the_analysis_counts_the_whole_cost_of_branches(trained):
     plan, store = trained
     records, problems = store.load_records()
     assert not problems
@@ -281,7 +281,7 @@ def test_analysis_takes_the_branches_with_their_whole_n_d_and_c(trained):
     assert {d.reason.split(":")[0] for d in observations.dropped} == {"a trunk"}
 
 
-def test_whoever_is_handed_a_branch_alone_trains_its_trunk_first(tmp_path):
+def test_a_worker_given_only_a_branch_trains_the_trunk_first(tmp_path):
     plan, store = tiny_plan(), RunStore(tmp_path / "t")
     branch = branches(plan)[0]
     made = train_pending(store, plan, [branch.run_id])
@@ -289,7 +289,7 @@ def test_whoever_is_handed_a_branch_alone_trains_its_trunk_first(tmp_path):
     assert all(r.status is RunStatus.COMPLETED for r in made)
 
 
-def test_a_branch_whose_trunk_left_nothing_fails_and_says_so(tmp_path):
+def test_a_branch_without_its_trunks_checkpoint_fails_with_a_reason(tmp_path):
     plan, store = tiny_plan(), RunStore(tmp_path / "t")
     branch = branches(plan)[0]
     trunk = next(r for r in plan.runs if r.run_id == branch.spec.parent)

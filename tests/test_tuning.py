@@ -122,20 +122,20 @@ def test_a_quadratic_in_two_settings_by_hand():
     ("loss", "said"),
     [((1.0, 2.0, 1.0), "do not bend up"), ((1.0, 2.0, 4.0), "outside of what was tried")],
 )
-def test_no_minimum_is_said(loss, said):
+def test_a_missing_minimum_is_reported(loss, said):
     found = fit_quadratic(np.array([[-1.0], [0.0], [1.0]]), np.array([loss]))
     assert isinstance(found, str)
     assert said in found
 
 
-def test_what_determines_no_quadratic():
+def test_points_that_determine_no_quadratic():
     assert underdetermined_reason(np.array([[0.0], [0.7]])) == "2 settings are near enough, 3 are needed"
     line = np.stack([np.linspace(-1, 1, 7), np.linspace(-1, 1, 7)], axis=1)
     assert underdetermined_reason(line) == "the settings lie on a line"
     assert underdetermined_reason(np.array([[-1.0], [0.0], [1.0]])) is None
 
 
-def test_far_settings_are_left_out():
+def test_settings_far_from_the_best_are_excluded():
     """Best at 2 times, reference at 1: from 1/2.3 to 4.6 times."""
     x = np.log([[0.25], [0.5], [1.0], [2.0], [4.0], [8.0]])
     assert near_best(x, np.array([9.0, 3.0, 2.0, 1.0, 2.0, 30.0])).tolist() == [
@@ -214,7 +214,7 @@ def test_intervals_of_the_excess_cover():
     assert 0.84 < held / total < 0.95
 
 
-def test_what_a_seed_does_to_every_setting_is_no_noise_of_the_excess():
+def test_a_seeds_offset_of_every_setting_is_not_noise_of_the_excess():
     """The second seed is worse by 0.1 nats everywhere: parabolas shift, and there is no excess for it."""
     tuned = lr_sweep(seeds=2)
     tuned = replace(tuned, loss_nats=tuned.loss_nats + 0.1 * tuned.seed)
@@ -224,7 +224,7 @@ def test_what_a_seed_does_to_every_setting_is_no_noise_of_the_excess():
     assert "less what a seed does" in tuning.noise_source
 
 
-def test_noise_without_seeds_is_from_the_distances_and_without_spare_points_is_unknown():
+def test_without_seeds_the_noise_comes_from_residuals_if_there_are_any():
     n, c = grid()
     rng = np.random.default_rng(1)
     tuning, _ = measure_excess_loss(trained(n, c, used_lr(n), 0.004, rng), lr_sweep(0.004, rng))
@@ -239,7 +239,7 @@ def test_noise_without_seeds_is_from_the_distances_and_without_spare_points_is_u
     assert np.isnan(bare.excess_standard_error).all()
 
 
-def test_a_batch_that_was_varied_is_part_of_the_excess():
+def test_a_varied_batch_is_part_of_the_excess():
     """Best batch 1.5 times the sweep's: the LR alone would miss that part."""
     n, c = grid()
     at = [0, 5, 12, 15]
@@ -282,7 +282,7 @@ def test_a_best_setting_at_the_edge_gives_no_excess_there():
     assert np.isnan(samples).all()
 
 
-def test_a_size_tuned_at_another_batch_alone_says_so():
+def test_a_size_tuned_only_at_another_batch_is_reported():
     """Its reference is interpolated from other sizes, and none of its runs has that batch."""
     n, c = grid()
     tuned = lr_sweep()
@@ -294,7 +294,7 @@ def test_a_size_tuned_at_another_batch_alone_says_so():
     assert np.isfinite(tuning.excess_nats).all()
 
 
-def test_nothing_to_measure_with_is_one_line():
+def test_missing_measurements_are_one_clear_error():
     n, c = grid()
     with pytest.raises(UserError, match="learning-rate sweep has no completed run"):
         measure_excess_loss(trained(n, c, used_lr(n)), trained([], [], []))
@@ -325,7 +325,7 @@ def tuned_records(records: list[RunRecord]) -> list[RunRecord]:
     return [at_lr(r, m) for r in ends for m in (0.5, 2.0, 4.0)]
 
 
-def test_records_of_a_learning_rate_sweep_are_no_points_of_the_law(records, tuned_records):
+def test_records_of_a_learning_rate_sweep_are_not_fitted_by_the_law(records, tuned_records):
     split = split_by_role([*records, *tuned_records])
     assert split.law == tuple(records)
     assert split.lr_sweep == tuple(tuned_records)
@@ -335,7 +335,7 @@ def test_records_of_a_learning_rate_sweep_are_no_points_of_the_law(records, tune
     split.require_law()
 
 
-def test_rates_under_another_parametrisation_are_refused(records, tuned_records):
+def test_rates_under_another_parametrization_are_refused(records, tuned_records):
     other = [replace(r, spec=replace(r.spec, parametrization=MuP())) for r in tuned_records]
     with pytest.raises(UserError, match="its runs have parametrization MuP.*those of the sweep Standard"):
         split_by_role(records, other)
@@ -350,7 +350,7 @@ def write(store: RunStore, records: list[RunRecord]) -> None:
         (folder / "record.json").write_text(dumps(r.to_dict()))
 
 
-def test_analyze_with_a_learning_rate_sweep_beside(tmp_path, monkeypatch, capsys, records, tuned_records):
+def test_analyze_with_a_learning_rate_sweep(tmp_path, monkeypatch, capsys, records, tuned_records):
     monkeypatch.chdir(tmp_path)
     write(RunStore(Path("results/base")), records)
     write(RunStore(Path("results/base-lr")), tuned_records)

@@ -53,7 +53,7 @@ def test_a_run_is_drawn_with_all_its_rows() -> None:
     np.testing.assert_array_equal(Draws("run", 200, 0).run_counts(obs), per_run)
 
 
-def test_rows_and_budgets_are_drawn_as_said() -> None:
+def test_rows_and_budgets_are_drawn_as_documented() -> None:
     obs = curves()
     assert np.all(Draws("row", 50, 0).point_counts(obs).sum(axis=1) == 10)
     by_budget = Draws("budget", 50, 0).point_counts(obs)
@@ -125,7 +125,7 @@ class Failing:
     ("share", "failed", "says"),
     [(0.0, 0, None), (0.05, 5, None), (0.5, 50, "too narrow"), (0.9, 90, "No interval")],
 )
-def test_failures_are_counted_and_said(share: float, failed: int, says: str | None) -> None:
+def test_failures_are_counted_and_reported(share: float, failed: int, says: str | None) -> None:
     obs = LAW.isoflop(np.array([1e18, 4e18]), np.geomspace(0.25, 4, 7))
     approach = Failing(share)
     band = bootstrap(approach, obs, approach.estimate(obs), BootstrapSettings(resamples=100), 0)
@@ -136,7 +136,7 @@ def test_failures_are_counted_and_said(share: float, failed: int, says: str | No
         assert says in (band.message or "")
 
 
-def test_no_degrees_of_freedom_give_no_interval_and_the_reason() -> None:
+def test_without_degrees_of_freedom_there_is_a_reason_and_no_interval() -> None:
     obs = LAW.isoflop(np.array([1e18, 4e18]), np.array([0.5, 1.0, 2.0]))
     estimate = IsoFlop().estimate(obs)
     assert estimate.frontier is not None
@@ -166,7 +166,7 @@ def noisy_isoflop(noise: float = 0.005, seed: int = 0) -> Observations:
     )
 
 
-def test_profile_intervals_stand_beside_the_bootstraps() -> None:
+def test_profile_intervals_are_similar_to_the_bootstraps() -> None:
     obs = noisy_isoflop()
     approach = Parametric()
     estimate = approach.estimate(obs)
@@ -188,7 +188,7 @@ def test_profile_intervals_stand_beside_the_bootstraps() -> None:
     assert a.lo < estimate.frontier.params.exponent < a.hi
 
 
-def test_where_a_profile_cannot_be_it_says_why() -> None:
+def test_a_missing_profile_has_a_reason() -> None:
     approach = Parametric()
     flat = Observations.from_arrays(
         n_params=[1e7] * 6, n_tokens=np.geomspace(1e8, 1e9, 6), loss_nats=[3.0] * 6
@@ -207,7 +207,7 @@ def test_where_a_profile_cannot_be_it_says_why() -> None:
     assert "several are of one run" in (several.message or "")
 
 
-def test_an_end_that_the_data_do_not_bound_is_none_and_says_so() -> None:
+def test_an_unbounded_end_is_none_with_a_reason() -> None:
     # No floor in the truth: E may be anything down to 0, and the profile ends at the law's own bound.
     floorless = Truth(0.34, 0.28, E=1e-9)
     clean = floorless.isoflop(np.array([1e18, 4e18, 1.6e19]), np.geomspace(0.25, 4, 7))
@@ -304,7 +304,7 @@ def test_an_interval_beside_samples_that_overflowed_has_no_nan(infinite: int) ->
     assert not np.isnan([low.lo, low.hi]).any()
 
 
-def test_tokens_per_parameter_of_lines_that_overflow_is_known_from_their_logarithms() -> None:
+def test_tokens_per_parameter_of_overflowing_lines_come_from_logarithms() -> None:
     # N and D of two near budgets grow as C^900: neither is a number at ten times their compute, D / N is.
     c = np.array([1e18, 1.1e18])
     log_c = np.log(1e18)
@@ -399,7 +399,7 @@ def test_a_disagreement_names_the_choice_that_explains_it(other: float, says: st
         (0.001, 0.8, ["No single other choice"], ["bias"]),  # a bias that is little is not worth a word
     ],
 )
-def test_the_bias_of_the_grid_and_other_choices_make_one_statement(
+def test_the_grid_bias_and_other_choices_are_reported_together(
     off: float, other: float, says: list[str], not_said: list[str], order: str
 ) -> None:
     names = ("isoflop", 0.7, "parametric", 0.5)
@@ -415,7 +415,7 @@ def test_the_bias_of_the_grid_and_other_choices_make_one_statement(
         assert words not in message
 
 
-def test_the_bias_of_the_grid_is_no_reason_between_other_approaches() -> None:
+def test_the_grid_bias_explains_no_disagreement_between_other_approaches() -> None:
     estimates, bands = two_approaches("envelope", 0.7, "parametric", 0.5)
     found = compare_approaches(estimates, bands, 1.0)
     bias = GridBias("chinchilla", 0.2, -0.2, 0.0, 1.0)

@@ -199,7 +199,7 @@ def test_every_unit_of_flops(value: Any, factor: float) -> None:
         ({"run_id": "M"}, ["units.='run_id'"]),
     ],
 )
-def test_what_is_no_unit_is_one_clear_error(units: Mapping[str, Any], says: Sequence[str]) -> None:
+def test_an_unknown_unit_is_one_clear_error(units: Mapping[str, Any], says: Sequence[str]) -> None:
     with pytest.raises(UserError) as caught:
         AnalysisSettings(units=units)
     text = str(caught.value)

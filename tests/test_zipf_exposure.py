@@ -60,7 +60,7 @@ def test_statements_drawn_one_by_one_agree(statements: int) -> None:
         assert abs(seen[:, i].mean() - times) < 4 * error
 
 
-def test_each_tenfold_adds_a_tenth_also_at_random() -> None:
+def test_each_tenfold_adds_a_tenth_in_simulations_too() -> None:
     world = DecadeWorld()
     at = [world.share_known_at_random(d) for d in CORPORA]
     assert np.diff(at) == pytest.approx([0.1, 0.1], abs=1e-4)
