@@ -1,4 +1,4 @@
-"""`python -m scaling_lab.worker FOLDER`: one worker process, also below torchrun; `launching/worker.py` has the code."""
+"""`python -m scaling_lab.worker FOLDER`: one worker process, also under torchrun (code: launching/worker.py)."""
 
 from __future__ import annotations
 

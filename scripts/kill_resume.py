@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""Kills a training run at random moments with SIGKILL, resumes it, and compares with the run that nobody disturbed.
+"""Kill a training run at random times with SIGKILL, resume it, and compare it with an undisturbed run.
 
-    scripts/kill_resume.py                              # 100 kills: about eight minutes of one core
-    scripts/kill_resume.py --kills 20                   # as CI takes it
+    scripts/kill_resume.py                              # 100 kills: about eight minutes on one core
+    scripts/kill_resume.py --kills 20                   # as in CI
     scripts/kill_resume.py --out results/benchmarks/kill_resume.txt
 
-Some kills come at a uniformly random time; others aim at a training step, at a checkpoint being written, at the record
-being written, or at a resumed run taking up its curve. Where a kill landed is proved, not guessed: the process announces
-the beginning and the end of each stage in a pipe, and what it had begun and not ended when it died is where it was. While
-files are written it pauses at each fsync, rename and link, so that kills fall on both sides of every one.
+Some kills come at a uniformly random time; others aim at a training step, at a checkpoint or a record being written, or at
+a resumed run rewriting its curve. Where a kill landed is recorded, not guessed: the process announces the start and the
+end of each stage in a pipe, and the stage that it had started and not ended when it died is where it was. While it writes
+files it pauses at each fsync, rename and link, so that kills fall on both sides of every one.
 
-Every run must end with the undisturbed run's final loss, curve and weights bit for bit, and with nothing left over in its
-checkpoint folder. The exit status is 1 if one does not, or if a stage was never hit.
+Every run must end with the final loss, curve and weights of the undisturbed run bit for bit, and with nothing left over in
+its checkpoint folder. The exit status is 1 if one does not, or if a stage was never hit.
 
-Each attempt is a process of its own (a real worker's `train_pending`, with real claims), forked from this one once torch
+Each attempt is a process of its own (a real worker's `train_pending`, with real claims), forked from this one after torch
 is imported, so that 250 of them take minutes.
 """
 
@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # what the first step would import, once for all attempts
+import torch._dynamo  # imported once here, otherwise by the first step of every attempt
 
 from scaling_lab.core.record import RunRecord, RunStatus
 from scaling_lab.core.schedules import Cosine
@@ -56,7 +56,7 @@ from scaling_lab.training.run import checkpoint
 
 STEP, CHECKPOINT, RECORD, RESUME = "training step", "checkpoint write", "record write", "resume: the curve"
 STAGES = (STEP, CHECKPOINT, RECORD, RESUME)
-# What a point aims its kills at, one after the other; drawn with these weights. Only a resumed run takes up a curve.
+# The stages that the kills of one run aim at, in order; drawn with these weights. Only a resumed run rewrites its curve.
 ANY_TIME = "any time"
 AIMS = {
     (ANY_TIME,): 3,
@@ -67,33 +67,33 @@ AIMS = {
     (ANY_TIME, STEP): 1,
 }
 PAUSE_S = 0.003
-# One in so many points is of a compiled run: compiling takes seconds, even from a warm cache.
+# One run in this many is compiled: compiling takes seconds, even from a warm cache.
 COMPILED_EVERY = 20
 
 
 @dataclass
 class Attempt:
-    """One process that trained until it was killed or done."""
+    """One process that trained until it was killed or finished."""
 
     killed: bool
     status: int
-    said: list[str] = field(repr=False)
-    """What it announced: `+STAGE`, `-STAGE`, and `.before CALL FILE`, `.after CALL FILE` inside."""
+    announced: list[str] = field(repr=False)
+    """Its announcements: `+STAGE`, `-STAGE`, and `.before CALL FILE`, `.after CALL FILE` inside."""
     seconds: float
 
     def stage(self) -> str:
-        """The stage that it had begun and not ended."""
-        begun: list[str] = []
-        for line in self.said:
+        """The stage that it had started and not ended."""
+        open_stages: list[str] = []
+        for line in self.announced:
             if line[0] == "+":
-                begun.append(line[1:])
+                open_stages.append(line[1:])
             elif line[0] == "-":
-                begun.pop()
-        return begun[-1] if begun else "elsewhere"
+                open_stages.pop()
+        return open_stages[-1] if open_stages else "elsewhere"
 
     def place(self) -> str:
-        """Where in a stage that writes files it was: the last call that it announced there."""
-        line = self.said[-1] if self.said else ""
+        """The last file operation that it announced in its stage."""
+        line = self.announced[-1] if self.announced else ""
         return line[1:] if line.startswith(".") else "first call not reached"
 
 
@@ -115,7 +115,7 @@ def main() -> int:
 
 
 class Test:
-    """The undisturbed runs, the points, and what came of them."""
+    """The undisturbed runs, the killed runs, and their comparison."""
 
     def __init__(self, folder: Path, steps: int, rng: random.Random) -> None:
         self.folder, self.rng = folder, rng
@@ -131,7 +131,7 @@ class Test:
         self.runs = self.kills = self.compiled = 0
 
     def run(self, kills: int) -> tuple[list[str], bool]:
-        """Spend `kills` kills; returns the lines of the result and whether it is good."""
+        """Kill `kills` times; returns the lines of the report and whether all checks passed."""
         began = time.monotonic()
         whole = {compiled: self.undisturbed(compiled) for compiled in (False, True)}
         while self.kills < kills:
@@ -149,7 +149,7 @@ class Test:
         return store
 
     def undisturbed(self, compiled: bool) -> Whole:
-        """Train once without checkpoints on the way, and once announced, for the length of each stage."""
+        """Train once without intermediate checkpoints, and once with announcements, to time each stage."""
         plain, announced = (
             self.store(f"plain-{compiled}", compiled),
             self.store(f"announced-{compiled}", compiled),
@@ -161,7 +161,7 @@ class Test:
         return whole
 
     def point(self, whole: Whole, compiled: bool, kills: int) -> None:
-        """One run: killed as its aims say, resumed to its end, compared."""
+        """One run: killed at its aims, resumed to its end, compared."""
         store = self.store(f"point-{self.runs}", compiled)
         aims = self.rng.choices(list(AIMS), list(AIMS.values()))[0]
         self.runs += 1
@@ -170,14 +170,14 @@ class Test:
             done = attempt(store, self.aim(aim, whole))
             if not done.killed:
                 finished(done)
-                break  # it was over before the kill came
+                break  # it finished before the kill
             self.kills += 1
             stage = done.stage()
             self.stages[stage] += 1
             if stage in (CHECKPOINT, RECORD, RESUME):
                 self.places[f"{stage}, {done.place()}"] += 1
         if (store.run_folder(self.spec.run_id()) / "record.json").exists():
-            pass  # killed after the record was in place: the run is over
+            pass  # killed after the record was written: the run has finished
         else:
             finished(attempt(store))
         difference = whole.difference(store, self.spec)
@@ -200,7 +200,7 @@ class Test:
             "",
             f"the run: {self.spec.steps} steps of {self.spec.batch_tokens} tokens, {whole.counts[CHECKPOINT]} checkpoints; "
             f"undisturbed it ends at {whole.record.final_val_loss_nats!r} nats",
-            "where the kills landed, as the killed process itself had announced:",
+            "where the kills landed, as announced by the killed processes:",
         ]  # fmt: skip
         for stage in (*STAGES, *sorted(set(self.stages) - set(STAGES))):
             lines.append(f"  {stage:<24}{self.stages[stage]:>4}")
@@ -217,7 +217,7 @@ class Test:
 
 @dataclass
 class Whole:
-    """What the undisturbed run came to."""
+    """The results of an undisturbed run."""
 
     record: RunRecord
     weights: dict[str, torch.Tensor]
@@ -227,12 +227,12 @@ class Whole:
 
     @staticmethod
     def of(store: RunStore, spec: RunSpec, timed: Attempt) -> Whole:
-        counts = Counter(line[1:] for line in timed.said if line[0] == "+")
+        counts = Counter(line[1:] for line in timed.announced if line[0] == "+")
         counts[RESUME] = 1
         # Calls in a stage pause twice each; a step's length is the run's share.
         calls = {s: Counter[str]() for s in STAGES}
         stage = ""
-        for line in timed.said:
+        for line in timed.announced:
             if line[0] == "+":
                 stage = line[1:]
             elif line[0] == "." and stage in calls:
@@ -243,23 +243,23 @@ class Whole:
         return Whole(store.read_record(spec.run_id()), weights(store, spec), counts, lengths, timed.seconds)
 
     def difference(self, store: RunStore, spec: RunSpec) -> str | None:
-        """How the run of a store differs from this one; None if in nothing but its times."""
+        """How the run of a store differs from this one; None if only in its times."""
         record = store.read_record(spec.run_id())
         if record.status is not RunStatus.COMPLETED:
             return f"it is {record.status}: {record.reason}"
-        if said(record) != said(self.record):
-            return f"final loss {record.final_val_loss_nats!r}, or its curve, is another"
+        if results_of(record) != results_of(self.record):
+            return f"final loss {record.final_val_loss_nats!r}, or its curve, differs"
         theirs = weights(store, spec)
         if any(not torch.equal(theirs[name], mine) for name, mine in self.weights.items()):
-            return "its weights are others"
+            return "its weights differ"
         left = sorted(p.name for p in (store.run_folder(spec.run_id()) / "checkpoint").iterdir())
         if left != [f"step-{spec.steps}.json", f"step-{spec.steps}.pt"]:
             return f"its checkpoint folder holds {left}"
         return None
 
 
-def said(record: RunRecord) -> list[tuple[Any, ...]]:
-    """Everything that a record says but its times, exactly."""
+def results_of(record: RunRecord) -> list[tuple[Any, ...]]:
+    """Everything in a record except its times, exactly."""
     points = [
         (p.step, p.tokens, p.train_flops, p.lr, p.train_loss_nats, p.val_loss_nats, p.val_loss_sem_nats)
         for p in record.curve
@@ -274,7 +274,7 @@ def weights(store: RunStore, spec: RunSpec) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Aim:
-    """When to kill: so long after the process began, or after it announced a stage for the n-th time."""
+    """When to kill: `delay_s` after the process started, or after it announced a stage for the n-th time."""
 
     delay_s: float
     stage: str | None = None
@@ -282,7 +282,7 @@ class Aim:
 
 
 def attempt(store: RunStore, aim: Aim | None = None, checkpoint_every_s: float = 0.0) -> Attempt:
-    """Train in a process of its own, to the end or until it is killed."""
+    """Train in a new process until it finishes or is killed."""
     reading, writing = os.pipe()
     began = time.monotonic()
     pid = os.fork()
@@ -318,7 +318,7 @@ def finished(done: Attempt) -> Attempt:
 
 
 def child(store: RunStore, pipe: int, checkpoint_every_s: float) -> None:
-    """The process to be killed; never returns."""
+    """The process that is killed; never returns."""
     try:
         announce(lambda line: os.write(pipe, line.encode() + b"\n"))
         train_pending(store, store.read_plan(), checkpoint_every_s=checkpoint_every_s)
@@ -331,7 +331,7 @@ def child(store: RunStore, pipe: int, checkpoint_every_s: float) -> None:
 
 
 def announce(say: Callable[[str], Any]) -> None:
-    """Wrap what is to be hit. Nothing of this is in the package: an ordinary run pays nothing for it."""
+    """Wrap the stages that kills aim at. Done here and not in the package, so that it costs an ordinary run nothing."""
     stage: list[str] = []
 
     def staged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -371,7 +371,7 @@ def announce(say: Callable[[str], Any]) -> None:
 
 
 def kind_of(file: int | str | Path) -> str:
-    """What a path, or a descriptor's, is called: step.pt of step-12.pt and of its temporary file."""
+    """The kind of file of a path or descriptor: step.pt for step-12.pt and for its temporary file."""
     link = f"/proc/self/fd/{file}"
     if isinstance(file, int):
         file = os.readlink(link) if os.path.exists(link) else "file"
@@ -386,7 +386,7 @@ def progress(text: str, fraction: float, began: float) -> None:
 
 
 def revision() -> str:
-    """The git revision, with a mark where the working tree differs from it."""
+    """The git revision, marked if the working tree differs from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
     try:
         return subprocess.check_output(command, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL).strip()  # fmt: skip

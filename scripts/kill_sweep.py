@@ -1,23 +1,23 @@
 #!/usr/bin/env python
-"""Kills the processes of a sweep at random with SIGKILL until it is done, again and again, and compares with a sweep
-that nobody disturbed.
+"""Kill the processes of a sweep at random times with SIGKILL until it is done, and compare it with an undisturbed sweep.
 
-    scripts/kill_sweep.py                              # 200 kills: about twelve minutes of two cores
-    scripts/kill_sweep.py --kills 40                   # as CI takes it
+    scripts/kill_sweep.py                              # 200 kills: about twelve minutes on two cores
+    scripts/kill_sweep.py --kills 40                   # as in CI
     scripts/kill_sweep.py --out results/benchmarks/kill_sweep.txt
 
-Two `scaling-lab sweep` commands share one folder of 20 tiny runs, each with a worker. A kill takes a worker, a command
-(its worker is orphaned then), or one of each at once; commands that died are started again. Half of the kills come at a
-random time, the others a random few milliseconds after some worker announced that it trains, writes a checkpoint, or
-writes a record. When a sweep is done before the kills are, another one begins in a new folder.
+Two `scaling-lab sweep` commands, each with one worker, share a folder of 20 tiny runs. A kill hits a worker, a command
+(which orphans its worker), or one of each at once; dead commands are started again. Half of the kills come at a random
+time, the others a few random milliseconds after some worker announced that it trains, writes a checkpoint, or writes a
+record. When a sweep finishes before the kills are used up, another one starts in a new folder.
 
-Where a kill landed is read, not guessed: workers append the begin and the end of each phase to a file (by a
-sitecustomize.py that only this script puts on their path; it also makes checkpoints come every quarter of a second and
-pauses a moment at each fsync, rename and link, so that kills fall on both sides of them).
+Where a kill landed is recorded, not guessed: workers append the start and the end of each phase to a file. A
+sitecustomize.py that only this script puts on their path does this; it also writes a checkpoint every quarter of a second
+and pauses briefly around each fsync, rename and link, so that kills fall on both sides of them.
 
-Then, for every sweep: all runs are completed; no record was written twice or changed; no run was trained by two at once
-or after its record; every curve is whole and, with the losses, that of the undisturbed sweep bit for bit; `analyze`
-prints the same numbers. Exit status 1 if one does not hold, or if no kill hit training, checkpointing or record writing.
+Checked for every sweep: all runs are completed; no record was written twice or changed; no run was trained by two
+processes at once or after its record; every curve is complete and, like the losses, bit for bit that of the undisturbed
+sweep; `analyze` prints the same numbers. The exit status is 1 if a check fails, or if no kill hit training,
+checkpointing or record writing.
 """
 
 from __future__ import annotations
@@ -53,20 +53,20 @@ STUDY = (
     "design.sizes.width_ratio=1.3 design.sizes.min_depth=1 recipe.batch_tokens=64"
 )
 COMMANDS = 2
-# What a kill takes, and what it waits for, drawn with these weights.
+# What a kill hits, and which phase it waits for, drawn with these weights.
 VICTIMS = {"worker": 6, "command": 2, "both": 2}
 AIMS = {None: 5, TRAINING: 1, CHECKPOINTING: 2, RECORDING: 2}
-# Mean time between kills, in times that a worker takes from its start to its first step (some seconds, more on a busy
-# machine): it must get somewhere now and then.
+# Mean time between kills, as a multiple of the time from a worker's start to its first step (seconds, more on a busy
+# machine): some attempts must make progress.
 MEAN_WAIT_STARTS, MEAN_WAIT_S = 0.5, (2.0, 10.0)
 AIM_TIMEOUT_S = 30.0
 ANALYSIS = ("bootstrap.resamples=100", "--json", "--quiet")
-# What an analysis says about itself and not about the runs.
+# Parts of an analysis that are not about the runs.
 NOT_COMPARED = ("command", "versions", "source")
 STUCK_S = 600.0
 
 SITECUSTOMIZE = '''
-"""Owns announcing what a worker does; see scripts/kill_sweep.py."""
+"""Announces the phases of a worker; see scripts/kill_sweep.py."""
 import os, random, sys, time
 if "scaling_lab.worker" in sys.orig_argv:
     out = os.open(os.environ["KILL_SWEEP_PHASES"], os.O_WRONLY | os.O_APPEND)
@@ -111,7 +111,7 @@ if "scaling_lab.worker" in sys.orig_argv:
 
 @dataclass(frozen=True)
 class Event:
-    """One line of a worker's."""
+    """One line written by a worker."""
 
     at_ns: int
     pid: int
@@ -122,14 +122,14 @@ class Event:
 
 @dataclass
 class Announcements:
-    """What the workers of one sweep have announced so far, read as it comes."""
+    """What the workers of one sweep have announced so far."""
 
     path: Path
     events: list[Event] = field(default_factory=list)
     _read: int = 0
 
-    def look(self) -> list[Event]:
-        """The lines that came since the last look."""
+    def read_new(self) -> list[Event]:
+        """The lines written since the last call."""
         with open(self.path, "rb") as file:
             file.seek(self._read)
             text = file.read()
@@ -143,8 +143,8 @@ class Announcements:
         return new
 
     def workers(self) -> list[int]:
-        """Processes that have announced anything and live."""
-        return [pid for pid in dict.fromkeys(event.pid for event in self.events) if lives(pid)]
+        """Live processes that have announced anything."""
+        return [pid for pid in dict.fromkeys(event.pid for event in self.events) if is_alive(pid)]
 
     def start_s(self) -> float:
         """Median seconds from a worker's first announcement to its first training."""
@@ -157,20 +157,20 @@ class Announcements:
         return statistics.median(took.values()) if took else 0.0
 
     def phase_of(self, pid: int) -> str:
-        """What a process had begun and not ended with its last line."""
-        self.look()
-        begun: list[str] = []
+        """The phase that a process had started and not ended at its last line."""
+        self.read_new()
+        open_phases: list[str] = []
         for event in self.events:
             if event.pid == pid and event.begins:
-                begun.append(event.phase)
-            elif event.pid == pid and event.phase in begun:
-                begun.remove(event.phase)
-        return begun[-1] if begun else "between"
+                open_phases.append(event.phase)
+            elif event.pid == pid and event.phase in open_phases:
+                open_phases.remove(event.phase)
+        return open_phases[-1] if open_phases else "between"
 
 
 @dataclass
 class Sweep:
-    """Two commands at work on one folder."""
+    """Two commands that share one folder."""
 
     folder: Path
     results: Path
@@ -186,7 +186,7 @@ class Sweep:
         (self.results / "inject/sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf-8")
         phases = self.results / f"{self.folder.name}.phases"
         phases.touch()
-        self.said = Announcements(phases)
+        self.announced = Announcements(phases)
         self.log = self.results / f"{self.folder.name}.log"
         self.records: dict[str, int] = {}
 
@@ -199,12 +199,12 @@ class Sweep:
         return self.store.plan_path.exists() and len(self.records) == len(self.store.read_plan().runs)
 
     def start_commands(self) -> None:
-        """Start those commands that are not at work."""
+        """Start the commands that are not running."""
         self.commands = [command for command in self.commands if command.poll() is None]
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, (str(self.results / "inject"), os.environ.get("PYTHONPATH")))),
-            "KILL_SWEEP_PHASES": str(self.said.path),
+            "KILL_SWEEP_PHASES": str(self.announced.path),
         }  # fmt: skip
         for _ in range(COMMANDS - len(self.commands)):
             with open(self.log, "ab") as log:
@@ -217,7 +217,7 @@ class Sweep:
                 )  # fmt: skip
 
     def kill_once(self) -> bool:
-        """Wait for a random time or for what the kill aims at, then kill; False where there was nobody to kill."""
+        """Wait for a random time or for the phase that the kill aims at, then kill; False if there was no process to kill."""
         what = draw(self.rng, VICTIMS)
         victim = self._wait(draw(self.rng, AIMS))
         pids = []
@@ -233,38 +233,40 @@ class Sweep:
                 os.kill(pid, signal.SIGKILL)
         self.victims[what] += 1
         if what != "command" and victim is not None:
-            while lives(victim):
+            while is_alive(victim):
                 time.sleep(0.001)
-            self.landed[self.said.phase_of(victim)] += 1
+            self.landed[self.announced.phase_of(victim)] += 1
         return True
 
     def _wait(self, aim: str | None) -> int | None:
-        """A live worker, after a random time; with an aim one that began that phase some milliseconds ago."""
-        mean = min(MEAN_WAIT_S[1], max(MEAN_WAIT_S[0], MEAN_WAIT_STARTS * self.said.start_s()))
+        """A live worker, after a random time; with an aim, one that started that phase some milliseconds ago."""
+        mean = min(MEAN_WAIT_S[1], max(MEAN_WAIT_S[0], MEAN_WAIT_STARTS * self.announced.start_s()))
         time.sleep(self.rng.expovariate(1 / mean) / (1 if aim is None else 2))
-        self.said.look()
+        self.announced.read_new()
         end = time.monotonic() + AIM_TIMEOUT_S
         while aim is not None and time.monotonic() < end:
-            begun = [event.pid for event in self.said.look() if event.begins and event.phase == aim]
-            if begun:
+            started = [
+                event.pid for event in self.announced.read_new() if event.begins and event.phase == aim
+            ]
+            if started:
                 time.sleep(self.rng.uniform(0, 0.02))
-                return begun[-1] if lives(begun[-1]) else None
+                return started[-1] if is_alive(started[-1]) else None
             time.sleep(0.001)
-        workers = self.said.workers()
+        workers = self.announced.workers()
         return self.rng.choice(workers) if workers else None
 
     def problems(self, whole: dict[str, RunRecord]) -> list[str]:
-        """What is not as it must be, against the records of the undisturbed sweep."""
+        """The checks that fail, compared with the records of the undisturbed sweep."""
         found = []
         records, unreadable = self.store.load_records()
         found += [f"{run_id}: {reason}" for run_id, reason in unreadable]
         if {r.run_id for r in records} != set(whole):
-            found.append("not the same runs")
+            found.append("other runs than the undisturbed sweep's")
         for record in records:
             found += different(record, whole[record.run_id])
-        self.said.look()
+        self.announced.read_new()
         for run_id in whole:
-            mine = [event for event in self.said.events if event.run_id == run_id]
+            mine = [event for event in self.announced.events if event.run_id == run_id]
             order = [pid for i, pid in enumerate(e.pid for e in mine) if i == 0 or mine[i - 1].pid != pid]
             if len(order) != len(set(order)):
                 found.append(f"{run_id}: two processes worked on it at once")
@@ -275,7 +277,7 @@ class Sweep:
 
 
 def different(record: RunRecord, whole: RunRecord) -> list[str]:
-    """In what a run differs from the undisturbed one; times and places may."""
+    """How a run differs from the undisturbed one, apart from times and machines."""
     found = []
     if record.status is not RunStatus.COMPLETED:
         found.append(f"{record.run_id}: {record.status} ({record.reason})")
@@ -285,12 +287,12 @@ def different(record: RunRecord, whole: RunRecord) -> list[str]:
         )
     timeless = [[replace(p, wall_time_s=0.0) for p in r.curve] for r in (record, whole)]
     if timeless[0] != timeless[1]:
-        found.append(f"{record.run_id}: another curve than the undisturbed")
+        found.append(f"{record.run_id}: a different curve")
     return found
 
 
-def lives(pid: int) -> bool:
-    """Whether a process runs; one that is dead and not reaped does not."""
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -302,7 +304,7 @@ def draw(rng: random.Random, weights: Mapping[T, int]) -> T:
 
 
 def analysis_of(results: Path, sweep: str) -> dict[str, object]:
-    """What `scaling-lab analyze` prints about a sweep, without what it says about itself."""
+    """What `scaling-lab analyze` prints about the runs of a sweep."""
     done = subprocess.run(
         [sys.executable, "-P", "-m", "scaling_lab.cli.main", "analyze", f"sweep={sweep}", f"results_dir={results}", *ANALYSIS],
         capture_output=True, text=True, check=False,
@@ -313,7 +315,7 @@ def analysis_of(results: Path, sweep: str) -> dict[str, object]:
 
 
 def undisturbed(results: Path) -> dict[str, RunRecord]:
-    """The same sweep, left alone."""
+    """The records of the same sweep without kills."""
     argv = ["sweep", "sweep=whole", f"results_dir={results}", *STUDY.split(), "workers=2", "--quiet"]
     subprocess.run([sys.executable, "-P", "-m", "scaling_lab.cli.main", *argv], check=True)
     records, problems = RunStore(results / "whole").load_records()
@@ -324,7 +326,7 @@ def undisturbed(results: Path) -> dict[str, RunRecord]:
 def disturbed(
     results: Path, name: str, kills: int, rng: random.Random, say_progress: bool
 ) -> tuple[Sweep, int]:
-    """One sweep to its end, under at most `kills` kills; the sweep and how many there were."""
+    """Run one sweep to its end with at most `kills` kills; returns the sweep and the number of kills."""
     sweep, made, last_made = Sweep(results / name, results, rng), 0, time.monotonic()
     try:
         while not sweep.done():
@@ -338,7 +340,7 @@ def disturbed(
             elif made >= kills:
                 time.sleep(0.2)
             if time.monotonic() - last_made > STUCK_S:
-                raise SystemExit(f"FAILED: {name} stands still: see {sweep.log}")
+                raise SystemExit(f"FAILED: {name} makes no progress: see {sweep.log}")
         for command in sweep.commands:
             command.wait(timeout=60)
     finally:
@@ -369,7 +371,7 @@ def main() -> int:
 
 
 def run(results: Path, kills: int, seed: int) -> tuple[str, bool]:
-    """The report, and whether everything held."""
+    """The report, and whether every check passed."""
     for old in results.glob("*"):
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     began, rng = time.monotonic(), random.Random(seed)
@@ -388,7 +390,7 @@ def run(results: Path, kills: int, seed: int) -> tuple[str, bool]:
         attempts += len(list(sweep.folder.glob("runs/*/claim-*.json")))
         found = sweep.problems(whole)
         if analysis_of(results, sweep.folder.name) != expected:
-            found.append("another analysis than the undisturbed sweep's")
+            found.append("the analysis differs from the undisturbed sweep's")
         problems += [f"{sweep.folder.name}: {problem}" for problem in found]
     missed = [phase for phase in PHASES if not landed[phase]]
     minutes = (time.monotonic() - began) / 60
@@ -402,14 +404,14 @@ def run(results: Path, kills: int, seed: int) -> tuple[str, bool]:
     ]
     if not problems and not missed:
         lines.append(
-            "OK every run completed exactly once; every curve whole, and its losses the undisturbed sweep's bit for bit; "
-            "the same analysis"
+            "OK every run completed exactly once; every curve is complete and bit for bit that of the undisturbed sweep; "
+            "the analysis is the same"
         )
     return "\n".join(lines), not problems and not missed
 
 
 def revision() -> str:
-    """The commit that is tested."""
+    """The tested commit."""
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False

@@ -174,7 +174,7 @@ def test_a_run_that_fails_is_a_warning_and_can_be_tried_again(tmp_path):
 def test_another_plan_that_has_begun_is_refused(trained):
     other = sl.plan(sweep="tiny", results_dir=trained.folder.parent, **{**TINY, "seed": 5})
     with pytest.raises(
-        sl.UserError, match=r"sweep='tiny' has begun with another plan.*seed \(on disk 0, now 5\)"
+        sl.UserError, match=r"sweep='tiny' has started with another plan.*seed \(on disk 0, now 5\)"
     ):
         sl.train(other)
 

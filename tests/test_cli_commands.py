@@ -268,7 +268,7 @@ def test_plan_prints_the_grid_and_writes_it(capsys):
     assert "seed (on disk 0, now 7)" in err
     line = refused(capsys, "sweep", *argv[1:], "seed=7,9")
     assert "seed (on disk 7, now 7,9)" in line
-    assert "no run has begun" in line
+    assert "no run has started" in line
     assert main([*argv, "seed=7", "--quiet"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
 

@@ -1,4 +1,4 @@
-"""Whole sweeps under random kills, compared with one that nobody disturbed: scripts/kill_sweep.py, shortened."""
+"""Whole sweeps under random kills, compared with an undisturbed one: scripts/kill_sweep.py, shortened."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_forty_kills_of_workers_and_commands_change_nothing(tmp_path):
 
 
 def test_the_script_detects_each_kind_of_problem(tmp_path):
-    """Its checks see what they look for: another loss, a second owner, a run trained after its end."""
+    """Its checks find what they look for: a different loss, a second owner, a run trained after its end."""
     import importlib.util
     from dataclasses import replace
 
@@ -58,8 +58,8 @@ def test_the_script_detects_each_kind_of_problem(tmp_path):
 
     def announce(*lines: tuple[int, int]) -> None:
         text = "".join(f"{at + when} {pid} +training {record.run_id}\n" for when, pid in lines)
-        sweep.said.path.write_text(text)
-        sweep.said = script.Announcements(sweep.said.path)
+        sweep.announced.path.write_text(text)
+        sweep.announced = script.Announcements(sweep.announced.path)
 
     announce((-3, 1), (-2, 2))
     assert sweep.problems(whole) == []

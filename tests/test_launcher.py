@@ -17,7 +17,7 @@ from scaling_lab.cli.main import main
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching import workers
-from scaling_lab.launching.workers import worker_slots
+from scaling_lab.launching.workers import worker_environments
 
 TINY_LINE = (
     "sweep=s data.max_mb=1 eval.tokens=1024 device=cpu compile=false design.sizes_per_budget=4 design.noise_seeds=1 "
@@ -138,7 +138,7 @@ def test_an_interrupt_stops_the_workers_and_the_sweep_can_resume(tmp_path):
     assert sweep.returncode == 130
     last = err.strip().splitlines()[-1]
     assert last.startswith("interrupted: ")
-    assert "`scaling-lab sweep sweep=s` goes on" in last
+    assert "`scaling-lab sweep sweep=s` resumes the sweep" in last
     assert "Traceback" not in err
     for claim in (running | claims(store)).values():
         assert not alive(claim["pid"])
@@ -159,18 +159,26 @@ def test_a_worker_that_cannot_start_is_an_error_that_quotes_it(tmp_path):
 
 def test_workers_share_cores_and_gpus(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    assert len(worker_slots(Execution("cpu", threads=1), None, 100)) == 8
-    assert len(worker_slots(Execution("cpu", threads=3), None, 100)) == 2
-    assert len(worker_slots(Execution("cpu"), None, 3)) == 3
-    assert len(worker_slots(Execution("cpu"), 5, 100)) == 5
-    assert {s["OMP_NUM_THREADS"] for s in worker_slots(Execution("cpu", threads=3), None, 9)} == {"3"}
+    assert len(worker_environments(Execution("cpu", threads=1), None, 100)) == 8
+    assert len(worker_environments(Execution("cpu", threads=3), None, 100)) == 2
+    assert len(worker_environments(Execution("cpu"), None, 3)) == 3
+    assert len(worker_environments(Execution("cpu"), 5, 100)) == 5
+    assert {s["OMP_NUM_THREADS"] for s in worker_environments(Execution("cpu", threads=3), None, 9)} == {"3"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    devices = [s["CUDA_VISIBLE_DEVICES"] for s in worker_slots(Execution("cuda"), None, 100)]
+    devices = [s["CUDA_VISIBLE_DEVICES"] for s in worker_environments(Execution("cuda"), None, 100)]
     assert devices == ["4", "6"] * 4
-    assert [s["CUDA_VISIBLE_DEVICES"] for s in worker_slots(Execution("cuda"), 3, 100)] == ["4", "6", "4"]
+    assert [s["CUDA_VISIBLE_DEVICES"] for s in worker_environments(Execution("cuda"), 3, 100)] == [
+        "4",
+        "6",
+        "4",
+    ]
     # Of runs of 30 GB two fit on a GPU of 80 GB; of 100 GB none does, and each GPU gets one, which will say so.
     monkeypatch.setattr(workers, "gpu_bytes", lambda: 80e9)
-    assert [len(worker_slots(Execution("cuda"), None, 100, size)) for size in (1e9, 30e9, 100e9)] == [8, 4, 2]
+    assert [len(worker_environments(Execution("cuda"), None, 100, size)) for size in (1e9, 30e9, 100e9)] == [
+        8,
+        4,
+        2,
+    ]
 
 
 def test_a_worker_always_gets_its_run_ids(tmp_path, monkeypatch):
@@ -182,7 +190,7 @@ def test_a_worker_always_gets_its_run_ids(tmp_path, monkeypatch):
     part = store.read_plan([mine])
     commands: list[list[str]] = []
     monkeypatch.setattr(workers.subprocess, "Popen", lambda command, **_: commands.append(command))
-    workers.Crew(store, part, part.runs, [{}], 3, None)._start(0).file.close()
+    workers.WorkerPool(store, part, part.runs, [{}], 3, None)._start_worker(0).file.close()
     assert commands[0][commands[0].index("--run-ids") + 1] == mine
 
 

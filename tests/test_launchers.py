@@ -16,7 +16,7 @@ from scaling_lab.core.record import RunStatus
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching import cluster, hydra_jobs, slurm
-from scaling_lab.launching.cluster import Wishes, make_arrays
+from scaling_lab.launching.cluster import JobRequest, make_arrays
 from scaling_lab.launching.progress import LineReporter
 from scaling_lab.launching.sweeping import SweepJobs, group_into_jobs
 from scaling_lab.planning.cost import JobNeeds, job_needs
@@ -132,9 +132,9 @@ class Queue:
         return min(time_min, 100), min(mem_gb, 2.0), None if time_min <= 100 and mem_gb <= 2 else "less"
 
 
-def arrays(*seconds: float, wishes: Wishes | None = None):
+def arrays(*seconds: float, request: JobRequest | None = None):
     jobs = [((f"r{k}",), JobNeeds(s, 1e9, True)) for k, s in enumerate(seconds)]
-    return make_arrays(Queue(), jobs, wishes or Wishes(), LineReporter())
+    return make_arrays(Queue(), jobs, request or JobRequest(), LineReporter())
 
 
 def test_arrays_hold_jobs_of_similar_time_longest_first():
@@ -146,7 +146,7 @@ def test_arrays_hold_jobs_of_similar_time_longest_first():
     made = arrays(4000, 900, 100)
     assert [[ids[0] for ids in a.jobs] for a in made] == [["r0"], ["r1"], ["r2"]]
     assert made[1].time_min == 45
-    mine = arrays(4000, 900, 100, wishes=Wishes(time_min=7, mem_gb=0.5))
+    mine = arrays(4000, 900, 100, request=JobRequest(time_min=7, mem_gb=0.5))
     assert [(len(a.jobs), a.time_min, a.mem_gb) for a in mine] == [(3, 7, 0.5)]
 
 
@@ -173,12 +173,12 @@ def test_slurms_output_is_parsed(monkeypatch):
         "sinfo": "debug*|1000|infinite\ngpu|250000+|2-01:00:00\ngpu|500000|2-01:00:00\n",
         "scontrol": "MaxArraySize            = 4001\n",
     }
-    monkeypatch.setattr(slurm, "ask", lambda *command: answers[command[0]])
+    monkeypatch.setattr(slurm, "run_command", lambda *command: answers[command[0]])
     jobs = slurm.queue(["s-ab", "s-cd"])
-    assert [(j.job_id, j.task, j.is_over) for j in jobs] == [
+    assert [(j.job_id, j.task, j.has_ended) for j in jobs] == [
         ("12_0", 0, False), ("12_1", 1, False), ("12_2", 2, True), ("9", 0, True),
     ]  # fmt: skip
-    assert slurm.in_words(jobs) == "1 running, 1 pending (Resources)"
+    assert slurm.describe_queue(jobs) == "1 running, 1 pending (Resources)"
     assert slurm.max_array_size() == 4001
     assert slurm.partition_limits(None) == slurm.PartitionLimits(1000, None)
     answers["sinfo"] = "gpu|250000+|2-01:00:00\ngpu|500000|2-01:00:00\n"
@@ -225,15 +225,15 @@ def test_the_reason_why_no_job_runs_is_printed_once(tmp_path, monkeypatch, capsy
             words = self.answers.pop(0) if self.answers else ""
             return ({(self.name, 0)} if words else set()), words
 
-        def fate(self, folder, task):
+        def ending(self, folder, task):
             return "Slurm job 1 is CANCELLED"
 
-    for name in ("LOOK_S", "QUEUE_FIRST_S"):
+    for name in ("POLL_S", "QUEUE_FIRST_S"):
         monkeypatch.setattr(cluster, name, 0.01)
     planned = PlannedRun(spec(), Execution())
     plan = Plan("s", (planned,), spec().convention, "abc")
     jobs = SweepJobs(RunStore(tmp_path / "s"), plan, ((planned.run_id,),), {"kind": "none"}, LineReporter())
-    cluster.launch_jobs(Queue(), jobs, Wishes())
+    cluster.launch_jobs(Queue(), jobs, JobRequest())
     waiting = [line for line in capsys.readouterr().out.splitlines() if line.startswith("waiting ")]
     assert waiting == [
         "waiting in Slurm's queue: 1 pending (PartitionConfig)",
@@ -247,13 +247,14 @@ def test_a_job_that_left_the_queue_without_starting_is_not_called_pending(tmp_pa
 
     monkeypatch.setattr(slurm, "check_commands", lambda: None)
     answers = ["12|0|RUNNING|s-ab|None\n12|1|PENDING|s-ab|Resources\n", "12|0|TIMEOUT|s-ab|TimeLimit\n"]
-    monkeypatch.setattr(slurm, "ask", lambda *command: answers.pop(0))
+    monkeypatch.setattr(slurm, "run_command", lambda *command: answers.pop(0))
     backend = SlurmBackend({}, 1)
     backend.active(["s-ab"])
     assert backend.active(["s-ab"]) == (set(), "")
-    assert backend.fate(tmp_path / "s-ab", 0).startswith(
+    assert backend.ending(tmp_path / "s-ab", 0).startswith(
         "Slurm job 12_0 is TIMEOUT (hydra.launcher.timeout_min"
     )
     assert (
-        backend.fate(tmp_path / "s-ab", 1) == "Slurm job 12_1 left the queue (cancelled?), last seen PENDING"
+        backend.ending(tmp_path / "s-ab", 1)
+        == "Slurm job 12_1 left the queue (cancelled?), last seen PENDING"
     )

@@ -22,7 +22,7 @@ import pytest
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.storage.claims import last_claim
 from scaling_lab.core.storage.store import RunStore
-from scaling_lab.launching.cluster import Book
+from scaling_lab.launching.cluster import SubmittedArray
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(420)]
 
@@ -115,7 +115,10 @@ def training(store: RunStore, *but: str) -> str | None:
 def job_of(store: RunStore, run_id: str) -> str:
     """The Slurm job that was handed a run last."""
     name, task = next(
-        (b.name, k) for b in reversed(Book.all_of(store)) for k, ids in enumerate(b.jobs) if run_id in ids
+        (b.name, k)
+        for b in reversed(SubmittedArray.all_of(store))
+        for k, ids in enumerate(b.jobs)
+        if run_id in ids
     )
     lines = slurm("squeue", "-h", "-r", "-t", "all", f"--name={name}", "-o", "%F %K").split("\n")
     array = next(line.split()[0] for line in lines if line)
@@ -134,7 +137,7 @@ def kill_job(store: RunStore, run_id: str) -> None:
 
 @contextlib.contextmanager
 def paused(store: RunStore, run_id: str) -> Iterator[None]:
-    """A run under way makes no step meanwhile: it is not over before what is done to its job reaches it."""
+    """A run under way makes no step meanwhile: it has not finished before what is done to its job reaches it."""
     claim = last_claim(store.run_folder(run_id))
     assert claim is not None
     os.kill(claim.pid, signal.SIGSTOP)
@@ -179,7 +182,7 @@ def test_a_sweep_gives_the_results_of_one_machine(cluster, local, tmp_path):
     check_same_as(local, store)
     assert set(generations(store).values()) == {1}
     # MaxArraySize is 3.
-    assert sorted(len(book.jobs) for book in Book.all_of(store)) == [1, 3]
+    assert sorted(len(array.jobs) for array in SubmittedArray.all_of(store)) == [1, 3]
     assert out.count("limits 10 min") == 2
     assert "4 of 4 runs completed" in out
     assert analysis(tmp_path / "results") == analysis(local)
@@ -204,7 +207,7 @@ def test_killed_canceled_and_timed_out_jobs_complete_after_a_rerun(cluster, loca
     with contextlib.suppress(ProcessLookupError):
         os.kill(claim.pid, signal.SIGKILL)  # as a cluster with cgroups does by itself
     said = end(head, 1)
-    late_line = next(line for line in said.splitlines() if f"{late} is not over" in line)
+    late_line = next(line for line in said.splitlines() if f"{late} has not finished" in line)
     assert "TIMEOUT" in late_line or "FAILED" in late_line
     assert "CANCELLED" in said
     assert "1 of 4 runs completed" in said
@@ -248,10 +251,10 @@ def test_a_second_head_takes_over_the_jobs_of_one_that_died(cluster, local, tmp_
     wait_for(lambda: training(store))
     head.send_signal(signal.SIGKILL)
     head.wait()
-    books = len(Book.all_of(store))
+    entries = len(SubmittedArray.all_of(store))
     out = end(start(tmp_path, *TINY, SLURM), 0)
     assert "runs are in jobs that an earlier start of this sweep submitted" in out
-    assert len(Book.all_of(store)) == books
+    assert len(SubmittedArray.all_of(store)) == entries
     check_same_as(local, store)
     assert set(generations(store).values()) == {1}
 
@@ -272,9 +275,9 @@ def test_ctrl_c_leaves_the_jobs_and_prints_how_to_cancel_them(cluster, tmp_path)
 
 def test_an_error_of_sbatch_is_one_line(cluster, tmp_path):
     said = end(start(tmp_path, *TINY, SLURM, "hydra.launcher.partition=nowhere"), 2)
-    assert said.splitlines()[-1].startswith("error: sbatch refuses: ")
+    assert said.splitlines()[-1].startswith("error: sbatch rejected the job: ")
     assert "partition=nowhere" in said
-    assert not Book.all_of(RunStore(tmp_path / "results/s"))
+    assert not SubmittedArray.all_of(RunStore(tmp_path / "results/s"))
 
 
 def test_jobs_of_the_old_version_fail_in_one_line_and_are_submitted_again(
@@ -300,15 +303,15 @@ def test_jobs_of_the_old_version_fail_in_one_line_and_are_submitted_again(
     subprocess.run([*scaling_lab("plan"), *TINY, "--quiet"], cwd=tmp_path, check=True, timeout=120)
     store = RunStore(tmp_path / "results/s")
     ids = [run.run_id for run in store.read_plan().runs][:2]
-    book = Book.open_new(store, "s", [[run_id] for run_id in ids])
-    executor = SlurmExecutor(book.folder)
-    executor.update_parameters(job_name=book.name, time=10, mem="500MB")
+    array = SubmittedArray.create(store, "s", [[run_id] for run_id in ids])
+    executor = SlurmExecutor(array.folder)
+    executor.update_parameters(job_name=array.name, time=10, mem="500MB")
     with monkeypatch.context() as at_import:
         at_import.setitem(sys.modules, old.__name__, old)
         executor.submit_array([ClusterJob(str(store.folder), (run_id,)) for run_id in ids])
     said = end(start(tmp_path, "sweep=s", SLURM), 1)
     for run_id in ids:
-        line = next(line for line in said.splitlines() if f"{run_id} is not over" in line)
+        line = next(line for line in said.splitlines() if f"{run_id} has not finished" in line)
         assert "scaling_lab.cli.cluster_job is now scaling_lab.launching.cluster_job" in line
         assert "the same `scaling-lab sweep` command submits it again" in line
     end(start(tmp_path, "sweep=s", SLURM), 0)

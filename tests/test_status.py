@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers.synthetic import synthetic_records
-from scaling_lab.cli.display.sweep_status import Standing, grouped_reasons, standing
+from scaling_lab.cli.display.sweep_status import SweepStatus, grouped_reasons, read_status
 from scaling_lab.cli.main import main
 from scaling_lab.core.record import RunRecord, RunStatus
 from scaling_lab.core.spec import Plan, PlannedRun
@@ -104,18 +104,18 @@ def test_watch_follows_until_all_runs_have_ended(
     assert main(["status", "sweep=s", "--watch"]) == 0
     worker.join()
     out = capsys.readouterr().out
-    assert "3 of 8 runs over" in out
+    assert "3 of 8 runs finished" in out
     assert "7 completed, 1 failed" in out
     assert "next: scaling-lab analyze sweep=s" in out
 
 
 def test_completed_runs_are_not_read_again(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = store.read_plan()
-    first = standing(store, plan)
+    first = read_status(store, plan)
     looked: list[str] = []
     real = RunStore.state
     monkeypatch.setattr(RunStore, "state", lambda self, run_id: looked.append(run_id) or real(self, run_id))
-    assert standing(store, plan, first).counts == first.counts
+    assert read_status(store, plan, first).counts == first.counts
     assert not {r.run_id for r in RECORDS[:2]} & set(looked)
     assert RECORDS[2].run_id in looked  # a failed one may be tried again
 
@@ -132,10 +132,10 @@ def test_a_large_sweep_shows_what_matters(
 
 
 def test_the_same_reason_is_shown_once(store: RunStore) -> None:
-    rows = standing(store, store.read_plan()).rows
+    rows = read_status(store, store.read_plan()).rows
     bad = [row for row in rows if row.state.state == "failed"]
     many = [replace(bad[0], state=replace(bad[0].state, run_id=f"run-{i}")) for i in range(50)]
     assert grouped_reasons(many, 20) == ["50 runs failed (run-0, ...): no memory left"]
     other = [replace(row, state=replace(row.state, reason=f"reason {i}")) for i, row in enumerate(many)]
     assert len(grouped_reasons(other, 20)) == 21
-    assert Standing(()).eta_s is None
+    assert SweepStatus(()).eta_s is None

@@ -188,6 +188,6 @@ def test_a_preempted_command_exits_with_the_requeue_status(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
     assert err.strip().splitlines()[-1] == (
-        "interrupted: the run is not over; the same command goes on with it."
+        "interrupted: the run has not finished; the same command resumes it."
     )
     assert list(tmp_path.glob("p/runs/*/checkpoint/step-*.pt"))

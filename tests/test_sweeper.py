@@ -64,7 +64,7 @@ def test_a_sweep_trains_its_plan_once_and_resumes_from_disk(capsys):
     loss = store.read_record(lost).final_val_loss_nats
     lose(store, lost)
     assert main(["sweep", "sweep=s", BASIC]) == 0
-    assert "3 of 4 runs are done already; 1 to go" in capsys.readouterr().out
+    assert "3 of 4 runs have finished already; 1 to go" in capsys.readouterr().out
     after = written("s")
     assert {r for r in after if after[r] != before[r]} == {lost}
     assert store.read_record(lost).final_val_loss_nats == loss

@@ -460,21 +460,21 @@ def test_the_workspace_shows_loss_against_flops_and_groups_by_budget(sweep, serv
 def test_the_end_of_a_sweep_checks_what_is_missing(sweep, server, capsys):  # noqa: F811
     """A server that accepted the runs but not their data (quota exceeded) is noticed, and so is one that does not respond."""
     from scaling_lab.cli.display.console import Console
-    from scaling_lab.tracking.wandb.study import say_what_is_missing, upload_run
+    from scaling_lab.tracking.wandb.study import report_unsynced_runs, upload_run
 
     records, _ = sweep.load_records()
     for record in records:
         upload_run(record, wandb_client.Target(), sweep)
-    say_what_is_missing(sweep, Console())
+    report_unsynced_runs(sweep, Console())
     assert capsys.readouterr().err.count("warning") == 0
     lines = server.run(f"sweep-{records[0].run_id}").lines
     del lines[max(lines)]
-    say_what_is_missing(sweep, Console())
+    report_unsynced_runs(sweep, Console())
     said = capsys.readouterr().err
     assert (
         "1 runs are not whole on W&B: the local records are complete; scaling-lab upload-wandb sweep=sweep"
         in said
     )
     wandb_client.remember_failure(TimeoutError("no answer"))
-    say_what_is_missing(sweep, Console())
+    report_unsynced_runs(sweep, Console())
     assert "W&B could not be asked" in capsys.readouterr().err

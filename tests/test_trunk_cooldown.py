@@ -298,7 +298,7 @@ def test_a_branch_without_its_trunks_checkpoint_fails_with_a_reason(tmp_path):
     assert train_pending(store, plan, [branch.run_id]) == []
     state = store.state(branch.run_id)
     assert state.state == "failed"
-    assert "is over without a checkpoint at step" in state.reason
+    assert "finished without a checkpoint at step" in state.reason
 
 
 def test_a_trunk_whose_owner_is_gone_is_taken_over(tmp_path):

@@ -106,7 +106,7 @@ class PlanResult:
         """
         from scaling_lab.cli.planning import settle_plan
 
-        settle_plan(self._store, self._trees, self._given, replace_unbegun=True)
+        settle_plan(self._store, self._trees, self._given, replace_unstarted=True)
         return self._store.plan_path
 
     def to_frame(self) -> pd.DataFrame:

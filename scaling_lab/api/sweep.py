@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from scaling_lab.api.result import AnalysisResult
-    from scaling_lab.cli.display.sweep_status import Standing
+    from scaling_lab.cli.display.sweep_status import SweepStatus
     from scaling_lab.core.record import RunRecord
     from scaling_lab.core.spec import Plan
 
@@ -57,12 +57,12 @@ class Sweep:
     @property
     def counts(self) -> dict[str, int]:
         """Runs in each state: completed, diverged, failed, interrupted, running, claimed, planned."""
-        return self._standing().counts
+        return self._status().counts
 
     @property
     def is_finished(self) -> bool:
         """Whether every run has ended, well or not."""
-        return self._standing().is_over
+        return self._status().is_finished
 
     @property
     def records(self) -> list[RunRecord]:
@@ -81,7 +81,7 @@ class Sweep:
         import pandas as pd
 
         if what == "runs":
-            rows = [_run_row(row.spec, row.state) for row in self._standing().rows]
+            rows = [_run_row(row.spec, row.state) for row in self._status().rows]
             return pd.DataFrame(rows, columns=_RUN_COLUMNS).set_index("run_id")
         if what != "curves":
             raise unknown("to_frame: the table", what, ("curves", "runs"))
@@ -105,10 +105,10 @@ class Sweep:
         """Write the sweep's report (default: into its own folder `report`); returns the page's path."""
         return self.analyze().report(folder or self.store.report_folder)
 
-    def _standing(self) -> Standing:
-        from scaling_lab.cli.display.sweep_status import standing
+    def _status(self) -> SweepStatus:
+        from scaling_lab.cli.display.sweep_status import read_status
 
-        return standing(self.store, self.plan)
+        return read_status(self.store, self.plan)
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{n} {state}" for state, n in self.counts.items()) or "no runs"

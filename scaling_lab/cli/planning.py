@@ -1,7 +1,7 @@
-"""Owns the plan of a sweep as the command line sees it: made from one or several trees, and settled with the one on disk.
+"""The plan of a sweep, made from one or several composed trees and compared with the plan on disk.
 
-A plan on disk is never changed under runs that were made from it: what differs is refused, by name. Only `plan` replaces
-a plan of which no run has begun, and says in what.
+Once a run of a plan has started, the plan never changes: different options are refused, by name. Until then `plan` may
+replace it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scaling_lab.planning.execution import plan_executions
 from scaling_lab.planning.plan import make_plan
 from scaling_lab.planning.settings import SweepSettings
 
-# Options that say where, with what and for whom a sweep runs, not which runs it has.
+# Options that do not change which runs a sweep has.
 NOT_OF_THE_PLAN = frozenset(
     {"sweep", "results_dir", "config_dir", "workers", "tracker", "run_ids", "retry", "study"}
 )
@@ -28,28 +28,28 @@ EXECUTION = frozenset({"device", "compile", "threads", "deterministic", "stack",
 
 
 def defines_plan(given: Collection[str]) -> bool:
-    """Whether any of the keys that the user gave says which runs there are."""
+    """Whether any of the given keys changes which runs a sweep has."""
     return any(key.partition(".")[0] not in NOT_OF_THE_PLAN for key in given)
 
 
 def make_merged_plan(trees: Sequence[Mapping[str, Any]], device: str | None = None) -> Plan:
-    """The plan of every tree (one for each combination of a multirun) as one; a run that several have is there once."""
+    """One plan of the runs of every tree (one tree per combination of a multirun), without duplicates."""
     settings = [sweep_settings(tree, (SweepOnly,), device=device) for tree in trees]
     names = sorted({s.sweep for s in settings})
     if len(names) > 1:
-        raise UserError(f"sweep={','.join(names)}: one command plans one sweep; leave `sweep` one name.")
+        raise UserError(f"sweep={','.join(names)}: one command plans one sweep; give `sweep` one name.")
     plans = [make_plan(s) for s in settings]
     if len(plans) == 1:
         return plans[0]
     if len({plan.data_fingerprint for plan in plans}) > 1:
-        # A worker checks its corpus against the plan's one fingerprint, and losses on different corpora make no law.
+        # A plan has one data fingerprint, and losses on different corpora do not share a law.
         raise UserError(
-            f"sweep={names[0]}: its combinations train on different corpora, and a sweep has one. Plan a sweep for "
-            f"each, with a name of its own ({_differing_data(settings)})."
+            f"sweep={names[0]}: its combinations train on different corpora ({_differing_data(settings)}), and a sweep "
+            "has one. Plan a sweep for each corpus, with its own name."
         )
     runs = {run.run_id: run for plan in plans for run in plan.runs}
     if all(s.execution == settings[0].execution for s in settings):
-        # Together, not each on its own: runs of several combinations may make a stack, or repay a compilation.
+        # Planned together: runs of several combinations may form a stack, or repay a compilation.
         specs = [run.spec for run in runs.values()]
         planned = zip(specs, plan_executions(specs, settings[0].execution), strict=True)
         runs = {spec.run_id(): PlannedRun(spec, execution) for spec, execution in planned}
@@ -71,13 +71,13 @@ def _differing_data(settings: Sequence[SweepSettings]) -> str:
 
 @dataclass(frozen=True)
 class Settled:
-    """The plan to work on, and what was done to plan.json."""
+    """The plan to use, and how plan.json changed."""
 
     plan: Plan
     new: bool = False
-    """Whether it was written just now."""
+    """Whether it was just written."""
     replaced: tuple[str, ...] = ()
-    """In what it differs from the plan that it replaced."""
+    """How it differs from the plan that it replaced."""
 
 
 def settle_plan(
@@ -85,12 +85,16 @@ def settle_plan(
     trees: Sequence[Mapping[str, Any]],
     given: Collection[str],
     *,
-    replace_unbegun: bool = False,
+    replace_unstarted: bool = False,
 ) -> Settled:
-    """The plan to work on: the one on disk, or where there is none that of `trees`, which is then written.
+    """The plan on disk; if there is none, the plan of `trees`, which is then written.
 
-    Without anything that defines a plan the one on disk goes on. With `replace_unbegun` a plan of which no run has begun
-    gives way to another one. Raises `UserError` where there is no plan, or where the one on disk is another.
+    Args:
+        given: the keys that the user gave. If none of them defines a plan, the plan on disk is used as it is.
+        replace_unstarted: whether another plan may replace one of which no run has started.
+
+    Raises:
+        UserError: there is no plan, or the plan on disk is a different one.
     """
     if not defines_plan(given):
         return Settled(store.read_plan())
@@ -98,39 +102,37 @@ def settle_plan(
         plan = make_merged_plan(trees)
         if store.create_plan(plan):
             return Settled(plan, new=True)
-        # Another command was quicker: whether its plan is the same is looked at like any other.
+        # Another command wrote a plan first: it is compared like any other.
     old = store.read_plan()
-    # An execution that was not asked for stays what the plan fixed, on whichever machine it goes on.
+    # The plan on disk decides the execution, on any machine, unless the user gave options of it.
     free = not EXECUTION & set(given)
     new = make_merged_plan(trees, device=old.runs[0].execution.device if free and old.runs else None)
     different = differences(old, new, ignore_execution=free)
     if not different:
         return Settled(old)
-    has_begun = begun(store, old)
-    if replace_unbegun and not has_begun:
+    started = has_started(store, old)
+    if replace_unstarted and not started:
         store.write_plan(new)
         return Settled(new, new=True, replaced=tuple(different))
     name = store.folder.name
-    what = "has begun with another plan" if has_begun else "has another plan"
+    what = "has started with another plan" if started else "has another plan"
     or_replace = (
-        "" if has_begun else ", or replace it (no run has begun) by `scaling-lab plan` with these options"
+        "" if started else ", or replace it (no run has started) with `scaling-lab plan` and these options"
     )
     raise UserError(
-        f"sweep={name!r} {what}, different in {'; '.join(different)}. Give the new plan a name of its own (sweep=NAME), "
-        f"or go on with the old one: scaling-lab sweep sweep={name}{or_replace}."
+        f"sweep={name!r} {what}. Differences: {'; '.join(different)}. Give the new plan its own name (sweep=NAME), "
+        f"or continue the old one: scaling-lab sweep sweep={name}{or_replace}."
     )
 
 
-def begun(store: RunStore, plan: Plan) -> bool:
+def has_started(store: RunStore, plan: Plan) -> bool:
     """Whether any run of the plan was ever started."""
     return any(state.state != "planned" for state in store.states(plan))
 
 
 def differences(old: Plan, new: Plan, *, ignore_execution: bool) -> list[str]:
-    """`option (on disk: x, now: y)` for each option in which two plans differ; empty where they have the same runs.
-
-    Options that change no run are not told: what a plan is are its runs, their execution and their data.
-    """
+    """`option (on disk x, now y)` for each option in which two plans differ; empty if their runs, their execution and
+    their data are the same, whatever other options say."""
     same_runs = {r.run_id: r.execution for r in old.runs}, {r.run_id: r.execution for r in new.runs}
     found = []
     if old.data_fingerprint != new.data_fingerprint:
@@ -140,25 +142,27 @@ def differences(old: Plan, new: Plan, *, ignore_execution: bool) -> list[str]:
     if same_runs[0].keys() == same_runs[1].keys() and (ignore_execution or same_runs[0] == same_runs[1]):
         return found
     before, after = _option_values(old), _option_values(new)
-    told = []
+    changed = []
     for key in sorted(before.keys() | after.keys()):
         if ignore_execution and ".execution." in f".{key}.":
             continue
         if before.get(key) != after.get(key):
-            told.append(f"{_option(key)} (on disk {_shown(before.get(key))}, now {_shown(after.get(key))})")
-    if not told and old.settings != new.settings:
-        told.append("which of the options' values go together")
-    if not told:
-        told.append(
-            "the runs that follow from the same options (the plan is by another version of scaling-lab)"
+            changed.append(
+                f"{_option(key)} (on disk {_shown(before.get(key))}, now {_shown(after.get(key))})"
+            )
+    if not changed and old.settings != new.settings:
+        changed.append("how the options' values are combined")
+    if not changed:
+        changed.append(
+            "the runs that the same options give (the plan is from another version of scaling-lab)"
         )
-    return told + found
+    return changed + found
 
 
 def pending(store: RunStore, plan: Plan) -> list[str]:
-    """Ids of the runs that are not over, whoever may be computing them."""
-    over = set(store.run_ids_with_record())
-    return [run.run_id for run in plan.runs if run.run_id not in over]
+    """Ids of the runs that have not finished, including those that other processes train."""
+    finished = set(store.run_ids_with_record())
+    return [run.run_id for run in plan.runs if run.run_id not in finished]
 
 
 def _once(lines: Iterable[str]) -> tuple[str, ...]:
@@ -166,7 +170,7 @@ def _once(lines: Iterable[str]) -> tuple[str, ...]:
 
 
 def _option_values(plan: Plan) -> dict[str, list[str]]:
-    """Every option of a plan by its settings path, with each value (as JSON) that it has in some combination."""
+    """Settings path of each option of a plan -> its values (as JSON) in all combinations."""
     found: dict[str, list[str]] = {}
     for settings in plan.settings.get("combinations", [plan.settings]):
         for key, value in _flat(to_dict(settings)).items():

@@ -118,12 +118,12 @@ _ALL = (
     ),
     Command(
         "worker",
-        "train the pending runs of a plan in this process, also below torchrun",
+        "train the pending runs of a plan in this process, also under torchrun",
         "scaling-lab worker results/quickstart",
         SINGLE,
         frozenset(),
-        "Any number of workers may share a sweep's folder, on one machine or several; `sweep` starts its own. Below torchrun "
-        "each run is trained by all processes: torchrun --nproc_per_node=8 -m scaling_lab.worker FOLDER.",
+        "Any number of workers may share a sweep's folder, on one machine or several; `sweep` starts its own. Under torchrun "
+        "all processes train each run together: torchrun --nproc_per_node=8 -m scaling_lab.worker FOLDER.",
     ),
     Command(
         "doctor",

@@ -1,8 +1,7 @@
-"""Owns a sweep's work on a cluster, as its head sees it: what to ask for, arrays, the book of what was submitted, and
-waiting until the records say that all is over or nothing is left in the queue.
+"""A sweep's jobs on a cluster: their time and memory limits, arrays, the submission log, and waiting for them.
 
-The head may die at any moment: the jobs go on, and a second head reads the books and waits for the same jobs. A job's
-return value is never looked at.
+The process that submits and waits is called the head. It may die at any moment: the jobs keep running, and another head
+reads the submission log and waits for the same jobs. What a job returned is never used; the records are.
 """
 
 from __future__ import annotations
@@ -28,23 +27,24 @@ from scaling_lab.launching.sweeping import SweepJobs
 from scaling_lab.launching.workers import terminate_as_interrupt
 from scaling_lab.planning.cost import JobNeeds, job_needs
 
-BOOKS = "cluster"
-# A limit below this gains nothing from the scheduler and loses to slow nodes and cold file systems.
+# Folder of the submission log in a sweep's folder: a folder per submitted array.
+JOB_LOG = "cluster"
+# A shorter limit gains nothing from the scheduler and fails on slow nodes and cold file systems.
 MIN_TIME_MIN = 10
-# Jobs of one array share its limits: those whose times lie within this factor of each other go into one.
+# Jobs of one array share its limits: those whose estimated times are within this factor of each other form an array.
 ARRAY_TIME_RANGE = 4.0
-LOOK_S = 1.0
-# The first questions to the queue come quickly, later ones at this distance: its controller serves many users.
+POLL_S = 1.0
+# How often the queue is asked: at first, and later. Its controller serves many users.
 QUEUE_FIRST_S, QUEUE_EVERY_S = 2.0, 15.0
-# The queue has to be empty of our jobs in so many answers, this far apart: records of other machines take a while to
-# appear on a shared file system.
+# After so many answers without a job of ours the jobs are taken to be over: records written on other machines take a
+# while to appear on a shared file system.
 EMPTY_ANSWERS = 2
-MAX_LOST_SHOWN = 10
+MAX_UNFINISHED_SHOWN = 10
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What the user says about jobs; None: decided here."""
+class JobRequest:
+    """The limits and workers that the user asks for; None: estimated from the plan."""
 
     time_min: int | None = None
     mem_gb: float | None = None
@@ -78,31 +78,34 @@ class Array:
 
 
 class Backend(Protocol):
-    """Where jobs go: Slurm, or processes of this machine."""
+    """Where jobs are submitted: Slurm, or processes of this machine."""
 
     title: str
 
-    def array_size(self) -> int: ...
+    def array_size(self) -> int:
+        """The most jobs that one array can have."""
+        ...
+
     def limit(self, time_min: int, mem_gb: float) -> tuple[int, float, str | None]:
-        """What of it can be asked for here, and why it is less."""
+        """These limits cut to what can be asked for, and a message if they were cut."""
         ...
 
     def submit(self, array: Array, jobs: Sequence[ClusterJob], folder: Path) -> str:
-        """Submit; returns what the user calls the array. Raises `UserError` with the reason of a refusal."""
+        """Submit; returns the array's title for the user. Raises `UserError` with the reason of a rejection."""
         ...
 
     def active(self, names: Sequence[str]) -> tuple[set[tuple[str, int]], str] | None:
-        """(array's name, number in it) of every job that is not over, and the queue in words; None: no answer."""
+        """(array's name, index in it) of every job that is not over, and a description of the queue; None: no answer."""
         ...
 
-    def fate(self, folder: Path, task: int) -> str:
-        """How a job of the array in `folder` ended, as far as is known."""
+    def ending(self, folder: Path, index: int) -> str:
+        """How job `index` of the array in `folder` ended; empty if unknown."""
         ...
 
 
 @dataclass
-class Book:
-    """One submitted array: which runs each of its jobs was handed. Written before it is submitted."""
+class SubmittedArray:
+    """An entry of the submission log: the run ids of each job of an array. It is written before the array is submitted."""
 
     folder: Path
     jobs: list[list[str]] = field(default_factory=list)
@@ -113,49 +116,53 @@ class Book:
         return self.folder.name
 
     @staticmethod
-    def open_new(store: RunStore, prefix: str, jobs: Sequence[Sequence[str]]) -> Book:
-        book = Book(
-            store.folder.absolute() / BOOKS / f"{prefix}-{secrets.token_hex(4)}", [list(j) for j in jobs]
-        )
-        book.folder.mkdir(parents=True)
-        write_atomic(book.folder / "jobs.json", json.dumps({"schema_version": 1, "jobs": book.jobs}))
-        return book
+    def create(store: RunStore, prefix: str, jobs: Sequence[Sequence[str]]) -> SubmittedArray:
+        """A new entry."""
+        folder = store.folder.absolute() / JOB_LOG / f"{prefix}-{secrets.token_hex(4)}"
+        array = SubmittedArray(folder, [list(job) for job in jobs])
+        folder.mkdir(parents=True)
+        write_atomic(folder / "jobs.json", json.dumps({"schema_version": 1, "jobs": array.jobs}))
+        return array
+
+    def delete(self) -> None:
+        """Remove the entry of an array that was not accepted."""
+        (self.folder / "jobs.json").unlink()
 
     @staticmethod
-    def all_of(store: RunStore) -> list[Book]:
-        books = []
-        for path in sorted((store.folder.absolute() / BOOKS).glob("*/jobs.json")):
+    def all_of(store: RunStore) -> list[SubmittedArray]:
+        """The submission log of a sweep."""
+        arrays = []
+        for path in sorted((store.folder.absolute() / JOB_LOG).glob("*/jobs.json")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                books.append(Book(path.parent, json.loads(path.read_text(encoding="utf-8"))["jobs"]))
-        return books
+                jobs = json.loads(path.read_text(encoding="utf-8"))["jobs"]
+                arrays.append(SubmittedArray(path.parent, jobs))
+        return arrays
 
 
 def launch_jobs(
-    backend: Backend, jobs: SweepJobs, wishes: Wishes, *, name: str | None = None, max_attempts: int = 3
+    backend: Backend, jobs: SweepJobs, request: JobRequest, *, name: str | None = None, max_attempts: int = 3
 ) -> None:
-    """Submit jobs, less the runs that an earlier head's jobs still hold, and wait.
+    """Submit jobs, without runs that jobs of an earlier head still hold, and wait until all are over.
 
-    Raises `UserError` where the cluster refuses, and `KeyboardInterrupt` when told to stop: the jobs go on.
+    Raises `UserError` if the cluster rejects them, and `KeyboardInterrupt` when interrupted: the jobs keep running.
     """
     store, reporter = jobs.store, jobs.reporter
     runs = {run.run_id: run for run in jobs.plan.runs}
     wanted = [run_id for job in jobs.run_ids for run_id in job]
     head = Head(backend, store, [runs[i] for i in wanted], reporter)
-    held = head.held_runs()
-    left = [ids for job in jobs.run_ids if (ids := tuple(i for i in job if i not in held))]
-    if held:
+    in_queue = head.runs_in_queue()
+    remaining = [ids for job in jobs.run_ids if (ids := tuple(i for i in job if i not in in_queue))]
+    if in_queue:
         reporter.say(
-            f"{len(held)} runs are in jobs that an earlier start of this sweep submitted: {head.words}."
+            f"{len(in_queue)} runs are in jobs that an earlier start of this sweep submitted: {head.queue}."
         )
-    arrays = make_arrays(
-        backend, [(ids, job_needs([runs[i] for i in ids], wishes.workers)) for ids in left], wishes, reporter
-    )
-    for array in arrays:
+    needs = [(ids, job_needs([runs[i] for i in ids], request.workers)) for ids in remaining]
+    for array in make_arrays(backend, needs, request, reporter):
         work = [
             ClusterJob(
                 str(store.folder.absolute()),
                 ids,
-                min(wishes.workers, len(ids)),
+                min(request.workers, len(ids)),
                 max_attempts,
                 dict(jobs.tracker),
             )
@@ -168,10 +175,10 @@ def launch_jobs(
 def make_arrays(
     backend: Backend,
     jobs: Sequence[tuple[tuple[str, ...], JobNeeds]],
-    wishes: Wishes,
+    request: JobRequest,
     reporter: LaunchReporter,
 ) -> list[Array]:
-    """Jobs, longest first, in arrays of like time and of at most the cluster's size."""
+    """Jobs, longest first, in arrays of similar times and of at most the cluster's size."""
     if not jobs:
         return []
     ordered = sorted(jobs, key=lambda job: (-job[1].seconds, job[0]))
@@ -181,96 +188,95 @@ def make_arrays(
         if (
             not groups
             or len(groups[-1]) == size
-            or (wishes.time_min is None and job[1].seconds * ARRAY_TIME_RANGE < groups[-1][0][1].seconds)
+            or (request.time_min is None and job[1].seconds * ARRAY_TIME_RANGE < groups[-1][0][1].seconds)
         ):
             groups.append([])
         groups[-1].append(job)
     arrays = []
     for group in groups:
         longest = group[0][1].seconds
-        memory = max(needs.host_bytes for _, needs in group) * wishes.memory_factor / 1e9
+        memory = max(needs.host_bytes for _, needs in group) * request.memory_factor / 1e9
         time_min, mem_gb, why = backend.limit(
-            wishes.time_min or max(MIN_TIME_MIN, math.ceil(longest * wishes.time_factor / 60)),
-            wishes.mem_gb or math.ceil(memory * 10) / 10,
+            request.time_min or max(MIN_TIME_MIN, math.ceil(longest * request.time_factor / 60)),
+            request.mem_gb or math.ceil(memory * 10) / 10,
         )
         reasons += [why] if why and why not in reasons else []
         arrays.append(Array(tuple(ids for ids, _ in group), time_min, mem_gb, longest))
     for why in reasons:
         reporter.say(why)
-    if wishes.time_min is None:
-        guess = (
-            "" if all(needs.known for _, needs in jobs) else " (speeds assumed, not measured, on this device)"
-        )
+    if request.time_min is None:
+        measured = all(needs.known for _, needs in jobs)
+        assumed = "" if measured else " (speeds assumed, not measured, on this device)"
         reporter.say(
-            f"time limits: {wishes.time_factor:g} times the plan's estimate{guess}, at least {MIN_TIME_MIN} min; a job "
-            "that runs out of time goes back into the queue and on from its checkpoints."
+            f"time limits: {request.time_factor:g} times the plan's estimate{assumed}, at least {MIN_TIME_MIN} min; a job "
+            "that reaches its limit is requeued and resumes from its checkpoints."
         )
     return arrays
 
 
 class Head:
-    """The process that submitted, or came back, and waits."""
+    """Submits the jobs of a sweep, or finds those of an earlier head, and waits for them."""
 
     def __init__(
         self, backend: Backend, store: RunStore, runs: Sequence[PlannedRun], reporter: LaunchReporter
     ) -> None:
         self.backend, self.store, self.reporter = backend, store, reporter
         self.progress = SweepProgress(store, runs)
-        self.books = Book.all_of(store)
-        self.words = ""
-        self.refused: str | None = None
+        self.arrays = SubmittedArray.all_of(store)
+        self.queue = ""
+        """The queue's latest description."""
+        self._rejected = False
+        self._n_submitted = 0
+        self._reported_queue = ""
 
-    def held_runs(self) -> set[str]:
-        """Runs in jobs that are not over. Raises `UserError` where the queue cannot be asked: submitting without knowing
-        would put everything into it twice."""
-        held = self._active_runs()
-        if held is None:
+    def runs_in_queue(self) -> set[str]:
+        """Runs in jobs that are not over. Raises `UserError` if the queue does not answer: submitting regardless could
+        put every run into it twice."""
+        found = self._active_runs()
+        if found is None:
             raise UserError(f"{self.backend.title} does not answer: try again in a minute.")
-        return held
+        return found
 
     def _active_runs(self) -> set[str] | None:
         open_ids = set(self.progress.open_ids())
-        books = [b for b in self.books if any(open_ids.intersection(ids) for ids in b.jobs)]
-        answer = self.backend.active([b.name for b in books])
+        arrays = [a for a in self.arrays if any(open_ids.intersection(ids) for ids in a.jobs)]
+        answer = self.backend.active([a.name for a in arrays])
         if answer is None:
             return None
-        places, self.words = answer
+        active, self.queue = answer
         return {
             i
-            for b in books
-            for k, ids in enumerate(b.jobs)
-            if (b.name, k) in places
+            for a in arrays
+            for k, ids in enumerate(a.jobs)
+            if (a.name, k) in active
             for i in ids
             if i in open_ids
         }
 
     def submit(self, array: Array, work: Sequence[ClusterJob], prefix: str) -> None:
-        """One array. A refusal after others were accepted is a warning: those go on, the rest another time."""
-        if self.refused:
+        """Submit one array. A rejection after others were accepted is a warning: those run, the rest is left for later."""
+        if self._rejected:
             return
-        book = Book.open_new(self.store, prefix, array.jobs)
+        entry = SubmittedArray.create(self.store, prefix, array.jobs)
         try:
-            title = self.backend.submit(array, work, book.folder)
+            title = self.backend.submit(array, work, entry.folder)
         except UserError as error:
-            (book.folder / "jobs.json").unlink()
-            if not self._mine:
+            entry.delete()
+            if not self._n_submitted:
                 raise
-            self.refused = str(error)
-            self.reporter.warn(f"the rest was not submitted: {error}")
+            self._rejected = True
+            self.reporter.warn(f"the remaining jobs were not submitted: {error}")
             return
-        self.books.append(book)
-        self._mine += 1
+        self.arrays.append(entry)
+        self._n_submitted += 1
         n, runs = len(array.jobs), sum(map(len, array.jobs))
         self.reporter.say(
             f"{title}: {n} job{'s' * (n > 1)}, {runs} run{'s' * (runs > 1)}; limits {array.time_min} min (estimate "
-            f"{human_time(array.estimate_s)}) and {array.mem_gb:.2g} GB each; logs: {book.folder}"
+            f"{human_time(array.estimate_s)}) and {array.mem_gb:.2g} GB each; logs: {entry.folder}"
         )
 
-    _mine = 0
-    _said = ""
-
     def wait(self) -> None:
-        """Until every run is over, or none of them is in a job or computed by anybody."""
+        """Wait until every run has finished, or no run is in a job or being trained."""
         empty, next_question, began = 0, 0.0, time.monotonic()
         with terminate_as_interrupt(), self.reporter.display(self.store.folder.name) as display:
             try:
@@ -286,38 +292,37 @@ class Head:
                         next_question = now + (QUEUE_FIRST_S if quick else QUEUE_EVERY_S)
                         if active is not None:
                             empty = 0 if active or self.progress.running() else empty + 1
-                            self._say_waiting(bool(active))
+                            self._report_waiting(bool(active))
                         if empty > EMPTY_ANSWERS:
                             break
-                    time.sleep(LOOK_S)
-            except KeyboardInterrupt as told:
-                raise type(told)(
-                    f"the jobs go on ({self.words or 'queue not known'}); the same command watches them again, "
-                    f"`scancel --name={','.join(b.name for b in self.books[-3:])}` cancels them"
+                    time.sleep(POLL_S)
+            except KeyboardInterrupt as interrupt:
+                names = ",".join(array.name for array in self.arrays[-3:])
+                raise type(interrupt)(
+                    f"the jobs keep running ({self.queue or 'queue unknown'}); the same command waits for them again, "
+                    f"`scancel --name={names}` cancels them"
                 ) from None
-        self._say_lost()
+        self._report_unfinished()
 
-    def _say_waiting(self, active: bool) -> None:
-        """Why no job runs, in the queue's own words, as often as they change: some reasons never go away by themselves."""
+    def _report_waiting(self, active: bool) -> None:
+        """Report why no job runs, in the queue's own words, whenever they change: some reasons never go away."""
         if (
             active
             and not self.progress.running()
-            and "running" not in self.words
-            and self.words != self._said
+            and "running" not in self.queue
+            and self.queue != self._reported_queue
         ):
-            self._said = self.words
-            self.reporter.say(f"waiting in {self.backend.title}'s queue: {self.words}")
+            self._reported_queue = self.queue
+            self.reporter.say(f"waiting in {self.backend.title}'s queue: {self.queue}")
 
-    def _say_lost(self) -> None:
-        """Why runs are not over though no job is left."""
-        lost = self.progress.open_ids()
-        last = {i: (book, k) for book in self.books for k, ids in enumerate(book.jobs) for i in ids}
-        for run_id in lost[:MAX_LOST_SHOWN]:
+    def _report_unfinished(self) -> None:
+        """Report why runs have not finished although no job is left."""
+        unfinished = self.progress.open_ids()
+        last = {i: (array, k) for array in self.arrays for k, ids in enumerate(array.jobs) for i in ids}
+        for run_id in unfinished[:MAX_UNFINISHED_SHOWN]:
             if run_id in last:
-                book, task = last[run_id]
-                fate = self.backend.fate(book.folder, task)
-                self.reporter.warn(
-                    f"{run_id} is not over: {fate or 'its job has ended'}; logs: {book.folder}"
-                )
-        if len(lost) > MAX_LOST_SHOWN:
-            self.reporter.warn(f"and {len(lost) - MAX_LOST_SHOWN} more runs are not over.")
+                array, index = last[run_id]
+                why = self.backend.ending(array.folder, index) or "its job has ended"
+                self.reporter.warn(f"{run_id} has not finished: {why}; logs: {array.folder}")
+        if len(unfinished) > MAX_UNFINISHED_SHOWN:
+            self.reporter.warn(f"and {len(unfinished) - MAX_UNFINISHED_SHOWN} more runs have not finished.")

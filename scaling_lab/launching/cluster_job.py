@@ -1,8 +1,7 @@
-"""Owns what one cluster job does: it trains its runs with worker processes, as the local launcher does on one machine,
-stops them with a checkpoint when it is told to, and lets submitit put it back into the queue.
+"""One cluster job: it trains its runs with worker processes, and is requeued by submitit with checkpoints written.
 
-Submitit calls `checkpoint` from its handler of SIGUSR2 (the time limit is near; some clusters: preemption) in the main
-thread, requeues the job and exits. So the workers are watched from a second thread, which the main thread can stop.
+Submitit calls `checkpoint` from its handler of SIGUSR2 (near the time limit; on some clusters: preemption) in the main
+thread, requeues the job and exits. The workers are therefore watched from a second thread, which the main thread stops.
 """
 
 from __future__ import annotations
@@ -15,80 +14,80 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scaling_lab.core.errors import UserError
+from scaling_lab.core.errors import EXIT_REQUEUE, UserError
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.2
-EXIT_USER, EXIT_REQUEUE = 2, 75
+POLL_S = 0.2
 
 
 @dataclass(frozen=True)
 class ClusterJob:
-    """The runs of one job; submitit pickles it, so it holds plain values only."""
+    """The runs of one job. Submitit pickles it: plain values only, and pickles of it are in queues, so that neither its
+    path nor its fields change."""
 
     folder: str
     """The sweep's folder, absolute."""
     run_ids: tuple[str, ...]
     workers: int
-    """Worker processes side by side."""
+    """Worker processes at a time."""
     max_attempts: int
     tracker: dict[str, Any] | None = None
 
     def __call__(self) -> None:
-        """Train until no run is left for this job. Runs that other processes compute are left to them."""
+        """Train until no run is left for this job. Runs that other processes train are left to them."""
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-        watch = _Watch(self)
-        _watches.append(watch)
+        watcher = _Watcher(self)
+        _watchers.append(watcher)
         before = signal.getsignal(signal.SIGTERM)
 
-        def terminated(number: int, frame: Any) -> None:
-            # Submitit's own handler stays in place behind this one.
-            watch.stop.set()
+        def terminate(number: int, frame: Any) -> None:
+            # Submitit's own handler is called after this one.
+            watcher.stop.set()
             if callable(before):
                 before(number, frame)
 
-        signal.signal(signal.SIGTERM, terminated)
-        watch.thread.start()
-        while watch.thread.is_alive():
-            watch.thread.join(LOOK_S)
-        if watch.stop.is_set():
+        signal.signal(signal.SIGTERM, terminate)
+        watcher.thread.start()
+        while watcher.thread.is_alive():
+            watcher.thread.join(POLL_S)
+        if watcher.stop.is_set():
             self._requeue_if_preempted()
             sys.exit(EXIT_REQUEUE)
-        if watch.error is not None:
-            raise watch.error
+        if watcher.error is not None:
+            raise watcher.error
 
     def checkpoint(self) -> Any:
-        """Submitit's hook: the workers write checkpoints and give their claims back; the same job is queued again."""
+        """Submitit's hook: the workers write checkpoints and release their claims; then the same job is queued again."""
         from submitit.helpers import DelayedSubmission
 
-        for watch in _watches:
-            watch.stop.set()
-            watch.thread.join()
+        for watcher in _watchers:
+            watcher.stop.set()
+            watcher.thread.join()
         return DelayedSubmission(self)
 
     def _requeue_if_preempted(self) -> None:
-        """Put a preempted job back. Slurm does it by itself, but not for one that ends within its grace time; a job
-        that was cancelled must stay away."""
+        """Requeue a preempted job. Slurm does so itself, except for a job that exits within its grace time; a cancelled
+        job must not be requeued."""
         import submitit
 
         from scaling_lab.launching.slurm import was_preempted
 
-        environment = submitit.JobEnvironment()
-        if environment.cluster == "slurm" and was_preempted(environment.raw_job_id):
+        job = submitit.JobEnvironment()
+        if job.cluster == "slurm" and was_preempted(job.raw_job_id):
             log.warning("preempted: back into the queue.")
-            environment._requeue(0)
+            job._requeue(0)
 
 
-class _Watch:
-    """The thread that watches the workers of this process's job."""
+class _Watcher:
+    """The thread that runs this process's workers."""
 
     def __init__(self, job: ClusterJob) -> None:
         self.job, self.stop = job, threading.Event()
         self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._work, name="workers")
+        self.thread = threading.Thread(target=self._run, name="workers")
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         import submitit
 
         from scaling_lab.core.storage.store import RunStore
@@ -119,5 +118,5 @@ class _Watch:
             self.error = error
 
 
-# A job is one process: there is one at most.
-_watches: list[_Watch] = []
+# At most one: a job is one process.
+_watchers: list[_Watcher] = []

@@ -73,7 +73,7 @@ def _launch(launcher: Any, jobs: SweepJobs, config: DictConfig) -> None:
     except UserError:
         raise
     except Exception as error:
-        # A launcher may lose a job's return value although the run goes on or is over: the records tell.
+        # A launcher may lose a job's return value although its runs continue or have finished: the records decide.
         jobs.reporter.warn(f"the launcher lost a job ({type(error).__name__}: {first_line(error)})")
         log.debug("launcher error", exc_info=True)
         return

@@ -1,6 +1,6 @@
-"""Owns what Slurm says: its queue and its limits, asked with squeue, scontrol and sinfo.
+"""Slurm's queue and limits, read with squeue, scontrol and sinfo.
 
-Nothing here needs accounting (sacct): many small clusters have none, and squeue also knows the jobs that ended lately.
+No accounting (sacct) is needed: many small clusters have none, and squeue also lists jobs that ended recently.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from scaling_lab.core.errors import UserError
 
 COMMAND_TIMEOUT_S = 60.0
-# Slurm's default, where `scontrol show config` does not say: indices 0 to 1000.
+# Slurm's default, used if `scontrol show config` does not answer: indices 0 to 1000.
 DEFAULT_MAX_ARRAY_SIZE = 1001
-# States in which a job will not run again without anybody's doing (squeue(1), "JOB STATE CODES"). A job that was
-# preempted, or whose node failed, is shown as pending once it is in the queue again.
-OVER = frozenset(
+# States from which a job does not run again by itself (squeue(1), "JOB STATE CODES"). A job that was preempted, or
+# whose node failed, is shown as pending once it has been requeued.
+ENDED_STATES = frozenset(
     [
         "BOOT_FAIL",
         "CANCELLED",
@@ -47,44 +47,48 @@ class QueuedJob:
     reason: str
 
     @property
-    def is_over(self) -> bool:
-        return self.state in OVER
+    def has_ended(self) -> bool:
+        return self.state in ENDED_STATES
 
 
-class SlurmSilent(RuntimeError):
-    """A Slurm command did not answer: the controller may be busy or down, the jobs go on."""
+class SlurmUnavailable(RuntimeError):
+    """A Slurm command failed: the controller may be busy or down, which does not affect the jobs."""
 
 
 def check_commands() -> None:
-    """Raise `UserError` where this machine cannot submit."""
+    """Raise `UserError` if this machine cannot submit jobs."""
     if shutil.which("sbatch") is None or shutil.which("squeue") is None:
         raise UserError(
             "hydra/launcher=submitit_slurm needs Slurm's sbatch and squeue on this machine: start the sweep on a login "
-            "node of the cluster, or leave hydra/launcher out to train on this machine."
+            "node of the cluster, or omit hydra/launcher to train on this machine."
         )
 
 
-def ask(*command: str) -> str:
-    """The output of a Slurm command. Raises `SlurmSilent`."""
-    # A user's own output format or filters would change what squeue and sinfo print.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SQUEUE_", "SINFO_"))}
+def run_command(*command: str) -> str:
+    """The output of a Slurm command. Raises `SlurmUnavailable`."""
+    # The user's own formats and filters would change the output of squeue and sinfo.
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("SQUEUE_", "SINFO_"))}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, env=environment, check=False
+            command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, env=variables, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise SlurmSilent(f"{command[0]}: {error}") from error
+        raise SlurmUnavailable(f"{command[0]}: {error}") from error
     if done.returncode:
-        raise SlurmSilent(f"{command[0]}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]}")
+        raise SlurmUnavailable(
+            f"{command[0]}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]}"
+        )
     return done.stdout
 
 
 def queue(names: Collection[str]) -> list[QueuedJob]:
-    """Every job with one of these names that is queued, running or ended lately. Raises `SlurmSilent`."""
+    """Every job with one of these names that is queued, running or ended recently. Raises `SlurmUnavailable`."""
     if not names:
         return []
-    # -r: one line a task of an array.
-    text = ask("squeue", "-h", "-r", "-t", "all", f"--name={','.join(sorted(names))}", "-o", "%F|%K|%T|%j|%r")
+    # -r: one line per task of an array.
+    text = run_command(
+        "squeue", "-h", "-r", "-t", "all", f"--name={','.join(sorted(names))}", "-o", "%F|%K|%T|%j|%r"
+    )
     found = []
     for line in text.splitlines():
         array, task, state, name, reason = line.strip().split("|", 4)
@@ -96,17 +100,19 @@ def queue(names: Collection[str]) -> list[QueuedJob]:
 
 
 def max_array_size() -> int:
-    """How many tasks an array of this cluster may have."""
+    """The most tasks that an array of this cluster can have."""
     try:
-        match = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"), re.MULTILINE)
-    except SlurmSilent:
+        match = re.search(
+            r"^MaxArraySize\s*=\s*(\d+)", run_command("scontrol", "show", "config"), re.MULTILINE
+        )
+    except SlurmUnavailable:
         match = None
     return max(1, int(match[1])) if match else DEFAULT_MAX_ARRAY_SIZE
 
 
 @dataclass(frozen=True)
 class PartitionLimits:
-    """What the nodes of a partition can give at most; None: not known, or no limit."""
+    """The largest memory and time of a partition; None: unknown, or no limit."""
 
     memory_mb: int | None = None
     time_min: int | None = None
@@ -115,8 +121,10 @@ class PartitionLimits:
 def partition_limits(partition: str | None) -> PartitionLimits:
     """The limits of a partition, or of the default one."""
     try:
-        text = ask("sinfo", "-h", "-o", "%P|%m|%l", *([f"--partition={partition}"] if partition else []))
-    except SlurmSilent:
+        text = run_command(
+            "sinfo", "-h", "-o", "%P|%m|%l", *([f"--partition={partition}"] if partition else [])
+        )
+    except SlurmUnavailable:
         return PartitionLimits()
     rows = [line.strip().split("|") for line in text.splitlines() if line.count("|") == 2]
     if not partition:
@@ -136,27 +144,29 @@ def minutes(text: str) -> int | None:
 
 
 def was_preempted(job_id: str) -> bool:
-    """Whether a running job has been told to make room for another one."""
+    """Whether a running job is being preempted."""
     try:
-        return re.search(r"\bPreemptTime=\d", ask("scontrol", "show", "job", "-o", job_id)) is not None
-    except SlurmSilent:
+        return (
+            re.search(r"\bPreemptTime=\d", run_command("scontrol", "show", "job", "-o", job_id)) is not None
+        )
+    except SlurmUnavailable:
         return False
 
 
-def in_words(jobs: Collection[QueuedJob]) -> str:
-    """`2 running, 5 pending (Resources, Priority)` of the jobs that are not over."""
+def describe_queue(jobs: Collection[QueuedJob]) -> str:
+    """`2 running, 5 pending (Resources, Priority)` for the jobs that have not ended."""
     counts: dict[str, int] = {}
     for job in jobs:
-        if not job.is_over:
+        if not job.has_ended:
             counts[job.state] = counts.get(job.state, 0) + 1
     reasons = sorted({j.reason for j in jobs if j.state == "PENDING" and j.reason not in ("None", "")})
     parts = [f"{n} {state.lower()}" for state, n in sorted(counts.items(), key=lambda item: -item[1])]
     return ", ".join(parts) + (f" ({', '.join(reasons[:3])})" if reasons else "")
 
 
-def by_place(jobs: Collection[QueuedJob]) -> Mapping[tuple[str, int], QueuedJob]:
-    """(name, task) -> job. Of two with one place (an array that was submitted again), the one that is not over."""
+def by_task(jobs: Collection[QueuedJob]) -> Mapping[tuple[str, int], QueuedJob]:
+    """(name, task) -> job. Of two jobs with the same name and task (a resubmitted array), the one that has not ended."""
     found: dict[tuple[str, int], QueuedJob] = {}
-    for job in sorted(jobs, key=lambda job: not job.is_over):
+    for job in sorted(jobs, key=lambda job: not job.has_ended):
         found[job.name, job.task] = job
     return found

@@ -1,4 +1,4 @@
-"""Owns the two ways of submitting a job through submitit: to Slurm, and to processes of this machine."""
+"""Submitting jobs through submitit: to Slurm, and to processes of this machine."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from scaling_lab.launching import slurm
 from scaling_lab.launching.cluster import Array
 from scaling_lab.launching.cluster_job import ClusterJob
 
-# Submitit writes <id>_<task>_log.out and .err, the pickled job and its result beside the book.
+# Submitit writes <id>_<task>_log.out and .err, the pickled job and its result into the folder of the submission log.
 MAX_SIGNAL_DELAY_S = 120
 
 
 def executor_class(kind: str) -> Any:
-    """submitit's executor. Raises `UserError` where it is not installed."""
+    """submitit's executor. Raises `UserError` if it is not installed."""
     try:
         from submitit.local.local import LocalExecutor
         from submitit.slurm.slurm import SlurmExecutor
@@ -27,7 +27,7 @@ def executor_class(kind: str) -> Any:
         raise UserError(
             f"hydra/launcher=submitit_{kind} needs submitit ({error}): {install_line('slurm')}"
         ) from error
-    # Its own messages about polling are for programs that wait for return values.
+    # Its messages about polling are for programs that wait for return values.
     logging.getLogger("submitit").setLevel(logging.ERROR)
     return SlurmExecutor if kind == "slurm" else LocalExecutor
 
@@ -53,13 +53,17 @@ class SlurmBackend:
         where = f"partition {partition}" if partition else "the default partition"
         why = []
         if limits.time_min is not None and time_min > limits.time_min:
-            why.append(f"{time_min} min of time, {where} allows {limits.time_min}")
+            why.append(f"{time_min} min; {where} allows {limits.time_min} min")
             time_min = max(1, limits.time_min)
-        # As submitit writes it: GB are of 1024 MB.
+        # In submitit a GB is 1024 MB.
         if limits.memory_mb is not None and mem_gb * 1024 > limits.memory_mb:
-            why.append(f"{mem_gb:g} GB of memory, the nodes of {where} have {limits.memory_mb / 1024:.2g}")
+            why.append(f"{mem_gb:g} GB; the nodes of {where} have {limits.memory_mb / 1024:.2g} GB")
             mem_gb = limits.memory_mb / 1024
-        return time_min, mem_gb, f"estimated {'; '.join(why)}: asking for that." if why else None
+        return (
+            time_min,
+            mem_gb,
+            f"estimate above the limit, which is requested instead: {', '.join(why)}." if why else None,
+        )
 
     def submit(self, array: Array, jobs: Sequence[ClusterJob], folder: Path) -> str:
         from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -80,7 +84,7 @@ class SlurmBackend:
         except (FailedJobError, FailedSubmissionError) as error:
             text = " ".join(str(error).replace("sbatch: error:", "").split()) or "no reason given"
             raise UserError(
-                f"sbatch refuses: {text} (asked for: {_asked(options)}; each can be set, hydra.launcher.NAME=VALUE)."
+                f"sbatch rejected the job: {text} (requested: {_requested(options)}; set these with hydra.launcher.NAME=VALUE)."
             ) from error
         except ValueError as error:
             raise UserError(f"hydra.launcher: {' '.join(str(error).split())[:300]}") from error
@@ -89,23 +93,23 @@ class SlurmBackend:
     def active(self, names: Sequence[str]) -> tuple[set[tuple[str, int]], str] | None:
         try:
             jobs = slurm.queue(names)
-        except slurm.SlurmSilent:
+        except slurm.SlurmUnavailable:
             return None
-        self._last = {**self._last, **slurm.by_place(jobs)}
-        return {(job.name, job.task) for job in jobs if not job.is_over}, slurm.in_words(jobs)
+        self._last = {**self._last, **slurm.by_task(jobs)}
+        return {(job.name, job.task) for job in jobs if not job.has_ended}, slurm.describe_queue(jobs)
 
-    def fate(self, folder: Path, task: int) -> str:
-        job = self._last.get((folder.name, task))
+    def ending(self, folder: Path, index: int) -> str:
+        job = self._last.get((folder.name, index))
         if job is None:
             return ""
-        said = error_line(folder / f"{job.job_id}_0_log.err")
+        reason = error_line(folder / f"{job.job_id}_0_log.err")
         hint = {
             "TIMEOUT": " (hydra.launcher.timeout_min gives more time)",
             "OUT_OF_MEMORY": " (hydra.launcher.mem_gb gives more memory)",
         }.get(job.state, "")
-        # A job that is cancelled before it begins is not shown any more: what was seen last is not how it ended.
-        how = f"is {job.state}" if job.is_over else f"left the queue (cancelled?), last seen {job.state}"
-        return f"Slurm job {job.job_id} {how}{hint}{': ' + said if said else ''}"
+        # A job that is cancelled before it starts disappears from the queue: its last known state is not how it ended.
+        how = f"is {job.state}" if job.has_ended else f"left the queue (cancelled?), last seen {job.state}"
+        return f"Slurm job {job.job_id} {how}{hint}{': ' + reason if reason else ''}"
 
 
 # How the line of a job's log begins that says why it failed: bad input, or a job of an older version (`_moved.py`).
@@ -121,7 +125,7 @@ def error_line(log: Path) -> str | None:
     return next((line for line in reversed(lines) if line.startswith(ERROR_PREFIXES)), None)
 
 
-def _asked(options: Mapping[str, Any]) -> str:
+def _requested(options: Mapping[str, Any]) -> str:
     ours = {"time": "timeout_min", "mem": "mem_gb"}
     return ", ".join(
         f"{ours.get(k, k)}={v}" for k, v in options.items() if k not in ("job_name", "additional_parameters")
@@ -129,7 +133,7 @@ def _asked(options: Mapping[str, Any]) -> str:
 
 
 class LocalBackend:
-    """Processes of this machine, `parallel` at a time: submitit without a cluster, to try a sweep's jobs out."""
+    """Processes of this machine, `parallel` at a time: submitit without a cluster, to try out a sweep's jobs."""
 
     title = "submitit_local"
 
@@ -163,6 +167,6 @@ class LocalBackend:
         waiting = {(name, task) for name, task, _, _ in self._waiting}
         return waiting | self._running.keys(), f"{len(self._running)} running, {len(waiting)} pending"
 
-    def fate(self, folder: Path, task: int) -> str:
+    def ending(self, folder: Path, index: int) -> str:
         logs = sorted(folder.glob("*_0_log.err"))
-        return next((said for log in reversed(logs) if (said := error_line(log))), "")
+        return next((reason for log in reversed(logs) if (reason := error_line(log))), "")

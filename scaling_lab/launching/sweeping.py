@@ -18,7 +18,7 @@ from scaling_lab.launching.progress import LaunchReporter
 
 @dataclass(frozen=True)
 class SweepJobs:
-    """The pending runs of a sweep in jobs, and who is told about them."""
+    """The pending runs of a sweep, divided into jobs."""
 
     store: RunStore
     plan: Plan
@@ -58,8 +58,8 @@ def sweep_job(config: Any) -> int:
     try:
         return len(train_pending(store, store.read_plan(run_ids), run_ids, options.get("tracker")))
     except Interrupted as stop:
-        # Not an error of this job: the whole sweep was told to stop, and Hydra passes only a KeyboardInterrupt on.
-        raise stop.with_hint(go_on_hint(store)) from None
+        # The sweep is stopping, which is no error of this job; of all exceptions Hydra lets only KeyboardInterrupt pass.
+        raise stop.with_hint(resume_hint(store)) from None
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -71,8 +71,8 @@ def plain(config: Any) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items() if key != "hydra"}
 
 
-def go_on_hint(store: RunStore) -> str:
-    """What an interrupted sweep says."""
+def resume_hint(store: RunStore) -> str:
+    """The message of an interrupted sweep."""
     plan = store.read_plan()
     done = len(set(store.run_ids_with_record()) & {run.run_id for run in plan.runs})
     results = store.folder.parent
@@ -81,13 +81,13 @@ def go_on_hint(store: RunStore) -> str:
         if results.absolute() == Path("results").absolute()
         else f" results_dir={shlex.quote(str(results))}"
     )
-    return f"{done} of {len(plan.runs)} runs are done; `scaling-lab sweep sweep={store.folder.name}{where}` goes on."
+    return f"{done} of {len(plan.runs)} runs are done; `scaling-lab sweep sweep={store.folder.name}{where}` resumes the sweep."
 
 
 def report_outcome(reporter: Reporter, store: RunStore, plan: Plan, launch: Sequence[str] = ()) -> int:
     """Report how the plan's runs ended and return the exit status: 0 all completed, 1 otherwise.
 
-    `launch`: the overrides that chose the launcher, to be given again.
+    `launch`: the overrides that chose the launcher, repeated in the advice.
     """
     results = "" if store.folder.parent == Path("results") else f" results_dir={store.folder.parent}"
     again = " ".join(
@@ -103,9 +103,9 @@ def report_outcome(reporter: Reporter, store: RunStore, plan: Plan, launch: Sequ
     for state in bad:
         reporter.warn(f"{state.run_id} {state.state}: {state.reason}")
     if bad:
-        reporter.say(f"to try them again: {again} retry=failed")
+        reporter.say(f"to retry them: {again} retry=failed")
     if open_runs:
-        reporter.warn(f"{len(open_runs)} runs are not over ({_counts(open_runs)}); to go on: {again}")
+        reporter.warn(f"{len(open_runs)} runs have not finished ({_counts(open_runs)}); to resume: {again}")
     return 1 if bad or open_runs else 0
 
 

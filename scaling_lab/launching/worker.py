@@ -45,7 +45,7 @@ EXIT_DISK = 74
 
 
 def longest_first(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """The order in which workers take runs: a long run that starts last would keep the others waiting."""
+    """The order in which workers take runs: a long run that started last would delay the end of the sweep."""
     return sorted(runs, key=lambda run: (-run.spec.own_train_flops(), run.run_id))
 
 
@@ -56,23 +56,25 @@ def train_pending(
     tracker: dict[str, Any] | None = None,
     checkpoint_every_s: float = CHECKPOINT_EVERY_S,
 ) -> list[RunRecord]:
-    """Train every run that is neither over nor computed by somebody else; returns the records made here.
+    """Train every run that has not finished and that no other process trains; returns the records made here.
 
-    Raises `Interrupted` when told to stop, `DiskError` where the folder cannot be written and `UserError` where the data
-    are not the plan's.
+    Raises:
+        Interrupted: this process was asked to stop.
+        DiskError: the folder cannot be written.
+        UserError: the data differ from the plan's.
     """
     wanted = None if run_ids is None else set(run_ids)
     for device in {run.execution.device for run in plan.runs}:
         resolve_device(device)
     made = []
     if wanted is not None:
-        # Whoever is to train a branch trains its trunk, unless somebody else does.
+        # A branch starts from its trunk, which is trained here unless another process trains it.
         wanted |= {r.spec.parent for r in plan.runs if r.run_id in wanted and r.spec.parent is not None}
     pending = longest_first([r for r in plan.runs if wanted is None or r.run_id in wanted])
-    with mirrors_closed(), listen() as asked:
-        for group in ready_first(store, list(groups(pending, plan)), wanted, asked):
-            # Told to stop as the run before ended: this one is not begun.
-            asked.handle()
+    with mirrors_closed(), listen() as requests:
+        for group in ready_first(store, list(training_groups(pending, plan)), wanted, requests):
+            # A request to stop that came as the previous run ended: no other run is started.
+            requests.handle()
             mine = [r for r in group if (wanted is None or r.run_id in wanted) and is_ready(store, r)]
             try:
                 claims = {planned.run_id: store.claim(planned.spec) for planned in mine}
@@ -84,52 +86,52 @@ def train_pending(
     return made
 
 
-def groups(runs: Iterable[PlannedRun], plan: Plan) -> Iterator[list[PlannedRun]]:
-    """What is trained as one program: each run alone, or at its first member the whole of a stack, in the plan's order."""
-    begun = set()
+def training_groups(runs: Iterable[PlannedRun], plan: Plan) -> Iterator[list[PlannedRun]]:
+    """Runs that are trained as one program: single runs, and stacks, in the plan's order, at their first member's turn."""
+    seen = set()
     for run in runs:
         stack = run.execution.stack
         if stack is None:
             yield [run]
-        elif stack not in begun:
-            begun.add(stack)
+        elif stack not in seen:
+            seen.add(stack)
             yield [member for member in plan.runs if member.execution.stack == stack]
 
 
 def ready_first(
-    store: RunStore, waiting: list[list[PlannedRun]], wanted: set[str] | None, asked: Requests
+    store: RunStore, waiting: list[list[PlannedRun]], wanted: set[str] | None, requests: Requests
 ) -> Iterator[list[PlannedRun]]:
-    """The groups in order, those whose runs wait for the checkpoint of a parent after it is there.
+    """The groups in order; runs that start from a parent's checkpoint come once the checkpoint exists.
 
-    While another process trains the last parents this one waits, and looks whether they are still trained; a run whose
-    parent ended without that checkpoint is recorded as failed.
+    While another process trains the remaining parents this one waits, and takes them over if that process dies. A run
+    whose parent finished without the checkpoint is recorded as failed.
     """
-    everything = list(waiting)
+    all_groups = list(waiting)
     while waiting:
         later = []
         for group in waiting:
             mine = [r for r in group if wanted is None or r.run_id in wanted]
             unready = [r for r in mine if not is_ready(store, r)]
-            for run in [r for r in unready if is_over(store, r.spec.parent)]:
-                # Looked at again: the parent may have written both in between.
+            for run in [r for r in unready if has_finished(store, r.spec.parent)]:
+                # Checked again: the parent may have written its checkpoint and its record in between.
                 if not is_ready(store, run):
                     fail_orphan(store, run)
-            unready = [r for r in unready if not is_over(store, r.run_id)]
+            unready = [r for r in unready if not has_finished(store, r.run_id)]
             if len(unready) < len(mine):
                 yield group
             if unready:
                 later.append(group)
         if later and len(later) == len(waiting):
-            asked.handle()
+            requests.handle()
             time.sleep(PARENT_POLL_S)
-            # Their owner may have died meanwhile: whoever is left takes them.
+            # The process that trains them may have died: they are offered again.
             parents = {r.spec.parent for group in later for r in group if not is_ready(store, r)}
-            yield from (group for group in everything if any(r.run_id in parents for r in group))
+            yield from (group for group in all_groups if any(r.run_id in parents for r in group))
         waiting = later
 
 
 def is_ready(store: RunStore, run: PlannedRun) -> bool:
-    """Whether nothing that the run begins from is missing."""
+    """Whether the checkpoint that the run starts from, if any, exists."""
     spec = run.spec
     if spec.parent is None:
         return True
@@ -137,16 +139,16 @@ def is_ready(store: RunStore, run: PlannedRun) -> bool:
     return kept.with_suffix(".json").exists()
 
 
-def is_over(store: RunStore, run_id: str | None) -> bool:
+def has_finished(store: RunStore, run_id: str | None) -> bool:
     return run_id is not None and (store.run_folder(run_id) / "record.json").exists()
 
 
 def fail_orphan(store: RunStore, run: PlannedRun) -> None:
-    """Record that the run cannot be trained: its parent is over and left no checkpoint at that step."""
+    """Record that the run cannot be trained: its parent finished without a checkpoint at that step."""
     claim = store.claim(run.spec)
     if claim is None:
         return
-    why = f"its trunk {run.spec.parent} is over without a checkpoint at step {run.spec.parent_step}"
+    why = f"parent run {run.spec.parent} finished without a checkpoint at step {run.spec.parent_step}"
     store.write_record(failed_record(run, store, "", why))
     claim.release()
 
@@ -159,7 +161,7 @@ def train_claimed(
     tracker: dict[str, Any] | None = None,
     checkpoint_every_s: float = CHECKPOINT_EVERY_S,
 ) -> RunRecord | None:
-    """Train one claimed run; an error of its own becomes a FAILED record, and the sweep goes on."""
+    """Train one claimed run; its errors become a FAILED record and do not stop the sweep."""
     claims = {planned.run_id: claim}
     records = train_group([planned], claims, store, fingerprint, tracker, checkpoint_every_s)
     return records[0] if records else None
@@ -173,8 +175,10 @@ def train_group(
     tracker: dict[str, Any] | None = None,
     checkpoint_every_s: float = CHECKPOINT_EVERY_S,
 ) -> list[RunRecord]:
-    """Train the claimed runs of a group; returns the records made. An error becomes a FAILED record: a member's own of
-    this member, one of the whole program of all that were not over."""
+    """Train the claimed runs of a group; returns the records made.
+
+    An error becomes a FAILED record: of one member if it is that member's own, otherwise of every unfinished member.
+    """
     claimed = {
         run_id: ClaimedRun(claim, make_tracker(tracker, store.folder)) for run_id, claim in claims.items()
     }
@@ -190,19 +194,21 @@ def train_group(
         for one in claimed.values():
             one.tracker.abandon()
         raise
-    records = [member.record or failure(member, store, fingerprint) for member in members]
+    records = [member.record or record_failure(member, store, fingerprint) for member in members]
     return [record for record in records if record is not None]
 
 
-def failure(member: Member, store: RunStore, fingerprint: str | None) -> RunRecord | None:
-    """Record that an error ended a run here; None where it was taken over: a former owner's error is not the run's, and a
-    disk's is nobody's (`DiskError`)."""
+def record_failure(member: Member, store: RunStore, fingerprint: str | None) -> RunRecord | None:
+    """Record that a run failed. None if another process has taken it over: then the error is not the run's.
+
+    Raises `DiskError` if the disk caused the error: then no run failed.
+    """
     planned, error = member.planned, member.error
     assert error is not None
-    refused = disk_error(error, store.folder) if isinstance(error, OSError) else None
-    if refused is not None:
+    full_disk = disk_error(error, store.folder) if isinstance(error, OSError) else None
+    if full_disk is not None:
         member.tracker.abandon()
-        raise refused from error
+        raise full_disk from error
     if isinstance(error, ClaimLost):
         log.warning("run %s was taken over by another process.", planned.run_id)
     else:
@@ -220,7 +226,7 @@ def failure(member: Member, store: RunStore, fingerprint: str | None) -> RunReco
 
 
 def failed_record(planned: PlannedRun, store: RunStore, fingerprint: str, reason: str) -> RunRecord:
-    """The record of a run that its own error ended."""
+    """The record of a run that an error ended."""
     count = planned.spec.count()
     curve = tuple(store.read_curve(planned.run_id))
     return RunRecord(
@@ -240,8 +246,8 @@ def failed_record(planned: PlannedRun, store: RunStore, fingerprint: str, reason
     )
 
 
-def stop_with(parent: int) -> None:
-    """Ask this process to stop in good order once its parent is gone: a killed launcher leaves nobody to watch it."""
+def stop_with_parent(parent: int) -> None:
+    """Stop this process, with a checkpoint, once its parent is gone: a killed launcher cannot stop it."""
     while os.getppid() == parent:
         time.sleep(PARENT_POLL_S)
     log.warning("the launcher is gone: stopping after a checkpoint.")
@@ -289,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if given.stop_with is not None:
-        threading.Thread(target=stop_with, args=(given.stop_with,), daemon=True).start()
+        threading.Thread(target=stop_with_parent, args=(given.stop_with,), daemon=True).start()
     options = WorkerOptions(
         given.folder,
         tuple(given.run_ids.split(",")) if given.run_ids else None,

@@ -1,7 +1,7 @@
-"""Owns the local launcher's work: start worker processes, watch them, start them again, and stop them together.
+"""Worker processes on one machine: start them, watch them, start them again when they die, and stop them together.
 
-What a worker did is read from the run folders (claims and records), never from the worker: one that was killed says
-nothing. Each worker's output goes to <sweep>/logs/worker-<k>.log, below a cluster to <job>-worker-<k>.log.
+What a worker has done is read from the run folders (claims and records), never from the worker: one that was killed
+reports nothing. Worker k logs to <sweep>/logs/worker-<k>.log, in a cluster job to <sweep>/logs/<job>-worker-<k>.log.
 """
 
 from __future__ import annotations
@@ -21,32 +21,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from scaling_lab.core.errors import DiskError, Preempted, UserError
+from scaling_lab.core.errors import EXIT_REQUEUE, DiskError, Preempted, UserError
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.storage.files import disk_error
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching.progress import LaunchReporter, ProgressDisplay, SweepProgress
-from scaling_lab.launching.sweeping import go_on_hint
+from scaling_lab.launching.sweeping import resume_hint
 from scaling_lab.planning.cost import device_bytes
 
 POLL_S = 0.25
 STATES_EVERY_S = 1.0
-# A worker stops between two blocks of steps; a compilation in progress may hold it up.
+# A worker stops between two blocks of steps; a compilation in progress may delay it.
 STOP_GRACE_S = 30.0
-# Workers that end without having begun a run, one after another: something is wrong with all of them.
-MAX_FRUITLESS = 3
-EXIT_USER, EXIT_DISK, EXIT_REQUEUE = 2, 74, 75
-# An argument may have at most 128 KiB on Linux; longer lists of ids are not passed (the plan's pending runs are).
+# So many workers in a row that exit without starting a run: the cause affects all of them.
+MAX_FAILED_STARTS = 3
+EXIT_USER, EXIT_DISK = 2, 74
+# Linux limits an argument to 128 KiB; longer lists of ids are not passed, and the worker takes the plan's pending runs.
 MAX_ARGUMENT_BYTES = 100_000
-# Several small models fit one GPU and hide each other's launch latency; each needs a CPU core to feed it.
+# Several small models share one GPU and hide each other's launch latency; each needs a CPU core to feed it.
 MAX_WORKERS_PER_GPU = 4
 
 
 @dataclass
 class Worker:
-    """One worker process in its slot."""
+    """One worker process."""
 
-    slot: int
+    index: int
+    """Its place among the workers, which decides its environment and its log."""
     process: subprocess.Popen[bytes]
     log: Path
     file: IO[bytes] = field(repr=False)
@@ -65,11 +66,19 @@ def run_workers(
     leave_others: bool = False,
     log_prefix: str = "",
 ) -> None:
-    """Train `run_ids` with worker processes side by side; returns when each has a record or is lost to nobody.
+    """Train `run_ids` with worker processes; returns when each run has a record.
 
-    Runs that another process computes are waited for, and taken over if it dies. With `leave_others` they are left to
-    it as soon as it has been seen to live. Setting `stop` ends the work as Ctrl-C does. Raises `UserError` where workers
-    cannot start, and `KeyboardInterrupt` with a hint after the workers were stopped.
+    Args:
+        workers: processes at a time; None decides by the device (`worker_environments`).
+        max_attempts: a run whose worker dies this often is recorded as failed.
+        tracker: `kind` and the tracker's options.
+        stop: setting it ends the call as Ctrl-C does.
+        leave_others: whether runs that another live process trains are left to it. Otherwise they are waited for, and
+            taken over if that process dies.
+
+    Raises:
+        UserError: workers cannot start.
+        KeyboardInterrupt: interrupted; the workers have stopped, and the message says how to resume.
     """
     for name, value in (("workers", workers), ("hydra.launcher.max_attempts", max_attempts)):
         if value is not None and not (isinstance(value, int) and value >= 1):
@@ -79,27 +88,31 @@ def run_workers(
     if not runs:
         return
     largest = max(map(device_bytes, runs)) if workers is None and runs[0].execution.device == "cuda" else 0.0
-    slots = worker_slots(runs[0].execution, workers, len(runs), largest)
+    environments = worker_environments(runs[0].execution, workers, len(runs), largest)
+    plural = "s" * (len(environments) > 1)
     reporter.say(
-        f"{len(runs)} runs on {len(slots)} worker{'s' * (len(slots) > 1)} ({runs[0].execution.device}); logs: {store.folder / 'logs'}"
+        f"{len(runs)} runs on {len(environments)} worker{plural} ({runs[0].execution.device}); logs: {store.folder / 'logs'}"
     )
-    crew = Crew(store, plan, runs, slots, max_attempts, tracker, stop, leave_others, log_prefix)
+    pool = WorkerPool(store, plan, runs, environments, max_attempts, tracker, stop, leave_others, log_prefix)
     with terminate_as_interrupt(), reporter.display(store.folder.name) as display:
         try:
-            crew.work(display)
-        except KeyboardInterrupt as told:
-            crew.stop()
-            raise type(told)(go_on_hint(store)) from None
+            pool.run(display)
+        except KeyboardInterrupt as interrupt:
+            pool.stop()
+            raise type(interrupt)(resume_hint(store)) from None
         except BaseException:
-            crew.stop()
+            pool.stop()
             raise
 
 
-def worker_slots(
+def worker_environments(
     execution: Execution, workers: int | None, n_runs: int, largest_bytes: float = 0.0
 ) -> list[dict[str, str]]:
-    """The environment of each worker: one a core (of the plan's threads) on a CPU, spread over the GPUs on CUDA, on each
-    as many as runs of `largest_bytes` fit beside each other."""
+    """Environment variables of each worker.
+
+    By default one worker per CPU core, divided by the plan's threads; on CUDA as many on each GPU as runs of
+    `largest_bytes` fit in its memory.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = {
         name: str(execution.threads)
@@ -116,13 +129,13 @@ def worker_slots(
         return [
             {**threads, "CUDA_VISIBLE_DEVICES": devices[k % len(devices)]} for k in range(min(count, n_runs))
         ]
-    # One MPS device is shared; two workers on it gain nothing.
+    # All workers would share the one MPS device: two gain nothing.
     count = workers or (1 if execution.device == "mps" else max(1, cores // execution.threads))
     return [dict(threads) for _ in range(min(count, n_runs))]
 
 
 def gpu_bytes() -> float:
-    """Memory of the smallest GPU that this process may use; no limit where there is none to ask."""
+    """Memory of the smallest visible GPU; infinite if there is none."""
     import torch
 
     sizes = [torch.cuda.get_device_properties(k).total_memory for k in range(torch.cuda.device_count())]
@@ -130,7 +143,7 @@ def gpu_bytes() -> float:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """The visible GPUs, as CUDA_VISIBLE_DEVICES names them."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given:
         return [name.strip() for name in given.split(",") if name.strip()]
@@ -139,82 +152,82 @@ def visible_gpus() -> list[str]:
     return [str(k) for k in range(torch.cuda.device_count())] or ["0"]
 
 
-class Crew:
-    """The workers of one launch."""
+class WorkerPool:
+    """The worker processes of one launch."""
 
     def __init__(
         self,
         store: RunStore,
         plan: Plan,
         runs: Sequence[PlannedRun],
-        slots: Sequence[Mapping[str, str]],
+        environments: Sequence[Mapping[str, str]],
         max_attempts: int,
         tracker: Mapping[str, Any] | None,
         stop: threading.Event | None = None,
         leave_others: bool = False,
         log_prefix: str = "",
     ) -> None:
-        self.store, self.plan, self.slots = store, plan, slots
-        self.stop_asked, self.leave_others = stop or threading.Event(), leave_others
+        self.store, self.plan, self.environments = store, plan, environments
+        self.stop_requested, self.leave_others = stop or threading.Event(), leave_others
         self.log_prefix = log_prefix
-        self.first_seen: dict[str, tuple[int, float]] = {}
+        self.first_heartbeats: dict[str, tuple[int, float]] = {}
         self.runs = {run.run_id: run for run in runs}
         self.max_attempts, self.tracker = max_attempts, tracker
         self.progress = SweepProgress(store, runs)
         self.workers: dict[int, Worker] = {}
         self.deaths: Counter[str] = Counter()
-        self.fruitless = 0
-        self.not_before = 0.0
+        self.failed_starts = 0
+        self.next_start = 0.0
 
-    def work(self, display: ProgressDisplay) -> None:
-        """Until every run is over."""
+    def run(self, display: ProgressDisplay) -> None:
+        """Keep workers running until every run has a record."""
         next_look = 0.0
         while True:
-            self._reap()
+            self._collect_exits()
             now = time.monotonic()
             if now >= next_look:
                 self.progress.look()
                 display.show(self.progress)
-                # A look at thousands of open runs takes a while: at most a fifth of the time is spent looking.
+                # Reading the states of thousands of runs takes a while: at most a fifth of the time is spent on it.
                 next_look = now + max(STATES_EVERY_S, 5 * (time.monotonic() - now))
-                if not self.progress.open_ids() or (self.leave_others and self._rest_is_others()):
+                if not self.progress.open_ids() or (self.leave_others and self._others_train_the_rest()):
                     break
-                if now >= self.not_before:
-                    self._fill()
-            if self.stop_asked.wait(POLL_S):
+                if now >= self.next_start:
+                    self._start_workers()
+            if self.stop_requested.wait(POLL_S):
                 raise KeyboardInterrupt
         for worker in self.workers.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 worker.process.wait(timeout=STOP_GRACE_S)
         self.stop()
 
-    def _rest_is_others(self) -> bool:
-        """Whether every run that is left is computed elsewhere, by owners that have been seen to live: a heartbeat came
-        since they were first looked at. One that stays silent may be this job's former self on another machine."""
+    def _others_train_the_rest(self) -> bool:
+        """Whether other live processes train every unfinished run: each has sent a heartbeat since the first look. A
+        silent one may be this job's predecessor on another machine."""
         if self.workers or self.progress.claimable_ids():
             return False
-        moved = []
+        alive = []
         for state in self.progress.running():
             if state.claim is not None:
-                beat = (state.claim.generation, state.claim.heartbeat_unix_s)
-                moved.append(self.first_seen.setdefault(state.run_id, beat) != beat)
-        return all(moved)
+                heartbeat = (state.claim.generation, state.claim.heartbeat_unix_s)
+                alive.append(self.first_heartbeats.setdefault(state.run_id, heartbeat) != heartbeat)
+        return all(alive)
 
-    def _fill(self) -> None:
-        """Start workers in the free slots as long as there are runs for them."""
+    def _start_workers(self) -> None:
+        """Start missing workers while there are runs for them."""
         free = self.progress.claimable_ids()
-        # A worker that is just starting has claimed nothing yet: it will take one of the free runs.
+        # A worker that is starting up has no claim yet; it will take one of the free runs.
         idle = sum(1 for w in self.workers.values() if not self.progress.claimed_by(w.process.pid))
-        for slot in range(len(self.slots)):
-            if slot not in self.workers and len(free) > idle:
-                self.workers[slot] = self._start(slot)
+        for index in range(len(self.environments)):
+            if index not in self.workers and len(free) > idle:
+                self.workers[index] = self._start_worker(index)
                 idle += 1
 
-    def _start(self, slot: int) -> Worker:
-        log = self.store.folder / "logs" / f"{self.log_prefix}worker-{slot}.log"
+    def _start_worker(self, index: int) -> Worker:
+        log = self.store.folder / "logs" / f"{self.log_prefix}worker-{index}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        # -P: Python would look into the working folder first, and a clone there, a folder named scaling_lab, hides the package
-        # of an editable installation.
+        # -P: otherwise Python searches the working folder first, where a clone, a folder named scaling_lab, would hide
+        # the package of an editable installation.
         command = [sys.executable, "-P", "-m", "scaling_lab.worker", str(self.store.folder)]
         command += ["--stop-with", str(os.getpid())]
         ids = ",".join(self.progress.open_ids())
@@ -222,76 +235,74 @@ class Crew:
             command += ["--run-ids", ids]
         if self.tracker:
             command += ["--tracker", json.dumps(dict(self.tracker))]
-        file = open(log, "ab")  # noqa: SIM115  closed when the worker is reaped or stopped
-        # A session of its own: Ctrl-C comes to us alone, and we stop the workers in good order.
+        file = open(log, "ab")  # noqa: SIM115  closed when the worker has exited
+        # A session of its own: Ctrl-C reaches this process alone, which then stops the workers.
         process = subprocess.Popen(
             command,
-            env={**os.environ, **self.slots[slot]},
+            env={**os.environ, **self.environments[index]},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        return Worker(slot, process, log, file)
+        return Worker(index, process, log, file)
 
-    def _reap(self) -> None:
-        for slot, worker in list(self.workers.items()):
+    def _collect_exits(self) -> None:
+        for index, worker in list(self.workers.items()):
             status = worker.process.poll()
             if status is None:
                 continue
-            del self.workers[slot]
+            del self.workers[index]
             worker.file.close()
-            self._judge(worker, status)
+            self._handle_exit(worker, status)
 
-    def _judge(self, worker: Worker, status: int) -> None:
-        """What the end of a worker means for the run that it held."""
+    def _handle_exit(self, worker: Worker, status: int) -> None:
+        """Update the counts of deaths and failed starts, and record a run as failed if its workers keep dying."""
         self.progress.look()
         if status == EXIT_DISK:
-            # What it said does not reach a log on a full disk.
+            # Its message may not have reached a log on a full disk.
             raise self._disk_error(worker)
         if status == EXIT_USER:
             raise UserError(_last_error(worker.log) or f"a worker refused its input: see {worker.log}.")
         held = [i for i in self.progress.last_claimed_by(worker.process.pid) if i in self.progress.open_ids()]
         if status == 0 or (status == EXIT_REQUEUE and held):
-            self.fruitless = 0 if held or not self.progress.claimable_ids() else self.fruitless + 1
+            self.failed_starts = 0 if held or not self.progress.claimable_ids() else self.failed_starts + 1
         elif held:
-            self.fruitless = 0
+            self.failed_starts = 0
             for run_id in held:
                 self.deaths[run_id] += 1
                 if self.deaths[run_id] >= self.max_attempts:
-                    self._give_up(run_id, worker, status)
+                    self._mark_failed(run_id, worker, status)
         else:
-            self.fruitless += 1
-        if self.fruitless >= MAX_FRUITLESS:
+            self.failed_starts += 1
+        if self.failed_starts >= MAX_FAILED_STARTS:
             raise UserError(
-                f"workers end before they begin a run ({_ending(status)}): {_last_line(worker.log)} (log: {worker.log})."
+                f"workers exit before they start a run ({_exit_text(status)}): {_last_line(worker.log)} (log: {worker.log})."
             )
-        self.not_before = time.monotonic() + 0.5 * 2**self.fruitless * bool(self.fruitless)
+        self.next_start = time.monotonic() + 0.5 * 2**self.failed_starts * bool(self.failed_starts)
 
     def _disk_error(self, worker: Worker) -> DiskError:
-        said = _last_error(worker.log)
-        if said is not None:
-            return DiskError(said)
-        refused = disk_error(OSError(errno.ENOSPC, "no space left"), self.store.folder)
-        assert refused is not None
-        return refused
+        message = _last_error(worker.log)
+        if message is not None:
+            return DiskError(message)
+        error = disk_error(OSError(errno.ENOSPC, "no space left"), self.store.folder)
+        assert error is not None
+        return error
 
-    def _give_up(self, run_id: str, worker: Worker, status: int) -> None:
-        """Record a run as failed whose worker died again and again."""
+    def _mark_failed(self, run_id: str, worker: Worker, status: int) -> None:
+        """Record a run as failed whose workers died `max_attempts` times."""
         from scaling_lab.launching.worker import failed_record
 
         planned = self.runs[run_id]
         claim = self.store.claim(planned.spec)
         if claim is None:
             return
-        reason = (
-            f"its worker died {self.deaths[run_id]} times (the last: {_ending(status)}; log: {worker.log})"
-        )
+        reason = f"its worker died {self.deaths[run_id]} times (most recently: {_exit_text(status)}; log: {worker.log})"
         self.store.write_record(failed_record(planned, self.store, self.plan.data_fingerprint, reason))
         self.progress.look()
 
     def stop(self) -> None:
-        """Ask every worker to stop, wait, and end those that do not; a second Ctrl-C does not wait."""
+        """Ask every worker to stop, wait, and kill those that do not; a second Ctrl-C kills them at once."""
         live = [w for w in self.workers.values() if w.process.poll() is None]
         for worker in live:
             _signal(worker, signal.SIGTERM)
@@ -312,7 +323,7 @@ class Crew:
 
 @contextlib.contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """Within it SIGTERM, SIGUSR1 and SIGHUP end the sweep as Ctrl-C does, so that no worker outlives it."""
+    """Within it SIGTERM, SIGUSR1 and SIGHUP raise `KeyboardInterrupt` as Ctrl-C does, so that no worker is left behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -330,12 +341,12 @@ def terminate_as_interrupt() -> Iterator[None]:
 
 
 def _signal(worker: Worker, number: int) -> None:
-    """To the worker's whole group: compilers that it started end with it."""
+    """Signal the worker's process group, which includes compilers that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(worker.process.pid, number)
 
 
-def _ending(status: int) -> str:
+def _exit_text(status: int) -> str:
     if status >= 0:
         return f"exit status {status}"
     try:
@@ -356,7 +367,7 @@ def _tail(log: Path) -> list[str]:
 
 
 def _last_line(log: Path) -> str:
-    return (_tail(log) or ["it said nothing"])[-1]
+    return (_tail(log) or ["its log is empty"])[-1]
 
 
 def _last_error(log: Path) -> str | None:

@@ -10,7 +10,7 @@ from scaling_lab.cli.options.arguments import Arguments
 from scaling_lab.cli.options.compose import CommandLine, read_command
 from scaling_lab.cli.options.forms import Form
 from scaling_lab.cli.options.study import SweepOnly, experiment_name, form_of_tree, study_form
-from scaling_lab.cli.planning import begun, settle_plan
+from scaling_lab.cli.planning import has_started, settle_plan
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.formatting import human_count, human_time
 from scaling_lab.core.spec import Plan, source_class
@@ -29,7 +29,7 @@ def run(arguments: Arguments) -> int:
     console = Console.for_flags(arguments.flags)
     store = store_of(command)
     trees = [c.tree for c in command.combinations]
-    settled = settle_plan(store, trees, command.given, replace_unbegun=True)
+    settled = settle_plan(store, trees, command.given, replace_unstarted=True)
     plan, new = settled.plan, settled.new
     if settled.replaced:
         console.warn(
@@ -42,7 +42,7 @@ def run(arguments: Arguments) -> int:
     if not console.quiet:
         print_plan(console, plan, command.tree.get("workers"))
     console.print(f"plan: {store.plan_path}" + ("" if new else " (unchanged)"), highlight=False, markup=False)
-    if not new and begun(store, plan):
+    if not new and has_started(store, plan):
         console.say("the sweep has already started: `scaling-lab status` shows its progress.")
     results = command.tree["results_dir"]
     where = "" if results == "results" else f" results_dir={results}"

@@ -1,4 +1,4 @@
-"""Owns `scaling-lab quickstart`: plan, sweep, analysis and report of experiment=quickstart, and the answer at the end."""
+"""`scaling-lab quickstart`: plan, train, analyze and report experiment=quickstart."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scaling_lab.cli.display.summary import print_result
 from scaling_lab.cli.options.arguments import Arguments
 from scaling_lab.cli.options.forms import Form
 from scaling_lab.cli.options.study import SweepOnly, study_form
-from scaling_lab.tracking.wandb.study import mirror_study, say_what_is_missing
+from scaling_lab.tracking.wandb.study import mirror_study, report_unsynced_runs
 
 EXPERIMENT = "quickstart"
 
@@ -37,7 +37,7 @@ def run(arguments: Arguments) -> int:
         return status
     print_result(console, made.result, study)
     console.print(f"report: {made.page}", style="bold", highlight=False)
-    say_what_is_missing(store, console)
+    report_unsynced_runs(store, console)
     results = command.tree["results_dir"]
     where = "" if results == "results" else f" results_dir={results}"
     if analysis is None:

@@ -1,4 +1,4 @@
-"""Owns `scaling-lab status`: where every run of a sweep stands, and why those that failed did."""
+"""`scaling-lab status`: the state of every run of a sweep, and why runs failed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from scaling_lab.cli.commands.analyze import sweeps_of
 from scaling_lab.cli.commands.report import existing_sweep
 from scaling_lab.cli.display.console import Console, fitting_table
-from scaling_lab.cli.display.sweep_status import Row, Standing, grouped_reasons, standing
+from scaling_lab.cli.display.sweep_status import RunRow, SweepStatus, grouped_reasons, read_status
 from scaling_lab.cli.options.arguments import Arguments
 from scaling_lab.cli.options.compose import read_command
 from scaling_lab.cli.options.forms import Form, build, options_of
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from scaling_lab.analysis.finding import Finding
 
 WATCH_EVERY_S = 2.0
-# Of a large sweep the screen shows so many runs, those first that somebody may have to look at.
+# The most runs and reasons that the screen shows; runs in the states that may need attention come first.
 MAX_ROWS, MAX_REASONS = 80, 20
 URGENCY = ("running", "claimed", "failed", "diverged", "interrupted", "planned", "completed")
-COLOURS = {
+COLORS = {
     "completed": "green",
     "running": "cyan",
     "claimed": "cyan",
@@ -61,21 +61,21 @@ def run(arguments: Arguments) -> int:
         return _all_sweeps(settings, console, where)
     store = existing_sweep(settings.results_dir, settings.sweep)
     plan = plan_of(store)
-    now = standing(store, plan)
+    now = read_status(store, plan)
     if console.json:
         found = [finding.to_json() for finding in findings_of_report(store)]
         print(json.dumps({**status_json(settings.sweep, now), "findings": found}, indent=1, allow_nan=False))
         return 0
     if "watch" in arguments.flags:
         now = _watch(console, store, plan, settings.sweep, now)
-    _print_standing(console, settings.sweep, now)
+    _print_status(console, settings.sweep, now)
     for finding in findings_of_report(store):
         console.print(f"{finding.title}: {finding.answer}", markup=False)
     bad = sum(now.counts.get(name, 0) for name in ("failed", "diverged"))
     if bad:
-        console.say(f"to try them again: scaling-lab sweep sweep={settings.sweep}{where} retry=failed")
+        console.say(f"to retry them: scaling-lab sweep sweep={settings.sweep}{where} retry=failed")
     at_work = any(now.counts.get(name) for name in LIVE)
-    following = "analyze" if now.is_over else "report" if at_work else "sweep"
+    following = "analyze" if now.is_finished else "report" if at_work else "sweep"
     console.next_step(f"scaling-lab {following} sweep={settings.sweep}{where}")
     return 0
 
@@ -96,35 +96,35 @@ def plan_of(store: RunStore) -> Plan | None:
     return store.read_plan() if store.plan_path.exists() else None
 
 
-def _watch(console: Console, store: RunStore, plan: Plan | None, sweep: str, now: Standing) -> Standing:
-    """Show the sweep until it is over or the user has seen enough (Ctrl-C); the last look at it."""
+def _watch(console: Console, store: RunStore, plan: Plan | None, sweep: str, now: SweepStatus) -> SweepStatus:
+    """Show the sweep until it is finished or the user presses Ctrl-C; returns its latest status."""
     try:
         if not console.out.is_terminal:
-            while not now.is_over:
+            while not now.is_finished:
                 console.print(f"{sweep}: {now.headline()}", markup=False)
                 time.sleep(WATCH_EVERY_S)
-                now = standing(store, plan, now)
+                now = read_status(store, plan, now)
             return now
         from rich.console import Group
         from rich.live import Live
 
         with Live(console=console.out, auto_refresh=False, transient=True) as live:
-            while not now.is_over:
-                # The table's frame, its two captions, the row of the others and the headline take eight lines.
+            while not now.is_finished:
+                # The table's frame, its two captions, its last row and the headline take eight lines.
                 rows = max(1, min(MAX_ROWS, console.out.height - 8))
                 live.update(
                     Group(status_table(sweep, now.rows, console.out.width, rows), now.headline()),
                     refresh=True,
                 )
                 time.sleep(WATCH_EVERY_S)
-                now = standing(store, plan, now)
+                now = read_status(store, plan, now)
     except KeyboardInterrupt:
         pass
     return now
 
 
-def _print_standing(console: Console, sweep: str, now: Standing) -> None:
-    """The table, below it, whole, why runs did not end well, and the sums."""
+def _print_status(console: Console, sweep: str, now: SweepStatus) -> None:
+    """The table of runs, why runs failed, and the totals."""
     if not console.quiet:
         console.print(status_table(sweep, now.rows, console.out.width))
         for line in grouped_reasons(now.rows, MAX_REASONS):
@@ -137,14 +137,14 @@ def _print_standing(console: Console, sweep: str, now: Standing) -> None:
         console.print(f"last error: {error.run_id} {error.state}: {reason}", markup=False)
 
 
-def status_table(sweep: str, rows: Sequence[Row], width: int, limit: int = MAX_ROWS) -> Any:
-    """One row a run; on a screen of few columns without the least important ones, of many runs those that matter."""
+def status_table(sweep: str, rows: Sequence[RunRow], width: int, limit: int = MAX_ROWS) -> Any:
+    """One row per run; of more than `limit` runs those that may need attention. A narrow screen omits columns."""
     shown = rows
     if len(rows) > limit:
         shown = sorted(rows, key=lambda row: URGENCY.index(row.state.state))[:limit]
     cells = [_cells(row) for row in shown]
     if len(rows) > len(shown):
-        rest = Standing(tuple(sorted(rows, key=lambda row: URGENCY.index(row.state.state))[limit:])).counts
+        rest = SweepStatus(tuple(sorted(rows, key=lambda row: URGENCY.index(row.state.state))[limit:])).counts
         cells.append([f"and {', '.join(f'{n:,} {name}' for name, n in rest.items())}"])
     return fitting_table(
         f"sweep {sweep}",
@@ -158,7 +158,7 @@ def status_table(sweep: str, rows: Sequence[Row], width: int, limit: int = MAX_R
     )  # fmt: skip
 
 
-def _cells(row: Row) -> list[Any]:
+def _cells(row: RunRow) -> list[Any]:
     from rich.text import Text
 
     spec, state, claim = row.spec, row.state, row.state.claim
@@ -168,7 +168,7 @@ def _cells(row: Row) -> list[Any]:
         "" if spec is None else f"{spec.budget_flops:.3g}",
         "" if spec is None else human_count(spec.n_params()),
         "" if spec is None else human_count(spec.train_tokens),
-        Text(state.state, style=COLOURS.get(state.state, "")),
+        Text(state.state, style=COLORS.get(state.state, "")),
         f"{claim.step:,}/{claim.steps:,}" if claim is not None and claim.step else "",
         "" if loss is None else f"{loss:.4f}",
         "" if state.wall_time_s is None else human_time(state.wall_time_s),
@@ -176,8 +176,8 @@ def _cells(row: Row) -> list[Any]:
     ]
 
 
-def status_json(sweep: str, now: Standing) -> dict[str, Any]:
-    """The same for programs."""
+def status_json(sweep: str, now: SweepStatus) -> dict[str, Any]:
+    """The status as JSON."""
     runs = []
     for row in now.rows:
         cells = dataclasses.asdict(row.state)
@@ -207,8 +207,8 @@ def _all_sweeps(settings: StatusCommand, console: Console, where: str) -> int:
     for name in names:
         store = RunStore.for_sweep(settings.results_dir, name)
         try:
-            now = standing(store, plan_of(store))
-        except UserError as error:  # one broken plan must not hide the other sweeps
+            now = read_status(store, plan_of(store))
+        except UserError as error:  # a broken plan must not hide the other sweeps
             found[name] = None
             console.warn(str(error))
             continue

@@ -27,7 +27,7 @@ from scaling_lab.launching.hydra_jobs import open_launcher
 from scaling_lab.launching.progress import LaunchReporter
 from scaling_lab.launching.sweeping import SweepJobs, group_into_jobs, report_outcome
 from scaling_lab.planning.designs.learning_rate import ROLE as LR_SWEEP
-from scaling_lab.tracking.wandb.study import is_mirrored, mirror_study, say_what_is_missing
+from scaling_lab.tracking.wandb.study import is_mirrored, mirror_study, report_unsynced_runs
 
 
 def form(arguments: Arguments) -> Form:
@@ -52,38 +52,36 @@ def run(arguments: Arguments) -> int:
 
 
 def compares_parametrizations(plan: Plan) -> bool:
-    """Whether the plan's runs vary the learning rate under several parametrisations: the report shows which transfers."""
+    """Whether the plan's runs vary the learning rate under several parametrizations; the report shows how it transfers."""
     return tunes_another(plan) and len({run.spec.parametrization.kind for run in plan.runs}) > 1
 
 
 def tunes_another(plan: Plan) -> bool:
-    """Whether the plan's runs vary the learning rate of another sweep, and make no law of their own."""
+    """Whether all runs of the plan only vary the learning rate, for another sweep."""
     return all(run.spec.role == LR_SWEEP for run in plan.runs)
 
 
 def mirror_whole_sweep(store: RunStore, text: str, console: Console) -> None:
-    """Where the sweep's runs were mirrored to W&B: its ledger and its report too, and what is still missing there."""
+    """If the sweep's runs are mirrored to W&B, also upload its ledger and report, and report what is still missing."""
     if not is_mirrored(store):
         return
-    console.say("W&B: analysing what is done, for the analysis run ...")
+    console.say("W&B: analyzing the finished runs ...")
     try:
         made = write_sweep_report(store, text, console)
         mirror_study(store, console, made.page.parent)
-    except (
-        Exception
-    ) as error:  # the runs are trained: what comes after them on W&B must not end the sweep otherwise
-        console.warn(f"there is no report for W&B ({type(error).__name__}: {error}).")
-    say_what_is_missing(store, console)
+    except Exception as error:  # the runs are trained: a problem with W&B must not change the exit status
+        console.warn(f"no report was made for W&B ({type(error).__name__}: {error}).")
+    report_unsynced_runs(store, console)
 
 
 def execute(line: CommandLine, console: Console) -> tuple[int, Plan]:
-    """Train what is pending of the sweep's plan; returns the exit status, read from the records, and the plan."""
+    """Train the pending runs of the plan; returns the exit status, read from the records, and the plan."""
     require("torch", "training")
     store: RunStore = store_of(line)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "sweep starts its own workers. To train each run on all processes of torchrun, plan it and give torchrun "
-            f"the workers: torchrun --nproc_per_node=N -m scaling_lab.worker {store.folder}"
+            "sweep starts its own workers. To train each run on all processes of torchrun, plan the sweep and start "
+            f"workers: torchrun --nproc_per_node=N -m scaling_lab.worker {store.folder}"
         )
     if not defines_plan(line.given):
         store.read_plan()  # names the sweeps there are, if this is none of them
@@ -98,7 +96,7 @@ def execute(line: CommandLine, console: Console) -> tuple[int, Plan]:
 
 
 def launch(line: CommandLine, store: RunStore, reporter: LaunchReporter) -> Plan:
-    """Give the plan's pending runs to the launcher that the command line chooses, and wait; returns the plan."""
+    """Give the pending runs of the plan to the launcher that the command line chooses, and wait; returns the plan."""
     first = line.combinations[0]
     overrides = [*group_overrides(first.groups), *(option.text for option in line.hydra)]
     folders = config_folders(line.config_dir)
@@ -116,7 +114,7 @@ def launch(line: CommandLine, store: RunStore, reporter: LaunchReporter) -> Plan
 
 
 def checked_runs_per_job(hydra: Any) -> int:
-    """`hydra.sweeper.runs_per_job`. Raises `UserError` for another sweeper: jobs follow from the plan here."""
+    """`hydra.sweeper.runs_per_job`. Raises `UserError` if another sweeper was chosen."""
     if not str(hydra.sweeper._target_).endswith(".PlanSweeper"):
         raise UserError(
             f"hydra/sweeper={hydra.runtime.choices['hydra/sweeper']}: only train -m takes a sweeper, sweep has its own."
@@ -128,7 +126,7 @@ def checked_runs_per_job(hydra: Any) -> int:
 
 
 def settled_plan(line: CommandLine, store: RunStore, reporter: Reporter) -> Plan:
-    """The plan to train: the one on disk, or a new one, which is then written."""
+    """The plan on disk, or a new one, which is then written; with `retry`, its failed runs are reopened."""
     settled = settle_plan(store, [combination.tree for combination in line.combinations], line.given)
     plan = settled.plan
     if settled.new:
@@ -137,7 +135,7 @@ def settled_plan(line: CommandLine, store: RunStore, reporter: Reporter) -> Plan
             reporter.say(f"  {note}")
     if line.tree.get("retry"):
         again = store.reopen_failed(plan)
-        reporter.say(f"{len(again)} failed or diverged runs are tried again.")
+        reporter.say(f"{len(again)} failed or diverged runs are retried.")
     return plan
 
 
@@ -146,7 +144,7 @@ def pending_runs(store: RunStore, plan: Plan, reporter: Reporter) -> list[str]:
     run_ids = pending(store, plan)
     done = len(plan.runs) - len(run_ids)
     if not run_ids:
-        reporter.say(f"nothing to do: all {done} runs of {store.folder} are done.")
+        reporter.say(f"nothing to do: all {done} runs of {store.folder} have finished.")
     elif done:
-        reporter.say(f"{done} of {len(plan.runs)} runs are done already; {len(run_ids)} to go.")
+        reporter.say(f"{done} of {len(plan.runs)} runs have finished already; {len(run_ids)} to go.")
     return run_ids

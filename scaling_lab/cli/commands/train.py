@@ -24,7 +24,7 @@ from scaling_lab.launching.progress import ending_line
 from scaling_lab.launching.sweeping import plain
 from scaling_lab.planning.plan import plan_single, single_notes
 from scaling_lab.planning.settings import SweepSettings
-from scaling_lab.tracking.wandb.study import say_what_is_missing
+from scaling_lab.tracking.wandb.study import report_unsynced_runs
 
 LINE_EVERY_S = 5.0
 
@@ -44,7 +44,7 @@ def run(arguments: Arguments) -> int:
         launches=multirun,
     )
     require("torch", "training")
-    # Every run is planned before the first is launched: an impossible one refuses them all.
+    # Every run is planned before the first one starts: if one is impossible, none is trained.
     planned = {p.run_id: p for p in (planned_run(c.tree) for c in command.combinations)}
     from scaling_lab.training.parallel.team import joined
 
@@ -68,7 +68,7 @@ def train_planned(command: CommandLine, planned: dict[str, PlannedRun], flags: f
     if multirun:
         for state in states:
             console.say(ending_line(state))
-    say_what_is_missing(store, console)
+    report_unsynced_runs(store, console)
     console.print(f"records: {store.folder / 'runs'}", highlight=False, markup=False)
     results = command.tree["results_dir"]
     console.next_step(
@@ -79,12 +79,12 @@ def train_planned(command: CommandLine, planned: dict[str, PlannedRun], flags: f
 
 
 def planned_run(tree: dict[str, Any]) -> PlannedRun:
-    """The run that a composed tree describes. Raises `UserError`."""
-    return plan_single(*asked_for(tree))
+    """The run that a composed tree describes. Raises `UserError` for options that make no run."""
+    return plan_single(*run_settings(tree))
 
 
-def asked_for(tree: dict[str, Any]) -> tuple[SweepSettings, float]:
-    """(settings, tokens) of one run. Raises `UserError`."""
+def run_settings(tree: dict[str, Any]) -> tuple[SweepSettings, float]:
+    """(settings, tokens) of one run. Raises `UserError` for a missing or bad option."""
     if tree.get("train_tokens") is None:
         raise UserError("train_tokens is missing: how long to train, for example train_tokens=2M.")
     return sweep_settings(tree, (TrainOnly,)), float(tree["train_tokens"])
@@ -113,19 +113,19 @@ def train_one(tree: dict[str, Any], console: Console) -> str:
         f"{planned.run_id}: N={human_count(spec.n_params())}, D={human_count(spec.train_tokens)}, "
         f"{spec.train_flops():.3g} FLOPs, {spec.steps:,} steps of {spec.batch_tokens:,} tokens on {planned.execution.device}"
     )
-    for note in single_notes(*asked_for(tree)):
+    for note in single_notes(*run_settings(tree)):
         console.say(f"  note: {note}")
     try:
-        with mirrors_closed(), _Pulse(store, planned, console):
+        with mirrors_closed(), _ProgressLines(store, planned, console):
             train_claimed(planned, store, claim, None, tracker_options(tree))
     except Interrupted as stop:
-        raise stop.with_hint("the run is not over; the same command goes on with it.") from None
+        raise stop.with_hint("the run has not finished; the same command resumes it.") from None
     console.say(ending_line(store.state(planned.run_id)))
     return planned.run_id
 
 
 def refuse_changed_data(store: RunStore, planned: PlannedRun) -> None:
-    """Raise `UserError` where the run was completed on other data than there are now."""
+    """Raise `UserError` if the run was completed on data that have changed since."""
     data = planned.spec.data
     if store.state(planned.run_id).state != RunStatus.COMPLETED:
         return
@@ -133,12 +133,12 @@ def refuse_changed_data(store: RunStore, planned: PlannedRun) -> None:
     if seen != data.fingerprint():
         raise UserError(
             f"data={data.kind} has changed since {planned.run_id} was trained (content {seen[:12]} then, "
-            f"{data.fingerprint()[:12]} now): give the new runs a folder of their own, sweep=NAME."
+            f"{data.fingerprint()[:12]} now): give the new runs their own folder, sweep=NAME."
         )
 
 
-class _Pulse:
-    """Says every few seconds how far the run is, from its own claim."""
+class _ProgressLines:
+    """Reports the run's progress every few seconds, read from its claim."""
 
     def __init__(self, store: RunStore, planned: PlannedRun, console: Console) -> None:
         self.store, self.planned, self.console = store, planned, console
@@ -147,14 +147,14 @@ class _Pulse:
         import threading
 
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         started = time.monotonic()
         while not self._stop.wait(LINE_EVERY_S):
             claim = self.store.state(self.planned.run_id).claim

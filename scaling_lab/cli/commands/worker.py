@@ -49,9 +49,7 @@ def run(arguments: Arguments) -> int:
             WorkerOptions(Path(given.folder).expanduser(), given.run_ids, tracker, given.parallel)
         )
     except Interrupted as stop:
-        raise stop.with_hint(
-            "unfinished runs have a checkpoint; the same command goes on with them."
-        ) from None
+        raise stop.with_hint("unfinished runs have a checkpoint; the same command resumes them.") from None
 
 
 def _tracker(text: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Owns where a sweep stands as a whole, from its folder alone: every run's state, progress, ETA and the last error.
+"""The status of a whole sweep, read from its folder alone: every run's state, progress, ETA and the last error.
 
-Unlike `progress`, which watches what one launch gains, this needs no launch: speed is what the live claims say of theirs.
+`launching/progress.py` measures the speed of one launch; here the speed is the sum of what the live claims report.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from scaling_lab.core.storage.store import FINISHED, LIVE, RunState, RunStore
 
 
 @dataclass(frozen=True)
-class Row:
-    """One run and its state; without a spec where its spec.json cannot be read."""
+class RunRow:
+    """One run and its state; spec is None if its spec.json cannot be read."""
 
     spec: RunSpec | None
     state: RunState
 
 
 @dataclass(frozen=True)
-class Standing:
+class SweepStatus:
     """All runs of a sweep at one moment."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[RunRow, ...]
 
     @cached_property
     def counts(self) -> dict[str, int]:
-        """State -> number of runs, in the order in which runs go through them."""
+        """State -> number of runs, final states first."""
         found = Counter(row.state.state for row in self.rows)
         order = ("completed", "diverged", "failed", "interrupted", "running", "claimed", "planned")
         return {name: found[name] for name in order if found[name]}
 
     @property
-    def is_over(self) -> bool:
+    def is_finished(self) -> bool:
         return all(row.state.state in FINISHED for row in self.rows)
 
     @cached_property
@@ -54,13 +54,13 @@ class Standing:
 
     @cached_property
     def flops_per_s(self) -> float | None:
-        """What the live claims report together; None where nobody reports."""
+        """The sum of what the live claims report; None if none does."""
         speeds = [speed for row in self.rows if (speed := _speed(row)) is not None]
         return sum(speeds) if speeds else None
 
     @cached_property
     def eta_s(self) -> float | None:
-        """FLOPs left over FLOP/s now, at least the slowest live run's own."""
+        """FLOPs left divided by FLOP/s now; at least the slowest live run's own."""
         rate = self.flops_per_s
         if rate is None:
             return None
@@ -74,7 +74,7 @@ class Standing:
 
     @cached_property
     def last_error(self) -> RunState | None:
-        """The newest run that did not end well."""
+        """The run that failed or diverged last."""
         bad = [row.state for row in self.rows if row.state.state in ("failed", "diverged")]
         return max(bad, key=lambda state: state.ended_unix_s or 0.0, default=None)
 
@@ -82,25 +82,25 @@ class Standing:
         """Progress and ETA in one line."""
         done, total = self.flops
         over = sum(n for state, n in self.counts.items() if state in FINISHED)
-        parts = [f"{over} of {len(self.rows)} runs over"]
-        if total > 0 and not self.is_over:
+        parts = [f"{over} of {len(self.rows)} runs finished"]
+        if total > 0 and not self.is_finished:
             parts.append(f"{done / total:.0%} of the FLOPs")
         live = sum(self.counts.get(name, 0) for name in LIVE)
         if self.flops_per_s is not None and self.eta_s is not None:
             parts.append(
-                f"{self.flops_per_s / 1e9:.3g} GFLOP/s by {live} at work, ETA {human_time(self.eta_s)}"
+                f"{live} running at {self.flops_per_s / 1e9:.3g} GFLOP/s, ETA {human_time(self.eta_s)}"
             )
         elif live:
-            parts.append(f"{live} just begun")
-        elif not self.is_over:
-            parts.append("nobody is at work")
+            parts.append(f"{live} starting")
+        elif not self.is_finished:
+            parts.append("no worker is running")
         return ", ".join(parts)
 
 
-def standing(store: RunStore, plan: Plan | None, before: Standing | None = None) -> Standing:
-    """Look at every run of the plan, and at those that have a folder without being in it (train's).
+def read_status(store: RunStore, plan: Plan | None, before: SweepStatus | None = None) -> SweepStatus:
+    """Read the state of every run of the plan, and of runs in the folder that no plan has (`train`'s).
 
-    Runs that `before` saw completed are not looked at again.
+    Runs that were completed in `before` are not read again.
     """
     specs: dict[str, RunSpec | None] = {} if plan is None else {run.run_id: run.spec for run in plan.runs}
     known = {} if before is None else {row.state.run_id: row for row in before.rows}
@@ -116,12 +116,12 @@ def standing(store: RunStore, plan: Plan | None, before: Standing | None = None)
         if old is not None and old.state.state == "completed":
             rows.append(old)
         else:
-            rows.append(Row(spec, store.state(run_id) if run_id in there else RunState(run_id, "planned")))
-    return Standing(tuple(rows))
+            rows.append(RunRow(spec, store.state(run_id) if run_id in there else RunState(run_id, "planned")))
+    return SweepStatus(tuple(rows))
 
 
-def grouped_reasons(rows: Sequence[Row], limit: int) -> list[str]:
-    """Why runs did not end well, the same reason once, as lines; at most `limit` of them and how many more there are."""
+def grouped_reasons(rows: Sequence[RunRow], limit: int) -> list[str]:
+    """Why runs failed or diverged, one line per reason; at most `limit` lines, and how many more there are."""
     groups: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.state.reason:
@@ -142,8 +142,8 @@ def _share(state: RunState) -> float:
     return claim.step / claim.steps if claim is not None and claim.steps else 0.0
 
 
-def _speed(row: Row) -> float | None:
-    """FLOP/s of a run that somebody computes now."""
+def _speed(row: RunRow) -> float | None:
+    """FLOP/s of a run that is being trained; otherwise None."""
     claim = row.state.claim
     if row.spec is None or claim is None or row.state.state not in LIVE or not claim.tokens_per_s:
         return None
@@ -154,4 +154,4 @@ def _spec(path: Path) -> RunSpec | None:
     try:
         return RunSpec.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, OSError):
-        return None  # shown without its numbers; what is wrong with it is the analysis's to say
+        return None  # shown without its numbers; analysis reports what is wrong with it

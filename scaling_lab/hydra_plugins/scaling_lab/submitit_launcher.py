@@ -49,17 +49,17 @@ class _SubmititLauncher(Launcher):
 
     def launch_runs(self, jobs: "SweepJobs") -> None:
         """Submit a sweep's jobs, and wait until every run has a record or no job is left."""
-        from scaling_lab.launching.cluster import Wishes, launch_jobs
+        from scaling_lab.launching.cluster import JobRequest, launch_jobs
         from scaling_lab.launching.hydra_jobs import environment_variables
 
         workers = 1 if self.workers is None else self.workers
-        wishes = Wishes(self.timeout_min, self.mem_gb, workers, self.time_factor, self.memory_factor)
+        request = JobRequest(self.timeout_min, self.mem_gb, workers, self.time_factor, self.memory_factor)
         # What a worker's -P does (launching/workers.py): submitit starts its own Python, and sbatch passes the environment on.
         with environment_variables(PYTHONSAFEPATH="1"):
             launch_jobs(
                 self._backend(jobs.plan.runs[0].execution, workers),
                 jobs,
-                wishes,
+                request,
                 name=self.name,
                 max_attempts=self.max_attempts,
             )

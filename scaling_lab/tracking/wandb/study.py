@@ -77,7 +77,7 @@ def mirror_study(store: RunStore, reporter: Reporter, report_folder: Path | None
         reporter.say(f"W&B: {address}")
 
 
-def say_what_is_missing(store: RunStore, reporter: Reporter) -> None:
+def report_unsynced_runs(store: RunStore, reporter: Reporter) -> None:
     """The end of a command that trained: the one command that uploads what W&B does not have yet."""
     target = Target.load(wandb_folder(store.folder))
     if target is None:
