@@ -1,5 +1,5 @@
-"""Tests of the calibration: its truths and its counting, the script's resuming, what an analysis says of intervals outside
-it, and (slow) that the default intervals of Approaches 2 and 3 cover on the quickstart's grid."""
+"""Tests of the calibration: its true values and counts, resuming the script, caveats about intervals that are not calibrated,
+and (slow) the coverage of the default intervals of Approaches 2 and 3 on the quickstart's grid."""
 
 from __future__ import annotations
 
@@ -166,12 +166,12 @@ def test_the_script_resumes_and_its_table_shows_the_counts(
 
     monkeypatch.setattr(script, "run_study", counting)
     text = run("--studies", "4", "--out", str(tmp_path / "table.txt"))
-    assert asked == [0, 2, 3]  # the first once more, to see that it still comes out the same
+    assert asked == [0, 2, 3]  # the first again, to check that it still gives the same result
     kept = json.loads(file.read_text())["studies"]
     assert len(kept) == 4
     assert kept[:2] == first
     assert (tmp_path / "table.txt").read_text().strip() == text.strip()
-    # A hit taken away shows in the table.
+    # Removing a hit changes the table.
     line = next(t for t in text.splitlines() if t.startswith("  loss_opt "))
     for study in kept[1:]:
         study["loss_opt"] = [1.0, 2.0, 3.0]
@@ -273,7 +273,7 @@ def test_default_intervals_cover_on_the_quickstarts_grid(grid: str, approach: st
 
 @pytest.mark.slow
 def test_intervals_half_as_wide_fail_the_coverage_test() -> None:
-    """The test above has teeth: intervals at level .6, about half as wide, fall below its range."""
+    """The test above can fail: intervals at level .6, about half as wide, fall below its range."""
     cell = next(c for c in CELLS if c.name == "quickstart quickstart 0.005 isoflop")
     approach, hits = IsoFlop(), 0
     for i in range(50):

@@ -1,4 +1,4 @@
-"""Tests of the envelope of the runs' ends: exactness, which data it is used for, seeds, and its simulated intervals."""
+"""Tests of the envelope of final losses: exactness, which data it is used for, seeds, and its simulated intervals."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_ends_are_taken_only_where_sizes_have_horizons() -> None:
 
 
 def test_two_crossings_are_not_a_power_law() -> None:
-    """Any line goes through two: of sizes that a larger one never beats, only the first two pairs cross."""
+    """A line always fits two points: only the first two pairs cross, since larger sizes are never better."""
     obs = horizons(noise=0.004)
     rank = np.unique(np.round(np.log(obs.n_params), 9), return_inverse=True)[1]
     few = replace(obs, loss_nats=obs.loss_nats * 2.0 ** np.maximum(rank - 4, 0))
@@ -144,6 +144,6 @@ def test_without_residuals_there_is_a_reason_and_no_interval() -> None:
     assert not band.samples
     assert band.message is not None
     assert "2 of 2 pairs of sizes cross" in band.message
-    # Before it would draw anything.
+    # Raised before anything is drawn.
     with pytest.raises(NoInterval, match="9 runs leave too few residuals"):
         simulated_quantities(three, ends_grid(three, 1500), None)  # type: ignore[arg-type]

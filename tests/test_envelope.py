@@ -1,4 +1,4 @@
-"""Tests of Approach 1: recovery of known laws, edges, hulls, published numbers, and what it says of unfit curves."""
+"""Tests of Approach 1: recovery of known laws, edges, hulls, published numbers, and warnings about unsuitable curves."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_crossings_are_exact_and_the_staircase_is_biased_as_documented() -> None
     assert exact is not None
     assert kept is not None
     assert exact.params.exponent == pytest.approx(law.a, rel=1e-5)
-    assert kept.params.exponent < 0.97 * law.a  # flat ends and flat steps both pull it down
+    assert kept.params.exponent < 0.97 * law.a  # flat ends and flat steps both bias it downward
 
 
 def test_a_hand_computed_crossing() -> None:
@@ -80,7 +80,7 @@ def test_a_change_of_size_forced_by_the_end_of_a_run_is_not_a_crossing() -> None
     middle = obs.n_params == 1e9
     late = obs.compute_flops > law.c_ref
     estimate = Envelope().estimate(obs.points(~(middle & late)))
-    # `points` keeps the whole curves, so cut them by building anew.
+    # `points` keeps whole curves, so build truncated ones.
     keep = ~(middle & late)
     cut = Observations.from_arrays(
         n_params=obs.n_params[keep],
@@ -163,7 +163,7 @@ def test_records_of_an_isoflop_sweep_are_flagged_where_runs_are_not_annealed() -
 
 
 def with_schedules(schedules: list) -> Observations:
-    """A sweep's observations with these schedules, given to its runs in turn."""
+    """Observations of a sweep whose runs cycle through these schedules."""
     from dataclasses import replace
 
     records = synthetic_records(curve_points=30)
@@ -189,7 +189,7 @@ def test_curves_under_a_constant_lr_or_another_horizon_are_flagged() -> None:
     (horizon,) = (d for d in mixed.diagnostics if "LR horizon" in d)
     assert horizon.startswith(f"{runs // 4} of {runs} curves")
     assert "up to 2 times" in horizon
-    # A horizon that ends before half of the run is no constant LR: its LR has come down.
+    # A horizon shorter than half of the run is not a constant LR, since its LR has decayed.
     short = Envelope().estimate(with_schedules([Cosine(horizon_fraction=0.4)]))
     assert not any("constant LR" in d for d in short.diagnostics)
     assert any("up to 0.4 times" in d for d in short.diagnostics)

@@ -66,7 +66,7 @@ def test_published_optima(table: str, keep_all: bool, delta: float, objective: f
     assert result.objective <= objective * (1 + 1e-6)
     assert exponent(result.parameters) == pytest.approx(a, abs=6e-5)
     assert result.starts_agreeing >= 20
-    # The objective is what the residuals say, by the definition of the Huber function.
+    # The objective equals the definition of the Huber function applied to the residuals.
     r = np.abs(result.residuals_log)
     huber = np.where(r <= delta, r**2 / 2, delta * (r - delta / 2)).sum()
     assert result.objective == pytest.approx(huber, rel=1e-9)
@@ -76,7 +76,7 @@ def test_besiroglu_parameters(chinchilla240: tuple[dict[str, np.ndarray], np.nda
     data, loss = chinchilla240
     begin = time.process_time()
     result = fit(LAW, data, loss_nats=loss)
-    # A cold fit is to cost under .5 s of CPU; the margin is for slow or busy machines.
+    # A cold fit should take less than .5 s of CPU time; the margin allows for slow or busy machines.
     assert time.process_time() - begin < 2.0
     expected = {"A": 477.83, "B": 2143.42, "E": 1.81722, "alpha": 0.34731, "beta": 0.36717}
     for name, value in expected.items():
@@ -312,7 +312,7 @@ def test_a_single_start_disagrees_and_a_cut_off_search_reports_max_steps(
 ) -> None:
     data, loss = chinchilla240
     good = fit(LAW, data, loss_nats=loss).parameters
-    # alpha so steep that its term is nothing but at the smallest N: from this plateau no descent leads to the optimum.
+    # alpha is so steep that its term is negligible except at the smallest N: a plateau without descent to the optimum.
     two = fit(LAW, data, loss_nats=loss, starts=[good, {**good, "A": good["A"] * 1e140, "alpha": 19.0}])
     assert two.starts_tried == 2
     assert two.starts_agreeing == 1
@@ -418,7 +418,7 @@ def test_profiles_of_all_quantities(chinchilla240: tuple[dict[str, np.ndarray], 
 
 
 def test_a_quantity_not_bounded_by_the_data() -> None:
-    # A spread of N of 20% under 1% of noise says next to nothing of alpha.
+    # A 20% spread of N with 1% noise hardly determines alpha.
     rng = np.random.default_rng(0)
     data = {"n_params": 1e9 * np.exp(0.1 * rng.standard_normal(40)), "n_tokens": np.geomspace(1e9, 1e12, 40)}
     loss = LAW.loss_nats(LAW.example, data) * np.exp(0.01 * rng.standard_normal(40))
@@ -475,7 +475,7 @@ def test_a_flexible_law_loses_its_advantage_out_of_sample() -> None:
 
 
 def test_groups_are_left_out_whole() -> None:
-    # Each run has its own offset: leaving rows out at random would see it, leaving runs out must not.
+    # Each run has its own offset, which leaving out random rows would reveal, but leaving out runs does not.
     rng = np.random.default_rng(1)
     runs = np.repeat(np.arange(12), 10)
     n = np.geomspace(1e8, 1e10, 12)[runs]

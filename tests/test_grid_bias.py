@@ -1,4 +1,4 @@
-"""Tests of the bias that IsoFLOP's grid has by itself: estimated from the fitted law, said, and taken off."""
+"""Tests of the bias from IsoFLOP's grid: estimated from the fitted law, reported, and corrected for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BUDGETS = np.geomspace(1e18, 2.56e20, 5)
 
 
 def drifting(noise_nats: float = 0.0) -> Observations:
-    """Valleys of unequal exponents whose sizes are ever less centred on the optimum."""
+    """Valleys with unequal exponents, whose sizes are less and less centered on the optimum."""
     n, c = [], []
     for k, budget in enumerate(BUDGETS):
         factors = np.geomspace(0.2, 5.0, 9) * 1.7 ** (k - 2)

@@ -1,4 +1,4 @@
-"""Tests of Approach 2: recovery for any alpha and beta, every way a budget can fail, Akima, the shared shape, published data."""
+"""Tests of Approach 2: recovery for any alpha and beta, all failures of a budget, Akima, the shared shape, published data."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_every_way_a_budget_can_fail_is_named_and_the_budget_excluded() -> None:
             3e18: [3.5, 3.3, 3.2, 3.15, 3.12],
             4e18: [3.0, 3.1, 3.15, 3.1, 2.9],
             5e18: [3.0, 2.9],
-            # The best sampled size is inside by a hair, but the trend goes on falling.
+            # The best sampled size is just inside the range, but the trend keeps falling.
             6e18: [3.5, 3.3, 3.14, 2.899, 2.9],
         }
     )
@@ -163,7 +163,7 @@ def test_runs_off_their_budget_are_named_and_excluded() -> None:
 def test_tokens_follow_the_observed_flops_per_token_not_six_nd() -> None:
     law = Truth(0.34, 0.28)
     obs = law.isoflop(BUDGETS, np.geomspace(0.3, 3, 7))
-    # FLOPs per token = 6 N + 3e8: what the compute buys in tokens differs by size.
+    # FLOPs per token = 6 N + 3e8, so tokens at a given compute depend on size in another way.
     tokens = obs.compute_flops / (6 * obs.n_params + 3e8)
     other = Observations.from_arrays(
         n_params=obs.n_params,
@@ -204,7 +204,7 @@ def test_a_local_window_excludes_a_flank() -> None:
     obs = law.isoflop(BUDGETS, np.geomspace(0.2, 5, 15))
     loss = obs.loss_nats.copy()
     far = obs.n_params > 3.5 * law.params_opt(obs.budget_flops)
-    loss[far] += 1.0  # the far flank is spoiled (too short a run, say)
+    loss[far] += 1.0  # the far flank is wrong (for example, runs that were too short)
     spoiled = Observations.from_arrays(
         n_params=obs.n_params, n_tokens=obs.n_tokens, loss_nats=loss, budget_flops=obs.budget_flops
     )

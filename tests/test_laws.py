@@ -1,4 +1,4 @@
-"""Tests of the loss laws: every law found by the package recovers its own synthetic truth, and its derivatives are right."""
+"""Tests of the loss laws: each law recovers its own synthetic truth, and its derivatives are correct."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scaling_lab.analysis.laws import LossLaw, get_law, law_names
 from scaling_lab.analysis.laws.base import read_column
 from scaling_lab.core.errors import UserError
 
-# Every law with its default options is picked up by itself; options that change the formula are added here.
+# Laws with default options are found by scanning; options that change the formula are added here.
 VARIANTS = [(name, {}) for name in law_names()] + [
     ("power_n", {"irreducible": False}),
     ("power_d", {"irreducible": False}),

@@ -20,7 +20,7 @@ RECORDS = synthetic_records(budgets=(1e11, 4e11), sizes=4, curve_points=40)
 
 
 def written(root: Path, records: list[RunRecord] = RECORDS) -> RunStore:
-    """A store with these records, by the writers that `train` uses."""
+    """A store with these records, written by the code that `train` uses."""
     store = RunStore.for_sweep(root, "synthetic")
     for record in records:
         claim = store.claim(record.spec)
@@ -33,7 +33,7 @@ def written(root: Path, records: list[RunRecord] = RECORDS) -> RunStore:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep's folder to copy: every file that the writers make is synced to the disk, which takes its time."""
+    """A sweep's folder to copy from, because writing it is slow (every file is synced to disk)."""
     return written(tmp_path_factory.mktemp("original")).folder
 
 
@@ -43,7 +43,7 @@ def store(original: Path, tmp_path: Path) -> RunStore:
 
 
 def same(store: RunStore, batch_bytes: int = 1 << 20) -> list[RunRecord]:
-    """The fast reader's records, after checking that the slow one's are the same."""
+    """The records of the fast reader, checked against those of the slow reader."""
     slow, slow_problems = store.load_records()
     fast, fast_problems = load_ledger(store, batch_bytes=batch_bytes)
     assert fast_problems == slow_problems
@@ -135,7 +135,7 @@ def test_a_curve_without_validation_has_none(tmp_path: Path) -> None:
 
 
 def with_evals(record: RunRecord, *names: str) -> RunRecord:
-    """The record with further losses where the validation set was visited."""
+    """The record with other losses at each evaluation."""
     curve = tuple(
         replace(p, evals={name: p.val_loss_nats + i for i, name in enumerate(names)} or None)
         if p.val_loss_nats is not None

@@ -1,4 +1,4 @@
-"""Tests of what a newcomer's tables do: recounted sweeps, duplicates, equal losses, two files of one name, hints."""
+"""Tests of unusual tables: recounted sweeps, duplicates, equal losses, two files of one name, hints."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ NONSENSE = {
 
 @pytest.mark.parametrize("kind", NONSENSE)
 def test_equal_and_nonsense_losses_give_no_exponent_without_a_caveat(tmp_path: Path, kind: str) -> None:
-    """Every figure is drawn or says why not. Equal losses have no optimum; of random ones each exponent comes with a caveat."""
+    """Every figure is drawn or says why not. Equal losses have no optimum; exponents of random losses come with a caveat."""
     rows = rows_of_a_law()
     rows[1:] = [",".join([*r.split(",")[:4], repr(float(x))]) for r, x in zip(rows[1:], NONSENSE[kind])]
     settings = AnalysisSettings(**FAST)

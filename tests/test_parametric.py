@@ -136,7 +136,7 @@ def test_records_in_a_convention_with_attention_use_the_numerical_frontier() -> 
     assert estimate.frontier is not None
     middle = float(np.sqrt(obs.compute_flops.min() * obs.compute_flops.max()))
     n, d = float(estimate.frontier.params(middle)), float(estimate.frontier.tokens(middle))
-    # D at the optimum costs what the runs' tokens cost: more than 6 N.
+    # A token at the optimum costs as much as in the runs: more than 6 N.
     assert 1.02 < middle / (6 * n * d) < 2.0
 
 
@@ -151,7 +151,7 @@ def test_too_few_points_are_reported_as_not_identified() -> None:
 
 
 def test_points_at_one_compute_do_not_show_how_the_optimum_grows() -> None:
-    # A single valley fixes a law's five numbers by its shape alone, and any exponent with them.
+    # The shape of a single valley determines all five parameters of the law, and hence any exponent.
     law = Truth(0.34, 0.28)
     rng = np.random.default_rng(0)
     for budgets, identified in (([1e18], False), ([1e18, 1.15e18], False), ([1e18, 2e18], True)):

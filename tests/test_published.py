@@ -1,4 +1,4 @@
-"""Tests of the published results: every number that a paper prints, from its own data, and how differences are told."""
+"""Tests of the published results: numbers that papers print, from their own data, and how differences are reported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_list_of_publications() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_difference_has_a_reason(made: dict[str, Reproduction], name: str) -> None:
-    """Nothing is compared without the outcome being explained where it is not what the paper has."""
+    """Every comparison that differs from the paper has an explanation."""
     compared = 0
     for row in made[name].rows:
         compared += row.published is not None
@@ -81,7 +81,7 @@ def test_porians_steps_lie_in_the_published_intervals(made: dict[str, Reproducti
     assert all(row.inside for row in (*chain.rows, *further.rows))
     exponents = [row.ours for row in chain.rows]
     assert exponents == sorted(exponents, reverse=True)
-    # A parabola on the same points leaves the intervals: that is what the part is there to show.
+    # The parabola on the same points falls outside the intervals, which is the purpose of this table.
     assert sum(row.inside is False for row in parabola.rows) >= 3
 
 

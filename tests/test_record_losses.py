@@ -1,4 +1,4 @@
-"""Tests of a sweep's further losses: `metric=` and `metrics=` on run records whose evaluation sets follow known laws."""
+"""Tests of other losses of a sweep: `metric=` and `metrics=` on run records whose evaluation sets follow known laws."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord
 from scaling_lab.core.storage.store import RunStore
 
-# Facts ask for more parameters than the text of the sweep does, code for fewer.
+# The optimum for facts has more parameters than that for the text of the sweep; the optimum for code has fewer.
 FACTS = Law(E=1.3, A=160.0, B=965.0, alpha=0.50, beta=0.57)
 CODE = Law(E=0.6, A=55.3, B=2800.0, alpha=0.50, beta=0.57)
 QUICK = AnalysisSettings(
@@ -47,7 +47,7 @@ def noiseless(record: RunRecord, law: Law) -> RunRecord:
 
 
 def with_sets(record: RunRecord, **laws: Law) -> RunRecord:
-    """The record with further sets, evaluated as `train` does it: at every visit, the last one in the record's metrics."""
+    """The record with other evaluation sets, as `train` writes them: at each evaluation, with the last one in `metrics`."""
     others = {name: noiseless(record, law) for name, law in laws.items()}
     curve = tuple(
         replace(p, evals={name: float(o.curve[i].val_loss_nats or 0) for name, o in others.items()})

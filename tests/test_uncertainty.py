@@ -1,4 +1,4 @@
-"""Tests of resampling: what is drawn together, determinism, failures counted, and reasons where there is no interval."""
+"""Tests of resampling: what is drawn together, determinism, failure counts, and reasons for missing intervals."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_profile_intervals_are_similar_to_the_bootstraps() -> None:
         assert ends.lo is not None
         assert ends.hi is not None
         assert resampled is not None
-        # Two ways to the same thing: of like width, and about the same place.
+        # Two methods for the same interval: similar widths and positions.
         assert 0.5 < (ends.hi - ends.lo) / resampled.width < 2.0
         assert abs((ends.lo + ends.hi) - (resampled.lo + resampled.hi)) < resampled.width
     a, b = found.intervals["params_exponent"], found.intervals["tokens_exponent"]
@@ -208,7 +208,7 @@ def test_a_missing_profile_has_a_reason() -> None:
 
 
 def test_an_unbounded_end_is_none_with_a_reason() -> None:
-    # No floor in the truth: E may be anything down to 0, and the profile ends at the law's own bound.
+    # The true E is 0, so the profile ends at the law's lower bound of E.
     floorless = Truth(0.34, 0.28, E=1e-9)
     clean = floorless.isoflop(np.array([1e18, 4e18, 1.6e19]), np.geomspace(0.25, 4, 7))
     eps = 0.01 * np.random.default_rng(3).standard_normal(clean.n_points)
@@ -240,7 +240,7 @@ def test_resamples_of_a_law_without_a_floor_reach_below_it_but_never_report_it()
     at_zero = band.samples["E"] == 0
     assert band.samples["E"].min() == 0
     assert at_zero.sum() > 10
-    # The resamples at E = 0 differ in alpha as the others do: nothing is cut off.
+    # The resamples at E = 0 vary in alpha like the others, so no tail is cut off.
     assert np.ptp(band.samples["alpha"][at_zero]) > 0.5 * np.ptp(band.samples["alpha"][~at_zero])
     assert band.samples["loss_floor_nats"].min() < 0
 
@@ -253,7 +253,7 @@ def test_the_loss_curve_is_found_exactly_with_and_without_a_floor() -> None:
         assert e[0] == pytest.approx(floor, abs=1e-4)
         assert log_k[0] == pytest.approx(np.log(k), abs=1e-4)
         assert g[0] == pytest.approx(gamma, rel=1e-4)
-    # A loss that falls faster than any power law has a floor below 0, or 0 where that is not allowed.
+    # A loss that falls faster than any power law has a floor below 0, or at 0 if bounded there.
     falling = 20.0 * np.exp(-0.05 * log_c) - 1.0
     assert fit_loss_curves(log_c, falling, ones)[0][0] == 0
     assert fit_loss_curves(log_c, falling, ones, floor_at_zero=False)[0][0] == pytest.approx(-1.0, abs=1e-3)
@@ -396,7 +396,7 @@ def test_a_disagreement_names_the_choice_that_explains_it(other: float, says: st
             ["No single"],
         ),
         (-0.2, 0.8, ["does not explain it alone", "0.400 remains", "No single other choice"], ["too."]),
-        (0.001, 0.8, ["No single other choice"], ["bias"]),  # a bias that is little is not worth a word
+        (0.001, 0.8, ["No single other choice"], ["bias"]),  # a small bias is not mentioned
     ],
 )
 def test_the_grid_bias_and_other_choices_are_reported_together(

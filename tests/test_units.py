@@ -1,4 +1,4 @@
-"""Tests of the units of a table's columns: the same results as from a table converted beforehand, said, and refused kindly."""
+"""Tests of the units of a table's columns: the same results as from a converted table, notes, and errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from scaling_lab.core.errors import UserError
 
 LAW = Truth(0.34, 0.28)
 LN2 = float(np.log(2.0))
-# What one of each column's units is worth, and what says so.
+# The factor of the unit of each column, and the option that sets it.
 FACTORS = {
     "params": 1e6,
     "tokens": 1e9,

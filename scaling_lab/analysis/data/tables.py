@@ -157,12 +157,12 @@ def table_from_frame(
     metrics: Sequence[str] = (),
     units: Mapping[str, Any] | None = None,
 ) -> Table:
-    """A frame as a `Table`: columns renamed, the rows that match kept. The other arguments are those of `read_table`.
+    """A `Table` from a frame: rename columns and keep the rows that match. Other arguments are as in `read_table`.
 
     Args:
-        frame: distinct column names, all text (`table_files.distinct_names`); it is not changed.
-        source: the table's name in messages.
-        notes: what is already known about how it was read.
+        frame: with distinct text column names (`table_files.distinct_names`); it is not modified.
+        source: name of the table in messages.
+        notes: notes on how it was read.
     """
     notes = list(notes)
     row = np.arange(1, len(frame) + 1, dtype=np.int64)
@@ -197,9 +197,8 @@ def table_from_frame(
 
 def missing_column(name: str, table: Table, *, why: str = "") -> UserError:
     """The error for a missing column, with a similar column name if there is one."""
-    near = nearest_column(
-        name, [n for n in table.names if n not in COLUMNS]
-    )  # params is not what loss is called
+    # Columns with one of our names are not suggested: `params` is not another name of `loss`.
+    near = nearest_column(name, [n for n in table.names if n not in COLUMNS])
     hint = (
         f" Did you mean {shlex.quote(f'columns.{name}={near}')}?"
         if near
@@ -296,7 +295,7 @@ def _number(value: Any) -> float | None:
 
 
 def nearest_column(name: str, names: list[str]) -> str | None:
-    """The column that `name` most likely means: the same in another case, a usual synonym, or similar text."""
+    """The column that `name` probably refers to: a different case, a common synonym, or a similar name."""
     lowered = {n.lower(): n for n in names}
     for alias in (name.lower(), *_ALIASES.get(name, ())):
         if alias in lowered:
@@ -309,6 +308,6 @@ def nearest_column(name: str, names: list[str]) -> str | None:
 
 
 def listed(names: list[str], limit: int = 20) -> str:
-    """The first names, and how many there are, for a message."""
+    """The first names and the total number, for messages."""
     shown = ", ".join(names[:limit])
     return shown + (f", ... ({len(names)} in all)" if len(names) > limit else "")

@@ -37,7 +37,8 @@ def assess_minima(
     messages = [f"{a} of {starts_tried} starts agree to 1e-6." for a in agreeing]
     _, upper = law.bounds(problem.inputs)
     constant = [c for c, z in zip(law.columns, problem.inputs.log_columns) if not z.any()]
-    same = f" ({' and '.join(constant)} has only one value)" if constant else ""
+    verb = "has" if len(constant) == 1 else "have"
+    same = f" ({' and '.join(constant)} {verb} only one value)" if constant else ""
     for i in np.flatnonzero(status != FitStatus.CONVERGED.value):
         if too_few[i]:
             messages[i] = f"{used[i]} observations cannot determine {len(names)} parameters of {law.name}."

@@ -58,7 +58,7 @@ class Backtest:
     observed: BudgetOptimum
     best_sampled_loss_nats: float
     loss_rms_log: float | None
-    """Root mean square of ln predicted - ln observed over the held_out-out runs (parametric only)."""
+    """Root mean square of ln predicted - ln observed over the held-out runs (parametric only)."""
     message: str
 
 
