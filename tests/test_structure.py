@@ -42,6 +42,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "analysis.approaches": (*FITTING, "analysis.inference.bootstrap", "analysis.approaches"),
     "analysis.inference": (*FITTING, "analysis.approaches", "analysis.inference"),
+    "analysis.settings": (
+        *("core", "analysis.data", "analysis.laws", "analysis.approaches", "analysis.inference.bootstrap"),
+    ),
     "analysis.text": (),
     "analysis.finding": ("core", "analysis.text"),
     "analysis.json_parts": ("core", "analysis.estimate", "analysis.inference"),
