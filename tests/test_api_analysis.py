@@ -343,7 +343,7 @@ def test_errors_name_the_argument_the_value_and_the_choices(table, options, told
     [
         (3, "data=int is not a table.*DataFrame"),
         ([1, 2], "data=list is not a table"),
-        ({"params": [1, 2], "loss": [1]}, "dict makes no table"),
+        ({"params": [1, 2], "loss": [1]}, "dict is not a table"),
         ("nowhere.csv", "data='nowhere.csv': there is no such file"),
         (pd.DataFrame(), "holds no rows"),
     ],

@@ -48,7 +48,7 @@ def test_the_loss_it_predicts(law, table):
     assert np.abs(law.residuals).max() < 0.02
     with pytest.raises(sl.UserError, match="tokens is missing.*params, tokens"):
         law.loss(params=n)
-    with pytest.raises(sl.UserError, match="width=64 is none.*params, tokens"):
+    with pytest.raises(sl.UserError, match="width=64 is not one of its columns.*params, tokens"):
         law.loss(params=n, tokens=d, width=64)
 
 

@@ -1,1 +1,1 @@
-"""The Python API: what `import scaling_lab as sl` offers, one module a verb. `scaling_lab/__init__.py` loads them lazily."""
+"""The Python API behind `import scaling_lab as sl`, one module for each function; `scaling_lab/__init__.py` loads them lazily."""

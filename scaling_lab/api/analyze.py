@@ -56,8 +56,8 @@ def analyze(
         Exponents with intervals, the law's parameters, figures, predictions, a report.
 
     Raises:
-        UserError: a missing column, an unknown option or value, too few usable rows. An approach that these data cannot
-            carry is no error: its status and message say why.
+        UserError: a missing column, an unknown option or value, too few usable rows. An approach that cannot be
+            applied to these data is not an error: its status and message say why.
 
     >>> df = pd.read_csv("my_runs.csv").rename(columns={"loss": "val_loss"})
     >>> sl.analyze(df, loss="val_loss", bootstrap={"resamples": 200}, sensitivity=False).parametric.status
@@ -147,7 +147,7 @@ def report(data: Any, folder: str | Path, **options: Any) -> Path:
         **options: those of `analyze`.
 
     Raises:
-        UserError: as `analyze`, or the folder holds a report.html of somebody else's.
+        UserError: as `analyze`, or the folder holds a report.html that scaling-lab did not write.
 
     >>> sl.report(analysis, "report").name
     'report.html'

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from scaling_lab.analysis.inference.profiles import Profile
     from scaling_lab.analysis.laws import LossLaw
 
-# The law's own names of the columns that a table calls otherwise.
+# Columns that tables and laws name differently.
 _LAW_COLUMNS = {"params": "n_params", "tokens": "n_tokens", "flops": "compute_flops"}
 _METHODS = ("bootstrap", "profile")
 
@@ -228,7 +228,7 @@ class LawFit:
             what = (
                 f"{missing[0]} is missing"
                 if missing
-                else f"{strange[0]}={columns[strange[0]]!r} is none of its columns"
+                else f"{strange[0]}={columns[strange[0]]!r} is not one of its columns"
             )
             raise UserError(f"loss: {what}. The law {self.law} takes {', '.join(wanted)}.")
         values = {wanted[name]: np.asarray(given[name], dtype=np.float64) for name in wanted}

@@ -1,4 +1,4 @@
-"""Compute-optimal runs at budgets that somebody asked for."""
+"""Predictions of the compute-optimal run at given budgets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from scaling_lab.analysis.inference.prediction import Prediction, Quantity
 
-APPROACHES = ("envelope", "isoflop", "parametric")
 _QUANTITIES = ("params_opt", "tokens_opt", "tokens_per_param", "loss_opt")
 _NO_LOSS = "the approach has no loss to extrapolate here (two budgets show no floor)"
 

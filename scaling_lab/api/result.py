@@ -13,7 +13,7 @@ from scaling_lab.api import frames
 from scaling_lab.api.approaches import ApproachResult
 from scaling_lab.api.html import html_table
 from scaling_lab.api.plots import Plots
-from scaling_lab.api.predictions import APPROACHES, PredictedRun, Predictions
+from scaling_lab.api.predictions import PredictedRun, Predictions
 from scaling_lab.core.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class AnalysisResult:
         Of a result that was loaded from analysis.json the page has no figures of the three approaches and no table of runs.
 
         Raises:
-            UserError: the folder holds a report.html of somebody else's.
+            UserError: the folder holds a report.html that scaling-lab did not write.
             DiskError: the folder cannot be written.
 
         >>> analysis.report("report").name
@@ -313,6 +313,3 @@ def _law_text(approach: ApproachResult) -> str:
     if approach.exponent.estimate is None:
         return f"{approach.status}: {approach.message}"
     return f"N ~ C^{approach.exponent!r}, D ~ C^{approach.tokens_exponent!r}"
-
-
-__all__ = ["APPROACHES", "AnalysisResult", "budgets_of", "captured"]

@@ -1,4 +1,4 @@
-"""Tables as the Python API takes them: a DataFrame, a file, a dictionary of columns, a table of another library."""
+"""Reading tables for the Python API: DataFrames, files, dictionaries of columns, tables of other libraries."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from scaling_lab.analysis.data.tables import Table
 
-# Columns that have a keyword argument of their own; `columns=` renames the others.
-NAMED_COLUMNS = ("loss", "params", "tokens", "flops", "run_id")
 _COUNTS = ("params", "tokens", "flops")
 
 
@@ -84,7 +82,7 @@ def table_of(
     metric: str | None = None,
     metrics: Sequence[str] = (),
 ) -> Table:
-    """The analysis's own `Table` from whatever the user has. Raises `UserError`."""
+    """The analysis's `Table` from any kind of table. Raises `UserError`."""
     from scaling_lab.analysis.data.tables import table_from_frame
 
     frame, source, notes = frame_of(data)
@@ -164,7 +162,7 @@ def _converted(data: Any) -> pd.DataFrame:
         try:
             return pd.DataFrame(dict(data) if isinstance(data, Mapping) else list(data))
         except ValueError as error:  # columns of different lengths
-            raise UserError(f"data: this {type(data).__name__} makes no table: {error}.") from error
+            raise UserError(f"data: this {type(data).__name__} is not a table: {error}.") from error
     raise UserError(
         f"data={type(data).__name__} is not a table. Choices: a pandas DataFrame, the path of a CSV, Parquet or JSON "
         "file, a dictionary of columns, a list of records, a pyarrow or polars table."
