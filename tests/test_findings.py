@@ -141,13 +141,10 @@ def test_cells_are_written_as_their_column_says() -> None:
 
 
 def test_a_finding_comes_back_from_json_as_it_was(analysis: Analysis) -> None:
-    assert {f.name for f in analysis.findings} == {
-        "known_floor",
-        "law_comparison",
-        "profile",
-        "skills",
-        "tuning",
-    }
+    names = {f.name for f in analysis.findings}
+    # A study added later may answer here as well; of those named, exactly the first five do.
+    assert names >= {"known_floor", "law_comparison", "profile", "skills", "tuning"}
+    assert not names & {"fact_exponents", "lr_transfer"}
     data = json.loads(json.dumps(analysis.to_json_dict(), allow_nan=False))
     jsonschema.validate(data, SCHEMA)
     assert findings_of(data) == analysis.findings
@@ -443,7 +440,7 @@ def test_a_study_that_fails_is_a_finding_and_takes_nothing_with_it(
     with pytest.raises(RuntimeError, match="too many for a toy"):
         find_in_records(many)
     monkeypatch.delenv(STRICT_VARIABLE)
-    (found,) = find_in_records(many)
+    (found,) = (f for f in find_in_records(many) if f.status is FindingStatus.FAILED)
     assert (found.name, found.status) == ("toy_count", FindingStatus.FAILED)
     assert "RuntimeError: too many for a toy. This is a bug of scaling-lab" in str(found.reason)
     assert found.question == "How many runs are there?"
