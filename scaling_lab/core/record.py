@@ -101,6 +101,7 @@ class RunRecord:
     """Further scores of the final model: `eval.NAME` in nats per token, `bits_per_byte`, `exact_match`, ..."""
 
     def count(self) -> ModelCount:
+        """N and FLOPs per token under any convention, from the counts that the run recorded."""
         return ModelCount(self.params, self.flops)
 
     def to_dict(self) -> dict[str, Any]:
