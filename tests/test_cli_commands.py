@@ -105,6 +105,14 @@ def test_help_follows_the_choice_of_a_group(capsys):
     assert "[gpt, gpt2]" in out
 
 
+def test_help_shows_null_and_the_type_of_each_item(capsys):
+    main(["analyze", "--help"])
+    out = capsys.readouterr().out
+    assert "[list of text]" in out
+    assert "list of list" not in out
+    assert "None" not in out
+
+
 def test_every_option_of_help_has_a_meaning(capsys):
     for command in COMMANDS.values():
         form = command.load().form(
@@ -128,6 +136,7 @@ def test_every_option_of_help_has_a_meaning(capsys):
             ["'model.hedas'", "Did you mean model.heads?", "model.context"],
         ),
         (["plan", "sweep=x", "model=gtp"], ["model='gtp'", "'gpt'", "gpt2"]),
+        (["plan", "sweep=x", "data.kind=tokens"], ["data.kind", "choose with data=NAME", "context_tree"]),
         (["plan", "sweep=x", "seed=1.5"], ["seed='1.5'", "integer"]),
         (["plan", "sweep=x", "model.width=64"], ["model.width", "design.sizes.min_width"]),
         (["plan", "sweep=x", "schedule.warmup_fraction=0.1"], ["recipe.warmup_fraction"]),

@@ -137,7 +137,7 @@ def observations_of_sweep(
 
 
 def select_points(observations: Observations, settings: AnalysisSettings) -> Observations:
-    """One point a run (`points=final`) or every row."""
+    """One point per run (`points=final`) or every row."""
     return observations.final() if settings.points == "final" else observations
 
 

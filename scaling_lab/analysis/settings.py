@@ -27,7 +27,7 @@ ALL_LAWS = "all"
 
 @dataclass(frozen=True)
 class ApproachSettings:
-    """Options `approach.*`: one field an approach."""
+    """Options `approach.*`: one field per approach."""
 
     envelope: EnvelopeSettings = field(default_factory=EnvelopeSettings)
     isoflop: IsoFlopSettings = field(default_factory=IsoFlopSettings)
@@ -40,10 +40,10 @@ class ApproachSettings:
 
 @dataclass(frozen=True)
 class AnalysisSettings:
-    """Everything that decides an analysis, apart from its observations."""
+    """Everything that determines an analysis, apart from its observations."""
 
     points: Literal["final", "all"] = "final"
-    """One point a run (its last by tokens), or every row. The envelope always uses every row."""
+    """One point per run (its last by tokens), or every row. The envelope always uses every row."""
     metric: str | None = None
     """Column to analyze in place of the loss."""
     metrics: tuple[str, ...] = ()
@@ -59,13 +59,13 @@ class AnalysisSettings:
     """Column -> its unit in the table: a number, K, M, B or T (FLOPs: PF-days too); nats or bits per token for losses. `where`
     compares the numbers as they stand in the table."""
     convention: str | None = None
-    """What N and C count; None is as_given for a table, and the plan's for a sweep."""
+    """What N and C count; null: as_given for a table, the plan's convention for a sweep."""
     weights: str | None = None
-    """loss_sem weights each point by 1 / loss_sem^2; None weights all equally."""
+    """loss_sem weights each point by 1 / loss_sem^2; null weights all points equally."""
     strict: bool = False
     """Every bad row is an error."""
     seed: int = 0
-    """Of the resampling: the same seed gives the same intervals."""
+    """Seed of the resampling: the same seed gives the same intervals."""
     approach: ApproachSettings = field(default_factory=ApproachSettings)
     bootstrap: BootstrapSettings = field(default_factory=BootstrapSettings)
     predict_flops: tuple[float, ...] = ()

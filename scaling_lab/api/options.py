@@ -20,10 +20,10 @@ _SPECIAL = re.compile(r"[,'\"\[\](){}]|^\s|\s$|^$")
 
 
 class AnalysisOptions(TypedDict, total=False):
-    """What `analyze`, `predict` and `report` take beside the columns of a table; each as in `scaling-lab analyze --help`."""
+    """What `analyze`, `predict` and `report` take besides the columns of a table; each as in `scaling-lab analyze --help`."""
 
     points: Literal["final", "all"]
-    """One point a run (its last by tokens), or every row. The envelope always uses every row."""
+    """One point per run (its last by tokens), or every row. The envelope always uses every row."""
     metric: str
     """Column to analyze in place of the loss; of a sweep, another loss of its records (`eval.NAME`)."""
     metrics: Sequence[str]
@@ -37,7 +37,7 @@ class AnalysisOptions(TypedDict, total=False):
     strict: bool
     """Every bad row is an error."""
     seed: int
-    """Of the resampling: the same seed gives the same intervals."""
+    """Seed of the resampling: the same seed gives the same intervals."""
     law: str
     """The law of the parametric approach, short for `approach={"parametric": {"law": ...}}`."""
     approach: Mapping[str, Mapping[str, Any]]
@@ -45,9 +45,9 @@ class AnalysisOptions(TypedDict, total=False):
     bootstrap: Mapping[str, Any]
     """`{"resamples": 1000, "level": 0.9, "unit": "auto"}`; 0 resamples give no intervals."""
     predict_flops: float | Sequence[float]
-    """Further budgets (FLOPs) to predict at, beside ten times the largest observed."""
+    """Further budgets (FLOPs) to predict at, in addition to ten times the largest observed."""
     sensitivity: bool
-    """Whether to ask the same question under other choices."""
+    """Whether to repeat the analysis under other choices."""
     backtest: bool
     """Whether to predict the largest budget from the others."""
     profile: bool

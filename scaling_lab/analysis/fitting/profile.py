@@ -62,6 +62,9 @@ class ProfileInterval:
     message: str
 
 
+_IN_SENTENCE = {"params_exponent": "the exponent of N", "tokens_exponent": "the exponent of D"}
+
+
 @dataclass(frozen=True)
 class _Quantity:
     """A scalar function of the internal parameters, with gradients from central differences; its log if `logarithmic`."""
@@ -203,7 +206,8 @@ def _interval(
     missing = [side for side, end in zip(("below", "above"), ends) if end is None]
     message = "Profile interval with a fitted noise scale."
     if missing:
-        message = f"These data do not bound {quantity.name} from {' or '.join(missing)}."
+        name = _IN_SENTENCE.get(quantity.name, quantity.name)
+        message = f"These data do not bound {name} from {' or '.join(missing)}."
     return ProfileInterval(
         quantity.name,
         level,

@@ -23,11 +23,11 @@ class WorkerCommand:
     folder: str
     """The sweep's folder, with its plan.json"""
     run_ids: tuple[str, ...] | None = None
-    """Train these runs alone"""
+    """Train only these runs"""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """Under torchrun or srun: how the processes share each run"""
     tracker: str | None = None
-    """Where else runs are shown, JSON: {"kind": "wandb", "project": "P"}"""
+    """Where else to report runs, as JSON: {"kind": "wandb", "project": "P"}"""
 
 
 def form(arguments: Arguments) -> Form:

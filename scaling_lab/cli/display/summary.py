@@ -36,7 +36,7 @@ def print_analysis(console: Console, analysis: Analysis, first: str | None = Non
     console.print(exponents_table(analysis))
     for estimate in analysis.estimates:
         if estimate.status is not FitStatus.CONVERGED:
-            console.print(f"  {estimate.approach}: {estimate.status.value}: {estimate.message}", markup=False)
+            console.print(f"  {estimate.approach}: {_status(estimate)}: {estimate.message}", markup=False)
     for band in analysis.bands:
         if band.message and analysis.estimate(band.approach).message not in band.message:
             console.print(f"  {band.approach}: {band.message}", markup=False)
@@ -44,6 +44,10 @@ def print_analysis(console: Console, analysis: Analysis, first: str | None = Non
     console.print(f"agreement: {analysis.agreement.message}", markup=False)
     _print_backtest(console, analysis)
     print_findings(console, analysis.findings, first)
+
+
+def _status(estimate: Estimate) -> str:
+    return estimate.status.value.replace("_", " ")
 
 
 def print_result(console: Console, result: SweepResult, first: str | None = None) -> None:
@@ -108,7 +112,7 @@ def exponents_table(analysis: Analysis) -> Table:
     for estimate, band, at_mean in zip(analysis.estimates, analysis.bands, analysis.at_mean_compute):
         table.add_row(
             estimate.approach,
-            estimate.status.value.replace("_", " "),
+            _status(estimate),
             _exponent(estimate, band, "params"),
             _exponent(estimate, band, "tokens"),
             "-"

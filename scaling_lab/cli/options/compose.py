@@ -109,6 +109,11 @@ def read_command(
             chosen[slots[assignment.key]] = _group_values(
                 slots[assignment.key], assignment, folders, multirun
             )
+        elif (group := assignment.key.removesuffix(".kind")) != assignment.key and group in slots:
+            choices = group_choices(slots[group].name, folders)
+            raise UserError(
+                f"{assignment.key} cannot be set: choose with {group}=NAME. Choices: {', '.join(choices)}."
+            )
         else:
             values.append(assignment)
     if hydra and not launches:

@@ -109,8 +109,10 @@ def _kind(option: Any) -> str:
 def type_name(value_type: Any) -> str:
     """A type in plain words: number, integer, true or false, list, text."""
     import types
-    from typing import Union, get_args, get_origin
+    from typing import Literal, Union, get_args, get_origin
 
+    if get_origin(value_type) is Literal:
+        return "text"
     if get_origin(value_type) in (Union, types.UnionType):
         return " or ".join(type_name(a) for a in get_args(value_type) if a is not type(None))
     if get_origin(value_type) is not None and get_args(value_type):

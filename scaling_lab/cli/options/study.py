@@ -38,7 +38,7 @@ GROUP_MEANINGS = {
     "recipe": "batch, learning rate and warmup from size and horizon",
     "design": "which sizes at which budgets",
     "tracker": "experiment tracker",
-    "experiment": "a complete study by name",
+    "experiment": "a complete sweep by name",
 }
 # Fields without effect because the recipe or the design sets them.
 SET_BY_RECIPE = {"schedule.warmup_fraction": "the recipe decides it; set recipe.warmup_fraction instead."}
