@@ -1,5 +1,5 @@
-"""Owns what all tests share: errors of single figures are not turned into a line of the report, they fail the test; and
-models of a few thousand parameters are computed on one thread, which is faster, and does not collapse on a busy machine."""
+"""Settings of all tests: an error of one figure fails the test instead of becoming a line of the report, and
+models of a few thousand parameters are computed on one thread, which is faster, also on a busy machine."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hypothesis import settings
 pytest.register_assert_rewrite("helpers")
 
 os.environ.setdefault("SCALING_LAB_STRICT", "1")
-# What was checked is remembered, but not among what the user's own commands remember.
+# The cache of verified shards is separate from the user's own.
 os.environ.setdefault("SCALING_LAB_CACHE_DIR", os.path.join(tempfile.gettempdir(), "scaling_lab-tests"))
-# The width of the terminal that tests were started from is not theirs (pytest-xdist sets it in its workers).
+# Output must not depend on the width of the terminal (pytest-xdist sets it in its workers).
 os.environ.pop("COLUMNS", None)
 # Read by torch and NumPy when they are imported, after this file.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A machine that is busy is no failure: what takes too long ends by pytest's own timeout.
+# A busy machine is not a failure: pytest's own timeout ends what takes too long.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")

@@ -105,7 +105,7 @@ def test_the_backtest_predicts_the_largest_budget_without_seeing_it(sweep: dict)
     assert parametric["predicted"]["extrapolation_factor"] > 3
     reached = parametric["observed"]["loss_opt"]
     assert parametric["predicted"]["loss_opt"]["estimate"] == pytest.approx(reached, abs=0.03)
-    # Without the largest budget two are left: no floor can be seen, so no loss is extrapolated from them.
+    # Without the largest budget two are left, which do not show a floor, so no loss is extrapolated from them.
     assert by_name["isoflop"]["predicted"]["loss_opt"]["estimate"] is None
     assert "two" in by_name["isoflop"]["message"]
 
@@ -143,7 +143,7 @@ def test_agreement_is_judged_by_intervals_and_disagreement_is_explained() -> Non
     clean = law.isoflop(np.array([1e18, 4e18, 1.6e19, 6.4e19]), np.geomspace(0.25, 4, 7))
     rng = np.random.default_rng(0)
     noise = 0.003 * rng.standard_normal(clean.n_points)
-    # A valley that drifts sideways with the budget: IsoFLOP sees it, and no L(N, D) of this form can.
+    # A valley that drifts sideways with the budget: IsoFLOP finds it, and no L(N, D) of this form can.
     tilt = (
         0.1 * np.log(clean.n_params / law.params_opt(clean.budget_flops)) * np.log(clean.budget_flops / 1e19)
     )

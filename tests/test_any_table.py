@@ -146,7 +146,7 @@ def test_the_fast_reader_of_large_json_lines_gives_the_same_table(
     assert sorted(slow.names) == sorted(fast.names)
     for name in ("params", "loss", "eval.code"):
         np.testing.assert_array_equal(slow.numbers(name), fast.numbers(name))
-    # Without a text that looks like a time Arrow's reader is used.
+    # Arrow's reader is used if no text looks like a time.
     path.write_text("\n".join(json.dumps({k: v for k, v in r.items() if k != "when"}) for r in records))
     with monkeypatch.context() as patched:
         patched.setattr(table_files.json, "loads", forbidden)  # as the other reader does
@@ -264,7 +264,7 @@ def test_single_missing_cells_are_derived_only_if_flops_are_six_n_d(tmp_path: Pa
     obs = read(path)
     same_numbers(obs, grid())
     assert any("flops is missing in 1 row(s); computed as 6 params tokens" in w for w in obs.warnings)
-    g["flops"] *= 1.3  # attention and head are in them: a derived one would not be
+    g["flops"] *= 1.3  # with attention and head, unlike a derived value
     g.to_csv(path, index=False)
     dropped = {d.row: d.reason for d in read(path).dropped}
     assert dropped == {4: "flops is missing", 8: "tokens is missing"}
@@ -315,7 +315,7 @@ def test_duplicates_are_kept_and_reported(tmp_path: Path) -> None:
     obs = read(path, points="all")
     assert obs.n_points == len(g) + 3
     assert any("3 exact duplicate row(s) are kept" in w for w in obs.warnings)
-    # The same numbers under another run id, or with an unnamed run, are no duplicates of a named one.
+    # The same numbers under another run id, or of an unnamed run, do not duplicate a named one.
     other = pd.concat([g, g.iloc[:3].assign(run_id=["x", "y", None])])
     other.to_csv(path, index=False)
     assert not any("duplicate" in w for w in read(path).warnings)
@@ -351,7 +351,7 @@ def test_several_curves_make_an_envelope(tmp_path: Path) -> None:
     assert frontier.params.exponent == pytest.approx(0.28 / 0.62, abs=0.02)
 
 
-# -- tables in which little or nothing can be fitted
+# -- tables with too little data to fit
 
 
 @pytest.mark.parametrize(

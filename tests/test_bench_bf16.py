@@ -1,4 +1,4 @@
-"""The comparison of ways to train in bfloat16: the other way is what it says, and the script runs."""
+"""The comparison of ways to train in bfloat16: the alternative is what it claims to be, and the script runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_alternative_is_bfloat16_throughout():
     assert found is not None
     assert found.loader is not None
     script = importlib.util.module_from_spec(found)
-    sys.modules["bench_bf16"] = script  # dataclasses look their module up
+    sys.modules["bench_bf16"] = script  # dataclasses look up their module
     found.loader.exec_module(script)
     session = open_session(tiny(1), Execution())
     step = session.step
@@ -50,6 +50,6 @@ def test_the_quick_comparison_runs(tmp_path):
     assert done.stdout == text
     assert text.count("autocast") == text.count("weights") == 2
     assert "width 32, depth 2, 16 x 64" in text
-    # Each way is measured with its own program, not with the library that another one left on disk.
+    # Each way is measured with its own program, not with a library that another one left on disk.
     losses = next(line for line in text.splitlines() if line.split()[0] == "weights")
     assert "+0.0000 +- 0.0000" not in losses

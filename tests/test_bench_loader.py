@@ -1,4 +1,4 @@
-"""The benchmark of loaders runs and says something about each; its figures are for a quiet machine."""
+"""The loader benchmark runs and reports every source; its numbers are meant for a quiet machine."""
 
 from __future__ import annotations
 

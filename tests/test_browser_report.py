@@ -30,7 +30,7 @@ pytestmark = [
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    # No name resolves: a page that needed the network would be seen to lack something.
+    # No host name resolves: a page that needed the network would lack something.
     "--host-resolver-rules=MAP * ~NOTFOUND",
 )  # fmt: skip
 # Measures the laid-out page; added to a copy, the report itself has no script. A frame gives any width, where a headless
@@ -115,9 +115,9 @@ def test_the_first_screen_is_painted(page: Path, tmp_path: Path, dark: bool) -> 
     assert (float(paper.mean()) < 0.2) == dark
     painted = np.abs(pixels - paper).max(axis=2) > 0.2
     assert painted.mean() > 0.02
-    # The lower part holds the first figure: lines in colour, not only grey text.
-    colourful = (pixels.max(axis=2) - pixels.min(axis=2))[800:] > 0.25
-    assert colourful.mean() > 0.001
+    # The lower part holds the first figure: lines in color, not only gray text.
+    colorful = (pixels.max(axis=2) - pixels.min(axis=2))[800:] > 0.25
+    assert colorful.mean() > 0.001
 
 
 def test_it_prints(page: Path, tmp_path: Path) -> None:

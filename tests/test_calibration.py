@@ -71,8 +71,8 @@ def test_the_kaplan_like_truths_have_kaplans_exponents() -> None:
 def test_wilsons_interval_at_points_computed_by_hand() -> None:
     # z = 2: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) with p = .9, n = 100.
     lo, hi = wilson(90, 100, z=2.0)
-    centre, half = (0.9 + 0.02) / 1.04, 2 * np.sqrt(0.0009 + 0.0001) / 1.04
-    assert (lo, hi) == pytest.approx((centre - half, centre + half))
+    center, half = (0.9 + 0.02) / 1.04, 2 * np.sqrt(0.0009 + 0.0001) / 1.04
+    assert (lo, hi) == pytest.approx((center - half, center + half))
     assert wilson(50, 50)[1] == pytest.approx(1.0)
     assert wilson(0, 50)[0] == pytest.approx(0.0)
 

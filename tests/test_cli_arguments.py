@@ -1,4 +1,4 @@
-"""Tests of the first look at the command line and of reading values: flags anywhere, kind numbers, one-line errors."""
+"""Tests of parsing the command line and option values: flags anywhere, lenient numbers, one-line errors."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_any_text_is_parsed_correctly_or_refused_with_the_options_name(text):
 
 
 def assert_is_read(value: object, text: str, wanted: object) -> None:
-    """The value is of the wanted type, and the number that Python reads, if Python reads one (suffixes have a test of their own)."""
+    """The value has the expected type, and equals the number that Python parses, if it does (suffixes have their own test)."""
     if wanted is Convention:
         assert value == Convention(text.strip())
     elif wanted is bool:

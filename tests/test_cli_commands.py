@@ -1,4 +1,4 @@
-"""Tests of the commands as a user meets them: help, versions, errors in one line, nothing written by a refused command."""
+"""Tests of the commands as a user sees them: help, versions, errors in one line, nothing written by a refused command."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_overview_is_fast_and_names_every_command(capsys):
     for command in COMMANDS.values():
         assert f"\n  {command.name} " in out
         assert command.example in out
-    # What does not exist yet is not promised.
+    # Commands that do not exist yet are not listed.
     for later in ("validate", "compare", "observe", "prune"):
         assert later not in out
 
@@ -269,7 +269,7 @@ def test_plan_prints_the_grid_and_writes_it(capsys):
     assert plan["settings"]["max_epochs"] == 0.1
     assert main(argv) == 0
     assert "(unchanged)" in capsys.readouterr().out
-    # Nothing has begun: the plan may change, and that is said; a sweep goes on with the plan that there is, or refuses.
+    # Nothing has started: the plan may change, with a note; a sweep continues with the existing plan or refuses.
     assert main([*argv, "seed=7", "--json"]) == 0
     out, err = capsys.readouterr()
     assert {r["spec"]["seed_init"] for r in json.loads(out)["runs"]} == {7, 8}
@@ -408,7 +408,7 @@ WORDS = st.one_of(
 )
 
 
-# Not quickstart and sweep: they would train. Their arguments are read by the code that reads plan's.
+# Without quickstart and sweep, which would train. Their arguments are parsed by the same code as plan's.
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     command=st.sampled_from(
@@ -436,8 +436,8 @@ def test_any_argument_list_runs_or_is_refused_naming_one_of_its_words(capsys, co
 
 
 def blames_one_of(line: str, argv: list[str]) -> bool:
-    """Whether an error quotes a word of the command line (its option at least), or names one that is missing from it."""
-    # Words are shown with escapes where a terminal could not show them, long ones shortened.
+    """Whether an error quotes an argument of the command line (at least its option), or names a missing one."""
+    # Arguments are shown with escapes where a terminal cannot show them, and long ones shortened.
     shown = {word for arg in argv for word in (arg, repr(arg)[1:-1], arg.partition("=")[0]) if word.strip()}
     quoted = {word[:40] for word in shown} | {repr(arg) for arg in argv if not arg.strip()}
     missing = [" is missing", "there are no sweeps in"]

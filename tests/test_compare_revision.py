@@ -20,7 +20,7 @@ def load(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up, and the script imports the others
+    sys.modules[name] = module  # dataclasses look up their module, and the script imports the others
     spec.loader.exec_module(module)
     return module
 

@@ -24,7 +24,7 @@ from scaling_lab.planning.settings import ModelSettings
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A text of some thousand tokens under bytes, under a tokenizer, the same again, and another one."""
+    """A text of some thousand tokens as bytes, under a tokenizer, again under the same one, and under another."""
     folder = tmp_path_factory.mktemp("prepared")
     texts = [f"{i} times {i} is {i * i}" for i in range(300)]
     (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts), encoding="utf-8")
@@ -89,7 +89,7 @@ def test_an_evaluation_set_of_another_tokenizer(folder):
     same = Prepared(str(folder / "same"))
     assert same.tokenizer == bpe.tokenizer
     assert make_plan(settings(data=bpe, eval=sets(of(same)), max_epochs=1e9)).runs
-    # Bytes are bytes, with a separator of their own or without.
+    # Bytes match bytes, with or without a separator token.
     by_bytes = Prepared(str(folder / "bytes"))
     assert make_plan(settings(data=by_bytes, eval=sets(of(PySource())), max_epochs=1e9)).runs
 

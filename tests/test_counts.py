@@ -1,4 +1,4 @@
-"""Parameters and FLOPs: hand-computed numbers, `numel`, torch's FLOP counter, and Chinchilla's Table A4."""
+"""Parameters and FLOPs: hand-computed numbers, `numel`, torch's FLOP counter, and Chinchilla's table A4."""
 
 from __future__ import annotations
 

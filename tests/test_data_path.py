@@ -1,6 +1,6 @@
-"""What reaches the model and what comes out, redone by hand: tokens, windows, seeds, precision, learning rates, claims.
+"""The path of the data, recomputed by hand: tokens, windows, seeds, precision, learning rates, claims.
 
-Losses are recomputed by `test_models.reference_loss` (plain numpy) from the parameters in the checkpoint.
+Losses are recomputed by `helpers.reference_models.reference_loss` (plain NumPy) from the parameters in the checkpoint.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def test_final_loss_is_the_validation_splits_at_the_last_parameters(tmp_path, co
     last = split_flat(spec, saved["flat"])
     by_hand = reference_loss(shape, last, windows_of(corpus.validation, range(VALIDATION_WINDOWS)))
     assert record.final_val_loss_nats == pytest.approx(by_hand, abs=FLOAT32_NATS)
-    # That it would show: the training split's loss, and that of the validation split without its last window.
+    # The check is sensitive: the training split's loss and that of the validation split without its last window differ.
     assert by_hand > reference_loss(shape, last, windows_of(corpus.train, range(TRAIN_WINDOWS))) + 0.5
     assert abs(by_hand - reference_loss(shape, last, windows_of(corpus.validation, range(19)))) > 0.01
 
@@ -118,7 +118,7 @@ def test_an_epoch_is_every_window_of_the_training_split_once(tmp_path, corpus):
 
 
 def test_each_seed_controls_its_own_part(tmp_path, corpus):
-    """seed_data the windows of the first batch, seed_init the parameters that meet them."""
+    """seed_data selects the windows of the first batch, seed_init the initial parameters."""
     seen = []
     for i, seeds in enumerate(({}, {"seed_init": 1}, {"seed_data": 1})):
         spec = spec_of(corpus, **seeds)
@@ -259,7 +259,7 @@ def test_a_worker_starts_with_the_longest_run(tmp_path, corpus):
 
 
 def test_a_reused_pid_does_not_own_the_claim(tmp_path, corpus):
-    """Our own pid, alive, but said to have started at another time: the owner is gone."""
+    """This process's pid, alive, but with another start time: the owner is gone."""
     store, spec = RunStore(tmp_path), spec_of(corpus)
     assert store.claim(spec) is not None
     assert store.state(spec.run_id()).state in ("claimed", "running")
@@ -282,13 +282,13 @@ def test_a_curve_shorter_than_its_record_is_refused(tmp_path, corpus):
         store.read_record(spec.run_id())
     records, problems = store.load_records()
     assert (records, [run_id for run_id, _ in problems]) == ([], [spec.run_id()])
-    # A longer one is no harm: what lies behind the record's points is not the run's.
+    # A longer one is harmless: lines after the record's points are not the run's.
     path.write_text("".join([*lines, lines[-1]]))
     assert store.read_record(spec.run_id()) == record
 
 
 def test_a_record_written_just_before_the_claim_is_respected(tmp_path, corpus, monkeypatch):
-    """The former owner finishes while the claim file is being created: the run is over, and nobody holds it."""
+    """The former owner finishes while the claim file is being created: the run has ended, and nobody holds it."""
     store, spec = RunStore(tmp_path), spec_of(corpus)
     record = store.run_folder(spec.run_id()) / "record.json"
     real = os.link

@@ -153,7 +153,7 @@ class Follower(Team):
 
 def fail_in_a_step(monkeypatch, team: Team, run_folder: Path, micro: int, error: Exception) -> None:
     """A step of four sequences in micro-batches of `micro`, whose forward pass raises `error`."""
-    # Imported here, because torch.distributed.fsdp takes a tenth of the suite's collection.
+    # Imported here, because torch.distributed.fsdp takes a tenth of the suite's collection time.
     from scaling_lab.training.parallel.sharded import ShardedStep
 
     def forward(*_):

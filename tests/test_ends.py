@@ -86,7 +86,7 @@ def test_ends_are_taken_only_where_sizes_have_horizons() -> None:
     table = Observations.from_arrays(
         n_params=obs.final().n_params, n_tokens=obs.final().n_tokens, loss_nats=obs.final().loss_nats
     )
-    assert auto.estimate(table).status is FitStatus.NOT_APPLICABLE  # no curves, and none asked for
+    assert auto.estimate(table).status is FitStatus.NOT_APPLICABLE  # no curves, and none requested
     asked = Envelope(EnvelopeSettings(method="ends")).estimate(table)
     assert asked.status is FitStatus.CONVERGED
     assert asked.frontier is not None
@@ -121,7 +121,7 @@ def test_the_interval_corrects_the_estimators_own_error() -> None:
     band, again = (bootstrap(approach, obs, estimate, settings, seed=3) for _ in range(2))
     assert (band.unit, band.failed) == ("residual", 0)
     np.testing.assert_array_equal(band.samples["params_exponent"], again.samples["params_exponent"])
-    # The samples are the estimate minus simulated errors: about the estimate, corrected by the mean error.
+    # The samples are the estimate minus simulated errors, so they are centered on the estimate minus the mean error.
     assert estimate.frontier is not None
     found = band.samples["params_exponent"]
     assert abs(np.median(found) - estimate.frontier.params.exponent) < found.std()

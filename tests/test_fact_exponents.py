@@ -1,4 +1,4 @@
-"""Tests of predicted exponents in D of facts: by hand, in the limit, recovered from their own curves, and by training."""
+"""Tests of the predicted exponents in D of facts: by hand, in the limit, recovered from their own curves, and from training."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_local_exponent_is_the_slope_of_the_exact_share(statements: float) -
 
 @pytest.mark.parametrize(("slope", "facts"), [(0.7, 262_144), (1.0, 262_144), (1.5, 10_000)])
 def test_many_facts_have_the_exponent_of_infinitely_many(slope: float, facts: int) -> None:
-    """Away from both ends. Probabilities are integers over 2^32, none below 1: steep laws with many facts end in a flat tail."""
+    """Away from both ends of the curve. Probabilities are integers over 2^32, at least 1: steep laws with many facts end in a flat tail."""
     source = ZipfFacts(facts=facts, slope=slope, symbols=512)
     assert asymptotic_exponent(slope) == pytest.approx(slope / (1 + slope))
     assert unknown_exponent(source, 3e4) == pytest.approx(asymptotic_exponent(slope), abs=0.01)
@@ -83,7 +83,7 @@ def test_the_scale_is_recovered_from_a_predicted_curve(scale: float) -> None:
     assert list(found.scale_of_each) == pytest.approx([scale] * 5, rel=1e-3)
     low, high = found.local_exponents
     assert low < found.predicted_exponent < high
-    # Who does not know a value's token pays ln(symbols) for it.
+    # An unknown value costs ln(symbols) for each of its tokens.
     values = compare(FACTS, HORIZONS, "value_loss_nats", curve(scale, math.log(50)))
     assert values.scale == pytest.approx(scale, rel=1e-3)
 
@@ -94,7 +94,7 @@ def test_a_steeper_curve_is_not_explained_by_the_scale() -> None:
     assert steep.exponent.standard_error == pytest.approx(0, abs=1e-9)
     assert steep.predicted_exponent < 0.7
     assert steep.rms_log > 0.2
-    # Each run alone would have a smaller scale than the one before; no scale explains the first, which knows nothing.
+    # Each run alone gives a smaller scale than the one before; no scale explains the first, which knows nothing.
     assert steep.scale_of_each[0] is None
     later = steep.scale_of_each[1:]
     assert list(later) == sorted(later, reverse=True)
@@ -118,7 +118,7 @@ def test_data_without_an_exponent_is_refused() -> None:
 
 
 def trained(width: int, tokens: float, share: float) -> RunRecord:
-    """A finished run whose scores are what a model would have that does not know this share of the values."""
+    """A finished run with the scores of a model that does not know this share of the values."""
     rng = np.random.default_rng(0)
     shape = GPTShape(width=width, depth=1, heads=1, context=40)
     spec = make_spec(shape, 1e9, 0, 40, Convention.SIX_N_WITH_HEAD, "facts")
@@ -169,7 +169,7 @@ def test_the_script_refuses_a_folder_without_sweeps(
 
 @pytest.mark.slow
 def test_measured_exponents_order_as_predicted(tmp_path: Path) -> None:
-    """A small model at three horizons, two slopes: the steeper law is learned with the larger exponent, by both scores."""
+    """A small model at three horizons and two slopes: the steeper law has the larger exponent, by both scores."""
     context, batch = 24, 240
     records = []
     for slope in (0.2, 1.0):

@@ -1,4 +1,4 @@
-"""Faults of the disk and of files, real ones: each is handled, none loses another run, and the message says what to do."""
+"""Real faults of disks and files: each is handled, no other run is lost, and the message says what to do."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FIRST, SECOND = (run.run_id for run in PLAN.runs)
 
 @contextmanager
 def mounted(folder: Path, *options: str) -> Iterator[Path]:
-    """A small filesystem of its own at `folder`; the test is skipped where nobody may mount."""
+    """A small filesystem mounted at `folder`; the test is skipped where mounting is not allowed."""
     folder.mkdir(parents=True, exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", ",".join(options) or "size=1m", "tmpfs", str(folder)]
     try:
@@ -50,7 +50,7 @@ def mounted(folder: Path, *options: str) -> Iterator[Path]:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """`folder` bound over itself, read-only: root, too, is refused."""
+    """`folder` mounted over itself read-only, so that root cannot write either."""
     for options in (["--bind", str(folder), str(folder)], ["-o", "remount,bind,ro", str(folder)]):
         try:
             done = subprocess.run(["mount", *options], capture_output=True, text=True)
@@ -101,7 +101,7 @@ def status(capsys: pytest.CaptureFixture[str]) -> dict[str, dict]:
 
 @pytest.mark.parametrize("leave_bytes", [0, 12_000, 60_000])
 def test_a_full_disk_stops_the_sweep_but_fails_no_run(tmp_path, undisturbed, leave_bytes):
-    """Before anything is written, in the curve, and at the checkpoint or the record."""
+    """The disk is full before anything is written, while the curve is written, or at the checkpoint or record."""
     with mounted(tmp_path / "disk") as disk:
         store = RunStore(disk / "sweep")
         store.write_plan(PLAN)
@@ -113,7 +113,7 @@ def test_a_full_disk_stops_the_sweep_but_fails_no_run(tmp_path, undisturbed, lea
         assert {s.state for s in store.states(PLAN)} <= {"planned", "interrupted", "claimed", "completed"}
         assert not list(store.folder.rglob(".*.tmp"))
         filler.unlink()
-        # A claim that could not be given back is this process's own, and lives as long.
+        # A claim that could not be released belongs to this process, and lives as long.
         for path in store.folder.glob("runs/*/claim-*.json"):
             path.unlink()
         train_pending(store, PLAN)
@@ -214,7 +214,7 @@ def edit(path: Path, change) -> None:
 
 
 def test_a_folder_with_an_older_schema_is_read(store, capsys):
-    """As the first version wrote it: fields that came later are missing, in the plan, the spec, the record and the claim."""
+    """As the first version wrote it: plan, spec, record and claim lack the fields that were added later."""
 
     def older(spec: dict) -> None:
         del spec["parametrization"]
@@ -237,7 +237,7 @@ def test_a_folder_with_an_older_schema_is_read(store, capsys):
 
 
 def test_a_record_of_a_newer_version_is_left_alone(store, capsys):
-    edit(store.run_folder(FIRST) / "record.json", lambda record: record.update(colour="blue"))
+    edit(store.run_folder(FIRST) / "record.json", lambda record: record.update(color="blue"))
     found = status(capsys)
     assert found[SECOND]["state"] == "completed"
     assert "update scaling-lab" in found[FIRST]["reason"]

@@ -1,4 +1,4 @@
-"""Tests of the figures: what is drawn is the data, numbers read well, and a figure is the same file every time."""
+"""Tests of the figures: they draw the data, numbers are readable, and a figure is the same file every time."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_log_ticks_are_few_and_inside(start: float, decades: float, most: int) -
     ticks = style.log_ticks(lo, hi, most)
     assert 2 <= len(ticks) <= most
     assert ticks == sorted(set(ticks))
-    # Two figures of rounding is the loosest the fallback uses.
+    # The fallback rounds to two significant figures at least.
     assert all(lo * 0.94 <= t <= hi * 1.06 for t in ticks)
 
 
@@ -120,8 +120,8 @@ def test_labels_pushed_apart_keep_their_order_and_distance(positions: list[float
 
 
 def test_text_is_readable_on_white_whatever_the_line_is() -> None:
-    def contrast(colour: tuple[float, ...]) -> float:
-        rgb = np.array(colour[:3])
+    def contrast(color: tuple[float, ...]) -> float:
+        rgb = np.array(color[:3])
         linear = np.where(rgb <= 0.03928, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
         return 1.05 / (float(linear @ [0.2126, 0.7152, 0.0722]) + 0.05)
 
@@ -376,7 +376,7 @@ def test_inlined_figures_have_their_own_ids_and_a_name() -> None:
 
 
 def test_shortened_coordinates_move_nothing_visibly() -> None:
-    """Every coordinate of the path is within half a hundredth of a point of where matplotlib put it."""
+    """Every coordinate of the path is within .005 points of matplotlib's."""
     import io
     import re
 
@@ -400,7 +400,7 @@ def test_shortened_coordinates_move_nothing_visibly() -> None:
 
 
 def test_synthetic_runs_end_exactly_on_their_law() -> None:
-    """The test helper itself: without noise a run's last loss is the law's, to the last digit, and records are real."""
+    """The test helper itself: without noise a run's last loss is exactly the law's, and the records are valid."""
     for record in synthetic_records(noise=0.0):
         spec = record.spec
         assert record.final_val_loss_nats == pytest.approx(

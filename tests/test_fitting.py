@@ -464,7 +464,7 @@ def test_the_true_law_wins_out_of_sample() -> None:
 
 
 def test_a_flexible_law_loses_its_advantage_out_of_sample() -> None:
-    # Truth linear in the logs, few noisy points: the five-parameter law fits better and predicts no better.
+    # The truth is linear in the logs, with few noisy points: the five-parameter law fits better but predicts no better.
     law = get_law("linear_log")
     columns = law.example_columns(16, seed=3)
     loss = law.loss_nats(law.example, columns) * np.exp(0.02 * np.random.default_rng(3).standard_normal(16))

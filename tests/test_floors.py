@@ -1,4 +1,4 @@
-"""What is measured beside the training loss, redone by hand: floors, other distributions, scores of facts, bits per byte."""
+"""Further measurements, recomputed by hand: floors, other distributions, scores of facts, bits per byte."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def validation(source, n: int, context: int = CONTEXT) -> np.ndarray:
 
 
 class TreeOracle(nn.Module):
-    """The language's own tables as a model: logits are ln p of the leaf of the last `order` tokens."""
+    """The language's own tables as a model: the logits are ln p of the leaf of the last `order` tokens."""
 
     def __init__(self, source: ContextTree) -> None:
         super().__init__()
         tables = language_tables(source)
         self.order, self.base, self.symbols = source.order, source.vocab_size, source.symbols
         self.leaf = torch.from_numpy(tables.leaf.astype(np.int64))
-        # Nothing follows the beginning token but symbols: it has no probability itself.
+        # The start token is never generated, so it has probability 0.
         log_p = np.pad(tables.log_p, ((0, 0), (0, 1)), constant_values=-np.inf)
         self.table = nn.Parameter(torch.from_numpy(log_p), requires_grad=False)
 
@@ -78,15 +78,15 @@ def test_an_oracle_built_from_the_tables_scores_exactly_the_floor(source):
     oracle = TreeOracle(source)
     loss, sem = held_out.loss(oracle, dict(oracle.named_parameters()), vocab_size=source.vocab_size)
     assert loss == pytest.approx(held_out.floor_nats(), abs=1e-6)
-    # And the floor is the entropy, as far as so many documents can tell.
+    # The floor is the entropy, within the error of this many documents.
     assert abs(loss - source.entropy_nats(49)) < 4 * sem
-    # A model that is a little off is above it: the tables flattened by 5%.
+    # A slightly wrong model is above it: the tables flattened by 5%.
     flatter = {"table": torch.log_softmax(0.95 * oracle.table, -1)}
     assert held_out.loss(oracle, flatter)[0] > loss + 1e-4
 
 
 class ProbingOracle(nn.Module):
-    """Any generated source as a model: ln p of every token that could come next, asked of the source one by one."""
+    """Any generated source as a model: it queries the source for ln p of every possible next token."""
 
     def __init__(self, source: GeneratedSource) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def test_the_recorded_floor_is_that_of_the_validation_windows(tmp_path):
 
 
 def test_other_sets_are_logged_at_each_visit_and_recorded(tmp_path):
-    """Redone from the parameters in two checkpoints: one kept on the way, and the last."""
+    """Recomputed from the parameters in two checkpoints, an intermediate one and the last."""
     other = ContextTree(symbols=7, order=1, seed=9)
     sets = ("zipf_facts", {"name": "other", "kind": "context_tree", "symbols": 7, "order": 1, "seed": 9})
     shape = replace(SHAPE, vocab_size=34)
@@ -158,7 +158,7 @@ def test_other_sets_are_logged_at_each_visit_and_recorded(tmp_path):
 
 
 def test_exact_match_and_value_loss_by_hand(tmp_path):
-    """Values are what stands between "is" and the full stop; a statement that is cut off does not count."""
+    """Values are the tokens between "is" and the full stop; a truncated statement does not count."""
     context = 25
     shape = replace(SHAPE, context=context, vocab_size=FACTS.vocab_size, width=16)
     spec = spec_of(
@@ -177,7 +177,7 @@ def test_exact_match_and_value_loss_by_hand(tmp_path):
             if at + 3 >= document.size or document[at + 3] != full_stop:
                 continue
             value = document[at + 1 : at + 3]
-            # What follows position t is predicted at t.
+            # Position t predicts the token after it.
             predicted = log_p[at : at + 2]
             matches.append((predicted.argmax(1) == value).all())
             nats += [-predicted[k, value[k]] for k in range(2)]
@@ -207,7 +207,7 @@ def test_bits_per_byte_by_hand(tmp_path):
     nats_per_byte = record.final_val_loss_nats * tokens.size / len(decoded.encode())
     assert record.metrics["bits_per_byte"] == pytest.approx(nats_per_byte / math.log(2), rel=1e-9)
     assert len(decoded.encode()) > 1.3 * tokens.size
-    # The same tokens as an array of the user's: known where the user says how many bytes they are.
+    # The same tokens as a user's array: known only if the user gives bytes per token.
     np.asarray(source.tokens("train")).tofile(tmp_path / "train.bin")
     tokens.tofile(tmp_path / "validation.bin")
     mine = TokenFile(
@@ -221,5 +221,5 @@ def test_bits_per_byte_by_hand(tmp_path):
     text = train(RunStore(tmp_path / "runs"), tiny(3))
     assert text.spec.data == PySource()
     assert text.metrics["bits_per_byte"] == pytest.approx(text.final_val_loss_nats / math.log(2), rel=1e-12)
-    # A generated language has no bytes.
+    # A generated language has no text, so no bytes.
     assert "bits_per_byte" not in train(RunStore(tmp_path / "runs"), spec_of(TREE, 3)).metrics

@@ -1,4 +1,4 @@
-"""Corpora with a known answer: their probabilities add up, their floors are exact, and they are alike everywhere."""
+"""Corpora with a known answer: probabilities sum to one, floors are exact, and tokens are the same on every machine."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def test_floor_over_a_million_tokens(source):
     assert documents[:, 1:].size >= 1e6
     error = per_document.std(ddof=1) / math.sqrt(per_document.size)
     assert abs(per_document.mean() - source.entropy_nats(length)) < 4 * error
-    # The test sees an error of 2% of a floor.
+    # The test detects an error of 2% of a floor.
     assert 4 * error < 0.02 * source.entropy_nats(length)
 
 
 def test_a_context_tree_by_hand():
-    """Probabilities of a language of three symbols, redone in fractions from the construction in the docstring."""
+    """Probabilities of a language of three symbols, recomputed as fractions from the construction in the docstring."""
     source = SMALL_TREE
     key = stream_key("context_tree language", source.seed)
     zipf = zipf_weights(3, source.zipf).tolist()
@@ -110,7 +110,7 @@ def test_documents_are_functions_of_split_and_index():
         many = source.documents("train", np.arange(100), 33)
         some = source.documents("train", np.array([70, 3]), 33)
         np.testing.assert_array_equal(some, many[[70, 3]])
-        # A shorter document is the beginning of the longer one.
+        # A shorter document is a prefix of the longer one.
         np.testing.assert_array_equal(source.documents("train", np.arange(100), 9), many[:, :9])
         assert (source.documents("validation", np.arange(100), 33) != many).any(1).all()
         far = source.documents("train", np.array([2**50]), 33)
@@ -120,7 +120,7 @@ def test_documents_are_functions_of_split_and_index():
 
 
 def test_generated_tokens_are_the_same_on_every_machine():
-    """Golden: made of integers alone, so these may never change."""
+    """Golden values: the tokens are made from integers only, so these must never change."""
     assert ContextTree().fingerprint()[:16] == "71102d413375a2ac"
     assert ZipfFacts().fingerprint()[:16] == "3698348694e87e0c"
     assert int(mix(np.array([1], dtype=np.uint64))[0]) == 0x5692161D100B05E5
@@ -145,13 +145,13 @@ def test_every_fact_has_one_key_and_one_value():
     assert len(distinct) == len(keys) == 60
     places = source.value_positions(length)
     assert places.shape == (10, 2)
-    # What the places point at is what follows "is".
+    # The value positions are those after "is".
     document = source.documents("train", np.array([0]), length)[0, 1:]
     np.testing.assert_array_equal(document[places - 1][:, 0], np.full(10, source.symbols))
 
 
 def test_mixture_floor_is_that_of_the_mixture():
-    """Equal to enumeration: -log of the weighted sum of probabilities of whole documents."""
+    """Equal to an enumeration: -log of the weighted sum of the probabilities of whole documents."""
     sources = (ContextTree(symbols=3, order=1), ContextTree(symbols=3, order=2, seed=5))
     mixture = Mixture(sources, (3.0, 1.0))
     rest = np.array(list(itertools.product(range(4), repeat=5)))
@@ -168,7 +168,7 @@ def test_mixture_floor_is_that_of_the_mixture():
     drawn = mixture.documents("validation", np.arange(8000), 33)
     floor = floor_nats(mixture, drawn).mean()
     parts = 0.75 * sources[0].entropy_nats(33) + 0.25 * sources[1].entropy_nats(33)
-    # Above the mean of the floors by what it costs to find out the source, below that plus the entropy of the choice.
+    # Above the mean of the floors by the cost of identifying the source, at most the entropy of the choice.
     choice = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / 32
     assert parts < floor < parts + choice + 0.01
 

@@ -1,4 +1,4 @@
-"""Tests of what `scaling-lab sweep` gives to Hydra: launchers of the user's own, their options, callbacks, the tracker."""
+"""Tests of what `scaling-lab sweep` passes to Hydra: the user's launchers, their options, callbacks, the tracker."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TINY_LINE = (
     "design.sizes.width_multiple=4 design.sizes.min_depth=1 design.n_opt_at_1e12=200K data.max_epochs=99"
 )
 TINY = TINY_LINE.split()
-# A launcher and a callback as another package would bring them.
+# A launcher and a callback as another package would provide them.
 LAUNCHER = """
 import json
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
@@ -101,7 +101,7 @@ def test_a_launcher_of_the_users_own_gets_its_options_and_the_run_ids(folder):
     ]
     assert [len(job) for job in ids] == [3, 3, 2]
     assert [run_id for job in ids for run_id in job] == [run.run_id for run in plan.runs]
-    # Nothing else of the command line has to reach a job: plan.json has it.
+    # A job needs nothing else of the command line: plan.json has it.
     keys = {override.partition("=")[0] for job in found["jobs"] for override in job}
     assert keys == {"++sweep", "++results_dir", "++tracker", "++run_ids"}
 
@@ -118,7 +118,7 @@ def test_callbacks_see_the_sweep_and_its_jobs(folder):
     assert done.returncode == 0, done.stderr
     lines = (folder / "callbacks.txt").read_text().splitlines()
     assert lines == ["start s sweep", "job 2", "job end 2", "job 2", "job end 2", "end"]
-    # With nothing left to do, and with a launcher that has no Hydra jobs.
+    # With nothing left to do, and with a launcher without Hydra jobs.
     for launcher in ("basic", "local"):
         (folder / "callbacks.txt").unlink()
         assert sweep(folder, f"hydra/launcher={launcher}", callback).returncode == 0

@@ -1,4 +1,4 @@
-"""Importing W&B runs: the round trip with the real client, online and from run files, and what comes back incomplete."""
+"""Importing W&B runs: the round trip with the real client, online and from run files, and incomplete answers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def analysis(capsys, *argv: str) -> dict:
 
 
 def assert_same_analysis(capsys, table: Path) -> None:
-    """Every number of every approach is that of the local records, the curves of approach 1 included."""
+    """Every number of every approach equals that of the local records, including the curves of Approach 1."""
     ours = analysis(capsys, "sweep=synthetic")
     theirs = analysis(capsys, f"runs={table}")
     assert ours["observations"]["n_runs"] == theirs["observations"]["n_runs"] == 24
@@ -78,7 +78,7 @@ def test_imported_online_the_table_is_the_curves(sweep, server, capsys):  # noqa
         spec = record.spec
         assert numbers == [spec.n_params(), point.tokens, point.train_flops, point.val_loss_nats,
                            point.val_loss_sem_nats, spec.budget_flops]  # fmt: skip
-    # A server that gives back less than it has.
+    # A server that returns less than it has.
     server.lose_history_above = 100
     assert main(["import-wandb", "project=team/scaling_lab", "out=again.csv"]) == 2
     error = capsys.readouterr().err
@@ -114,7 +114,7 @@ def test_round_trip_from_run_files(sweep, capsys):
 
 
 def test_filters_and_states(sweep, server, capsys):  # noqa: F811
-    """Runs that failed, of another group or another config are not taken; asked for, they are."""
+    """Failed runs and runs of another group or config are not imported unless requested."""
     import wandb
 
     def log(name, group, exit_code, width, tags=()):
@@ -151,7 +151,7 @@ def test_filters_and_states(sweep, server, capsys):  # noqa: F811
     assert "none of its 0 runs passes the filters" in capsys.readouterr().err
     assert main(["import-wandb", "project=team/none"]) == 2
     assert "there is no such project" in capsys.readouterr().err
-    # The default mapping knows none of these names, and says what there is instead.
+    # The default mapping knows none of these names, and lists the ones there are.
     assert main(["import-wandb", "project=team/other"]) == 2
     assert (
         "it has no 'history.val_loss_nats' for mapping.loss (closest: 'val/loss')" in capsys.readouterr().err
@@ -190,7 +190,7 @@ def foreign(history: list[dict], config: dict | None = None, counts: dict | None
 
 
 def test_nanogpt_runs(tmp_path):
-    """What nanoGPT's train.py logs, as its config says it: N and D by hand."""
+    """What nanoGPT's train.py logs, with N and D computed by hand from its config."""
     import yaml
 
     text = (Path(__file__).parent.parent / "conf" / "wandb_mapping" / "nanogpt.yaml").read_text()
@@ -247,7 +247,7 @@ def test_columns_present_in_some_rows_only_drop_no_row():
 
 
 def test_a_run_file_cut_anywhere_gives_a_correct_prefix(sweep, tmp_path):
-    """Cut at every place: never an error, never a wrong row."""
+    """Cut at every position: never an error, never a wrong row."""
     import wandb
 
     from scaling_lab.tracking.wandb.run_files import payloads, read_run_file

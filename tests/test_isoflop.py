@@ -36,7 +36,7 @@ def test_recovers_any_law_when_windows_are_centered_alike(
     law = Truth(alpha, beta)
     obs = law.isoflop(BUDGETS, np.geomspace(low, high, 7))
     estimate = IsoFlop(IsoFlopSettings(minimum=method, window_log_params=None)).estimate(obs)  # type: ignore[arg-type]
-    # Every budget has the same errors of its minimum, so none is left in the exponents.
+    # All budgets have the same error of the minimum, so the exponents have none.
     assert estimate.status is FitStatus.CONVERGED
     assert estimate.frontier.params.exponent == pytest.approx(law.a, rel=1e-6)
     assert estimate.frontier.tokens.exponent == pytest.approx(1 - law.a, rel=1e-6)

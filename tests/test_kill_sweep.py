@@ -23,7 +23,7 @@ def test_forty_kills_of_workers_and_commands_change_nothing(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^kill_sweep: 40 SIGKILLs", done.stdout)
     assert "OK every run completed exactly once" in done.stdout
-    # Of all that can be killed, everything was.
+    # Everything that can be killed was killed.
     for what in ("worker", "command", "both", "training", "checkpointing", "recording"):
         assert re.search(rf"\b[1-9]\d* {what}\b", done.stdout), done.stdout
 

@@ -1,4 +1,4 @@
-"""Tests of what a known floor tells: the straight part of the reducible loss, its bend, z, and how they are shown."""
+"""Tests of findings at a known floor: the straight part of the reducible loss, its bend, z, and how they are shown."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_fitted_and_true_floor_are_compared_in_standard_errors(analysis: Analysi
     assert known.error_simulated
     assert known.standard_error_nats == errors.standard_error(known.fitted_nats - QUICKSTART_LAW.E)
     assert known.z == (known.fitted_nats - QUICKSTART_LAW.E) / known.standard_error_nats
-    # Another seed and ten times as many sweeps tell much the same.
+    # Another seed and ten times as many sweeps give nearly the same.
     more = floor_errors(
         analysis.points, Parametric(), analysis.estimate("parametric").fits[0], QUICKSTART_LAW.E, 1000, 5
     )
@@ -221,7 +221,7 @@ def test_without_noise_the_fitted_floor_is_the_true_one_and_the_reducible_loss_t
     known = known_of(of_floor(noise=0.0))
     assert known is not None
     assert known.fitted_nats == pytest.approx(QUICKSTART_LAW.E, abs=1e-3)
-    # The valley's bottom falls with alpha beta / (alpha + beta); curves in mid-run lie above it, so it is only near.
+    # The valley's bottom falls with alpha beta / (alpha + beta); unfinished curves lie above it, so the exponent is only close.
     law = QUICKSTART_LAW
     assert known.line is not None
     assert known.line.exponent == pytest.approx(law.alpha * law.beta / (law.alpha + law.beta), rel=0.2)
@@ -249,7 +249,7 @@ def test_a_law_without_a_floor_has_no_z() -> None:
     assert "no law with an E was fitted" in words(known)
 
 
-# -- as it is shown
+# -- how it is shown
 
 
 def test_the_finding_is_in_analysis_json_and_valid(analysis: Analysis) -> None:

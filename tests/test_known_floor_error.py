@@ -63,7 +63,7 @@ def test_a_side_without_samples_uses_the_error_of_both_sides() -> None:
 
 
 def test_errors_are_those_of_least_squares_by_scipy() -> None:
-    """The whole simulation again with SciPy's optimiser: null, noise, sweeps (fits by least squares, so that it can)."""
+    """The whole simulation again with SciPy's optimizer: null, noise, sweeps (with least squares, which SciPy has)."""
     points, sweeps = study(3), 30
     approach = Parametric(ParametricSettings(objective="mse_log"))
     errors = floor_errors(points, approach, fitted(points, approach), TRUTH.E, sweeps, seed=7)
@@ -99,14 +99,14 @@ def test_errors_are_those_of_least_squares_by_scipy() -> None:
 
 
 def test_the_null_is_the_true_floor_and_not_the_fitted_one() -> None:
-    """A fit far from the truth has the errors of fits about the truth: z grows with the distance."""
+    """A fit far from the truth has the errors of fits around the truth: z grows with the distance."""
     points, approach = study(), Parametric()
     fit = fitted(points, approach)
     at_truth = floor_errors(points, approach, fit, TRUTH.E, 200, 0)
     lower = floor_errors(points, approach, fit, 0.5, 200, 0)
     assert at_truth is not None
     assert lower is not None
-    # At a floor of .5 the exponents are smaller, and E is known less well.
+    # At a floor of .5 the exponents are smaller, and E is less certain.
     assert lower.standard_error(1.0) > 2 * at_truth.standard_error(1.0)  # type: ignore[operator]
     assert abs(np.median(at_truth.ratios)) < 0.3 * at_truth.ratios.std()
 
@@ -154,6 +154,6 @@ def test_z_of_the_fitted_floor_over_simulated_studies(script: ModuleType) -> Non
     z = np.array(script.all_z(0.005, 40, 100, workers=1), dtype=float)
     assert z[:2].tolist() == script.all_z(0.005, 2, 100, workers=1)
     assert script.line(0.005, z, 0)[1]
-    # Standard errors half as large, or twice, would be noticed.
+    # Standard errors of half or twice the size would be detected.
     assert not script.line(0.005, 2 * z, 0)[1]
     assert not script.line(0.005, z / 2, 0)[1]

@@ -29,7 +29,7 @@ TINY = TINY_LINE.split()
 
 def start(folder: Path, *argv: str, **environment: str) -> subprocess.Popen[str]:
     def hear_interrupts() -> None:
-        # A test run in the background of a shell inherits an ignored SIGINT; a user's terminal does not.
+        # Tests that run in the background of a shell inherit an ignored SIGINT, unlike a user's terminal.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     return subprocess.Popen(
@@ -93,7 +93,7 @@ def test_a_killed_worker_is_replaced_and_every_run_completes(tmp_path):
 
 
 def test_a_run_whose_worker_always_dies_fails_with_a_reason(tmp_path):
-    # Every worker that claims the widest model is killed from inside, as the kernel does when memory runs out.
+    # Every worker that claims the widest model is killed with SIGKILL, as by the kernel when memory runs out.
     (tmp_path / "inject").mkdir()
     (tmp_path / "inject/sitecustomize.py").write_text(
         "import glob, json, os, signal, sys, threading, time\n"
@@ -182,7 +182,7 @@ def test_workers_share_cores_and_gpus(monkeypatch):
 
 
 def test_a_worker_always_gets_its_run_ids(tmp_path, monkeypatch):
-    """A cluster's job reads its part of the plan alone: a worker without ids would train the whole plan's runs."""
+    """A cluster job reads only its part of the plan: a worker without ids would train every run of the plan."""
     planned = [PlannedRun(spec(seed_init=seed), Execution()) for seed in (1, 2)]
     store = RunStore(tmp_path / "s")
     store.write_plan(Plan("s", tuple(planned), spec().convention, "abc"))
@@ -203,7 +203,7 @@ def test_impossible_options_are_refused(tmp_path):
 
 @pytest.mark.parametrize("launcher", ["local", "submitit_local"])
 def test_a_clone_in_the_working_folder_does_not_shadow_the_package(tmp_path, launcher):
-    """Python would take a folder of this name for the package, as it looks into the working folder first."""
+    """Python looks into the working folder first, and would take a folder of this name for the package."""
     (tmp_path / "scaling_lab/scaling_lab").mkdir(parents=True)
     command = [str(Path(sys.executable).parent / "scaling-lab"), "sweep", *TINY, "design.budgets_flops=[1e8]"]
     command.append(f"hydra/launcher={launcher}")

@@ -54,7 +54,7 @@ def test_joblib(tmp_path):
 @pytest.mark.slow
 def test_ray_on_loopback(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="pip install 'scaling-lab[ray]'")
-    # A cluster of its own: Ray would join one that is noted in its temporary folder, also where that one was killed.
+    # A separate cluster: Ray would join one named in its temporary folder, even if that one was killed.
     sweep(tmp_path, "hydra/launcher=ray", "+hydra.launcher.ray.init._node_ip_address=127.0.0.1",
           "hydra.launcher.ray.init.address=local", "hydra.sweeper.runs_per_job=2")  # fmt: skip
     check_complete(tmp_path)
@@ -63,9 +63,7 @@ def test_ray_on_loopback(tmp_path):
 @pytest.mark.slow
 def test_ray_on_a_cluster_that_is_running(tmp_path, monkeypatch):
     pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="pip install 'scaling-lab[ray]'")
-    monkeypatch.setenv(
-        "RAY_AUTH_MODE", "disabled"
-    )  # else the key in the home folder of whoever runs the tests
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # otherwise the key in the user's home folder
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -140,7 +138,7 @@ def arrays(*seconds: float, request: JobRequest | None = None):
 def test_arrays_hold_jobs_of_similar_time_longest_first():
     made = arrays(100, 4000, 1000, 1100, 90, 80, 70)
     assert [[ids[0] for ids in a.jobs] for a in made] == [["r1", "r3", "r2"], ["r0", "r4", "r5"], ["r6"]]
-    # Three times the longest estimate, whole minutes, at most the partition's limit and at least ten minutes.
+    # Three times the longest estimate in whole minutes, at least ten and at most the partition's limit.
     assert [a.time_min for a in made] == [100, 10, 10]
     assert [a.mem_gb for a in made] == [1.5] * 3
     made = arrays(4000, 900, 100)
@@ -198,7 +196,7 @@ def test_runs_of_one_stack_stay_in_one_job():
 
 
 def test_the_reason_why_no_job_runs_is_printed_once(tmp_path, monkeypatch, capsys):
-    """A job that asks for more than any node has waits for ever: Slurm takes it, and says so in its queue alone."""
+    """A job that asks for more than any node has waits forever: Slurm accepts it, and gives the reason only in its queue."""
 
     class Queue:
         title = "Slurm"

@@ -1,4 +1,4 @@
-"""Tests of the fast reader of run stores: the same records as the store's own reader, whatever happened to a file."""
+"""Tests of the fast reader of run stores: it gives the records of the store's own reader, whatever happened to a file."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_damaged_curves_mean_the_same_to_both_readers(store: RunStore, kind: str
     damaged = DAMAGE[kind](text)
     assert damaged != text
     path.write_bytes(damaged.encode("utf-8", errors="surrogateescape"))
-    # One file in a batch of good ones, so that only its own run is read again.
+    # One bad file in a batch of good ones, so that only its run is read again.
     for record in same(store):
         assert {values.dtype.kind for values in curve_columns(record.curve).values()} <= {"i", "f"}
 

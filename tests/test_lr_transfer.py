@@ -25,7 +25,7 @@ from scaling_lab.reporting.style import figure_style
 
 CURVATURE, NOISE = 0.05, 0.004
 RATES = 0.007 * 2.0 ** np.arange(-2, 3)
-# Best LRs that are known: standard's falls as 1/width, the others' stay where they are.
+# The known best LRs: standard's falls as 1/width, the others' are constant.
 BEST = {
     "standard": lambda width: 0.009 * 32 / width,
     "mup": lambda width: 0.009,
@@ -67,7 +67,7 @@ def test_the_best_rate_of_every_size_is_recovered():
     for cell in cells:
         assert cell.best_lr == pytest.approx(BEST[cell.parametrization](cell.width), rel=1e-6)
         assert cell.floor_nats == pytest.approx(2.5, abs=1e-9)
-        assert cell.best_lr_log_error is None  # one seed: nobody knows how far it scatters
+        assert cell.best_lr_log_error is None  # one seed: its scatter is unknown
     for kind, factor in (("standard", 0.25), ("mup", 1.0), ("completep", 1.0)):
         own = [c for c in cells if c.parametrization == kind]
         assert drift(own, "width") == pytest.approx(factor, rel=1e-6)
@@ -75,8 +75,8 @@ def test_the_best_rate_of_every_size_is_recovered():
 
 
 def test_the_error_matches_the_scatter_of_repetitions():
-    """Over 20 sweeps with noise the best LRs scatter about the truth by what their errors say, or a little less: where two
-    rates are equally good, the parabola through the better one's neighbours is chosen after the noise is seen."""
+    """Over 20 noisy sweeps the best LRs scatter around the truth by their errors, or a little less: where two
+    rates are equally good, the parabola through the better one's neighbors is chosen after the noise is seen."""
     off, stated = [], []
     for repetition in range(20):
         for cell in transfer_cells(sweep(NOISE, 2, np.random.default_rng(repetition))):
@@ -131,7 +131,7 @@ def test_the_finding_has_its_figure_and_sentences():
 
 
 def test_rates_that_tune_a_sweep_are_not_compared_between_sizes():
-    """The study `tuning` measures those, size by size."""
+    """The study `tuning` measures those for each size."""
     both = [*sweep(NOISE, 2), record(MuP(), 32, 2, 0.007, role="isoflop")]
     ours = [r for r in both if r.spec.parametrization.kind == "mup"]
     assert find_in_records(split_by_role(ours)) == ()

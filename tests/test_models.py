@@ -35,8 +35,8 @@ def test_logits_equal_plain_numpy(shape):
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-            centre = 1.0 if name.endswith((".gain", "norm.weight")) else 0.0
-            p.copy_(centre + 0.4 * noise)
+            center = 1.0 if name.endswith((".gain", "norm.weight")) else 0.0
+            p.copy_(center + 0.4 * noise)
     parameters = model_parameters(model)
     for length in (shape.context, 4):
         tokens = torch.randint(0, shape.vocab_size, (2, length), generator=generator)

@@ -111,7 +111,7 @@ def test_budgets_are_clusters_within_ten_percent_and_do_not_chain() -> None:
     flops = np.array([1e18, 1.09e18, 0.95e18, 4e18, 4.1e18, 4.3e18])
     budgets = cluster_budgets(flops)
     assert np.unique(budgets[:3]).size == np.unique(budgets[3:]).size == 1
-    # A continuum has no clusters wider than the tolerance allows.
+    # A continuum is cut into clusters no wider than the tolerance.
     many = np.geomspace(1e18, 1e20, 400)
     label = cluster_budgets(many)
     for value in np.unique(label):

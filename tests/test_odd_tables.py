@@ -109,7 +109,7 @@ def test_equal_and_nonsense_losses_give_no_exponent_without_a_caveat(tmp_path: P
     assert all(plate.reason for plate in plates if isinstance(plate, NotDrawn))
     frontiers = {e.approach: e.frontier for e in analysis.estimates}
     if kind == "random":
-        # IsoFLOP has a minimum by chance in two of three budgets, and a line through two points.
+        # By chance IsoFLOP has a minimum in two of three budgets: a line through two points.
         assert "two points has no residuals" in analysis.estimate("isoflop").message
         assert analysis.estimate("parametric").status is FitStatus.AT_BOUND
         assert frontiers["envelope"] is None

@@ -1,4 +1,4 @@
-"""The order of training data: a permutation in every epoch, and a pure function of (seed, position)."""
+"""The order of training windows: a permutation in every epoch, and a pure function of (seed, position)."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_bootstrap_by_run_and_by_row_of_gemstones() -> None:
     for unit in ("run", "row"):
         band = bootstrap(approach, obs, estimate, BootstrapSettings(resamples=150, unit=unit), 0)  # type: ignore[arg-type]
         errors[unit] = band.standard_error("alpha")
-    # data/README: by row .006, by run .052: rows of one run are not independent.
+    # The table's README: .006 by row, .052 by run; rows of one run are not independent.
     assert errors["row"] == pytest.approx(0.006, rel=0.3)
     assert errors["run"] == pytest.approx(0.052, rel=0.3)
 

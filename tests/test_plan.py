@@ -1,4 +1,4 @@
-"""Plans: sizes, recipes, the isoflop design, what is refused and what is said."""
+"""Plans: sizes, recipes, the isoflop design, errors and notes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from scaling_lab.planning.recipes.default import DefaultRecipe
 from scaling_lab.planning.settings import ExecutionSettings, ModelSettings, heads_for
 from scaling_lab.planning.sizes import SizeLadder
 
-# Recipes that do not look at the sweep do not care.
+# For recipes that do not depend on the sweep.
 ALONE = SweepHorizons(1e6, 1e6)
 
 
@@ -67,14 +67,14 @@ def test_isoflop_plan_spends_its_budgets():
 
 
 def test_windows_are_centered_alike():
-    """The centre of each budget's sizes lies within half a rung of the guess, so no parabola is biased by its window."""
+    """The center of each budget's sizes lies within one step of the ladder of the guess, so no window biases its parabola."""
     design = IsoFlopDesign(sizes=SizeLadder(min_width=8, max_width=1024, width_ratio=1.2, width_multiple=2))
     log_n = sorted(math.log(12 * d * w * w + 256 * w) for w, d in design.sizes.sizes())
     rung = max(np.diff(log_n))
     for budget in (1e10, 1e11, 1e12, 1e13):
         window = design.window(log_n, budget)
-        centre = (log_n[window[0]] + log_n[window[-1]]) / 2
-        assert abs(centre - math.log(design.n_opt_guess(budget))) < rung
+        center = (log_n[window[0]] + log_n[window[-1]]) / 2
+        assert abs(center - math.log(design.n_opt_guess(budget))) < rung
 
 
 def test_a_run_with_too_many_epochs_is_dropped_and_named(tmp_path):
@@ -99,7 +99,7 @@ def test_a_budget_below_one_step_is_refused():
 
 
 def test_golden_plan():
-    """The plan of a sweep that somebody has begun: these ids, in this order, are on users' disks."""
+    """The plan of a started sweep: these ids, in this order, are on users' disks."""
     plan = make_plan(settings())
     digest = hashlib.sha256("\n".join(run.run_id for run in plan.runs).encode()).hexdigest()
     assert digest[:16] == "9a00b1a3893c03f9"
@@ -124,12 +124,12 @@ def test_learning_rate_design_multiplies_what_the_recipe_says():
         assert sorted({s.optimizer.peak_lr for s in at}) == pytest.approx([lr / 2, lr, lr * 2])
         small, large = sorted({s.batch_tokens for s in at})
         assert large == 2 * small
-        # Twice the batch, half the steps, the same budget.
+        # Twice the batch and half the steps at the same budget.
         assert all(abs(s.train_flops() / 5e10 - 1) < 0.02 for s in at)
 
 
 def test_the_center_of_an_lr_sweep_is_the_isoflop_run():
-    """So one results folder holds both, and nothing is trained twice."""
+    """One results folder can hold both, and nothing is trained twice."""
     isoflop = {r.run_id for r in make_plan(settings()).runs if r.spec.shape.width == 24}
     middle = make_plan(settings(design=lr_design(widths=(24,), lr_multipliers=(1.0,)))).runs[0]
     assert middle.run_id in isoflop
@@ -145,7 +145,7 @@ def test_learning_rate_design_at_horizons_and_depths():
 
 
 def test_learning_rates_at_sizes_of_a_grid():
-    """The ends and the middle of what an IsoFLOP sweep of the same options trains, budget by budget."""
+    """The smallest, middle and largest size of the IsoFLOP sweep with the same options, at each budget."""
     grid = make_plan(settings())
     tuned = make_plan(
         settings(
@@ -162,7 +162,7 @@ def test_learning_rates_at_sizes_of_a_grid():
 
 
 def test_multipliers_that_round_to_one_run_are_one_run():
-    # 64 tokens a step are one sequence: less is not possible.
+    # 64 tokens per step are one sequence, the minimum.
     recipe = DefaultRecipe(batch_tokens=64)
     design = lr_design(widths=(16,), lr_multipliers=(1.0,), batch_multipliers=(0.5, 1.0, 2.0))
     plan = make_plan(settings(design=design, recipe=recipe))
@@ -238,7 +238,7 @@ def test_recipe_scales_and_can_be_overridden():
     fixed = DefaultRecipe(peak_lr=0.003, batch_tokens=640).decide(small, 1e6, ALONE)
     assert (fixed.optimizer.peak_lr, fixed.batch_tokens) == (0.003, 640)
     assert not recipe.decide(small, 1e6, ALONE).notes
-    # Outside of where it was measured, by more than a factor of 2, it says so: of sizes, and of horizons.
+    # It warns about sizes and horizons more than a factor of 2 outside the measured range.
     wide = GPTShape(width=1024, depth=12, heads=16)
     of_size, of_horizon = recipe.decide(wide, 1e9, ALONE).notes
     assert of_size.startswith("recipe=default was fitted at 6.6e+03 to 3.3e+05 parameters, but this plan has")

@@ -1,4 +1,4 @@
-"""How runs are to be computed: stacks, threads and micro-batches by rules of the plan, and memory estimated before launch."""
+"""Planned execution: stacks, threads and micro-batches by the plan's rules, and memory estimates before launch."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_on_a_cpu_there_is_a_stack_for_every_core():
     assert stacks(sweep_of_rates(3), compile="true", cores=2) == [(None, 1)] * 3
     assert [size for _, size in stacks(sweep_of_rates(6), compile="true", cores=2)] == [3] * 6
     assert len({name for name, _ in stacks(sweep_of_rates(6), compile="true", cores=2)}) == 2
-    # Uncompiled, vmap is a loop: nothing is gained.
+    # Without compilation vmap is a loop and saves nothing.
     assert stacks(sweep_of_rates(6), compile="false", cores=2) == [(None, 1)] * 6
 
 
@@ -101,7 +101,9 @@ def test_micro_batches_fit_the_memory():
     assert size is not None
     assert 480 % size == 0
     assert estimate_bytes(large, "cuda", size, 1e8) <= 24e9
-    assert micro_batch(large, "cuda", 1e9, 1e8) == 1  # nothing fits: single sequences, and the run will say
+    assert (
+        micro_batch(large, "cuda", 1e9, 1e8) == 1
+    )  # nothing fits: single sequences; the run will raise the error
     (execution,) = plan_executions([large], ExecutionSettings(device="cuda", memory_gb=24.0))
     assert execution.micro_batch_sequences is not None
     assert execution.micro_batch_sequences <= size
@@ -109,7 +111,7 @@ def test_micro_batches_fit_the_memory():
 
 
 def test_concurrent_runs_on_a_cpu_share_the_machines_memory(monkeypatch):
-    """The kernel kills who takes too much, and there is no error to go on from: the plan has to see to it."""
+    """The kernel kills a process that takes too much memory, without an error to recover from, so the plan must prevent it."""
     wide = replace(
         BASE, shape=replace(SHAPE, width=512, depth=2), batch_tokens=64 * 256, train_tokens=64 * 2560
     )
@@ -128,8 +130,8 @@ def test_concurrent_runs_on_a_cpu_share_the_machines_memory(monkeypatch):
     assert micro(8, cores=4) < parts
     assert micro(8, cores=2, threads=2) > parts  # one run at a time
     assert micro(None, cores=2) is None
-    assert micro(64, cores=2, memory_gb=3.0) < 256  # what the user says goes
-    # A small run is left as it is, however many are side by side.
+    assert micro(64, cores=2, memory_gb=3.0) < 256  # the user's value takes precedence
+    # A small run is unchanged, however many run concurrently.
     assert micro(8, BASE, cores=64) is None
 
 
@@ -160,7 +162,7 @@ WORDS = ContextTree()
     ids=["whole", "part", "generated", "noisy", "stack"],
 )
 def test_the_estimate_of_tokens_on_the_device_equals_the_feeds(spec, members):
-    """A language without end is not 2^60 tokens of memory."""
+    """An endless generated corpus does not count as 2^60 tokens of memory."""
     feed = open_feed([replace(spec, seed_data=k) for k in range(members)], torch.device("cpu"))
     held = feed.tokens.numel() * feed.tokens.element_size()
     assert held <= corpus_bytes(spec, members) <= held * 1.001 + 1024
@@ -175,7 +177,7 @@ def test_a_generated_corpus_costs_neither_micro_batches_nor_a_clusters_memory(mo
         run = PlannedRun(spec, execution)
         assert device_bytes(run) < 2e9
         assert job_needs([run], 1).host_bytes < 8e9
-    # Stacks too are as large as for text.
+    # Stacks are as large as for text.
     rates = [replace(s, data=WORDS) for s in sweep_of_rates(4)]
     assert {size for _, size in stacks(rates, device="cuda", memory_gb=24.0)} == {4}
 

@@ -1,4 +1,4 @@
-"""Preparing token files: what is in them, that an interrupted preparation ends in the same bytes, and what bad input says."""
+"""Preparing token files: their contents, interrupted preparations that end in the same bytes, and errors for bad input."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_every_format_gives_the_same_tokens(tmp_path):
 
 
 def test_the_hubs_loader_gives_the_same_tokens_as_the_file(tmp_path):
-    """The code that streams a data set of the hub, on a folder as the hub holds it."""
+    """The code that streams a dataset of the hub, on a folder laid out as the hub stores it."""
     (tmp_path / "hub").mkdir()
     path = jsonl(tmp_path / "hub" / "train.jsonl", TEXTS)
     hub = HubText(str(tmp_path / "hub"), None, "text")
@@ -121,14 +121,14 @@ def test_shards_read_like_one_array(tmp_path):
 
 
 def kill_until_done(argv: list[str], out: Path, kills: int, rng: random.Random) -> int:
-    """Run the command, SIGKILL it at random moments of its work `kills` times, then let it end; how many kills hit it
+    """Run the command, SIGKILL it at random moments of its work `kills` times, then let it finish. Returns how many kills hit it
     half done."""
     hits = 0
     for _ in range(kills):
         process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (out / "progress.json").exists():
             time.sleep(0.01)
-        # The first progress is there from the beginning of the work, later attempts have it before they start.
+        # progress.json exists once the work has started; later attempts find it there.
         time.sleep(rng.uniform(0.0, 1.5))
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -158,7 +158,7 @@ def test_100_mb_killed_and_resumed_are_the_same_bytes(tmp_path, options):
 
 
 def test_interrupted_between_batches_is_the_same_bytes(tmp_path, monkeypatch):
-    """Stopped after each of the first batches, with progress saved at every one, and with garbage after it."""
+    """Stopped after each of the first batches, with progress saved after every batch and garbage behind it."""
     from scaling_lab.corpora import pipeline
 
     monkeypatch.setattr(pipeline, "BATCH_DOCUMENTS", 30)
@@ -194,7 +194,7 @@ def test_interrupted_between_batches_is_the_same_bytes(tmp_path, monkeypatch):
 
 
 def test_killed_during_a_rename_or_the_cleanup(tmp_path):
-    """What SIGKILL leaves between a temporary file and its name, and between the sidecar and the end."""
+    """The state that SIGKILL leaves between writing and renaming a file, and between the metadata and the cleanup."""
     source = LocalText(jsonl(tmp_path / "a.jsonl", TEXTS))
     prepare(source, tmp_path / "calm", PrepareSettings())
     out = tmp_path / "killed"
@@ -323,7 +323,7 @@ def test_the_command_ends_with_the_next_command(tmp_path):
 
 
 def test_a_published_tokenizer_neither_truncates_nor_pads_documents(tmp_path):
-    """Files of encoder models say how long their inputs are; as a tokenizer of documents they are used without."""
+    """Tokenizer files of encoder models set an input length, which is ignored for documents."""
     from tokenizers import Tokenizer
 
     path = jsonl(tmp_path / "a.jsonl", TEXTS)

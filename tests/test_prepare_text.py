@@ -1,4 +1,4 @@
-"""How text becomes documents, whichever way it is read: rows without text, giant rows, line ends, byte order marks; and
+"""How text becomes documents in every format: rows without text, giant rows, line ends, byte order marks; and
 what is shown meanwhile."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from scaling_lab.corpora.pipeline import PrepareSettings, Stage, prepare
 
 
 def hub_of(folder: Path, rows: list[dict]) -> HubText:
-    """A data set as the hub holds it, in a local folder: the loader is the hub's."""
+    """A dataset in a local folder laid out as the hub stores it, read by the hub's loader."""
     folder.mkdir()
     pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
     return HubText(str(folder), None, "text")
@@ -47,7 +47,7 @@ def test_rows_whose_text_is_null_are_left_out_and_counted(tmp_path, form):
     else:
         pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
         source = LocalText(tmp_path / "a.parquet")
-    # They are counted in `skip`, or a resumed preparation would read others.
+    # They count in `skip`; otherwise a resumed preparation would read other rows.
     assert list(source.documents(skip=391)) == [r["text"] for r in ROWS[391:]]
     meta = prepare(source, tmp_path / "out", PrepareSettings(validation_fraction=0.2))
     assert meta["without_text"] == 80
@@ -83,7 +83,7 @@ def test_a_row_that_is_not_text_is_named_beyond_the_first_thousand(tmp_path):
 @pytest.mark.parametrize("form", ["hub", "jsonl", "parquet", "marks", "folder"])
 def test_giant_documents_are_split_alike_in_every_format(tmp_path, form, monkeypatch):
     monkeypatch.setattr(reading, "MAX_DOCUMENT_CHARACTERS", 1000)
-    # Reads end anywhere within documents, which must not decide where those are cut.
+    # Reads end anywhere within documents, which must not change where documents are split.
     monkeypatch.setattr(reading, "READ_BYTES", 1531)
     rng = random.Random(2)
     texts = ["".join(rng.choices("abcdefgh ", k=k)) for k in (10, 1999, 2000, 2001, 7777, 30, 12_345)]
@@ -113,7 +113,7 @@ def test_giant_documents_are_split_alike_in_every_format(tmp_path, form, monkeyp
 @pytest.mark.parametrize("read_bytes", [1, 2, 3, 7, 1 << 20])
 @pytest.mark.parametrize("single", [True, False])
 def test_text_is_the_same_however_it_is_read(tmp_path, monkeypatch, read_bytes, single):
-    """Line ends of two characters, marks, and letters of several bytes lie across reads; the byte order mark is no text."""
+    """Two-character line ends, marks and multi-byte letters may span two reads; the byte order mark is not text."""
     monkeypatch.setattr(reading, "READ_BYTES", read_bytes)
     text = "first\r\nline\r\n\r\nca\u00f1\u00f3n \U0001f980\r\n\r\nlone \r return\r\n\r\r\nend\r"
     folder = tmp_path / "folder"
@@ -142,7 +142,7 @@ def test_compressed_text_is_not_reported_as_wrongly_encoded(tmp_path):
 
 
 def test_a_published_vocabulary_with_holes(tmp_path):
-    """The model has a row for the largest id, and the separator is no token of the text's."""
+    """The model has a row for the largest id, and the separator does not occur in the text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {"document": 0, "7": 40, "[unk]": 2}
@@ -165,7 +165,7 @@ class Stop(Exception):
 
 
 def interrupted(source: LocalText, out: Path, settings: PrepareSettings) -> None:
-    """A preparation stopped after its first batch, with that progress saved."""
+    """A preparation that was stopped after its first batch, with its progress saved."""
 
     def stop(stage):
         if stage.doing == pipeline.TOKENIZING:
@@ -193,7 +193,7 @@ def test_an_interrupted_preparation_does_not_resume_with_other_text(tmp_path):
 
 
 def test_a_failed_attempt_does_not_block_the_folder(tmp_path):
-    """The error says what to give instead; that command must then work in the same folder."""
+    """The error suggests another command, which must then work in the same folder."""
     (tmp_path / "bad.txt").write_bytes(b"good\n\nbad \xff\n\nbetter\n\n" * 50)
     path, out = tmp_path / "bad.txt", tmp_path / "out"
     with pytest.raises(UserError, match="give errors=replace"):
@@ -219,7 +219,7 @@ def test_max_tokens_can_end_within_a_batch(tmp_path):
 @pytest.mark.usefixtures("small_batches")
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "txt"])
 def test_progress_is_the_share_of_the_files_bytes(tmp_path, form):
-    """Of text that compresses well and comes again and again: neither what is stored nor what is kept is in proportion."""
+    """With repeated text that compresses well, neither stored bytes nor kept documents are proportional to progress."""
     texts = [t for t in TEXTS for _ in range(3)]
     if form == "parquet":
         pq.write_table(pa.table({"text": [t * 20 for t in texts]}), tmp_path / "a.parquet")
@@ -258,7 +258,7 @@ def test_training_a_bpe_is_shown(tmp_path, monkeypatch):
 
 
 def shown(stages: list[Stage], terminal: bool, *, quiet: bool = False) -> str:
-    """What the display writes on stderr."""
+    """What the display writes to stderr."""
     from rich.console import Console as RichConsole
 
     from scaling_lab.cli.display.console import Console
@@ -287,7 +287,7 @@ def test_a_terminal_shows_a_bar_with_speed_and_time_left():
     assert "\u2501" in text
     for word in ("books: tokenizing", "50%", "2M tokens", "tokens/s", "ETA"):
         assert word in text, word
-    # Nothing is known of how much is left: no number may be shown for it.
+    # The total is unknown, so no remaining time may be shown.
     assert "%" not in shown(STAGES, terminal=True).split("writing checksums")[-1]
 
 

@@ -1,4 +1,4 @@
-"""Prepared folders: what is wrong with their files is said before anything is trained on them, in one line."""
+"""Prepared folders: faults of their files are one-line errors before anything is trained on them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPELLINGS = itertools.count(1)
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Ten shards and more of bytes, with a vocabulary of 257."""
+    """More than ten shards of bytes, with a vocabulary of 257."""
     settings = PrepareSettings(shard_tokens=2000, validation_fraction=0.2)
     prepare(LocalText(jsonl(tmp_path / "a.jsonl", TEXTS)), tmp_path / "out", settings)
     return tmp_path / "out"
@@ -32,7 +32,7 @@ def folder(tmp_path) -> Path:
 
 def fresh(folder: Path) -> Prepared:
     """The source as another process would find it."""
-    # What a process has read of a source it keeps, by the path as it was spelled.
+    # A process caches what it has read of a source by the spelling of its path.
     return Prepared(str(folder) + "/" * next(SPELLINGS))
 
 
@@ -97,7 +97,7 @@ def test_damaged_folders_are_one_clear_error(folder, what, message):
 
 @pytest.mark.parametrize("entry", ["fingerprint", "train", "n_tokens", "verify"])
 def test_a_token_out_of_range_anywhere_is_named_before_training(folder, entry):
-    """In the middle of a shard that is not the last: with its place in the split."""
+    """In the middle of an inner shard; the error gives its position in the split."""
     put(folder / "train-00001.bin", 700, 3000)
     source = fresh(folder)
     look = {
@@ -130,7 +130,7 @@ def test_changed_tokens_are_detected_by_their_checksum(folder):
 
 
 def test_only_shards_that_changed_since_they_were_verified_are_read_again(folder):
-    """Seen by damage that leaves size and time alone: whoever reads the shard finds it."""
+    """Checked with damage that keeps size and time: it is found only when the shard is read."""
     original = fresh(folder).fingerprint()
     for name in ("train-00001.bin", "train-00002.bin"):
         stat = (folder / name).stat()
@@ -157,7 +157,7 @@ def test_the_command_verifies(folder):
     good = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert good.returncode == 0
     assert "all checksums match" in good.stdout
-    # A bit that the disk lost changes neither size nor time.
+    # A bit flip on the disk changes neither size nor time.
     shard = folder / "train-00003.bin"
     stat = shard.stat()
     put(shard, 10, 200)

@@ -194,7 +194,7 @@ def test_all_as_json_in_the_same_numbers(capsys, made: dict[str, Reproduction]) 
 
 
 def test_the_next_command_gives_the_same_number(capsys, made: dict[str, Reproduction]) -> None:
-    """What the command suggests is runnable and leads to the row's own number."""
+    """The suggested command runs and gives the number of the row."""
     r = made["porian2024"]
     argv = ["analyze", f"runs={r.table}", *str(r.parts[0].options).split(), "bootstrap.resamples=0"]
     assert main([*argv, "sensitivity=false", "backtest=false", "--json"]) == 0

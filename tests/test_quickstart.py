@@ -1,4 +1,4 @@
-"""The whole quickstart, as a newcomer runs it: real training, every promise of its output checked."""
+"""The whole quickstart, as a newcomer runs it: real training, with every claim of its output checked."""
 
 from __future__ import annotations
 

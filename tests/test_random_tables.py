@@ -1,5 +1,5 @@
-"""Property tests of tables. A table of a known law gives the law's numbers however it is written down; of a table of anything
-each number that is used is the table's own, and each row or table that is refused is refused for a fault it has."""
+"""Property tests of tables. A table of a known law gives the law's numbers in whatever form it is written. From any other table
+every number used is the table's own, and every refused row or table has the fault that the message names."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from scaling_lab.core.errors import UserError
 COUNTS = ("params", "tokens", "flops")
 SLOW = [HealthCheck.too_slow]
 
-# -- a known law, written down in ways that lose nothing
+# -- a known law, written in ways that lose no information
 
 
 Frame = pd.DataFrame
@@ -79,7 +79,7 @@ def shuffled(frame: Frame, rng: np.random.Generator) -> Frame:
     return frame.iloc[rng.permutation(len(frame)), rng.permutation(frame.shape[1])]
 
 
-# What is done to the table, in this order, and the options that say how to read it then.
+# What is done to the table, in this order, and the options for reading it afterwards.
 WAYS: dict[str, tuple[Callable[[Frame, np.random.Generator], Frame], dict[str, Any]]] = {
     "empty cells": (with_empty_cells, {}),
     "bad rows": (with_bad_rows, {}),
@@ -111,7 +111,7 @@ WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
 def test_a_known_law_is_found_however_its_table_is_written(
     tmp_path_factory: pytest.TempPathFactory, ways: set[str], missing: str, ending: str, seed: int
 ) -> None:
-    if missing:  # it follows from the other two, which must be whole then
+    if missing:  # derived from the other two, which must be complete then
         ways = ways - ({"empty cells", "a unit"} if missing == "params" else {"empty cells"})
     frame, options, rng = grid(), {}, np.random.default_rng(seed)
     for way in WAYS:
@@ -135,7 +135,7 @@ def by_run(obs: Observations) -> dict[str, tuple[float, ...]]:
     return dict(sorted(zip(map(str, obs.run_id), numbers)))
 
 
-# -- anything at all
+# -- random tables
 
 
 CELLS = st.one_of(
@@ -188,7 +188,7 @@ def usable(value: float) -> bool:
 
 
 def assert_the_tables_own_numbers(obs: Observations, columns: dict[str, Any]) -> None:
-    """Every row is used or dropped; a used number is its cell's, or follows from the two others; a dropped row has a fault."""
+    """Every row is used or dropped; a used number is its cell's or derived from the other two; a dropped row has a fault."""
     cells = {
         name: [number(cell) for cell in np.asarray(values).tolist()]
         for name, values in columns.items()
@@ -268,7 +268,7 @@ def test_a_random_table_is_analyzed_correctly_or_refused(
         assert_refused_for_a_fault_it_has(str(error), columns, weights)
         return
     fit = analysis.estimate("parametric")
-    # The other approaches find the law only on grids that are centered on the optimum (they say so); the first test has one.
+    # The other approaches find the law only on grids centered on the optimum (the first test has one) and warn otherwise.
     if fit.status is FitStatus.CONVERGED and is_the_law(analysis.points):
         assert fit.frontier is not None
         assert fit.frontier.params.exponent == pytest.approx(PARAMS_EXPONENT, abs=1e-3)
@@ -284,7 +284,7 @@ def test_a_random_table_is_analyzed_correctly_or_refused(
 def test_exact_losses_give_the_law_or_a_status_that_says_otherwise(
     seed: int, rows: int, sizes: int, budgets: int
 ) -> None:
-    """Runs at random places: the parametric fit has converged to the law, or its status says that it has not."""
+    """Runs at random sizes and budgets: the parametric fit converges to the law, or its status says that it has not."""
     rng = np.random.default_rng(seed)
     params = rng.choice(np.exp(rng.uniform(np.log(1e3), np.log(1e11), sizes)), rows)
     flops = rng.choice(np.exp(rng.uniform(np.log(1e10), np.log(1e24), budgets)), rows)
@@ -293,7 +293,7 @@ def test_exact_losses_give_the_law_or_a_status_that_says_otherwise(
     fit = analyzed(from_table(table_from_frame(pd.DataFrame(table), "table")), QUICK).estimate("parametric")
     if fit.frontier is None:
         assert fit.status is FitStatus.NOT_IDENTIFIED
-        # A power law in two variables over at most a few distinct places: fewer than its parameters, or all on one line.
+        # Too few distinct points for the law's five parameters, or all of them at one compute.
         assert fit.message
     elif fit.status is FitStatus.CONVERGED:
         assert fit.frontier.params.exponent == pytest.approx(PARAMS_EXPONENT, abs=1e-3)

@@ -1,4 +1,4 @@
-"""The published recipes at published or hand-computed points, and what every recipe owes to a plan."""
+"""The published recipes at published or hand-computed points, and what a plan requires of every recipe."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_porian_at_its_reference_point_and_an_eighth_of_it():
     assert eighth.optimizer.peak_lr == pytest.approx(0.0094)  # 8^(1/3) = 2
     assert eighth.batch_tokens == 40 * 2048  # 8^(2/3) = 4
     assert eighth.optimizer.beta2 == 0.99
-    # The decay per step, LR times weight decay, is the paper's at every size.
+    # The decay per step, LR times weight decay, equals the paper's at every size.
     assert eighth.optimizer.peak_lr * eighth.optimizer.weight_decay == pytest.approx(1e-4)
 
 
@@ -98,14 +98,14 @@ def test_deepseek_gives_what_deepseek_7b_was_trained_with():
 
 
 def test_kaplan_by_hand():
-    """LR(1e6) = .003239 - .0001395 * 13.8155; warm-up, batch and horizon are the sweep's, whatever the run."""
+    """LR(1e6) = .003239 - .0001395 * 13.8155; warm-up, batch and horizon are the sweep's for every run."""
     sweep = SweepHorizons(smallest_budget_tokens=1.5e6, longest_tokens=8e6)
     short, long = (KaplanRecipe().decide(OfSize(10**6, context=64), d, sweep) for d in (2e6, 8e6))
     assert short.optimizer.peak_lr == long.optimizer.peak_lr == pytest.approx(0.0013117, rel=1e-4)
     assert short.batch_tokens == long.batch_tokens == 1024  # 1.5e6 / 1500 = 1000, 15.6 sequences
     # 3000 of 6200 steps of the smallest budget: 725,806 tokens.
     assert (short.warmup_fraction * 2e6, long.warmup_fraction * 8e6) == pytest.approx((725806.45, 725806.45))
-    # The short run stops where the long run's cosine is at 2M of its 8M tokens.
+    # The short run ends where the long run's cosine is at 2M of its 8M tokens.
     at_2m = replace(long.schedule, warmup_fraction=long.warmup_fraction).multiplier(0.25)
     at_its_end = replace(short.schedule, warmup_fraction=short.warmup_fraction).multiplier(1.0)
     assert at_its_end == pytest.approx(at_2m)
@@ -155,7 +155,7 @@ def test_every_recipe_plans_a_tiny_sweep_and_reports_its_rounding(kind):
         assert 0 < spec.schedule.multiplier(spec.schedule.warmup_fraction) <= 1
     assert any(line.startswith("batches are rounded to whole sequences") for line in plan.rounding)
     outside = [note for note in plan.notes if "was fitted at" in note]
-    # All but ours, and Kaplan's whose sweep began at 768 parameters, were fitted far above.
+    # All but our own and Kaplan's, whose sweep started at 768 parameters, were fitted at far larger sizes.
     assert len(outside) == (0 if kind in ("default", "kaplan") else 1)
 
 
@@ -190,7 +190,7 @@ def test_kaplans_horizon_is_the_longest_run_of_the_sweep():
 
 
 def test_a_learning_rate_sweep_uses_the_grid_that_it_tunes():
-    """Kaplan's batch is the same in the sweep and in its LR sweep, although that has two of six sizes."""
+    """Kaplan's batch is the same in the sweep and in its LR sweep, which has only two of the six sizes."""
     tuned = LearningRateDesign(
         IsoFlopDesign().budgets_flops, grid_sizes=6, sizes_per_budget=2, lr_multipliers=(1,)
     )

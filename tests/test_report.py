@@ -1,4 +1,4 @@
-"""Tests of the report: the page holds what the records say, changes when they change, and needs nothing from outside."""
+"""Tests of the report: the page shows the records, changes when they change, and needs no external files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from scaling_lab.reporting import captions, write_report
 from scaling_lab.reporting.page import ReportOptions, banner
 
 SETTINGS = AnalysisSettings(bootstrap=BootstrapSettings(resamples=40))
-# For the tests that look at something else.
+# For tests of other parts.
 LIGHT = AnalysisSettings(bootstrap=BootstrapSettings(resamples=30), sensitivity=False, backtest=False)
 MADE_ON = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
 FIGURES = {
@@ -34,7 +34,7 @@ VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
 class Page(HTMLParser):
-    """The page taken apart: elements, text, tables, ids and references. Fails on tags that do not nest."""
+    """The parsed page: elements, text, tables, ids and references. Fails on tags that do not nest."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)

@@ -1,4 +1,4 @@
-"""Tests of the report's tables of profiles, skills and laws: what they show is what the analysis holds."""
+"""Tests of the report's tables of profiles, skills and laws: they show the numbers of the analysis."""
 
 from __future__ import annotations
 

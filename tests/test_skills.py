@@ -20,7 +20,7 @@ from scaling_lab.analysis.studies import law_comparison
 from scaling_lab.analysis.studies.shared.skill_optima import Skills, column_of, skill_optima
 from scaling_lab.core.errors import UserError
 
-# The same sizes and tokens, but what knowledge gains from parameters falls more slowly than what code does.
+# The same sizes and tokens, but the loss on knowledge falls more slowly with parameters than the loss on code.
 CODE = Law(E=0.9, A=120.0, B=4000.0, alpha=0.36, beta=0.40)
 FACTS = Law(E=1.9, A=900.0, B=4000.0, alpha=0.36, beta=0.40)
 BUDGETS = np.geomspace(1e18, 1e20, 5)
@@ -207,7 +207,9 @@ def compared(noise: float, laws: tuple[str, ...]) -> Analysis:
 def test_the_law_that_made_the_data_predicts_best() -> None:
     analysis = compared(0.002, ("kaplan_nd", "power_c"))
     found = law_comparison.compare(analysis.points, analysis.settings)
-    assert next(s.law.name for s in found.scores) == "chinchilla"  # the analysis's own is always among them
+    assert (
+        next(s.law.name for s in found.scores) == "chinchilla"
+    )  # the law of the analysis is always among them
     assert {s.law.name for s in found.scores} == {"chinchilla", "kaplan_nd", "power_c"}
     best, worst = found.scores[0], found.scores[-1]
     assert best.cross_validation is not None

@@ -1,5 +1,5 @@
 """Tests of `hydra/launcher=submitit_slurm` against a real Slurm of one node with two CPUs (tests/slurm/): sweeps that
-complete, jobs that are killed, cancelled, out of time, requeued and preempted, heads that die. Marked slurm."""
+complete, jobs that are killed, canceled, timed out, requeued and preempted, heads that die. Marked slurm."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def cluster(tmp_path_factory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory) -> Path:
-    """The results of the same sweep on this machine, undisturbed."""
+    """The results of the same sweep on this machine without disturbance."""
     folder = tmp_path_factory.mktemp("local")
     subprocess.run([*scaling_lab("sweep"), *TINY], cwd=folder, check=True, timeout=200)
     return folder / "results"
@@ -74,10 +74,10 @@ def scaling_lab(*argv: str) -> list[str]:
 
 
 def start(folder: Path, *argv: str) -> subprocess.Popen[str]:
-    """The head of a sweep."""
+    """Starts the head of a sweep."""
     return subprocess.Popen(
         [*scaling_lab("sweep"), *argv], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        # A test run in the background of a shell inherits an ignored SIGINT; a user's terminal does not.
+        # Tests that run in the background of a shell inherit an ignored SIGINT, unlike a user's terminal.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
@@ -104,7 +104,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
 
 
 def training(store: RunStore, *but: str) -> str | None:
-    """A run that is under way and has done some steps."""
+    """A running run that has done some steps."""
     for folder in sorted(store.folder.glob("runs/*")):
         claim = last_claim(folder)
         if folder.name not in but and claim and claim.step and claim.is_live(time.time()):
@@ -113,7 +113,7 @@ def training(store: RunStore, *but: str) -> str | None:
 
 
 def job_of(store: RunStore, run_id: str) -> str:
-    """The Slurm job that was handed a run last."""
+    """The Slurm job that was given a run last."""
     name, task = next(
         (b.name, k)
         for b in reversed(SubmittedArray.all_of(store))
@@ -126,7 +126,7 @@ def job_of(store: RunStore, run_id: str) -> str:
 
 
 def kill_job(store: RunStore, run_id: str) -> None:
-    """SIGKILL to the job's process and to its worker, which has no time to notice that the first is gone."""
+    """SIGKILL to the job's process and to its worker, before the worker can notice that the job is gone."""
     claim = last_claim(store.run_folder(run_id))
     assert claim is not None
     parent = int(Path(f"/proc/{claim.pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -153,7 +153,7 @@ def generations(store: RunStore) -> dict[str, int]:
 
 
 def check_same_as(local: Path, store: RunStore) -> None:
-    """Every run is there once, with the curve and the losses of the undisturbed sweep bit for bit."""
+    """Every run exists once, with exactly the curve and losses of the undisturbed sweep."""
     here, problems = store.load_records()
     there, _ = RunStore(local / "s").load_records()
     assert not problems
@@ -194,30 +194,30 @@ def test_killed_canceled_and_timed_out_jobs_complete_after_a_rerun(cluster, loca
     late = wait_for(lambda: training(store))
     claim = last_claim(store.run_folder(late))
     assert claim is not None
-    # Its worker hangs, and its minute is over soon.
+    # Its worker hangs until the job's minute is over.
     os.kill(claim.pid, signal.SIGSTOP)
     late_job = job_of(store, late)
     slurm("scontrol", "update", f"JobId={late_job}", "TimeLimit=1")
     killed = wait_for(lambda: training(store, late))
     kill_job(store, killed)
-    cancelled = wait_for(lambda: training(store, late, killed))
-    with paused(store, cancelled):
-        slurm("scancel", job_of(store, cancelled))
+    canceled = wait_for(lambda: training(store, late, killed))
+    with paused(store, canceled):
+        slurm("scancel", job_of(store, canceled))
     wait_for(lambda: late_job not in slurm("squeue", "-h", "-r", "-o", "%F_%K").split(), 200)
     with contextlib.suppress(ProcessLookupError):
-        os.kill(claim.pid, signal.SIGKILL)  # as a cluster with cgroups does by itself
+        os.kill(claim.pid, signal.SIGKILL)  # as a cluster with cgroups does
     said = end(head, 1)
     late_line = next(line for line in said.splitlines() if f"{late} has not finished" in line)
     assert "TIMEOUT" in late_line or "FAILED" in late_line
     assert "CANCELLED" in said
     assert "1 of 4 runs completed" in said
     assert f"scaling-lab sweep sweep=s {SLURM}" in said
-    # Told to end, a job keeps what it did; killed, it loses what came after its last checkpoint.
-    assert list(store.run_folder(cancelled).glob("checkpoint/step-*.json"))
+    # A job that is told to stop keeps its progress; a killed one loses what came after its last checkpoint.
+    assert list(store.run_folder(canceled).glob("checkpoint/step-*.json"))
     end(start(tmp_path, "sweep=s", SLURM), 0)
     check_same_as(local, store)
     assert {k: v for k, v in generations(store).items() if v > 1} == dict.fromkeys(
-        (late, killed, cancelled), 2
+        (late, killed, canceled), 2
     )
 
 
@@ -225,7 +225,7 @@ def test_a_job_is_requeued_before_its_time_limit_and_when_preempted(cluster, loc
     store = RunStore(tmp_path / "results/s")
     head = start(tmp_path, *TINY, SLURM)
     told = wait_for(lambda: training(store))
-    # What Slurm sends before the limit (--signal).
+    # The signal that Slurm sends before the limit (--signal).
     with paused(store, told):
         slurm("scancel", "--signal=USR2", job_of(store, told))
     preempted = wait_for(lambda: training(store, told))

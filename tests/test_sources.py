@@ -1,4 +1,4 @@
-"""Token sources: pysource on this machine's own standard library, and token files."""
+"""Token sources: pysource on this machine's standard library, and token files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_pysource_is_real_text_split_by_file():
     assert 0.01 < len(validation) / (len(train) + len(validation)) < 0.12
     assert not set(train) & set(validation)
     everything = b"".join(train + validation)
-    # Code that every Python has, and none of what is left out.
+    # Code that every Python has, and nothing of what is excluded.
     assert b"class OrderedDict(dict)" in everything
     assert b"class TestCase" in everything  # unittest itself is library code ...
     assert all(len(line) <= 2000 for doc in train[:50] for line in doc.split(b"\n"))

@@ -20,7 +20,7 @@ from scaling_lab.core.storage.serialization import canonical_json, dumps, to_dic
 
 
 def test_golden_ids():
-    """These ids are on users' disks: a change here loses their runs. Add fields with defaults instead."""
+    """These ids are on users' disks: changing them loses runs. Add fields with defaults instead."""
     assert spec().run_id() == "gpt-w32-d2-c1e11-s0-cde11d6ea5"
     other = spec(
         shape=GPT2Shape(width=48, depth=3, heads=3), seed_init=7, schedule=Constant(), dtype="bfloat16"

@@ -57,7 +57,7 @@ def test_a_zombie_owner_counts_as_dead(store):
 
 
 def test_one_of_many_claimants_wins(store):
-    """64 claims of one run from threads: exclusive creation leaves one winner."""
+    """64 threads claim one run: exclusive creation leaves one winner."""
     with ThreadPoolExecutor(16) as pool:
         claims = list(pool.map(lambda _: store.claim(spec()), range(64)))
     assert sum(claim is not None for claim in claims) == 1
@@ -86,7 +86,7 @@ def test_a_claim_of_another_host_expires_only_without_a_heartbeat(store):
     data = json.loads(path.read_text())
     path.write_text(json.dumps({**data, "host": "elsewhere", "pid": 1}))
     assert store.claim(spec()) is None
-    # The heartbeat is the file's own time, by its filesystem's clock: what another machine's clock says is no matter.
+    # The heartbeat is the file's modification time by its filesystem's clock, so clocks of machines do not matter.
     path.write_text(json.dumps({**data, "host": "elsewhere", "pid": 1, "heartbeat_unix_s": 0.0}))
     assert store.claim(spec()) is None
     os.utime(path, (time.time() - 3600, time.time() - 3600))
@@ -105,7 +105,7 @@ def test_a_pid_in_another_container_with_this_host_name_proves_nothing(store):
 
 
 def test_without_start_times_the_heartbeat_decides(store, monkeypatch):
-    """macOS: a reused pid must not hold a run for ever."""
+    """On macOS, a reused pid must not hold a run forever."""
     monkeypatch.setattr("scaling_lab.core.storage.claims.process_start", lambda pid: "unknown")
     assert store.claim(spec()) is not None
     assert store.claim(spec()) is None
@@ -115,7 +115,7 @@ def test_without_start_times_the_heartbeat_decides(store, monkeypatch):
 
 
 def test_an_unreadable_claim_does_not_mean_a_dead_owner(store, monkeypatch):
-    """A shared filesystem between two renames (ESTALE): the run is left alone."""
+    """On a shared filesystem between two renames (ESTALE) the run is left alone."""
     from pathlib import Path
 
     assert store.claim(spec()) is not None
@@ -131,7 +131,7 @@ def test_an_unreadable_claim_does_not_mean_a_dead_owner(store, monkeypatch):
 
 
 def test_claims_without_hard_links(store, monkeypatch):
-    """exFAT and many network mounts have none: exclusive creation still lets one win."""
+    """exFAT and many network mounts have none: exclusive creation still has one winner."""
 
     def refuse(*args):
         raise PermissionError(1, "Operation not permitted")
@@ -163,7 +163,7 @@ def test_released_and_unreadable_claims_are_free(store):
 
 
 def test_a_former_owner_cannot_write_to_the_new_curve(store):
-    """A new attempt's curve is another file: lines of the old one do not reach it."""
+    """A new attempt's curve is a new file, so a former owner's lines do not reach it."""
     store.claim(spec())
     old = store.start_curve(spec().run_id())
     point = EvalPoint(1, 512, 1.0, 0.1, 5.0)
@@ -241,4 +241,4 @@ def test_failed_runs_can_be_tried_again(store):
         claim = store.claim(spec())
         assert claim is not None
         claim.release()
-    # That completed runs are left alone: tests/test_faults.py.
+    # tests/test_faults.py checks that completed runs are left alone.

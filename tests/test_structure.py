@@ -59,10 +59,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "launching": ("core", "planning", "training", "tracking", "launching"),
 }
 EVERYTHING = ("api", "cli", "hydra_plugins")
-# What the refactoring has not reached yet; it ends with both of these empty.
+# Exceptions that the refactoring has not removed yet.
 PENDING: set[tuple[str, str]] = set()
 PENDING_CYCLES: set[tuple[str, str]] = set()
-# Outside packages with one owner.
+# Third-party packages that only some rooms may import.
 ONLY_IN = {
     "torch": {"training", "launching"},
     "hydra": {"cli", "hydra_plugins", "launching"},
@@ -130,7 +130,7 @@ def test_rooms(path):
 
 
 def test_no_import_cycles():
-    """Wherever an import stands: a depth-first search over all of them finds no way back."""
+    """A depth-first search over all imports, including those inside functions, finds no cycle."""
     graph = {name: imported_modules(path) - {name} for name, path in NAMES.items()}
     graph = {n: {t for t in targets if not n.startswith(t + ".")} for n, targets in graph.items()}
     state: dict[str, int] = {}
@@ -182,14 +182,14 @@ def test_what_importing_loads(code, forbidden):
 
 
 def test_tests_share_code_through_helpers_alone():
-    """A test module imports no other one, nor does a helper import a test module."""
+    """Neither test modules nor helpers import a test module."""
     test_modules = {path.stem for path in (ROOT / "tests").glob("*.py")}
     for path in (ROOT / "tests").rglob("*.py"):
         taken = {name.split(".")[0] for name in imports(path)} & test_modules
         assert not taken, (
             f"{path.relative_to(ROOT)} imports {sorted(taken)}: move what they share to tests/helpers"
         )
-    # Everything at the top of tests/ is collected: code for several test modules has no other place than helpers/.
+    # Only test modules and conftest.py are at the top of tests/.
     assert all(name == "conftest" or name.startswith("test_") for name in test_modules), sorted(test_modules)
 
 
@@ -200,7 +200,7 @@ def test_every_file_has_a_docstring():
 
 
 def test_configs_equal_the_codes_defaults():
-    """conf/ shows defaults to readers; the dataclasses own them. They must not drift apart."""
+    """The defaults that conf/ shows must equal those of the dataclasses."""
     import dataclasses
 
     import yaml

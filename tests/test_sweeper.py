@@ -12,7 +12,7 @@ from scaling_lab.cli.main import main
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.storage.store import RunStore
 
-# Four sizes of 1,000 to 7,000 parameters, some tens of steps each.
+# Four sizes of 1,000 to 7,000 parameters, tens of steps each.
 TINY_LINE = (
     "data.max_mb=1 eval.tokens=1024 device=cpu compile=false design.budgets_flops=[1e8] design.sizes_per_budget=4 "
     "design.noise_seeds=1 design.sizes.min_width=4 design.sizes.max_width=16 design.sizes.width_ratio=1.3 "
@@ -34,7 +34,7 @@ def records(sweep):
 
 
 def lose(store, run_id):
-    """As if its process had been killed before the end."""
+    """Leaves the run as if its process had been killed before the end."""
     folder = store.run_folder(run_id)
     for path in (folder / "record.json", *folder.glob("claim-*.json")):
         path.unlink()
@@ -132,7 +132,7 @@ def test_train_is_one_run_and_with_m_a_hydra_multirun(capsys, tmp_path):
         "device=cpu",
         "compile=false",
     ]
-    # As in the README, without a device.
+    # As in the README, without device=.
     assert main(["train", "model.width=8", *(o for o in common if o != "device=cpu")]) == 0
     assert [r.spec.shape.width for r in records("train").values()] == [8]
     before = written("train")

@@ -1,4 +1,4 @@
-"""Excess loss from mistuned learning rates: recovered where it is known, with intervals that cover, refused where unknown."""
+"""Excess loss from mistuned learning rates: recovered where it is known, with calibrated intervals, refused where unknown."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def grid() -> tuple[np.ndarray, np.ndarray]:
     """(n, budget) of an IsoFLOP sweep of six sizes a budget, around its optimum."""
     n, c = [], []
     for budget in BUDGETS:
-        centre = 2e4 * (budget / 5e10) ** 0.45
-        n += list(centre * np.exp(np.linspace(-1.2, 1.2, 6)))
+        center = 2e4 * (budget / 5e10) ** 0.45
+        n += list(center * np.exp(np.linspace(-1.2, 1.2, 6)))
         c += [budget] * 6
     return np.array(n), np.array(c)
 
@@ -149,7 +149,7 @@ def test_settings_far_from_the_best_are_excluded():
 
 
 def test_one_lucky_seed_does_not_choose_the_window():
-    """At half the rate one of three seeds is lucky; their mean is worse than the reference, which stays the centre."""
+    """At half the rate one of three seeds is lucky; their mean is worse than the reference, which stays the center."""
     x = np.log([[0.25], [0.5], [0.5], [0.5], [1.0], [2.0]])
     assert near_best(x, np.array([5.0, 0.5, 3.0, 3.0, 1.0, 2.0])).tolist() == [
         False,
@@ -162,7 +162,7 @@ def test_one_lucky_seed_does_not_choose_the_window():
 
 
 def test_a_known_excess_is_recovered_at_every_run():
-    """Without noise: the excess is linear in what is interpolated, so it is exact at the sizes in between as well."""
+    """Without noise. The excess is linear in the interpolated quantities, so it is exact at intermediate sizes too."""
     n, c = grid()
     sweep = trained(n, c, used_lr(n))
     tuning, samples = measure_excess_loss(sweep, lr_sweep())
@@ -196,7 +196,7 @@ def test_the_exponents_without_the_excess_are_those_of_tuned_runs():
 
 
 def test_intervals_of_the_excess_cover():
-    """200 sweeps with seed noise of 0.004 nats: 90% intervals hold the truth about nine times in ten."""
+    """200 sweeps with seed noise of 0.004 nats: 90% intervals contain the truth about nine times in ten."""
     n, c = grid()
     held, noises, total = 0, [], 0
     for study in range(200):
@@ -205,7 +205,7 @@ def test_intervals_of_the_excess_cover():
         tuning, _ = measure_excess_loss(sweep, lr_sweep(0.004, rng, seeds=2), seed=study)
         noises.append(tuning.noise_nats)
         for cell in tuning.cells:
-            # Where there is no excess an interval of a square cannot reach below zero.
+            # At zero excess, the interval of a square cannot reach below zero.
             if cell.fit is not None and excess_of(cell.n_params, used_lr(cell.n_params)) > 0.004:
                 total += 1
                 held += cell.excess_interval.contains(excess_of(cell.n_params, used_lr(cell.n_params)))
@@ -215,7 +215,7 @@ def test_intervals_of_the_excess_cover():
 
 
 def test_a_seeds_offset_of_every_setting_is_not_noise_of_the_excess():
-    """The second seed is worse by 0.1 nats everywhere: parabolas shift, and there is no excess for it."""
+    """The second seed is worse by 0.1 nats everywhere: its parabolas shift, without any excess."""
     tuned = lr_sweep(seeds=2)
     tuned = replace(tuned, loss_nats=tuned.loss_nats + 0.1 * tuned.seed)
     n, c = grid()
@@ -240,7 +240,7 @@ def test_without_seeds_the_noise_comes_from_residuals_if_there_are_any():
 
 
 def test_a_varied_batch_is_part_of_the_excess():
-    """Best batch 1.5 times the sweep's: the LR alone would miss that part."""
+    """The best batch is 1.5 times the sweep's: varying the LR alone would miss that part."""
     n, c = grid()
     at = [0, 5, 12, 15]
     cells = [(n[i], c[i], x, y) for i in at for x in LR[1:4] for y in np.log([0.5, 1.0, 2.0])]
@@ -269,7 +269,7 @@ def test_a_varied_batch_is_part_of_the_excess():
 
 
 def test_a_best_setting_at_the_edge_gives_no_excess_there():
-    """At the smallest size nothing above the sweep's LR was tried: its best lies outside, the others count."""
+    """At the smallest size nothing above the sweep's LR was tried, so its best lies outside; the other sizes count."""
     n, c = grid()
     tuned = lr_sweep()
     tuned = tuned.at((tuned.n_params > n.min() + 1) | (tuned.peak_lr < used_lr(tuned.n_params) * 1.01))
@@ -283,7 +283,7 @@ def test_a_best_setting_at_the_edge_gives_no_excess_there():
 
 
 def test_a_size_tuned_only_at_another_batch_is_reported():
-    """Its reference is interpolated from other sizes, and none of its runs has that batch."""
+    """Its reference is interpolated from other sizes, because none of its runs has that batch."""
     n, c = grid()
     tuned = lr_sweep()
     other = np.where(tuned.n_params < n.min() + 1, 2048.0, 512.0)
@@ -301,7 +301,7 @@ def test_missing_measurements_are_one_clear_error():
 
 
 def at_lr(record: RunRecord, multiplier: float) -> RunRecord:
-    """The record's run under another LR, as a learning-rate sweep would have it: best at 1.5 times the sweep's."""
+    """The record's run at another LR, as in a learning-rate sweep: best at 1.5 times the sweep's."""
     excess = 0.5 * CURVATURE * (math.log(multiplier / 1.5) ** 2 - math.log(1.5) ** 2)
     optimizer = replace(record.spec.optimizer, peak_lr=record.spec.optimizer.peak_lr * multiplier)
     spec = replace(record.spec, optimizer=optimizer, role="lr_sweep", sweep="tuned")
@@ -317,7 +317,7 @@ def records() -> list[RunRecord]:
 
 @pytest.fixture(scope="module")
 def tuned_records(records: list[RunRecord]) -> list[RunRecord]:
-    """Of the first and last size of each budget; the sweep's own runs are the parabolas' middle."""
+    """Of the first and last size of each budget; the sweep's own runs are at the center of the parabolas."""
     by_budget: dict[float, list[RunRecord]] = {}
     for r in records:
         by_budget.setdefault(r.spec.budget_flops, []).append(r)
@@ -337,7 +337,9 @@ def test_records_of_a_learning_rate_sweep_are_not_fitted_by_the_law(records, tun
 
 def test_rates_under_another_parametrization_are_refused(records, tuned_records):
     other = [replace(r, spec=replace(r.spec, parametrization=MuP())) for r in tuned_records]
-    with pytest.raises(UserError, match="its runs have parametrization MuP.*those of the sweep Standard"):
+    with pytest.raises(
+        UserError, match="its runs have parametrization MuP.*those of the sweep have Standard"
+    ):
         split_by_role(records, other)
     assert split_by_role(records, tuned_records).lr_sweep == tuple(tuned_records)
 
@@ -362,7 +364,7 @@ def test_analyze_with_a_learning_rate_sweep(tmp_path, monkeypatch, capsys, recor
     data = json.loads(Path("results/base/report/analysis.json").read_text())
     schema = json.loads(resources.files("scaling_lab.analysis").joinpath("analysis.schema.json").read_text())
     jsonschema.validate(data, schema)
-    # The same factor everywhere: every run's excess is 0.06 / 2 ln(1.5)^2, and the exponents stay.
+    # The factor is the same everywhere: every run's excess is 0.06 / 2 ln(1.5)^2, and the exponents do not change.
     assert len(data["tuning"]["runs"]) == len(records)
     excess = [r["debt_nats"] for r in data["tuning"]["runs"]]
     np.testing.assert_allclose(excess, 0.03 * math.log(1.5) ** 2, atol=1e-4)
@@ -385,7 +387,7 @@ def test_analyze_with_a_learning_rate_sweep(tmp_path, monkeypatch, capsys, recor
     ):
         assert main(["analyze", *argv]) == 2
         assert said in capsys.readouterr().err
-    # A learning-rate sweep of its own has no law; what it shows of the best rates is a finding.
+    # A learning-rate sweep alone has no law; its best rates are a finding.
     assert main(["analyze", "sweep=base-lr"]) == 0
     shown = capsys.readouterr()
     assert "holds only runs of a learning-rate sweep" in shown.err
@@ -396,7 +398,7 @@ def test_analyze_with_a_learning_rate_sweep(tmp_path, monkeypatch, capsys, recor
     assert alone["estimates"] == []
     assert [f["name"] for f in alone["findings"]] == ["lr_transfer"]
     assert "learning-rate sweep" in alone["problem"]
-    # Without the learning-rate sweep the report is as it was.
+    # Without the learning-rate sweep the report is unchanged.
     assert main(["analyze", "sweep=base", *light]) == 0
     assert "Checking LR tuning" not in capsys.readouterr().out
     assert json.loads(Path("results/base/report/analysis.json").read_text())["tuning"] is None
@@ -404,7 +406,7 @@ def test_analyze_with_a_learning_rate_sweep(tmp_path, monkeypatch, capsys, recor
 
 @pytest.mark.slow
 def test_a_real_sweep_and_its_learning_rate_sweep(tmp_path, monkeypatch, capsys):
-    """Tiny models trained at a quarter of the recipe's rate: the excess shows it, and its exponents are still exponents."""
+    """Tiny models trained at a quarter of the recipe's rate: the excess is found, and the exponents stay plausible."""
     monkeypatch.chdir(tmp_path)
     tiny = [
         "device=cpu", "compile=false", "data.max_mb=1", "model.context=16", "model.head_dim=4", "eval.tokens=2048",

@@ -49,7 +49,7 @@ def test_a_run_is_drawn_with_all_its_rows() -> None:
         assert np.all(of_run == of_run[:, :1])
     per_run = np.array([counts[:, obs.run_index == r][:, 0] for r in range(4)]).T
     assert np.all(per_run.sum(axis=1) == 4)
-    # The envelope, which asks by run, sees the same draws.
+    # The envelope, which resamples runs, gets the same draws.
     np.testing.assert_array_equal(Draws("run", 200, 0).run_counts(obs), per_run)
 
 
@@ -305,7 +305,7 @@ def test_an_interval_beside_samples_that_overflowed_has_no_nan(infinite: int) ->
 
 
 def test_tokens_per_parameter_of_overflowing_lines_come_from_logarithms() -> None:
-    # N and D of two near budgets grow as C^900: neither is a number at ten times their compute, D / N is.
+    # N and D of two close budgets grow as C^900: both overflow at ten times their compute, D / N does not.
     c = np.array([1e18, 1.1e18])
     log_c = np.log(1e18)
     n, d = PowerLaw.of_log(30.0, 18.0 - 30.0 * log_c), PowerLaw.of_log(30.0, 21.0 - 30.0 * log_c)
@@ -444,7 +444,7 @@ def test_a_bias_of_the_size_alone_is_compared_by_its_size() -> None:
 
 
 def test_a_published_disagreement_has_one_explanation() -> None:
-    # IsoFLOP's exponent of N is .31 on these points and the law's .76, but on the law's own losses IsoFLOP gives .32.
+    # On these points IsoFLOP's exponent of N is .31 and the law's .76, but IsoFLOP also gives .32 on the law's own losses.
     points = resources.files("scaling_lab.analysis.published").joinpath("misfitting_final.csv")
     settings = AnalysisSettings(
         points="all", bootstrap=BootstrapSettings(resamples=100), backtest=False, profile=False

@@ -121,7 +121,7 @@ def test_analyses_of_both_are_equal(tmp_path: Path) -> None:
     ],
 )
 def test_units_of_other_loss_columns(tmp_path: Path, options: Mapping[str, Any]) -> None:
-    """They follow `loss` unless they have their own; a text cell among them is read as before."""
+    """They have the unit of `loss` unless they have their own; text cells are read as before."""
     frame = in_units()
     if "metrics" in options:
         frame = frame.drop(columns="loss")
@@ -148,7 +148,7 @@ def test_integers_are_floats_before_they_are_multiplied(tmp_path: Path) -> None:
         in_units().assign(tokens=np.arange(24) + 10**13, params=np.arange(24) + 10**12).drop(columns="flops")
     )
     path = tmp_path / "t.parquet"
-    frame.to_parquet(path)  # int64, of which a million is beyond 2^63
+    frame.to_parquet(path)  # int64; times a million it exceeds 2^63
     found = read_observations(path, AnalysisSettings(units={"tokens": "T", "params": 1_000_000}))
     np.testing.assert_array_equal(found.n_tokens, (np.arange(24) + 1e13) * 1e12)
     np.testing.assert_array_equal(found.compute_flops, 6.0 * found.n_params * found.n_tokens)

@@ -1,4 +1,4 @@
-"""Tests of what share of facts a corpus shows: the slide's table by hand, by simulation, and of `zipf_facts` documents."""
+"""Tests of the share of facts that a corpus shows: the slide's table by hand, by simulation, and for `zipf_facts` documents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_table_of_the_slide() -> None:
         (10, 1, 0.1, 0.01),
         (100, 10, 1, 0.1),
     ]
-    # Every decade has its tenth of the statements.
+    # Every decade has a tenth of the statements.
     assert {n / rarity for n, rarity in zip(world.facts(), world.rarity())} == {0.1}
     assert world.share_known(999) == 0.0
     assert world.share_known(10**13) == 1.0
@@ -54,7 +54,7 @@ def test_statements_drawn_one_by_one_agree(statements: int) -> None:
         seen[seed] = [c.sum() / n for c, n in zip(counts, world.facts())]
     wanted = world.share_known_at_random(statements)
     assert abs(shares.mean() - wanted) < 4 * shares.std(ddof=1) / np.sqrt(runs)
-    # How often a fact is stated, mean over a decade's facts: a binomial share of the statements over their number.
+    # How often a fact is stated, averaged over a decade: a binomial share of the statements over the number of facts.
     for i, times in enumerate(world.times_seen(statements)):
         error = np.sqrt(statements * 0.1 * 0.9 / runs) / world.facts()[i]
         assert abs(seen[:, i].mean() - times) < 4 * error
@@ -80,7 +80,7 @@ def test_share_known_of_documents_is_the_expected_one(source: ZipfFacts) -> None
         text = source.documents("train", np.arange(documents) + i * documents, 1 + statements * size)
         parts = text[:, 1:].reshape(-1, size)
         log_p = source.log_probs(text).reshape(-1, size)[:, :k].sum(1)
-        # A key's own probability is that of its fact, so the keys that were seen tell the mass that is known.
+        # A key has the probability of its fact, so the keys that were seen give the known mass.
         _, first = np.unique(parts[:, :k], axis=0, return_index=True)
         shares[i] = np.exp(log_p[first]).sum()
     wanted = expected_share_known(source, documents * statements)

@@ -1,1 +1,1 @@
-"""What several test modules share: synthetic sweeps with a known law, tiny runs, corpora, processes, a W&B server."""
+"""Code shared by several test modules: synthetic sweeps with a known law, tiny runs, corpora, processes, a W&B server."""

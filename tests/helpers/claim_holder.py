@@ -1,4 +1,4 @@
-"""Claims the run of `helpers.specs.spec` in the folder that is named, says so, and holds the claim for a minute."""
+"""Claims the run of `helpers.specs.spec` in the given folder, prints the outcome, and holds the claim for a minute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small texts for the preparation of corpora, and what was made of them."""
+"""Small texts for the preparation of corpora, and the contents of prepared folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns noise-free observations from a known law, for tests of the approaches, and where the published tables are."""
+"""Noise-free observations from a known law for tests of the approaches, and the folder of the published tables."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Truth:
         )
 
     def curves(self, sizes: Array, points: int = 200, decades: float = 4.0) -> Observations:
-        """One curve a size, its tokens spanning `decades` about the compute where the middle size is optimal."""
+        """One curve per size, with tokens spanning `decades` around the compute where the middle size is optimal."""
         middle = np.sqrt(sizes[0] * sizes[-1])
         c = self.c_ref * (middle / self.n_ref) ** (1 / self.a)
         d = np.geomspace(10 ** (-decades / 2), 10 ** (decades / 2), points) * c / 6 / middle

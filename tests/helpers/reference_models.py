@@ -1,4 +1,4 @@
-"""A forward pass of both model families in plain numpy float64, written from their description."""
+"""A forward pass of both model families in plain NumPy float64, written from their description."""
 
 from __future__ import annotations
 

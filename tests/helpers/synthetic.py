@@ -1,6 +1,6 @@
-"""Owns synthetic sweeps for tests: real `RunRecord` values, with curves, from a known law with noise.
+"""Synthetic sweeps: real `RunRecord` values, with curves, from a known law with noise.
 
-The curves know the learning-rate schedule: in the middle of a run the loss lies above the law's by a share of the
+The curves depend on the learning-rate schedule: in the middle of a run the loss lies above the law's by a share of the
 data term that vanishes as the LR reaches its end (annealing), so a run's last point is exactly the law plus its seed's
 noise, and the envelope's points come from the ends of runs, as in Hoffmann et al. 2022.
 """
@@ -20,7 +20,7 @@ from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.pysource import PySource
 from scaling_lab.core.spec import EvalSpec, Execution, OptimizerSpec, Plan, PlannedRun, RunSpec
 
-# Where the loss of an untrained model over 256 bytes lies, nats: a curve never starts above it.
+# Loss of an untrained model over 256 bytes, nats: a curve never starts above it.
 UNTRAINED_LOSS_NATS = math.log(256)
 
 
@@ -48,7 +48,7 @@ class Law:
         return g * (compute_flops / 6.0) ** self.params_exponent
 
 
-# Goes through the losses measured on the standard library's source text: valleys near 17k parameters and 1.88 nats at
+# Fits the losses measured on the standard library's source text: minima near 17k parameters and 1.88 nats at
 # 1e11 FLOPs, 1.63 at 4e11, 1.46 at 1.6e12.
 QUICKSTART_LAW = Law(E=1.08, A=55.3, B=965.0, alpha=0.50, beta=0.57)
 QUICKSTART_BUDGETS = (1e11, 4e11, 1.6e12)
@@ -72,10 +72,10 @@ def shape_near(n_params: float, convention: Convention = Convention.SIX_N_WITH_H
     return min(candidates, key=lambda s: abs(math.log(s.count().n_params(convention) / n_params)))
 
 
-def centred_shapes(
+def centered_shapes(
     law: Law, budget_flops: float, n_sizes: int, span: float, convention: Convention
 ) -> list[GPTShape]:
-    """`n_sizes` distinct shapes, geometrically spaced over a factor of `span`, centred on the law's optimum."""
+    """`n_sizes` distinct shapes, geometrically spaced over a factor of `span`, centered on the law's optimum."""
     offsets = np.linspace(-0.5, 0.5, n_sizes) * math.log(span)
     shapes = [shape_near(law.params_opt(budget_flops) * math.exp(o), convention) for o in offsets]
     return list(dict.fromkeys(shapes))
@@ -102,7 +102,7 @@ def synthetic_records(
     Args:
         law: the truth, of N and D under `convention`.
         budgets: training FLOPs.
-        sizes: how many sizes a budget has (spread over a factor of `span`, centred on the optimum), or for each budget
+        sizes: how many sizes a budget has (spread over a factor of `span`, centered on the optimum), or for each budget
             its (width, depth) pairs.
         noise: standard deviation of a run's final loss over seeds, nats.
         seed: of the noise; nothing else is random.
@@ -116,7 +116,7 @@ def synthetic_records(
     records = []
     for budget in budgets:
         if isinstance(sizes, int):
-            shapes = centred_shapes(law, budget, sizes, span, convention)
+            shapes = centered_shapes(law, budget, sizes, span, convention)
         else:
             shapes = [GPTShape(width=w, depth=d, heads=2) for w, d in sizes[budget]]
         for shape in shapes:

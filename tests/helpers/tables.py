@@ -1,4 +1,4 @@
-"""Tables of an exact Chinchilla law as users have them, and checks of what was read and found in them."""
+"""Tables with the exact losses of a Chinchilla law, and checks of what was read from them and fitted."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def one_line(text: str) -> str:
 
 
 def same_numbers(obs: Observations, frame: pd.DataFrame | None = None) -> None:
-    """The grid came through whole, in any order."""
+    """All rows of the grid were read, in any order."""
     wanted = grid() if frame is None else frame
     assert obs.n_points == len(wanted)
     np.testing.assert_allclose(np.sort(obs.loss_nats), np.sort(wanted["loss"]), rtol=1e-7)
@@ -96,7 +96,7 @@ def same_numbers(obs: Observations, frame: pd.DataFrame | None = None) -> None:
 def assert_the_laws_numbers(
     analysis: Analysis, approaches: tuple[str, ...] = ("isoflop", "parametric")
 ) -> None:
-    """What was found in exact losses on a centered grid is the law."""
+    """The estimates from exact losses on a centered grid equal the law."""
     for name in approaches:
         frontier = analysis.estimate(name).frontier
         assert frontier is not None, analysis.estimate(name).message

@@ -42,7 +42,7 @@ def server(fresh_wandb, monkeypatch):
     with WandbServer() as standing:
         standing.use(monkeypatch)
         yield standing
-        standing.failing = None  # so that the client ends quickly
+        standing.failing = None  # so that the client stops quickly
         assert not standing.unknown, standing.unknown
 
 

@@ -2,7 +2,7 @@
 
 GraphQL (`Viewer`, `UpsertBucket`, `RunResumeStatus`, `CreateRunFiles`, `Runs`, `Run`, `RunHistoryKeys`,
 `RunParquetHistory`, `HistoryPage`, the artifact mutations ...) and `/files/<entity>/<project>/<run>/file_stream`. It keeps
-what arrives as W&B keeps it: history lines at their offsets, config and summary as JSON, one run a name.
+what arrives as W&B does: history lines at their offsets, config and summary as JSON, one run per name.
 
     with WandbServer() as server:
         server.use(monkeypatch)

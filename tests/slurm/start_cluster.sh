@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Owns a real Slurm of one node on the loopback interface, for the tests: start_cluster.sh DIR, then
+# Starts a real Slurm of one node on the loopback interface, for the tests: start_cluster.sh DIR, then
 #
 #   export SLURM_CONF=DIR/slurm.conf     sbatch, squeue and scancel now talk to it
 #   stop_cluster.sh DIR

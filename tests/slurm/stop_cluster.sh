@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Owns the end of a test cluster: stop_cluster.sh DIR. Jobs that still run are cancelled.
+# Stops a test cluster: stop_cluster.sh DIR. Running jobs are canceled.
 dir=${1:?usage: stop_cluster.sh DIR}
 export SLURM_CONF=$dir/slurm.conf
 timeout 10 scancel --user="$(id -un)" 2>/dev/null
