@@ -33,7 +33,8 @@ RULES = {
     "analysis.json": Rules(
         ("source", "versions", "schema_version"), ("message", "messages", "warnings", "diagnostics", "reason")
     ),
-    "reproduce": Rules(("versions",), ("title", "reference", "data", "remark")),
+    # A row's quantity is its label here.
+    "reproduce": Rules(("versions",), ("title", "reference", "data", "remark", "quantity")),
     # Times, hosts and revisions; curve_bytes depends on the digits of times. sha256: the tensors are compared instead.
     "runs": Rules(
         ("wall_time_s", "curve_bytes", "sha256", "environment.host", "environment.git_revision", "environment.scaling_lab"),
