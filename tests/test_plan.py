@@ -233,8 +233,8 @@ def test_recipe_scales_and_can_be_overridden():
         4**0.67 * recipe.decide(large, 1e6, ALONE).optimizer.peak_lr
     )
     assert recipe.decide(small, 1e7, ALONE).batch_tokens > recipe.decide(small, 1e5, ALONE).batch_tokens
-    # 512 * 32^0.4 = 2,048 tokens at 32M tokens, 32 sequences of 64.
-    assert recipe.decide(large, 32e6, ALONE).batch_tokens == 2048
+    # 512 * (2^2.5)^0.4 = 1,024 tokens at 2^2.5 = 5.66M tokens, 16 sequences of 64.
+    assert recipe.decide(large, 2**2.5 * 1e6, ALONE).batch_tokens == 1024
     fixed = DefaultRecipe(peak_lr=0.003, batch_tokens=640).decide(small, 1e6, ALONE)
     assert (fixed.optimizer.peak_lr, fixed.batch_tokens) == (0.003, 640)
     assert not recipe.decide(small, 1e6, ALONE).notes

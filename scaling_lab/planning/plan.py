@@ -73,7 +73,7 @@ def make_plan(settings: SweepSettings) -> Plan:
     check_corpus(settings)
     design = settings.design
     shapes = Shapes(settings)
-    horizons = sweep_horizons(list(design.sweep(shapes)), settings.convention)
+    horizons = sweep_horizons(list(design.sweep(shapes)), settings.convention, settings.execution.device)
     rounding: list[str] = []
     notes: list[str] = []
     batches: list[float] = []
@@ -127,12 +127,14 @@ def make_plan(settings: SweepSettings) -> Plan:
         convention=settings.convention,
         data_fingerprint=settings.data.fingerprint(),
         rounding=(*batch_rounding(batches), *rounding),
-        notes=(*notes, *saved_note(list(specs.values()))),
+        notes=(*settings.recipe.overview(list(specs.values())), *notes, *saved_note(list(specs.values()))),
         settings=to_dict(settings),
     )
 
 
-def sweep_horizons(requests: Sequence[RunRequest], convention: Convention) -> SweepHorizons:
+def sweep_horizons(
+    requests: Sequence[RunRequest], convention: Convention, device: str = "cpu"
+) -> SweepHorizons:
     """What a recipe may know about the other runs. Raises `UserError` if the design has no runs."""
     if not requests:
         raise UserError("the design has no runs: give it sizes and budgets.")
@@ -145,6 +147,7 @@ def sweep_horizons(requests: Sequence[RunRequest], convention: Convention) -> Sw
     return SweepHorizons(
         smallest_budget_tokens=geometric_mean([t for budget, t in by_budget if budget == smallest]),
         longest_tokens=max(tokens),
+        device=device,
     )
 
 
@@ -315,7 +318,9 @@ def _single(settings: SweepSettings, train_tokens: float) -> tuple[PlannedRun, R
     check_corpus(settings)
     shape = model.shape(model.width, depth, settings.data.vocab_size)
     request = RunRequest(shape, train_tokens=float(train_tokens), role="single")
-    spec, remarks = plan_run(settings, request, SweepHorizons(train_tokens, train_tokens))
+    horizons = SweepHorizons(train_tokens, train_tokens, settings.execution.device)
+    spec, remarks = plan_run(settings, request, horizons)
+    remarks = replace(remarks, notes=(*settings.recipe.overview([spec]), *remarks.notes))
     if (excess := excess_epochs(settings, spec)) is not None:
         raise UserError(
             f"train_tokens={spec.train_tokens} is too many for data={settings.data.kind}: {excess}."

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.parametrization import Parametrization
-from scaling_lab.core.spec import OptimizerSpec
+from scaling_lab.core.spec import OptimizerSpec, RunSpec
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class SweepHorizons:
     smallest_budget_tokens: float
     """Geometric mean over the runs of the smallest budget."""
     longest_tokens: float
+    device: str = "cpu"
+    """Where the runs are computed: cpu, cuda or mps."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ class RuleOverrides:
             raise UserError(f"recipe.peak_lr={self.peak_lr!r} must be positive.")
         if self.warmup_fraction is not None and not 0 <= self.warmup_fraction <= 1:
             raise UserError(f"recipe.warmup_fraction={self.warmup_fraction!r} must be in [0, 1].")
+
+    def overview(self, specs: Sequence[RunSpec]) -> tuple[str, ...]:
+        """No notes beyond those of single runs."""
+        return ()
 
     def resolve_batch(self, rule_tokens: float, context: int) -> tuple[int, float | None]:
         """(batch in tokens, the rule's batch before rounding or None if the batch is fixed). Raises `UserError` if a fixed
@@ -81,6 +88,10 @@ class Recipe(Protocol):
     """A frozen dataclass with a `kind`, its short name."""
 
     def decide(self, shape: Any, train_tokens: float, sweep: SweepHorizons) -> Hyperparameters: ...
+
+    def overview(self, specs: Sequence[RunSpec]) -> tuple[str, ...]:
+        """Notes on the plan as a whole."""
+        ...
 
 
 def decide(

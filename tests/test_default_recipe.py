@@ -1,0 +1,151 @@
+"""The default recipe: unchanged where it was measured, published rules where those were fitted, smooth in between."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scaling_lab.core.counts import Convention
+from scaling_lab.core.shapes.gpt import GPTShape
+from scaling_lab.planning.recipes.base import SweepHorizons
+from scaling_lab.planning.recipes.default import (
+    BATCH_FLOOR_OF_CRITICAL,
+    DefaultRecipe,
+    batch_cost,
+    critical_batch_tokens,
+    join_weight,
+)
+from scaling_lab.planning.recipes.step_law import StepLawRecipe
+
+RECIPE = DefaultRecipe()
+
+
+def shape_of(n: float, vocab_size: int = 256, context: int = 64) -> GPTShape:
+    """The shape of the ladder's rule (depth = width / 40, at least 2) nearest in N, widths in steps of 1."""
+
+    def shape(width: int) -> GPTShape:
+        return GPTShape(
+            width=width, depth=max(2, round(width / 40)), heads=1, vocab_size=vocab_size, context=context
+        )
+
+    low, high = 2, 20_000
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if params(shape(2 * (middle // 2) or 2)) < n else (low, middle)
+    return shape(2 * (low // 2) or 2)
+
+
+def params(shape: GPTShape) -> float:
+    return shape.count().n_params(Convention.SIX_N_WITH_HEAD)
+
+
+def decide(shape: GPTShape, tokens: float, device: str = "cpu", recipe: DefaultRecipe = RECIPE):
+    return recipe.decide(shape, tokens, SweepHorizons(tokens, tokens, device))
+
+
+# Within the range where they were measured: by hand, .0075 (64 / width)^.67 and 512 (D / 1e6)^.4.
+@pytest.mark.parametrize(("width", "tokens"), [(12, 1.4e5), (16, 1e6), (64, 6e5), (80, 6.6e6), (92, 2e6)])
+def test_what_was_measured_stays_bit_for_bit(width, tokens):
+    shape = GPTShape(width=width, depth=2, heads=2)
+    chosen = decide(shape, tokens)
+    assert chosen.optimizer.peak_lr == 0.0075 * (64 / width) ** 0.67
+    assert chosen.rule_batch_tokens == 512.0 * (tokens / 1e6) ** 0.4
+    assert (chosen.optimizer.beta2, chosen.optimizer.weight_decay, chosen.warmup_fraction) == (
+        0.95,
+        0.1,
+        0.05,
+    )
+    assert decide(shape, tokens, "cuda") == chosen
+
+
+def test_step_law_where_it_was_fitted():
+    shape, tokens = shape_of(1e9, 32_000, 1024), 2e10
+    ours, theirs = decide(shape, tokens), StepLawRecipe().decide(shape, tokens, SweepHorizons(tokens, tokens))
+    assert join_weight(shape, tokens) == 1
+    assert ours.optimizer.peak_lr == pytest.approx(theirs.optimizer.peak_lr)
+    assert ours.batch_tokens == theirs.batch_tokens
+    # tau = 1.084 (D/N)^-.527 of the run: the decay's timescale in steps over the steps.
+    n = shape.count().n_params(Convention.SIX_N_NON_EMBEDDING)
+    tau = ours.batch_tokens / (ours.optimizer.peak_lr * ours.optimizer.weight_decay * tokens)
+    assert tau == pytest.approx(1.084 * (tokens / n) ** -0.527)
+    # A half-life of 7e6 tokens.
+    half_life_tokens = math.log(0.5) / math.log(ours.optimizer.beta2) * ours.batch_tokens
+    assert half_life_tokens == pytest.approx(7e6)
+    assert ours.warmup_fraction * tokens / ours.batch_tokens == pytest.approx(2000)
+
+
+SIZES = st.floats(4, 9).map(lambda x: 10**x)
+TOKENS = st.floats(5, 11).map(lambda x: 10**x)
+
+
+@settings(max_examples=300, deadline=None)
+@given(SIZES, TOKENS, st.sampled_from([256, 8192]), st.sampled_from(["cpu", "cuda"]))
+def test_neighboring_rungs_are_alike(n, tokens, vocab_size, device):
+    """A rung up in N at one budget, a factor 1.5: batch, LR and warmup (in steps) within 1.5x."""
+    if not 1 <= tokens / n <= 500:
+        return
+    below, above = shape_of(n, vocab_size), shape_of(1.5 * n, vocab_size)
+    spent = params(below) * tokens
+    pair = [(s, spent / params(s)) for s in (below, above)]
+    if pair[1][1] < params(above):
+        return
+    chosen = [decide(s, d, device) for s, d in pair]
+    step = params(above) / params(below)
+    assert chosen[0].rule_batch_tokens / chosen[1].rule_batch_tokens <= max(1.5, step**0.95)
+    ratio = chosen[0].optimizer.peak_lr / chosen[1].optimizer.peak_lr
+    assert 1 / 1.5 <= ratio <= max(1.5, step**1.1)
+    warmup = [c.warmup_fraction * d / c.batch_tokens for c, (_, d) in zip(chosen, pair)]
+    assert max(warmup) / min(warmup) <= max(1.5, step * 1.1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SIZES, TOKENS, st.floats(1.05, 3))
+def test_monotone_in_size_and_horizon(n, tokens, factor):
+    """LR falls with N at a fixed horizon; the batch grows with D and, on a CPU, does not depend on N."""
+    small, large = shape_of(n), shape_of(factor * n)
+    if params(small) * 1.01 >= params(large) or small.depth != large.depth:
+        return
+    assert decide(small, tokens).optimizer.peak_lr > decide(large, tokens).optimizer.peak_lr * (1 - 1e-9)
+    assert RECIPE.rule_batch_tokens(factor * tokens) > RECIPE.rule_batch_tokens(tokens)
+    assert RECIPE.rule_batch_tokens(tokens) == decide(small, tokens).rule_batch_tokens
+
+
+@pytest.mark.parametrize("vocab_size", [256, 8192])
+@pytest.mark.parametrize("budget", np.geomspace(1e12, 1e20, 17))
+def test_along_a_budget_the_lr_is_a_power_law(budget, vocab_size):
+    """Within 10%, over a factor of 16 in N around N = sqrt(C / 120)."""
+    n_opt = math.sqrt(budget / 120)
+    shapes = [shape_of(f * n_opt, vocab_size) for f in np.geomspace(0.25, 4, 9)]
+    points = []
+    for shape in shapes:
+        n = params(shape)
+        points.append((math.log(n), math.log(decide(shape, budget / 6 / n).optimizer.peak_lr)))
+    x, y = np.array(sorted(set(points))).T
+    assert np.abs(np.exp(y - np.polyval(np.polyfit(x, y, 1), x)) - 1).max() < 0.1
+
+
+def test_floor_on_a_gpu():
+    shape, tokens = shape_of(2e7, 8192, 1024), 4e8
+    assert decide(shape, tokens, "cuda").batch_tokens == 65_536
+    assert decide(shape, tokens, "cpu").batch_tokens < 40_000
+    # The LR follows the square root of the batch's ratio, at most a factor of 2.
+    ratio = 65_536 / RECIPE.rule_batch_tokens(tokens)
+    raised = decide(shape, tokens, "cuda").optimizer.peak_lr / decide(shape, tokens, "cpu").optimizer.peak_lr
+    assert raised == pytest.approx(min(2, math.sqrt(ratio)), rel=0.01)
+    # At short horizons an eighth of the critical batch is less.
+    short = decide(shape, 2e7, "cuda").batch_tokens
+    assert short == pytest.approx(BATCH_FLOOR_OF_CRITICAL * critical_batch_tokens(2e7), rel=0.07)
+    assert decide(shape, tokens, "cuda", replace(RECIPE, batch_floor=0)) == decide(shape, tokens, "cpu")
+    assert decide(shape, tokens, "cpu", replace(RECIPE, batch_floor=65_536)).batch_tokens == 65_536
+
+
+def test_cost_of_a_raised_batch_by_hand():
+    """E = E_min (1 + B / B_crit): from B_crit / 9 to B_crit / 4 it is 1.25 / 1.1111 = 1.125."""
+    critical = critical_batch_tokens(1e9)
+    assert critical == pytest.approx(2048 * 0.0471 * 1e9**0.462)
+    assert batch_cost(critical / 4, critical / 9, 1e9) == pytest.approx(0.125)
