@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -237,15 +238,31 @@ def test_recipe_scales_and_can_be_overridden():
     assert recipe.decide(large, 2**2.5 * 1e6, ALONE).batch_tokens == 1024
     fixed = DefaultRecipe(peak_lr=0.003, batch_tokens=640).decide(small, 1e6, ALONE)
     assert (fixed.optimizer.peak_lr, fixed.batch_tokens) == (0.003, 640)
-    assert not recipe.decide(small, 1e6, ALONE).notes
-    # It warns about sizes and horizons more than a factor of 2 outside the measured range.
-    wide = GPTShape(width=1024, depth=12, heads=16)
-    of_size, of_horizon = recipe.decide(wide, 1e9, ALONE).notes
-    assert of_size.startswith("recipe=default was fitted at 6.6e+03 to 3.3e+05 parameters, but this plan has")
-    assert of_horizon.startswith("recipe=default was fitted at 1.4e+05 to 6.6e+06 training tokens per run")
-    assert recipe.decide(wide, 1e6, ALONE).notes == (of_size,)
-    assert recipe.decide(small, 1e9, ALONE).notes == recipe.decide(small, 3e4, ALONE).notes == (of_horizon,)
-    assert not recipe.decide(small, 1.3e7, ALONE).notes
+
+
+def test_recipe_says_where_it_was_not_measured():
+    """Once for a plan: beyond 3.3e5 parameters and 6.6e6 tokens with the published rules' spread, and for very short runs."""
+    inside = max((r.spec for r in make_plan(settings()).runs), key=lambda s: s.n_params())
+    recipe = DefaultRecipe()
+    assert recipe.overview([inside]) == ()
+    wide = replace(
+        inside,
+        shape=GPTShape(width=1024, depth=12, heads=16),
+        batch_tokens=65_536,
+        train_tokens=65_536 * 16_000,
+    )
+    (beyond,) = recipe.overview([inside, wide])
+    assert beyond.startswith("recipe=default: 1 of 2 runs are beyond 3.3e5 parameters and 6.6e6 tokens")
+    assert "published, not measured here" in beyond
+    low, high = (
+        float(x) for x in re.findall(r"published rules give LR ([\d.e-]+) \(\w+\) to ([\d.e-]+)", beyond)[0]
+    )
+    assert 1.5 < high / low < 10
+    short = replace(inside, train_tokens=inside.batch_tokens * 10)
+    (below,) = recipe.overview([inside, short])
+    assert below.startswith(
+        "recipe=default: 1 of 2 runs are below 6.6e+03 parameters or 1.4e+05 training tokens"
+    )
 
 
 @given(st.floats(1, 1e9), st.sampled_from([16, 64, 1024]))

@@ -145,9 +145,20 @@ class DefaultRecipe:
                 f"recipe=default: {len(beyond)} of {len(specs)} runs are beyond 3.3e5 parameters and 6.6e6 tokens: LR and batch "
                 f"are published, not measured here. {_spread(largest)} Check them with design=learning_rate."
             )
+        below = [
+            s
+            for s in specs
+            if s.n_params() < CALIBRATED_PARAMS[0] / 2 or s.train_tokens < CALIBRATED_TOKENS[0] / 2
+        ]
+        if below:
+            notes.append(
+                f"recipe=default: {len(below)} of {len(specs)} runs are below {CALIBRATED_PARAMS[0]:.2g} parameters or "
+                f"{CALIBRATED_TOKENS[0]:.2g} training tokens, where it was not measured: check LR and batch with "
+                "design=learning_rate."
+            )
         raised = [
             (s.batch_tokens, self.rule_batch_tokens(s.train_tokens), s.train_tokens)
-            for s in specs
+            for s in beyond
             if self.batch_tokens is None and s.batch_tokens > 1.3 * self.rule_batch_tokens(s.train_tokens)
         ]
         if raised:
