@@ -132,7 +132,7 @@ class PlanResult:
         """Grid, cost, roundings and notes as the terminal shows them."""
         from scaling_lab.cli.commands.plan import print_plan
 
-        return captured(lambda console: print_plan(console, self.plan), width)
+        return captured(lambda console: print_plan(console, self.plan, {}), width)
 
     def _cost(self) -> str:
         from scaling_lab.core.formatting import human_time

@@ -22,7 +22,8 @@ from scaling_lab.planning.settings import SweepSettings
 
 # Options that do not change which runs a sweep has.
 NOT_OF_THE_PLAN = frozenset(
-    {"sweep", "results_dir", "config_dir", "workers", "tracker", "run_ids", "retry", "study"}
+    {"sweep", "results_dir", "config_dir", "workers", "tracker", "run_ids", "retry", "study", "gpu", "count"}
+    | {"price_per_hour"}
 )
 EXECUTION = frozenset({"device", "compile", "threads", "deterministic", "stack", "memory_gb"})
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from scaling_lab.cli.display.console import Console, fitting_table
 from scaling_lab.cli.options.arguments import Arguments
@@ -13,8 +14,13 @@ from scaling_lab.cli.options.study import SweepOnly, experiment_name, form_of_tr
 from scaling_lab.cli.planning import has_started, settle_plan
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.formatting import human_count, human_time
+from scaling_lab.core.installation import is_installed
 from scaling_lab.core.spec import Plan, source_class
 from scaling_lab.core.storage.store import RunStore
+from scaling_lab.planning.execution import accelerator_is_possible
+
+if TYPE_CHECKING:
+    from scaling_lab.planning.devices import Device
 
 # Maximum rows and maximum remarks of each kind that are printed; plan.json has all of them.
 MAX_ROWS, MAX_REMARKS = 80, 20
@@ -40,7 +46,7 @@ def run(arguments: Arguments) -> int:
         print(store.plan_path.read_text(encoding="utf-8"), end="")
         return 0
     if not console.quiet:
-        print_plan(console, plan, command.tree.get("workers"))
+        print_plan(console, plan, command.tree)
     console.print(f"plan: {store.plan_path}" + ("" if new else " (unchanged)"), highlight=False, markup=False)
     if not new and has_started(store, plan):
         console.say("the sweep has already started: `scaling-lab status` shows its progress.")
@@ -83,24 +89,14 @@ def store_of(line: CommandLine) -> RunStore:
     return RunStore.for_sweep(line.tree["results_dir"], str(line.tree["sweep"]))
 
 
-def print_plan(console: Console, plan: Plan, workers: int | None = None) -> None:
-    """Print the grid, cost, roundings and notes."""
-    from scaling_lab.planning.cost import estimate_disk_bytes, estimate_plan_seconds
+def print_plan(console: Console, plan: Plan, options: Mapping[str, Any]) -> None:
+    """Print the grid, cost, roundings and notes; `options`: the command's `workers`, `gpu`, `count`, `price_per_hour`."""
+    from scaling_lab.planning.cost import estimate_disk_bytes
 
     console.print(grid_table(plan, console.out.width))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = workers or max(1, cores // plan.runs[0].execution.threads)
-    seconds = estimate_plan_seconds(plan.runs, workers)
-    disk = estimate_disk_bytes(plan.runs)
-    device = plan.runs[0].execution.device
-    cost = (
-        f"about {human_time(seconds)} with {workers} workers"
-        if seconds is not None
-        else "the time cannot be estimated"
-    )
     console.print(
-        f"{len(plan.runs)} runs, {plan.total_flops:.3g} FLOPs in total ({plan.convention}); {cost} on {device}, "
-        f"{disk / 1e6:.2g} MB on disk",
+        f"{len(plan.runs)} runs, {plan.total_flops:.3g} FLOPs in total ({plan.convention}); {time_and_money(plan, options)}; "
+        f"{estimate_disk_bytes(plan.runs) / 1e6:.2g} MB on disk",
         markup=False,
     )
     for title, lines in (("rounded", plan.rounding), ("note", plan.notes)):
@@ -110,6 +106,48 @@ def print_plan(console: Console, plan: Plan, workers: int | None = None) -> None
             console.print(
                 f"  {title}: and {len(lines) - MAX_REMARKS:,} more; plan.json has them all", markup=False
             )
+
+
+def time_and_money(plan: Plan, options: Mapping[str, Any]) -> str:
+    """How long the plan takes and what it costs, with where the estimate comes from."""
+    from scaling_lab.planning.cost import estimate_plan_seconds
+    from scaling_lab.planning.devices import gpu_cost
+
+    execution = plan.runs[0].execution
+    if execution.device == "cuda":
+        gpu = chosen_gpu(options.get("gpu"))
+        if gpu is None:
+            return "time on cuda unknown: gpu=NAME (h100, a100, ...) shows it, with price_per_hour=P the cost"
+        count = int(options.get("count") or 1)
+        cost = gpu_cost(plan.runs, gpu, count, options.get("price_per_hour"))
+        if cost is None:
+            lacking = {run.spec.dtype for run in plan.runs if gpu.peak_flops_per_s(run.spec.dtype) is None}
+            return f"{gpu.label} has no {' and no '.join(sorted(lacking))}: plan with dtype=float32"
+        money = "" if cost.price is None else f", cost {cost.price:.3g}"
+        return (
+            f"about {human_time(cost.seconds)} on {count} x {gpu.label} ({cost.gpu_seconds / 3600:.2g} GPU hours{money}; "
+            "from the data sheet and an assumed MFU, not measured)"
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = options.get("workers") or max(1, cores // execution.threads)
+    seconds = estimate_plan_seconds(plan.runs, workers)
+    if seconds is None:
+        return f"time on {execution.device} unknown"
+    return f"about {human_time(seconds)} with {workers} workers on {execution.device}"
+
+
+def chosen_gpu(name: str | None) -> Device | None:
+    """The device of `gpu=NAME`; without a name, or for `auto`, the GPU of this machine; None if there is none known."""
+    from scaling_lab.planning.devices import AUTO, device_of_label, get_device
+
+    if name not in (None, AUTO):
+        return get_device(name)
+    if not (accelerator_is_possible() and is_installed("torch")):
+        return None
+    from scaling_lab.training.engine.devices import cuda_name
+
+    label = cuda_name()
+    return None if label is None else device_of_label(label)
 
 
 def grid_table(plan: Plan, width: int) -> Any:

@@ -25,6 +25,7 @@ from scaling_lab.core.installation import is_installed
 from scaling_lab.core.parametrization import parametrization_class
 from scaling_lab.core.registry import member
 from scaling_lab.core.spec import DTYPES, EvalSpec, schedule_class, shape_class, source_class
+from scaling_lab.planning.devices import AUTO, get_device
 from scaling_lab.planning.execution import accelerator_is_possible
 from scaling_lab.planning.settings import CorpusUse, ExecutionSettings, ModelSettings, SweepSettings
 
@@ -88,6 +89,12 @@ class SweepOnly:
     """Worker processes of the local launcher; default: one per core, or a few per GPU"""
     retry: Literal["failed"] | None = None
     """failed: train failed runs again from their last checkpoint, and diverged runs from scratch"""
+    gpu: str | None = None
+    """GPU to show time and cost for: h100, h200, b200, a100, l40s, rtx4090, rtx3090, t4, or auto for the one here"""
+    count: int = 1
+    """How many of them"""
+    price_per_hour: float | None = None
+    """Price of one GPU for an hour, in any currency"""
     study: str | None = None
     """What the sweep is for: the report begins with what this study finds. No run depends on it"""
 
@@ -98,6 +105,12 @@ class SweepOnly:
             from scaling_lab.analysis.studies import get_study
 
             get_study(self.study)
+        if self.gpu not in (None, AUTO):
+            get_device(self.gpu)
+        if self.count < 1:
+            raise UserError(f"count={self.count} must be at least 1.")
+        if self.price_per_hour is not None and not self.price_per_hour >= 0:
+            raise UserError(f"price_per_hour={self.price_per_hour} must not be negative.")
         if self.workers is not None and self.workers < 1:
             raise UserError(f"workers={self.workers} must be at least 1.")
 

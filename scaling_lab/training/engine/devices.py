@@ -70,6 +70,11 @@ def cuda_memory_gb() -> float | None:
     return float(int(torch.cuda.get_device_properties(0).total_memory // 1e9))
 
 
+def cuda_name() -> str | None:
+    """Name of the first GPU; None without one."""
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
 def device_name(device: torch.device) -> str:
     """Name of the GPU or the processor."""
     if device.type == "cuda":
