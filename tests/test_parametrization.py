@@ -269,16 +269,17 @@ def test_a_matrix_without_a_role_is_an_error():
 
 def test_the_recipes_lr_applies_at_the_base_shape():
     """The recipe's width rule or muP's, never both."""
-    wide, recipe, alone = GPTShape(width=256, depth=8, heads=16), DefaultRecipe(), SweepHorizons(1e6, 1e6)
-    standard = decide(recipe, STANDARD, wide, 1e6, alone)
-    assert standard == recipe.decide(wide, 1e6, alone)
+    # A horizon so short that the recipe's own rules hold at this size.
+    wide, recipe, alone = GPTShape(width=256, depth=8, heads=16), DefaultRecipe(), SweepHorizons(1e5, 1e5)
+    standard = decide(recipe, STANDARD, wide, 1e5, alone)
+    assert standard == recipe.decide(wide, 1e5, alone)
     assert standard.optimizer.peak_lr == pytest.approx(0.0075 / 4**0.67)
-    mup = decide(recipe, MuP(), wide, 1e6, alone)
+    mup = decide(recipe, MuP(), wide, 1e5, alone)
     assert mup.optimizer.peak_lr == pytest.approx(0.0075)
     assert mup.batch_tokens == standard.batch_tokens
     # A quarter of it for the hidden matrices, at four times the base width.
     assert MuP().factors(Role.HIDDEN, wide).lr == 1 / 4
-    assert decide(recipe, MuP(base_width=128), wide, 1e6, alone).optimizer.peak_lr == pytest.approx(
+    assert decide(recipe, MuP(base_width=128), wide, 1e5, alone).optimizer.peak_lr == pytest.approx(
         0.0075 / 2**0.67
     )
 

@@ -71,7 +71,10 @@ def test_a_sweep_trains_its_plan_once_and_resumes_from_disk(capsys):
 
     assert main(["sweep", "sweep=s", *TINY, BASIC, "recipe.weight_decay=0.2"]) == 2
     error = capsys.readouterr().err
-    assert "recipe.weight_decay (on disk 0.1, now 0.2)" in error
+    assert (
+        "Differences: recipe.weight_decay (on disk null, now 0.2). Give the new plan its own name (sweep=s-2)"
+        in error
+    )
     assert "scaling-lab sweep sweep=s" in error
     assert written("s") == after
 

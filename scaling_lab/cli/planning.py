@@ -1,7 +1,8 @@
 """The plan of a sweep, made from one or several composed trees and compared with the plan on disk.
 
-Once a run of a plan has started, the plan never changes: different options are refused, by name. Until then `plan` may
-replace it.
+Only the options that the user gives are compared, never defaults or rules, which may have changed since: a sweep that an
+earlier version planned continues as planned. Once a run of a plan has started, the plan never changes: different options are
+refused, by name. Until then `plan` may replace it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 from scaling_lab.cli.options.study import SweepOnly, sweep_settings
@@ -79,6 +81,11 @@ class Settled:
     """Whether it was just written."""
     replaced: tuple[str, ...] = ()
     """How it differs from the plan that it replaced."""
+    rules_changed: bool = False
+    """Whether the same options would give other runs today, since an earlier version planned it."""
+
+
+RULES_CHANGED = "planned by an earlier version and continues as planned; a new sweep with these options would be planned differently."
 
 
 def settle_plan(
@@ -95,69 +102,112 @@ def settle_plan(
         replace_unstarted: whether another plan may replace one of which no run has started.
 
     Raises:
-        UserError: there is no plan, or the plan on disk is a different one.
+        UserError: there is no plan, or an option that the user gave has another value in the plan on disk.
     """
     if not defines_plan(given):
         return Settled(store.read_plan())
+    recorded = tuple(sorted(key for key in given if key.partition(".")[0] not in NOT_OF_THE_PLAN))
     if not store.plan_path.exists():
-        plan = make_merged_plan(trees)
+        plan = replace(make_merged_plan(trees), given=recorded)
         if store.create_plan(plan):
             return Settled(plan, new=True)
         # Another command wrote a plan first: it is compared like any other.
     old = store.read_plan()
     # The plan on disk decides the execution, on any machine, unless the user gave options of it.
     free = not EXECUTION & set(given)
-    new = make_merged_plan(trees, device=old.runs[0].execution.device if free and old.runs else None)
-    different = differences(old, new, ignore_execution=free)
-    if not different:
-        return Settled(old)
+    device = old.runs[0].execution.device if free and old.runs else None
+    different = given_differences(old, trees, given, device)
     started = has_started(store, old)
     if replace_unstarted and not started:
-        store.write_plan(new)
-        return Settled(new, new=True, replaced=tuple(different))
-    name = store.folder.name
-    what = "has started with another plan" if started else "has another plan"
-    or_replace = (
-        "" if started else ", or replace it (no run has started) with `scaling-lab plan` and these options"
-    )
-    raise UserError(
-        f"sweep={name!r} {what}. Differences: {'; '.join(different)}. Give the new plan its own name (sweep=NAME), "
-        f"or continue the old one: scaling-lab sweep sweep={name}{or_replace}."
-    )
+        no_longer = [f"{key} (no longer given)" for key in old.given or () if key not in recorded]
+        if different or no_longer:
+            store.write_plan(replace(make_merged_plan(trees, device=device), given=recorded))
+            return Settled(store.read_plan(), new=True, replaced=(*different, *no_longer))
+    elif different:
+        name = store.folder.name
+        what = "has started with another plan" if started else "has another plan"
+        or_replace = (
+            ""
+            if started
+            else ", or replace it (no run has started) with `scaling-lab plan` and these options"
+        )
+        raise UserError(
+            f"sweep={name!r} {what}. Differences: {'; '.join(different)}. Give the new plan its own name "
+            f"(sweep={free_name(store)}), or continue the old one: scaling-lab sweep sweep={name}{or_replace}."
+        )
+    return Settled(old, rules_changed=not same_runs(old, trees, device, ignore_execution=free))
+
+
+def free_name(store: RunStore) -> str:
+    """The first of NAME-2, NAME-3, ... that is not a sweep yet."""
+    taken = set(store.other_sweeps())
+    return next(n for k in count(2) if (n := f"{store.folder.name}-{k}") not in taken)
+
+
+def given_differences(
+    old: Plan, trees: Sequence[Mapping[str, Any]], given: Collection[str], device: str | None
+) -> list[str]:
+    """`option (on disk x, now y)` for each option that the user gave and that has another value in the plan on disk.
+
+    A group's choice (`recipe=kaplan`) is compared by its kind, an experiment by the kinds of all its groups.
+    """
+    found = []
+    if old.runs and (now := old.runs[0].spec.data.fingerprint()) != old.data_fingerprint:
+        found.append(f"the content of data (on disk {old.data_fingerprint[:12]}, now {now[:12]})")
+    before = _option_values([*old.settings.get("combinations", [old.settings])])
+    after = _option_values([to_dict(sweep_settings(tree, (SweepOnly,), device=device)) for tree in trees])
+    described = []
+    for path in sorted(before.keys() | after.keys()):
+        if _was_given(path, given) and before.get(path) != after.get(path):
+            described.append(
+                f"{_option(path)} (on disk {_shown(before.get(path))}, now {_shown(after.get(path))})"
+            )
+    several = "combinations" in old.settings or len(trees) > 1
+    if not described and several and not _same_combinations(old, trees, given, device):
+        described.append("which of the options' values go together")
+    return described + found
+
+
+def _was_given(path: str, given: Collection[str]) -> bool:
+    """Whether one of the user's keys sets this settings path."""
+    option = _option(path)
+    if path.endswith(".kind"):
+        return option in given or ("experiment" in given and option.count(".") == 0)
+    return option in given or any(option.startswith(f"{key}.") for key in given if "." in key)
+
+
+def _same_combinations(
+    old: Plan, trees: Sequence[Mapping[str, Any]], given: Collection[str], device: str | None
+) -> bool:
+    """Whether the values of the given options occur together in the same combinations."""
+
+    def combinations(settings: Iterable[Any]) -> set[str]:
+        return {
+            json.dumps(
+                {k: v for k, v in _flat(to_dict(each)).items() if _was_given(k, given)}, sort_keys=True
+            )
+            for each in settings
+        }
+
+    now = [to_dict(sweep_settings(tree, (SweepOnly,), device=device)) for tree in trees]
+    return combinations(old.settings.get("combinations", [old.settings])) == combinations(now)
+
+
+def same_runs(
+    old: Plan, trees: Sequence[Mapping[str, Any]], device: str | None, *, ignore_execution: bool
+) -> bool:
+    """Whether these options give the plan's runs under today's rules."""
+    try:
+        new = make_merged_plan(trees, device=device)
+    except UserError:
+        return False
+    before, after = ({r.run_id: r.execution for r in plan.runs} for plan in (old, new))
+    return before.keys() == after.keys() and (ignore_execution or before == after)
 
 
 def has_started(store: RunStore, plan: Plan) -> bool:
     """Whether any run of the plan was ever started."""
     return any(state.state != "planned" for state in store.states(plan))
-
-
-def differences(old: Plan, new: Plan, *, ignore_execution: bool) -> list[str]:
-    """`option (on disk x, now y)` for each option in which two plans differ; empty if their runs, their execution and
-    their data are the same, whatever other options say."""
-    same_runs = {r.run_id: r.execution for r in old.runs}, {r.run_id: r.execution for r in new.runs}
-    found = []
-    if old.data_fingerprint != new.data_fingerprint:
-        found.append(
-            f"the content of data (on disk {old.data_fingerprint[:12]}, now {new.data_fingerprint[:12]})"
-        )
-    if same_runs[0].keys() == same_runs[1].keys() and (ignore_execution or same_runs[0] == same_runs[1]):
-        return found
-    before, after = _option_values(old), _option_values(new)
-    changed = []
-    for key in sorted(before.keys() | after.keys()):
-        if ignore_execution and ".execution." in f".{key}.":
-            continue
-        if before.get(key) != after.get(key):
-            changed.append(
-                f"{_option(key)} (on disk {_shown(before.get(key))}, now {_shown(after.get(key))})"
-            )
-    if not changed and old.settings != new.settings:
-        changed.append("how the options' values are combined")
-    if not changed:
-        changed.append(
-            "the runs that the same options give (the plan is from another version of scaling-lab)"
-        )
-    return changed + found
 
 
 def pending(store: RunStore, plan: Plan) -> list[str]:
@@ -170,10 +220,10 @@ def _once(lines: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(lines))
 
 
-def _option_values(plan: Plan) -> dict[str, list[str]]:
-    """Settings path of each option of a plan -> its values (as JSON) in all combinations."""
+def _option_values(combinations: Iterable[Any]) -> dict[str, list[str]]:
+    """Every option by its settings path, with each value (as JSON) that it has in some combination."""
     found: dict[str, list[str]] = {}
-    for settings in plan.settings.get("combinations", [plan.settings]):
+    for settings in combinations:
         for key, value in _flat(to_dict(settings)).items():
             values = found.setdefault(key, [])
             text = json.dumps(value)

@@ -332,6 +332,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     """The options that the plan was made from, for readers of plan.json."""
+    given: tuple[str, ...] | None = None
+    """Keys of the options that the user gave, the others are defaults of that day; None: by a version that did not record it."""
     schema_version: int = SPEC_SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -378,5 +380,6 @@ class Plan:
             rounding=tuple(data["rounding"]),
             notes=tuple(data["notes"]),
             settings=data.get("settings", {}),
+            given=None if data.get("given") is None else tuple(data["given"]),
             schema_version=data["schema_version"],
         )

@@ -11,7 +11,7 @@ from scaling_lab.cli.options.arguments import Arguments
 from scaling_lab.cli.options.compose import CommandLine, read_command
 from scaling_lab.cli.options.forms import Form
 from scaling_lab.cli.options.study import SweepOnly, experiment_name, form_of_tree, study_form
-from scaling_lab.cli.planning import has_started, settle_plan
+from scaling_lab.cli.planning import RULES_CHANGED, has_started, settle_plan
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.formatting import human_count, human_time
 from scaling_lab.core.installation import is_installed
@@ -37,6 +37,8 @@ def run(arguments: Arguments) -> int:
     trees = [c.tree for c in command.combinations]
     settled = settle_plan(store, trees, command.given, replace_unstarted=True)
     plan, new = settled.plan, settled.new
+    if settled.rules_changed:
+        console.say(f"sweep {plan.sweep} was {RULES_CHANGED}")
     if settled.replaced:
         console.warn(
             f"replaced the previous plan in {store.plan_path}, of which no run had started. Differences: "

@@ -16,7 +16,7 @@ from scaling_lab.cli.options.configs import config_folders
 from scaling_lab.cli.options.forms import Form
 from scaling_lab.cli.options.hydra_config import composed_for_launch, group_overrides
 from scaling_lab.cli.options.study import SweepOnly, study_form, sweep_settings, tracker_options
-from scaling_lab.cli.planning import defines_plan, pending, settle_plan
+from scaling_lab.cli.planning import RULES_CHANGED, defines_plan, pending, settle_plan
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.installation import require
 from scaling_lab.core.reporter import Reporter
@@ -129,6 +129,8 @@ def settled_plan(line: CommandLine, store: RunStore, reporter: Reporter) -> Plan
     """The plan on disk, or a new one, which is then written; with `retry`, its failed runs are reopened."""
     settled = settle_plan(store, [combination.tree for combination in line.combinations], line.given)
     plan = settled.plan
+    if settled.rules_changed:
+        reporter.say(f"sweep {plan.sweep} was {RULES_CHANGED}")
     if settled.new:
         reporter.say(f"planned {len(plan.runs)} runs, {plan.total_flops:.3g} FLOPs: {store.plan_path}")
         for note in plan.notes:
