@@ -44,7 +44,10 @@ def plan(experiment: str | None = None, **options: Any) -> PlanResult:
     command = read_study(arguments("plan", {**chosen, **options}), "plan", launches=False)
     trees = [combination.tree for combination in command.combinations]
     store = store_of(command)
-    made = make_merged_plan(trees) if defines_plan(command.given) else store.read_plan()
+    if defines_plan(command.given):
+        made = make_merged_plan(trees, given=command.given)
+    else:
+        made = store.read_plan()
     return PlanResult(made, store, trees, command.given)
 
 

@@ -32,16 +32,23 @@ EXECUTION = frozenset({"device", "compile", "threads", "deterministic", "stack",
 
 def defines_plan(given: Collection[str]) -> bool:
     """Whether any of the given keys changes which runs a sweep has."""
-    return any(key.partition(".")[0] not in NOT_OF_THE_PLAN for key in given)
+    return bool(plan_keys(given))
 
 
-def make_merged_plan(trees: Sequence[Mapping[str, Any]], device: str | None = None) -> Plan:
+def plan_keys(given: Collection[str]) -> tuple[str, ...]:
+    """The keys among `given` that say which runs there are, sorted."""
+    return tuple(sorted(key for key in given if key.partition(".")[0] not in NOT_OF_THE_PLAN))
+
+
+def make_merged_plan(
+    trees: Sequence[Mapping[str, Any]], device: str | None = None, given: Collection[str] = ()
+) -> Plan:
     """One plan of the runs of every tree (one tree per combination of a multirun), without duplicates."""
     settings = [sweep_settings(tree, (SweepOnly,), device=device) for tree in trees]
     names = sorted({s.sweep for s in settings})
     if len(names) > 1:
         raise UserError(f"sweep={','.join(names)}: one command plans one sweep; give `sweep` one name.")
-    plans = [make_plan(s) for s in settings]
+    plans = [replace(make_plan(s), given=plan_keys(given)) for s in settings]
     if len(plans) == 1:
         return plans[0]
     if len({plan.data_fingerprint for plan in plans}) > 1:
@@ -106,9 +113,9 @@ def settle_plan(
     """
     if not defines_plan(given):
         return Settled(store.read_plan())
-    recorded = tuple(sorted(key for key in given if key.partition(".")[0] not in NOT_OF_THE_PLAN))
+    recorded = plan_keys(given)
     if not store.plan_path.exists():
-        plan = replace(make_merged_plan(trees), given=recorded)
+        plan = make_merged_plan(trees, given=given)
         if store.create_plan(plan):
             return Settled(plan, new=True)
         # Another command wrote a plan first: it is compared like any other.
@@ -121,7 +128,7 @@ def settle_plan(
     if replace_unstarted and not started:
         no_longer = [f"{key} (no longer given)" for key in old.given or () if key not in recorded]
         if different or no_longer:
-            store.write_plan(replace(make_merged_plan(trees, device=device), given=recorded))
+            store.write_plan(make_merged_plan(trees, device=device, given=given))
             return Settled(store.read_plan(), new=True, replaced=(*different, *no_longer))
     elif different:
         name = store.folder.name
