@@ -379,9 +379,9 @@ def test_analyze_with_a_learning_rate_sweep(tmp_path, monkeypatch, capsys, recor
     for argv, said in (
         (
             ["sweep=base-lr", "study=tuning"],
-            "study=tuning: its data are not here. It needs a learning-rate sweep",
+            "study=tuning: its data are missing. It needs a learning-rate sweep",
         ),
-        (["sweep=base-lr", "metrics=[loss]", "study=skills"], "study=skills: its data are not here"),
+        (["sweep=base-lr", "metrics=[loss]", "study=skills"], "study=skills: its data are missing"),
         (["sweep=base", "tuning=nothing"], "tuning='nothing' has no finished runs"),
         (["runs=x.csv", "tuning=base-lr"], "is for a sweep"),
     ):
@@ -390,7 +390,7 @@ def test_analyze_with_a_learning_rate_sweep(tmp_path, monkeypatch, capsys, recor
     # A learning-rate sweep alone has no law; its best rates are a finding.
     assert main(["analyze", "sweep=base-lr"]) == 0
     shown = capsys.readouterr()
-    assert "holds only runs of a learning-rate sweep" in shown.err
+    assert "contains only runs of a learning-rate sweep" in shown.err
     assert "tuning=tuned" in shown.err
     assert "Transfer of the best learning rate" in shown.out
     alone = json.loads(Path("results/base-lr/report/analysis.json").read_text())
