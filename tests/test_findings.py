@@ -284,7 +284,7 @@ def test_one_study_alone_or_none(records: SweepRecords) -> None:
     with pytest.raises(UserError, match=r"study='tunning' is not known. Did you mean 'tuning'\? Choices: "):
         analyze(observations, replace(quick, study="tunning"), records)
     with pytest.raises(
-        UserError, match="study=lr_transfer: its data are not here. It needs a sweep of design"
+        UserError, match="study=lr_transfer: its data are missing. It needs a sweep of design"
     ):
         analyze(observations, replace(quick, study="lr_transfer"), records)
 
@@ -442,9 +442,9 @@ def test_a_study_that_fails_is_a_finding_and_takes_nothing_with_it(
     monkeypatch.delenv(STRICT_VARIABLE)
     (found,) = (f for f in find_in_records(many) if f.status is FindingStatus.FAILED)
     assert (found.name, found.status) == ("toy_count", FindingStatus.FAILED)
-    assert "RuntimeError: too many for a toy. This is a bug of scaling-lab" in str(found.reason)
+    assert "RuntimeError: too many for a toy. This is a bug in scaling-lab" in str(found.reason)
     assert found.question == "How many runs are there?"
     with pytest.raises(
-        UserError, match="study=toy_count: its data are not here. It needs a hundred runs or one"
+        UserError, match="study=toy_count: its data are missing. It needs a hundred runs or one"
     ):
         find_in_records(SweepRecords(), AnalysisSettings(study="toy_count"))

@@ -88,7 +88,7 @@ class ApproachResult:
 
     @property
     def profile_intervals(self) -> Mapping[str, Any]:
-        """Profile-likelihood intervals of the parameters, beside the bootstrap's (parametric only)."""
+        """Profile-likelihood intervals of the parameters, next to the bootstrap's (parametric only)."""
         profile = self._document.get("profile")
         found = {} if profile is None else profile["intervals"]
         return {name: interval_of(ends) for name, ends in found.items()}

@@ -1,4 +1,4 @@
-"""The figures of an analysis on matplotlib axes: those of the report, to be put beside figures of one's own."""
+"""The figures of an analysis on matplotlib axes: those of the report, to be combined with your own."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Plots:
         return axes
 
     def sensitivity(self, ax: Axes | None = None) -> Axes:
-        """The exponent a under every other choice that was tried, beside the analysis's own."""
+        """The exponent a under every other choice that was tried, next to the analysis's own."""
         from scaling_lab.reporting.figure_list import forest_rows
         from scaling_lab.reporting.figures_checks import forest_height, sensitivity_forest
 

@@ -1,4 +1,4 @@
-"""`reproduce`: published results from published data, beside what the papers print."""
+"""`reproduce`: published results from published data, next to what the papers print."""
 
 from __future__ import annotations
 

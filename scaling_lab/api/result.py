@@ -271,7 +271,7 @@ class AnalysisResult:
 
 @dataclass(frozen=True)
 class LiveReport:
-    """What a report of a sweep shows beside its analysis."""
+    """What a report of a sweep shows besides its analysis."""
 
     options: ReportOptions
     records: Sequence[RunRecord]

@@ -96,7 +96,7 @@ def _finish(
         _log.error("the figure %s could not be drawn", name, exc_info=error)
         what = " ".join(f"{type(error).__name__}: {error}".split())
         return NotDrawn(
-            name, title, f"Drawing it failed ({what}). This is a bug of scaling-lab; please report it."
+            name, title, f"Drawing it failed ({what}). This is a bug in scaling-lab; please report it."
         )
 
 

@@ -243,7 +243,7 @@ def spread(
 def margin_labels(
     ax: Axes, entries: Sequence[tuple[float, str, Any]], *, size: float = 8.5, gap: float | None = None
 ) -> None:
-    """Names beside the right edge of the axes, each at the height (data units) of its line there, pushed apart.
+    """Names next to the right edge of the axes, each at the height (data units) of its line there, pushed apart.
 
     Args:
         entries: (y in data units, text, color).

@@ -52,7 +52,7 @@ class TextTable:
 
 
 def exponents(document: Document) -> TextTable:
-    """Ours beside Kaplan's and Chinchilla's."""
+    """Ours next to Kaplan's and Chinchilla's."""
     rows, how = [], []
     for estimate in document["estimates"]:
         ok = estimate["status"] == FitStatus.CONVERGED
@@ -235,7 +235,7 @@ def finding_tables(finding: Finding) -> list[tuple[str, TextTable]]:
 
 
 def quantities(finding: Finding) -> TextTable:
-    """The numbers of the answer, beside what papers give for the same."""
+    """The numbers of the answer, next to the published ones."""
     level = "" if finding.level is None else f", {finding.level:.0%}"
     published = any(q.published for q in finding.quantities)
     rows = [

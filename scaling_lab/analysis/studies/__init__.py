@@ -61,7 +61,7 @@ def find_all(given: StudyInput) -> tuple[Finding, ...]:
     study = get_study(wanted)
     finding = _find(wanted, given)
     if finding is None:
-        raise UserError(f"study={wanted}: its data are not here. It needs {study.NEEDS}.")
+        raise UserError(f"study={wanted}: its data are missing. It needs {study.NEEDS}.")
     return (finding,)
 
 
@@ -85,5 +85,5 @@ def _find(name: str, given: StudyInput) -> Finding | None:
             question=study.QUESTION,
             answer="The study could not be completed.",
             status=FindingStatus.FAILED,
-            reason=f"{what}. This is a bug of scaling-lab; please report it.",
+            reason=f"{what}. This is a bug in scaling-lab; please report it.",
         )

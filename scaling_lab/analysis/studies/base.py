@@ -48,7 +48,7 @@ class StudyInput:
 
     settings: AnalysisSettings
     records: SweepRecords = field(default_factory=SweepRecords)
-    """Run records of the sweep, with their curves; none for a table."""
+    """Run records of the sweep, of any status, with their curves; none for a table."""
     laws: LawAnalysis | None = None
     """None where no law can be fitted to the records (`records` alone are there)."""
 

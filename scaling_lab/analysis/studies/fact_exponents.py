@@ -1,4 +1,4 @@
-"""Study: trained models' exponents in D beside those that the frequencies of facts predict (`data=zipf_facts`).
+"""Study: trained models' exponents in D next to those that the frequencies of facts predict (`data=zipf_facts`).
 
 What a model does not know after D statements is taken to be what a reader would not have seen after D / tau: tau, how often
 a fact must be stated on average to be known, is the one number that is fitted. The share unknown then has a local exponent,

@@ -1,4 +1,4 @@
-"""Study: the true irreducible loss of a corpus of known entropy beside the fitted one, and the reducible loss itself.
+"""Study: the true irreducible loss of a corpus of known entropy next to the fitted one, and the reducible loss itself.
 
 The floor is the mean true -ln p of the very validation windows, so L - floor is measured and not fitted. Where it is a
 straight line on log axes, the loss is a power law of compute; how straight it is, is measured too.

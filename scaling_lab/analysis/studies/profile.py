@@ -1,4 +1,4 @@
-"""Study: profile-likelihood intervals of the fitted law, beside the bootstrap's."""
+"""Study: profile-likelihood intervals of the fitted law, next to the bootstrap's."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def find(given: StudyInput) -> Finding | None:
 
 
 def as_finding(traced: Profile, estimate: Estimate, band: Band) -> Finding:
-    """The traced intervals beside those of the bootstrap."""
+    """The traced intervals next to those of the bootstrap."""
     found = _values(estimate)
     quantities = tuple(
         KeyQuantity(name, found.get(name), (ends.lo, ends.hi), form="sig4")

@@ -125,7 +125,7 @@ def write_sweep_report(
         # A sweep that was made for a study, which answers, need not have a law.
         (console.warn if named is None else console.note)(f"no scaling law: {result.problem}")
     if study is not None and named is None:
-        console.warn(f"study={study}: its data are not here. It needs {get_study(study).NEEDS}.")
+        console.warn(f"study={study}: its data are missing. It needs {get_study(study).NEEDS}.")
     options = ReportOptions(
         command=command,
         plan=plan,

@@ -98,7 +98,7 @@ def dropped_reasons(dropped: Sequence[Dropped], most: int = 3) -> str:
 
 
 def exponents_table(analysis: Analysis) -> Table:
-    """One row for each approach: N_opt = k C^a, D_opt = k C^b, beside what was published."""
+    """One row for each approach: N_opt = k C^a, D_opt = k C^b, next to the published ones."""
     level = f"{analysis.bands[0].level:.0%}" if analysis.bands else ""
     table = Table(title="compute-optimal exponents", title_justify="left")
     for name in (

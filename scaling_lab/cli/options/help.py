@@ -75,7 +75,8 @@ def command_help(command: Command, arguments: Arguments) -> str:
             lines += _entry(name, option.meaning, _kind(option), width)
         lines.append("")
     for prefix, meaning in form.free.items():
-        lines += _entry(f"{prefix}COLUMN=...", meaning, "", width)
+        name = "OPTION" if prefix.endswith("_options.") else "COLUMN"
+        lines += _entry(f"{prefix}{name}=...", meaning, "", width)
     if form.free:
         lines.append("")
     lines.append("Flags:")

@@ -1,6 +1,6 @@
-"""Owns what a whole sweep has on W&B: its ledger as one artifact, one `analysis` run with the report, and what is missing.
+"""A whole sweep on W&B: its ledger as one artifact, one `analysis` run with the report, and what is missing.
 
-Everything is read from the sweep's folder. Nothing here fails a command: what W&B does not take is a warning.
+Everything is read from the sweep's folder. Nothing here fails a command: what W&B does not accept becomes a warning.
 """
 
 from __future__ import annotations
