@@ -394,7 +394,7 @@ def test_upload_without_a_login_or_a_server_is_one_clear_error(sweep, server, ca
     assert main(["upload-wandb", "sweep=sweep"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: W&B at http://127.0.0.1")
-    assert "the same command goes on" in error
+    assert "the same command continues" in error
     monkeypatch.delenv("WANDB_API_KEY")
     assert main(["upload-wandb", "sweep=sweep"]) == 2
     assert "run `wandb login`" in capsys.readouterr().err
@@ -435,7 +435,7 @@ def test_the_end_of_a_sweep_names_the_command_that_uploads_it(sweep, capsys, mon
     assert main(["sweep", "sweep=sweep", "tracker=wandb", "tracker.mode=offline"]) == 0
     lines = capsys.readouterr().out.splitlines()
     said = [line for line in lines if line.startswith("W&B: ")]
-    assert said[-1].endswith("to upload them all: scaling-lab upload-wandb sweep=sweep")
+    assert said[-1].endswith("to upload all of them: scaling-lab upload-wandb sweep=sweep")
 
 
 def test_the_workspace_shows_loss_against_flops_and_groups_by_budget(sweep, server, capsys):  # noqa: F811
@@ -472,9 +472,9 @@ def test_the_end_of_a_sweep_checks_what_is_missing(sweep, server, capsys):  # no
     report_unsynced_runs(sweep, Console())
     said = capsys.readouterr().err
     assert (
-        "1 runs are not whole on W&B: the local records are complete; scaling-lab upload-wandb sweep=sweep"
+        "1 run is missing or incomplete on W&B. The local records are complete; scaling-lab upload-wandb sweep=sweep"
         in said
     )
     wandb_client.remember_failure(TimeoutError("no answer"))
     report_unsynced_runs(sweep, Console())
-    assert "W&B could not be asked" in capsys.readouterr().err
+    assert "W&B did not list its runs" in capsys.readouterr().err

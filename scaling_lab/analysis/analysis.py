@@ -24,7 +24,7 @@ from scaling_lab.analysis.data.observations import AS_GIVEN, Observations, from_
 from scaling_lab.analysis.data.record_observations import observations_from_records
 from scaling_lab.analysis.data.sweep_records import SweepRecords
 from scaling_lab.analysis.data.tables import read_table
-from scaling_lab.analysis.estimate import Array, Estimate, FitStatus
+from scaling_lab.analysis.estimate import Array, Estimate
 from scaling_lab.analysis.finding import Finding
 from scaling_lab.analysis.inference.agreement import Agreement, compare_approaches, explain_disagreement
 from scaling_lab.analysis.inference.bands import Band
@@ -244,13 +244,6 @@ def require_result(result: SweepResult, records: SweepRecords, settings: Analysi
     """
     if result.analysis is None and (not result.findings or (records.law and settings.study is None)):
         raise UserError(str(result.problem))
-
-
-def anything_estimated(analysis: Analysis) -> bool:
-    """Whether at least one approach gave a frontier or an identified fit."""
-    return any(
-        e.status not in (FitStatus.NOT_APPLICABLE, FitStatus.NOT_IDENTIFIED) for e in analysis.estimates
-    )
 
 
 def _with_bias(

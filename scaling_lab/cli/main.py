@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 from scaling_lab.cli.options.arguments import Arguments, parse
 from scaling_lab.cli.table import COMMANDS
-from scaling_lab.core.errors import DiskError, Preempted, UserError, unknown
+from scaling_lab.core.errors import EXIT_REQUEUE, DiskError, Preempted, UserError, unknown
 
 EXIT_OK, EXIT_RUNS_FAILED, EXIT_USER, EXIT_BUG, EXIT_DISK = 0, 1, 2, 70, 74
-EXIT_PREEMPTED, EXIT_INTERRUPTED = 75, 130
+EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,7 +119,7 @@ def _interrupted(arguments: Arguments | None, error: KeyboardInterrupt) -> int:
     if not hint and arguments is not None and arguments.command:
         hint = "finished work is kept; run the same command again to resume."
     _say(f"interrupted: {hint}" if hint else "interrupted.")
-    return EXIT_PREEMPTED if isinstance(error, Preempted) else EXIT_INTERRUPTED
+    return EXIT_REQUEUE if isinstance(error, Preempted) else EXIT_INTERRUPTED
 
 
 def _os_message(error: OSError) -> str:

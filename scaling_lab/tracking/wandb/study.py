@@ -1,6 +1,6 @@
-"""A whole sweep on W&B: its ledger as one artifact, one `analysis` run with the report, and what is missing.
+"""A whole sweep on W&B: its ledger as one artifact, one `analysis` run with the report, and uploads of what is missing.
 
-Everything is read from the sweep's folder. Nothing here fails a command: what W&B does not accept becomes a warning.
+Everything is read from the sweep's folder. Apart from `upload` and `upload_study`, errors of W&B are warnings.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from scaling_lab.tracking.sink.wandb_client import (
 if TYPE_CHECKING:
     from scaling_lab.analysis.finding import Finding
 
-# Of a run's folder what the ledger is: no checkpoints, no claims.
+# Files of a run that belong to the ledger: no checkpoints, no claims.
 LEDGER_FILES = ("spec.json", "record.json", "curve.jsonl")
 LINE_EVERY_S = 5.0
 API_TIMEOUT_S = 30
-# Nothing else waits for an upload that was asked for.
+# An upload that the user asked for may take long.
 UPLOAD_TIMEOUT_S = 600.0
 
 
@@ -56,7 +56,7 @@ def is_mirrored(store: RunStore) -> bool:
 
 
 def mirror_study(store: RunStore, reporter: Reporter, report_folder: Path | None = None) -> None:
-    """After a command that analysed a sweep: its ledger and its report to where its runs were mirrored, if they were."""
+    """Upload ledger and report after an analysis, if the sweep's runs were mirrored to W&B."""
     target = Target.load(wandb_folder(store.folder))
     if target is None:
         return
@@ -71,20 +71,24 @@ def mirror_study(store: RunStore, reporter: Reporter, report_folder: Path | None
         if isinstance(error, KeyboardInterrupt):
             raise
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        reporter.warn(f"the analysis is not on W&B ({problem}); {upload_command(store)} uploads it later.")
+        reporter.warn(
+            f"the analysis could not be uploaded to W&B ({problem}); {upload_command(store)} uploads it later."
+        )
         return
     if mode == "online" and address:
         reporter.say(f"W&B: {address}")
 
 
 def report_unsynced_runs(store: RunStore, reporter: Reporter) -> None:
-    """The end of a command that trained: the one command that uploads what W&B does not have yet."""
+    """After training: name the command that uploads what W&B does not have yet."""
     target = Target.load(wandb_folder(store.folder))
     if target is None:
         return
     waiting = len(offline_folders(wandb_folder(store.folder)))
     if waiting:
-        reporter.say(f"W&B: {waiting} runs were written offline; to upload them all: {upload_command(store)}")
+        reporter.say(
+            f"W&B: {waiting} runs were written offline; to upload all of them: {upload_command(store)}"
+        )
         return
     if wandb_mode(target.mode) != "online" or not wandb_client.logged_in():
         return
@@ -96,20 +100,17 @@ def report_unsynced_runs(store: RunStore, reporter: Reporter) -> None:
         records, _ = store.load_records(curve=False)
         missing = sum(not _is_there(there, record) for record in records)
     except Exception as error:
-        reporter.note(f"W&B was not asked what it has ({type(error).__name__}: {error})")
+        reporter.note(f"W&B did not list its runs ({type(error).__name__}: {error})")
     if missing or missing is None:
-        which = (
-            "W&B could not be asked what it has"
-            if missing is None
-            else f"{missing} runs are not whole on W&B"
-        )
+        runs = "1 run is" if missing == 1 else f"{missing} runs are"
+        which = "W&B did not list its runs" if missing is None else f"{runs} missing or incomplete on W&B"
         reporter.warn(
-            f"{which}: the local records are complete; {upload_command(store)} brings up what is missing."
+            f"{which}. The local records are complete; {upload_command(store)} uploads what is missing."
         )
 
 
 def upload_command(store: RunStore) -> str:
-    """What the user types to upload a sweep."""
+    """The command that uploads a sweep."""
     import shlex
 
     results = str(store.folder.parent)
@@ -120,7 +121,7 @@ def upload_command(store: RunStore) -> str:
 def publish_study(
     store: RunStore, target: Target, mode: str, report_folder: Path, finish_timeout_s: float | None = None
 ) -> str | None:
-    """Log the ledger and the report; returns the run's address where there is one. Raises what wandb raises."""
+    """Log the ledger and the report; returns the run's address if it has one. Raises wandb's errors."""
     import wandb
 
     from scaling_lab.analysis.analysis_json import findings_of
@@ -153,8 +154,8 @@ def publish_study(
 
 
 def ledger_artifact(wandb: Any, store: RunStore) -> Any:
-    """plan.json, and each finished run's spec, record and curve, in the layout of results/: downloaded into an empty
-    results/SWEEP it can be analysed. Unchanged content makes no new version."""
+    """plan.json, and each finished run's spec, record and curve, in the layout of results/, so that it can be analyzed after
+    downloading it into an empty results/SWEEP. Unchanged content makes no new version."""
     artifact = wandb.Artifact(f"{store.folder.name}-ledger", type="ledger")
     if store.plan_path.exists():
         artifact.add_file(str(store.plan_path), name="plan.json")
@@ -253,7 +254,7 @@ def finding_numbers(findings: Sequence[Finding]) -> dict[str, Any]:
 
 # -- uploading from the records
 def uploaded_runs(target: Target, sweep: str) -> dict[str, Uploaded]:
-    """Id -> what W&B has of the runs of a sweep. Raises what wandb raises."""
+    """Run id -> what W&B has of it, for the runs of a sweep. Raises wandb's errors."""
     import wandb
 
     api = wandb.Api(timeout=API_TIMEOUT_S)
@@ -263,43 +264,43 @@ def uploaded_runs(target: Target, sweep: str) -> dict[str, Uploaded]:
         for run in api.runs(path, filters={"group": sweep}, per_page=500, lazy=False):
             found[run.id] = Uploaded(int(run._attrs.get("historyLineCount") or 0), run.summary.get("status"))
     except ValueError as error:
-        if "find project" not in str(error):  # a project that nobody has made yet holds nothing
+        if "find project" not in str(error):  # a project that does not exist yet has no runs
             raise
     return found
 
 
 def upload(store: RunStore, target: Target, reporter: Reporter) -> int:
-    """Bring up every finished run that W&B does not have whole; returns how many that were.
+    """Upload every finished run that is missing or incomplete on W&B; returns how many.
 
-    Raises `UserError` where the server refuses: what is up stays up, and the same command goes on.
+    Raises `UserError` if the server refuses: uploaded runs stay there, and the same command continues.
     """
     records, problems = store.load_records(curve=False)
     for run_id, reason in problems:
-        reporter.warn(f"{run_id} is left out: {reason}")
-    there = _asking(lambda: uploaded_runs(target, store.folder.name), target)
+        reporter.warn(f"{run_id} was skipped: {reason}")
+    there = _request(lambda: uploaded_runs(target, store.folder.name), target)
     todo = [record for record in records if not _is_there(there, record)]
     reporter.say(
         f"{len(records) - len(todo)} of {len(records)} finished runs are on W&B ({target.path}) already"
     )
     for brief in with_progress(todo, "runs uploaded", reporter):
         record = store.read_record(brief.run_id)
-        _asking(partial(upload_run, record, target, store), target)
+        _request(partial(upload_run, record, target, store), target)
     if todo:
-        there = _asking(lambda: uploaded_runs(target, store.folder.name), target)
+        there = _request(lambda: uploaded_runs(target, store.folder.name), target)
     for record in todo:
         if not _is_there(there, record):
             has = there[_id(record)].lines if _id(record) in there else 0
             reporter.warn(
-                f"{record.run_id}: W&B has {has} of its {record.curve_points} points and takes none below its last "
-                "step: delete that run there and give this command again."
+                f"{record.run_id}: W&B has {has} of its {record.curve_points} points and accepts none below its last "
+                "step: delete that run there and repeat this command."
             )
     return len(todo)
 
 
 def upload_study(store: RunStore, target: Target) -> str | None:
-    """The ledger and the report, where there is one. Raises `UserError` where the server refuses."""
+    """Upload the ledger and the report, if there is one. Raises `UserError` if the server refuses."""
     folder = wandb_folder(store.folder)
-    address = _asking(
+    address = _request(
         lambda: publish_study(store, target, "online", store.report_folder, UPLOAD_TIMEOUT_S), target
     )
     _mark_synced(folder, f"{store.folder.name}-analysis")
@@ -307,7 +308,7 @@ def upload_study(store: RunStore, target: Target) -> str | None:
 
 
 def upload_run(record: RunRecord, target: Target, store: RunStore) -> None:
-    """Log one run from its record. Raises what wandb raises."""
+    """Log one run from its record. Raises wandb's errors."""
     from scaling_lab.core.spec import PlannedRun
     from scaling_lab.tracking.sink.trackers import close_mirror, log_point, open_mirror
 
@@ -323,14 +324,14 @@ def upload_run(record: RunRecord, target: Target, store: RunStore) -> None:
 
 
 def _mark_synced(folder: Path, run_id: str) -> None:
-    """Say of a run's offline files what `wandb sync` says of those that need not be uploaded again."""
+    """Mark a run's offline files as `wandb sync` marks those that are uploaded."""
     for path in offline_folders(folder, run_id):
         for file in path.glob("*.wandb"):
             file.with_name(f"{file.name}.synced").touch()
 
 
 def with_progress(items: list[Any], what: str, reporter: Reporter) -> Iterator[Any]:
-    """The items, with a line every few seconds that says how many are done and how long the rest will take."""
+    """The items; reports how many are done and an ETA every few seconds."""
     began = last = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
@@ -352,7 +353,7 @@ def _is_there(there: Mapping[str, Uploaded], record: RunRecord) -> bool:
     return found is not None and found.is_whole(record)
 
 
-def _asking(what: Callable[[], Any], target: Target) -> Any:
+def _request(what: Callable[[], Any], target: Target) -> Any:
     try:
         return what()
     except (UserError, KeyboardInterrupt):
@@ -360,8 +361,8 @@ def _asking(what: Callable[[], Any], target: Target) -> Any:
     except BaseException as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(
-            f"W&B at {wandb_client.base_url()} did not take {target.path} ({problem}). What is up stays up: the same "
-            "command goes on."
+            f"W&B at {wandb_client.base_url()} refused {target.path} ({problem}). What is uploaded stays there; the same command "
+            "continues."
         ) from None
 
 
