@@ -3,6 +3,7 @@ budget from the others."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -82,12 +83,14 @@ def predict(estimate: Estimate, band: Band | None, compute_flops: float) -> Pred
     loss = None
     if frontier.loss is not None and not no_floor:
         loss = quantity("loss_opt", float(frontier.loss(compute_flops)))
+    # An absurd exponent far outside the data underflows to N = 0.
+    tokens_per_param = d / n if n > 0 else math.inf
     return Prediction(
         estimate.approach,
         compute_flops,
         quantity("params_opt", n),
         quantity("tokens_opt", d),
-        quantity("tokens_per_param", d / n),
+        quantity("tokens_per_param", tokens_per_param),
         loss,
         outside,
     )
