@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -68,7 +68,9 @@ def compare(old: Any, new: Any, rules: Rules, path: str = "") -> Comparison:
         for key in [*old, *(key for key in new if key not in old)]:
             below = f"{path}.{key}" if path else str(key)
             if key in old and key in new:
-                found.merge(compare(old[key], new[key], rules, below))
+                # Of sentences by name (`messages`), each value is one.
+                named = replace(rules, sentences=(str(key),)) if ends_with(path, rules.sentences) else rules
+                found.merge(compare(old[key], new[key], named, below))
             elif key in new:
                 found.added[without_indices(below)] += 1
             elif not ends_with(below, rules.exempt):

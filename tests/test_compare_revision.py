@@ -102,6 +102,15 @@ def test_the_files_of_a_run(values):
         assert len(values.compare(record, changed, rules).differences) == 1
 
 
+def test_sentences_by_name_may_be_reworded(values):
+    rules = values.Rules(sentences=("messages",))
+    found = values.compare(
+        {"messages": {"E": "old", "A": None}}, {"messages": {"E": "new", "A": None}}, rules
+    )
+    assert (found.differences, +found.reworded) == ([], {"messages.E": 1})
+    assert values.compare({"messages": {"E": "old"}}, {"messages": {"E": None}}, rules).differences
+
+
 def test_a_missing_document_is_a_difference_and_no_document_is_an_error(values):
     found = values.compare_documents({"a": 1, "b": 1}, {"a": 1, "runs/x/c": 1}, values.EXACT)
     assert found.differences == [("b", "there", "missing")]

@@ -239,7 +239,7 @@ def test_the_report_command_takes_an_analysis_json(
     assert main(["report", f"analysis={folder / 'analysis.json'}"]) == 0
     assert "Checking LR tuning" in (folder / "report.html").read_text()
     assert main(["report", f"analysis={folder / 'analysis.json'}", "sweep=x"]) == 2
-    assert "give sweep=NAME or analysis=FILE" in capsys.readouterr().err
+    assert ", not both." in capsys.readouterr().err
     assert main(["report", f"analysis={folder / 'nothing.json'}"]) == 2
     assert "nothing.json cannot be read" in capsys.readouterr().err
 

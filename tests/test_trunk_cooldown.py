@@ -278,7 +278,7 @@ def test_the_analysis_counts_the_whole_cost_of_branches(trained):
     ):
         assert d == points[name].train_tokens
         assert c == pytest.approx(points[name].train_flops())
-    assert {d.reason.split(":")[0] for d in observations.dropped} == {"a trunk"}
+    assert {d.reason.split(":")[0] for d in observations.dropped} == {"a trunk run"}
 
 
 def test_a_worker_given_only_a_branch_trains_the_trunk_first(tmp_path):

@@ -36,10 +36,12 @@ class ReportCommand:
     """auto: the report goes to W&B too where the sweep's runs were mirrored there"""
 
     def __post_init__(self) -> None:
-        if (self.sweep is None) == (self.analysis is None):
+        if self.sweep is not None and self.analysis is not None:
+            raise UserError(f"give sweep={self.sweep} or analysis={self.analysis}, not both.")
+        if self.sweep is None and self.analysis is None:
             known = ", ".join(sweeps_of(self.results_dir)) or "none yet"
             raise UserError(
-                f"give sweep=NAME or analysis=FILE, one of them (sweeps in {self.results_dir}: {known})."
+                f"sweep=NAME or analysis=FILE is missing: give one of them (sweeps in {self.results_dir}: {known})."
             )
 
 
