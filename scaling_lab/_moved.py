@@ -9,7 +9,7 @@ from typing import NoReturn
 
 # Old package -> new package -> the modules that went there, `old=new` where the name changed too. A module of an old
 # package that is not listed has its place and name in the package's `*`.
-_MOVED: dict[str, dict[str, str]] = {
+MOVED: dict[str, dict[str, str]] = {
     "": {"": "analyse=analysis plan=planning prepare=corpora report=reporting train=training"},
     "analyse": {
         "analysis": "*",
@@ -73,7 +73,7 @@ def new_path(old: str) -> str | None:
     """The new path of a module, both without `scaling_lab.`; None if it never moved."""
     package, _, name = old.rpartition(".")
     rest: str | None = None
-    for new, names in _MOVED.get(package, {}).items():
+    for new, names in MOVED.get(package, {}).items():
         for entry in names.split():
             before, _, after = entry.partition("=")
             if before == name:

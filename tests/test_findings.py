@@ -348,9 +348,9 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (analysis_files / "toy_count.py").write_text(TOY)
     monkeypatch.setattr(studies, "__path__", [*studies.__path__, str(analysis_files)])
     monkeypatch.setattr(drawings, "__path__", [*drawings.__path__, str(drawing_files)])
-    studies._studies.cache_clear()
+    studies.studies_by_name.cache_clear()
     yield drawing_files
-    studies._studies.cache_clear()
+    studies.studies_by_name.cache_clear()
 
 
 def write(store: RunStore, records: list[RunRecord]) -> None:

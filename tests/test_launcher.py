@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -190,7 +192,12 @@ def test_a_worker_always_gets_its_run_ids(tmp_path, monkeypatch):
     part = store.read_plan([mine])
     commands: list[list[str]] = []
     monkeypatch.setattr(workers.subprocess, "Popen", lambda command, **_: commands.append(command))
-    workers.WorkerPool(store, part, part.runs, [{}], 3, None)._start_worker(0).file.close()
+    stop = threading.Event()
+    stop.set()  # after the first look
+    pool = workers.WorkerPool(store, part, part.runs, [{}], 3, None, stop)
+    with pytest.raises(KeyboardInterrupt):
+        pool.run(SimpleNamespace(show=lambda progress: None))
+    pool.workers[0].file.close()
     assert commands[0][commands[0].index("--run-ids") + 1] == mine
 
 

@@ -18,7 +18,7 @@ from scaling_lab import _moved
 
 def listed() -> Iterator[str]:
     """Every old path that the table names."""
-    for package, targets in _moved._MOVED.items():
+    for package, targets in _moved.MOVED.items():
         for names in targets.values():
             for entry in names.split():
                 name = entry.partition("=")[0]

@@ -69,6 +69,7 @@ ONLY_IN = {
     "omegaconf": {"cli", "hydra_plugins", "launching"},
     "wandb": {"tracking"},
 }
+PACKAGES = ("scaling_lab", "hydra_plugins")
 CORE_PACKAGES = {"numpy", "scaling_lab"}
 
 
@@ -191,6 +192,34 @@ def test_tests_share_code_through_helpers_alone():
         )
     # Only test modules and conftest.py are at the top of tests/.
     assert all(name == "conftest" or name.startswith("test_") for name in test_modules), sorted(test_modules)
+
+
+def private_names(path: Path) -> set[str]:
+    """Private names of the package that a test imports, reads from an imported module, or replaces by monkeypatch."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    ours, found = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
+            ours |= {alias.asname or alias.name for alias in node.names}
+            found |= {alias.name for alias in node.names if alias.name.startswith("_")}
+        elif isinstance(node, ast.Import):
+            ours |= {a.asname for a in node.names if a.asname and a.name.split(".")[0] in PACKAGES}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours:
+            found |= {node.attr} if node.attr.startswith("_") and not node.attr.startswith("__") else set()
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "setattr":
+            texts = [
+                a.value for a in node.args[:2] if isinstance(a, ast.Constant) and isinstance(a.value, str)
+            ]
+            names = [text.rpartition(".")[2] for text in texts[:1]]
+            found |= {n for n in names if n.startswith("_") and not n.startswith("__")}
+    return found
+
+
+def test_tests_use_public_names_only():
+    """A private name may change at any time. `_moved` is the table of old module paths, which has a test of its own."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert private_names(path) <= {"_moved"}, f"{path.relative_to(ROOT)}: {sorted(private_names(path))}"
 
 
 def test_every_file_has_a_docstring():

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 @cache
-def _studies() -> dict[str, Any]:
+def studies_by_name() -> dict[str, Any]:
     """Name -> module, of every module of this package that has a `find`."""
     modules = {
         info.name: importlib.import_module(f"{__name__}.{info.name}")
@@ -36,14 +36,14 @@ def _studies() -> dict[str, Any]:
 
 def study_names() -> tuple[str, ...]:
     """Names of the studies, in alphabetical order."""
-    return tuple(_studies())
+    return tuple(studies_by_name())
 
 
 def get_study(name: str) -> Study:
     """The study called `name`. Raises `UserError` for an unknown name."""
-    if name not in _studies():
+    if name not in studies_by_name():
         raise unknown("study", name, (*study_names(), NO_STUDY))
-    return cast("Study", _studies()[name])
+    return cast("Study", studies_by_name()[name])
 
 
 def find_all(given: StudyInput) -> tuple[Finding, ...]:
