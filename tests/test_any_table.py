@@ -365,7 +365,7 @@ def test_several_curves_make_an_envelope(tmp_path: Path) -> None:
         ({"params": -1, "tokens": np.nan}, ["0 usable row(s)", "params is not positive"]),
     ],
 )
-def test_a_table_with_nothing_to_fit_says_what_is_missing(
+def test_a_table_with_nothing_to_fit_names_what_is_missing(
     tmp_path: Path, change: dict[str, Any], parts: list[str]
 ) -> None:
     g = grid().drop(columns=[c for c, v in change.items() if v is None])

@@ -43,7 +43,7 @@ def test_numbers_with_intervals_hold_the_truth(result):
     assert "agree" in result.agreement
 
 
-def test_what_is_missing_says_why(result):
+def test_missing_numbers_have_reasons(result):
     exponent = result.envelope.exponent
     assert exponent.estimate is None
     assert exponent.interval is None
@@ -55,7 +55,7 @@ def test_what_is_missing_says_why(result):
     assert dict(result.envelope.parameters) == {}
 
 
-def test_a_number_without_resamples_has_no_interval_and_says_why(table):
+def test_a_number_without_resamples_has_a_reason_and_no_interval(table):
     exponent = sl.analyze(table, **{**QUICK, "bootstrap": {"resamples": 0}}).isoflop.exponent
     assert exponent.estimate == pytest.approx(LAW.a, abs=0.02)
     assert exponent.interval is None
@@ -266,7 +266,7 @@ def test_figures_are_matplotlib_axes(result):
         plt.close(number)
 
 
-def test_a_figure_that_cannot_be_drawn_says_why_and_leaves_no_figure(table):
+def test_a_figure_that_cannot_be_drawn_raises_and_leaves_no_figure(table):
     import matplotlib.pyplot as plt
 
     before = plt.get_fignums()
@@ -348,7 +348,7 @@ def test_errors_name_the_argument_the_value_and_the_choices(table, options, told
         (pd.DataFrame(), "holds no rows"),
     ],
 )
-def test_data_that_are_no_table(data, told):
+def test_data_that_is_not_a_table(data, told):
     with pytest.raises(sl.UserError, match=told):
         sl.analyze(data)
 
@@ -359,13 +359,13 @@ def test_budgets_are_positive_numbers(result, flops):
         result.predict(flops)
 
 
-def test_options_beside_a_made_analysis_are_refused(result, tmp_path):
+def test_options_with_a_finished_analysis_are_refused(result, tmp_path):
     for call in (lambda: sl.predict(result, 1e22, seed=1), lambda: sl.report(result, tmp_path, seed=1)):
         with pytest.raises(sl.UserError, match="seed: the analysis is made already"):
             call()
 
 
-def test_load_says_what_it_wants(tmp_path):
+def test_load_names_the_expected_input(tmp_path):
     with pytest.raises(sl.UserError, match="does not exist.*sweep's folder"):
         sl.load(tmp_path / "x")
     (tmp_path / "analysis.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""What the Python API says of itself: docstring examples run, every public name is documented, and importing is light."""
+"""The documentation of the Python API: docstring examples run, every public name is documented, and importing is light."""
 
 from __future__ import annotations
 

@@ -263,7 +263,7 @@ def test_plan_prints_the_grid_and_writes_it(capsys):
     ]
     assert main(argv) == 0
     out = capsys.readouterr().out
-    assert "data.max_epochs=0.1" in out  # what was left out is said
+    assert "data.max_epochs=0.1" in out  # excluded sizes are reported
     assert "next: scaling-lab sweep sweep=small" in out
     plan = json.loads(Path("results/small/plan.json").read_text())
     assert plan["settings"]["max_epochs"] == 0.1

@@ -126,7 +126,7 @@ def test_bytes_that_are_json_are_compared_by_value(values):
     assert found.differences == [("runs[0].lr", 1.0, 2.0)]
 
 
-def test_tensors_are_told_apart_by_one_bit(script, tmp_path):
+def test_tensors_differ_by_one_bit(script, tmp_path):
     def checkpoint(name: str, data: bytes) -> dict[str, str]:
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:

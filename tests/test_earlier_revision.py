@@ -1,4 +1,4 @@
-"""Sweeps that an earlier version planned or half trained go on as they were planned.
+"""Sweeps planned or partly trained by an earlier version continue as planned.
 
 `data/earlier_revision` was made by revision 883e3a6 (November 2026): `earlier`, 12 runs of which 5 are finished and one was
 interrupted after a checkpoint; `large`, planned only, under rules of `recipe=default` that have changed since.
@@ -35,7 +35,7 @@ def results(tmp_path, monkeypatch) -> Path:
     return tmp_path / "results"
 
 
-def test_a_half_done_sweep_goes_on_to_the_same_runs(results, capsys):
+def test_an_unfinished_sweep_continues_with_the_same_runs(results, capsys):
     store = RunStore(results / "earlier")
     plan = (results / "earlier/plan.json").read_bytes()
     finished = {r: (store.run_folder(r) / "record.json").read_bytes() for r in store.run_ids_with_record()}
@@ -53,8 +53,8 @@ def test_a_half_done_sweep_goes_on_to_the_same_runs(results, capsys):
     assert (results / "earlier/report/report.html").is_file()
 
 
-def test_changed_rules_do_not_count(results, capsys):
-    """The same options would give other runs today; the sweep goes on as planned, and one line says so."""
+def test_changed_rules_do_not_affect_a_started_sweep(results, capsys):
+    """The same options would give other runs today; the sweep continues as planned, with a one-line note."""
     before = (results / "large/plan.json").read_bytes()
     assert main(["plan", "sweep=large", *LARGE]) == 0
     printed = capsys.readouterr().out
@@ -78,7 +78,7 @@ def test_one_option_given_is_the_one_named(results, capsys):
     assert "(sweep=large-3)" in error
 
 
-def test_an_option_that_is_no_longer_given_replaces_a_plan_without_runs(results, capsys):
+def test_an_omitted_option_replaces_a_plan_without_runs(results, capsys):
     assert main(["plan", "sweep=mine", *LARGE, "model.context=128", "--quiet"]) == 0
     assert main(["plan", "sweep=mine", *LARGE]) == 0
     assert "model.context (no longer given)" in capsys.readouterr().err

@@ -95,7 +95,7 @@ def test_a_change_of_size_forced_by_the_end_of_a_run_is_not_a_crossing() -> None
     assert forced.frontier.params.exponent == pytest.approx(law.a, rel=0.01)
 
 
-def test_one_row_a_run_is_not_applicable_and_says_why() -> None:
+def test_one_row_per_run_is_not_applicable_with_a_reason() -> None:
     law = Truth(0.34, 0.28)
     estimate = Envelope().estimate(law.isoflop(np.array([1e18, 1e19]), np.geomspace(0.3, 3, 5)))
     assert estimate.status is FitStatus.NOT_APPLICABLE

@@ -245,7 +245,7 @@ def test_a_record_of_a_newer_version_is_left_alone(store, capsys):
         store.read_record(FIRST)
 
 
-def test_a_broken_plan_says_how_to_go_on(store, capsys):
+def test_the_error_of_a_broken_plan_says_how_to_continue(store, capsys):
     store.plan_path.write_text(store.plan_path.read_text()[:300])
     assert main(["status", "sweep=sweep"]) == 2
     assert "plan again with the same options" in capsys.readouterr().err

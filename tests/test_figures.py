@@ -130,7 +130,7 @@ def test_text_is_readable_on_white_whatever_the_line_is() -> None:
         assert contrast(style.sequential_map()(share)) >= 1.9  # lines need less than text, but must be seen
 
 
-def test_sizes_are_told_apart_by_lightness_alone() -> None:
+def test_sizes_are_distinguished_by_lightness_alone() -> None:
     rgb = style.sequential_map()(np.linspace(0, 1, 20))[:, :3]
     assert np.all(np.diff(rgb @ [0.2126, 0.7152, 0.0722]) > 0)
 

@@ -131,7 +131,7 @@ def test_a_table_or_series_of_the_wrong_size_is_refused() -> None:
         a_finding(chart=uneven)
 
 
-def test_cells_are_written_as_their_column_says() -> None:
+def test_cells_are_formatted_by_their_column() -> None:
     count, text = Column("N", "count"), Column("why")
     assert [count.text(c) for c in (17_000, None, True, "none", (1e6, 2e5, None))] == [
         "17k", "–", "yes", "none", "1M (200k to unbounded)",
@@ -261,7 +261,7 @@ def test_fields_of_version_1_are_where_they_were(analysis: Analysis) -> None:
 
 
 # -- finding studies
-def test_every_study_says_what_it_asks_and_needs() -> None:
+def test_every_study_states_its_question_and_needs() -> None:
     assert set(studies.study_names()) >= {
         "fact_exponents", "known_floor", "law_comparison", "lr_transfer", "profile", "skills", "tuning",
     }  # fmt: skip
@@ -341,7 +341,7 @@ def find(given):
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A study in one file, in a folder that is scanned like the package's own; its figure's file may be added beside it."""
+    """A study in one file, in a folder that is scanned like the package's own, and a folder for its figure's file."""
     analysis_files, drawing_files = tmp_path / "analysis_files", tmp_path / "drawing_files"
     for folder in (analysis_files, drawing_files):
         folder.mkdir()

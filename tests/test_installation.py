@@ -66,7 +66,7 @@ def test_a_wheel(installed_from, tmp_path):
     installed_from({"url": wheel.as_uri(), "archive_info": {"hash": "sha256=0"}})
     assert installation.install_line("wandb") == f"pip install '{wheel}[wandb]'"
     wheel.unlink()
-    # What is no longer there cannot be named: the extra's own packages can.
+    # A deleted wheel cannot be named, unlike the packages of the extra.
     assert (
         installation.install_line("slurm") == "pip install 'submitit>=1.5.2' 'hydra-submitit-launcher>=1.2'"
     )

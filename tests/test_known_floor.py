@@ -131,7 +131,7 @@ def known_of(analysis: Analysis) -> KnownFloor | None:
 
 
 def words(known: KnownFloor) -> str:
-    """Everything that the finding says."""
+    """All sentences of the finding."""
     finding = as_finding(known, 0.9)
     return " ".join((finding.answer, *finding.caveats))
 

@@ -72,7 +72,7 @@ def test_the_old_worker_command_names_the_new_ones():
     assert "python -m scaling_lab.worker FOLDER" in done.stderr
 
 
-def test_a_pickled_job_of_the_old_version_says_to_submit_it_again():
+def test_a_pickled_job_of_the_old_version_asks_to_submit_it_again():
     old = b"cscaling_lab.cli.cluster_job\nClusterJob\n."  # a reference to the class, as pickle writes it
     with pytest.raises(ImportError, match="the same `scaling-lab sweep` command submits it again"):
         pickle.loads(old)

@@ -114,7 +114,7 @@ def lr_design(**changes) -> LearningRateDesign:
     )
 
 
-def test_learning_rate_design_multiplies_what_the_recipe_says():
+def test_the_learning_rate_design_multiplies_the_recipes_values():
     plan = make_plan(settings(design=lr_design(seeds=2, batch_multipliers=(1.0, 2.0))))
     specs = [run.spec for run in plan.runs]
     assert len(specs) == 2 * 3 * 2 * 2
@@ -240,7 +240,7 @@ def test_recipe_scales_and_can_be_overridden():
     assert (fixed.optimizer.peak_lr, fixed.batch_tokens) == (0.003, 640)
 
 
-def test_recipe_says_where_it_was_not_measured():
+def test_the_recipe_warns_outside_its_measured_range():
     """Once for a plan: beyond 3.3e5 parameters and 6.6e6 tokens with the published rules' spread, and for very short runs."""
     inside = max((r.spec for r in make_plan(settings()).runs), key=lambda s: s.n_params())
     recipe = DefaultRecipe()

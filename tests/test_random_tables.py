@@ -283,7 +283,7 @@ def test_a_random_table_is_analyzed_correctly_or_refused(
     sizes=st.integers(2, 7),
     budgets=st.integers(2, 4),
 )
-def test_exact_losses_give_the_law_or_a_status_that_says_otherwise(
+def test_exact_losses_give_the_law_or_a_status_without_convergence(
     seed: int, rows: int, sizes: int, budgets: int
 ) -> None:
     """Runs at random sizes and budgets: the parametric fit converges to the law, or its status says that it has not."""

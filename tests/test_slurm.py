@@ -167,7 +167,7 @@ def check_same_as(local: Path, store: RunStore) -> None:
 
 
 def analysis(results: Path) -> dict[str, Any]:
-    """analysis.json without what says where and when."""
+    """analysis.json without paths and dates."""
     subprocess.run(
         [*scaling_lab("analyze"), "sweep=s", "--quiet", "bootstrap.resamples=50"],
         cwd=results.parent, check=True, capture_output=True, timeout=120,

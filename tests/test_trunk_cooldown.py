@@ -147,8 +147,8 @@ def test_learning_rates_of_trunk_and_branch_are_the_same_up_to_the_branch_point(
 
 
 @pytest.mark.parametrize("recipe", [KaplanRecipe(), ChinchillaRecipe(), PorianRecipe()], ids=lambda r: r.kind)
-def test_a_warmup_in_tokens_is_as_long_as_the_recipe_says(recipe):
-    """A trunk warms up as its recipe's runs do, and a cooldown that begins before the end begins at the LR of there."""
+def test_a_warmup_in_tokens_has_the_recipes_length(recipe):
+    """A trunk warms up as its recipe's runs do, and a cooldown that starts before the end starts at the LR of that point."""
     plan = make_plan(settings(recipe=recipe))
     specs = {r.run_id: r.spec for r in plan.runs}
     smallest = [s for s in specs.values() if s.budget_flops == 1e11]
@@ -302,7 +302,7 @@ def test_a_branch_without_its_trunks_checkpoint_fails_with_a_reason(tmp_path):
 
 
 def test_a_trunk_whose_owner_is_gone_is_taken_over(tmp_path):
-    """Another process has the trunk, and lets go of it without a record while this one waits for the branch point."""
+    """Another process holds the trunk, and releases it without a record while this one waits for the branch point."""
     plan, store = tiny_plan(), RunStore(tmp_path / "t")
     branch = branches(plan)[0]
     trunk = next(r for r in plan.runs if r.run_id == branch.spec.parent)
@@ -314,7 +314,7 @@ def test_a_trunk_whose_owner_is_gone_is_taken_over(tmp_path):
 
 @pytest.mark.slow
 def test_workers_share_trunks_and_branches(tmp_path, trained):
-    """Two processes at once: whoever finds only branches of a trunk under way waits for it. The losses are those of one."""
+    """Two concurrent processes: one that finds only branches of a running trunk waits for it. The losses equal those of one process."""
     plan, alone = trained
     store = RunStore(tmp_path / "t")
     store.write_plan(plan)

@@ -291,7 +291,7 @@ def test_estimates_whose_coefficients_underflow_are_compared_without_warnings() 
 
 
 @pytest.mark.parametrize("infinite", [3, 5, 6, 50])
-def test_an_interval_beside_samples_that_overflowed_has_no_nan(infinite: int) -> None:
+def test_an_interval_next_to_overflowed_samples_has_no_nan(infinite: int) -> None:
     # The 95% quantile of 100 samples of which 5 are infinite lies between a finite and an infinite one.
     values = np.concatenate([np.linspace(1.0, 2.0, 100 - infinite), np.full(infinite, np.inf)])
     found = Band("isoflop", 0.9, "run", "bootstrap", 100, 0, 0, {"x": values}).interval("x")

@@ -135,7 +135,7 @@ def python(environment: Path, cwd: Path, code: str) -> subprocess.CompletedProce
     return done
 
 
-def test_without_any_dependency_the_first_command_says_what_to_install(without_dependencies, tmp_path):
+def test_without_any_dependency_the_first_command_names_what_to_install(without_dependencies, tmp_path):
     assert "quickstart" in run(without_dependencies, tmp_path, "--help").stdout
     (site,) = without_dependencies.glob("lib/python*/site-packages")
     for command in (["doctor"], ["analyze", "runs=x.csv"], ["plan", "experiment=quickstart"]):
@@ -175,7 +175,7 @@ def test_the_light_installation_analyzes_and_plans(light, tmp_path):
     assert len(json.loads((tmp_path / "results/generated/plan.json").read_text())["runs"]) >= 8
 
 
-def test_the_light_installation_says_what_training_needs(light, tmp_path):
+def test_the_light_installation_names_what_training_needs(light, tmp_path):
     for command in (
         ["quickstart"],
         ["sweep", "experiment=quickstart"],

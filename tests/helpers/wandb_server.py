@@ -130,7 +130,7 @@ class WandbServer:
         return {"limits": {}}
 
     def fail(self) -> None:
-        """Do what `failing` says, for any request."""
+        """Fail a request as `failing` says."""
         if self.failing == "hang":
             self._open.wait(600)
         if self.failing == "key":
