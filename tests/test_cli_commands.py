@@ -136,6 +136,7 @@ def test_every_option_of_help_has_a_meaning(capsys):
             ["'model.hedas'", "Did you mean model.heads?", "model.context"],
         ),
         (["plan", "sweep=x", "model=gtp"], ["model='gtp'", "'gpt'", "gpt2"]),
+        (["plan", "sweep=x", "model=null"], ["model='null'", "gpt2"]),
         (["plan", "sweep=x", "data.kind=tokens"], ["data.kind", "choose with data=NAME", "context_tree"]),
         (["plan", "sweep=x", "seed=1.5"], ["seed='1.5'", "integer"]),
         (["plan", "sweep=x", "model.width=64"], ["model.width", "design.sizes.min_width"]),
@@ -437,8 +438,11 @@ def test_any_argument_list_runs_or_is_refused_naming_one_of_its_words(capsys, co
 
 def blames_one_of(line: str, argv: list[str]) -> bool:
     """Whether an error quotes an argument of the command line (at least its option), or names a missing one."""
-    # Arguments are shown with escapes where a terminal cannot show them, and long ones shortened.
-    shown = {word for arg in argv for word in (arg, repr(arg)[1:-1], arg.partition("=")[0]) if word.strip()}
-    quoted = {word[:40] for word in shown} | {repr(arg) for arg in argv if not arg.strip()}
-    missing = [" is missing", "there are no sweeps in"]
-    return any(words in line for words in (*quoted, *missing))
+    # Arguments are shown with escapes where a terminal cannot show them, any blanks as one, and long ones shortened.
+    keys = [arg.partition("=")[0] for arg in argv]
+    words = {word for key in keys for word in (key, key.strip(), key.lstrip("+"))} | {*argv}
+    quoted = {text[:40] for word in words if word.strip() for text in (word, repr(word)[1:-1])}
+    quoted |= {repr(arg) for arg in argv if not arg.strip()}
+    missing = [" is missing", "no command was given", "there are no sweeps in"]
+    line = " ".join(line.split())
+    return any(" ".join(text.split()) in line for text in (*quoted, *missing))
