@@ -137,6 +137,7 @@ def test_every_option_of_help_has_a_meaning(capsys):
         ),
         (["plan", "sweep=x", "model=gtp"], ["model='gtp'", "'gpt'", "gpt2"]),
         (["plan", "sweep=x", "model=null"], ["model='null'", "gpt2"]),
+        (["plan", "sweep=x", "experiment=null"], ["experiment='null'", "quickstart"]),
         (["plan", "sweep=x", "data.kind=tokens"], ["data.kind", "choose with data=NAME", "context_tree"]),
         (["plan", "sweep=x", "seed=1.5"], ["seed='1.5'", "integer"]),
         (["plan", "sweep=x", "model.width=64"], ["model.width", "design.sizes.min_width"]),

@@ -174,10 +174,8 @@ def _group_values(
     names = [
         unquoted(part.strip()) for part in (_sweep_parts(assignment) if multirun else [assignment.value])
     ]
-    # Only an experiment can be left out: every other group needs a choice.
-    optional = ("null",) if slot.package == "experiment" else ()
     for name in names:
-        if name not in (*choices, *optional):
+        if name not in choices:
             raise unknown(slot.package, name, choices)
     return names
 
