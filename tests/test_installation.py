@@ -44,6 +44,7 @@ def installed_from(monkeypatch):
                 return None if record is None else json.dumps(record)
 
         monkeypatch.setattr(installation, "distribution", Distribution)
+        monkeypatch.setattr(installation, "distributions", lambda name: [])
         installation.requirements.cache_clear()
 
     yield pretend
@@ -58,6 +59,19 @@ def test_an_editable_clone(installed_from, tmp_path):
     installed_from({"url": clone.as_uri(), "dir_info": {}})
     assert installation.install_line("ray") == f"pip install '{clone}[ray]'"
     assert installation.install_line() == f"pip install '{clone}'"
+
+
+def test_an_egg_info_in_the_clone_does_not_hide_the_installation(tmp_path, monkeypatch):
+    """As when Python starts in a clone that a build has left an egg-info in: it is found first and knows no origin."""
+    clone, site = tmp_path / "clone", tmp_path / "site"
+    for folder in (clone / "scaling_lab.egg-info", site / "scaling_lab-0.1.0.dist-info"):
+        folder.mkdir(parents=True)
+        for name in ("PKG-INFO", "METADATA"):
+            (folder / name).write_text("Metadata-Version: 2.1\nName: scaling-lab\nVersion: 0.1.0\n")
+    record = {"url": clone.as_uri(), "dir_info": {"editable": True}}
+    (site / "scaling_lab-0.1.0.dist-info" / "direct_url.json").write_text(json.dumps(record))
+    monkeypatch.setattr(sys, "path", [str(clone), str(site), *sys.path])
+    assert installation.install_line("slurm") == f"pip install -e '{clone}[slurm]'"
 
 
 def test_a_wheel(installed_from, tmp_path):

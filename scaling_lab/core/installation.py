@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 from functools import cache
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def _belongs(requirement: dict[str, str], extra: str | None) -> bool:
 def _origin() -> tuple[bool, str] | None:
     """(editable, path or URL) that this project was installed from; None if unknown or no longer existing."""
     try:
-        text = distribution(NAME).read_text("direct_url.json")
+        text = _direct_url()
     except PackageNotFoundError:
         return (True, str(_SOURCE_ROOT)) if (_SOURCE_ROOT / "pyproject.toml").is_file() else None
     if text is None:
@@ -172,6 +172,13 @@ def _origin() -> tuple[bool, str] | None:
         return _origin_of(json.loads(text))
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _direct_url() -> str | None:
+    """The text of direct_url.json; None if there is none. A build leaves an egg-info without it in a clone, which comes first
+    on the path when Python starts there, so every installation is asked."""
+    texts = (found.read_text("direct_url.json") for found in (distribution(NAME), *distributions(name=NAME)))
+    return next((text for text in texts if text), None)
 
 
 def _origin_of(record: dict[str, Any]) -> tuple[bool, str] | None:
