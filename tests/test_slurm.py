@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,7 @@ HERE = Path(__file__).parent / "slurm"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
 # Four sizes of 1,000 to 7,000 parameters that train for some seconds each.
 TINY_LINE = (
-    "sweep=s data.max_mb=1 eval.tokens=1024 device=cpu compile=false design.budgets_flops=[3e9] "
+    "sweep=s data.max_mb=1 eval.tokens=1024 device=cpu compile=false design.budgets_flops=[1.5e10] "
     "design.sizes_per_budget=4 design.noise_seeds=1 design.sizes.min_width=4 design.sizes.max_width=16 "
     "design.sizes.width_ratio=1.3 design.sizes.width_multiple=4 design.sizes.min_depth=1 design.n_opt_at_1e12=200K "
     "data.max_epochs=99"
@@ -137,14 +138,23 @@ def kill_job(store: RunStore, run_id: str) -> None:
 
 @contextlib.contextmanager
 def paused(store: RunStore, run_id: str) -> Iterator[None]:
-    """A run under way makes no step meanwhile: it has not finished before what is done to its job reaches it."""
+    """A run under way makes no step until the signal that stops it has come: it does not finish before, however long
+    Slurm takes to deliver what was done to its job meanwhile."""
     claim = last_claim(store.run_folder(run_id))
     assert claim is not None
     os.kill(claim.pid, signal.SIGSTOP)
     try:
         yield
+        wait_for(lambda: has_pending(claim.pid, signal.SIGTERM), 30)
     finally:
         os.kill(claim.pid, signal.SIGCONT)
+
+
+def has_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal waits for a stopped process (proc(5), status: ShdPnd, a mask in hexadecimal)."""
+    mask = re.search(r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert mask is not None
+    return bool(int(mask[1], 16) >> (number - 1) & 1)
 
 
 def generations(store: RunStore) -> dict[str, int]:
