@@ -18,6 +18,8 @@ def to_svg(figure: Figure) -> str:
     """The figure as SVG text with a transparent ground and no date in it. Call inside `figure_style()`."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    # The layout is found once: other formats keep it.
+    figure.set_layout_engine("none")
     return _shorten(buffer.getvalue())
 
 

@@ -14,9 +14,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import numpy as np
-from scipy.optimize import brentq, minimize_scalar
-from scipy.special import erf
-from scipy.stats import f as f_distribution
+import scipy
 
 from scaling_lab.analysis.estimate import Array
 from scaling_lab.analysis.fitting.objective import Objective
@@ -34,7 +32,7 @@ def objective_rise(
     n, p = int(np.count_nonzero(used)), len(problem.law.parameters)
     if n <= p or lowest <= 1e-20 * float(w.sum()):
         return 0.0
-    quantile = float(f_distribution.ppf(level, 1, n - p))
+    quantile = float(scipy.special.fdtri(1, n - p, level))
     log_fit, _ = problem.law.evaluate(optimum, problem.inputs)
     log_loss = problem.log_loss[0]
     mean_weight = float(w[used].mean())
@@ -70,12 +68,14 @@ def _likelihood_rise(lowest: float, n: int, delta: float, quantile: float) -> fl
     def log_likelihood(value: float) -> float:
         def negative(log_tau: float) -> float:
             tau = np.exp(log_tau)
-            inside = np.sqrt(2 * np.pi * tau) * erf(delta / np.sqrt(2 * tau))
+            inside = np.sqrt(2 * np.pi * tau) * scipy.special.erf(delta / np.sqrt(2 * tau))
             outside = 2 * tau / delta * np.exp(-(delta**2) / (2 * tau))
             return float(n * np.log(inside + outside) + value / tau)
 
         guess = np.log(max(value / n, 1e-300))
-        return -float(minimize_scalar(negative, bounds=(guess - 8, guess + 8), method="bounded").fun)
+        return -float(
+            scipy.optimize.minimize_scalar(negative, bounds=(guess - 8, guess + 8), method="bounded").fun
+        )
 
     top = log_likelihood(lowest)
     far = lowest * float(np.expm1(quantile / n)) + 1e-300
@@ -85,4 +85,4 @@ def _likelihood_rise(lowest: float, n: int, delta: float, quantile: float) -> fl
 
     while gap(far) < 0:
         far *= 2
-    return float(brentq(gap, 0.0, far, rtol=1e-10))
+    return float(scipy.optimize.brentq(gap, 0.0, far, rtol=1e-10))

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from scipy.special import ndtr, ndtri
+import scipy
 
 from scaling_lab.analysis.estimate import Array, Interval
 
@@ -78,16 +78,16 @@ def bounded_tails(share_at_zero: float, level: float) -> tuple[float, float]:
 
     A lower level within that share is 0.
     """
-    x = float(np.clip(-ndtri(share_at_zero), -3.0, _FAR + 3.0))
+    x = float(np.clip(-scipy.special.ndtri(share_at_zero), -3.0, _FAR + 3.0))
     lo, hi = accepted_means(x, level)
     # If 0 is accepted, the quantile at its own share would lie between 0 and the first sample above it.
-    return 0.0 if lo == 0.0 else float(ndtr(lo - x)), float(ndtr(hi - x))
+    return 0.0 if lo == 0.0 else float(scipy.special.ndtr(lo - x)), float(scipy.special.ndtr(hi - x))
 
 
 def accepted_means(x: float, level: float) -> tuple[float, float]:
     """The smallest and largest mean (in standard errors, >= 0) that an outcome `x` of a unit Gaussian does not reject."""
     if x > _FAR:
-        z = float(ndtri(0.5 + 0.5 * level))
+        z = float(scipy.special.ndtri(0.5 + 0.5 * level))
         return x - z, x + z
     mu, lower, upper = _acceptance_belt(level)
     accepted = mu[(lower <= x) & (x <= upper)]
@@ -102,7 +102,7 @@ def _acceptance_belt(level: float) -> tuple[Array, Array, Array]:
     lo, hi = np.zeros_like(mu), np.full_like(mu, 20.0)
     for _ in range(60):  # bisect the distance s from mu to the upper end
         s = 0.5 * (lo + hi)
-        enough = ndtr(s) - ndtr(_lower_end(mu, s) - mu) >= level
+        enough = scipy.special.ndtr(s) - scipy.special.ndtr(_lower_end(mu, s) - mu) >= level
         lo, hi = np.where(enough, lo, s), np.where(enough, s, hi)
     return mu, _lower_end(mu, hi), mu + hi
 

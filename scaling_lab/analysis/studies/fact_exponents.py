@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import minimize_scalar
-from scipy.stats import linregress
 
 from scaling_lab.analysis.finding import (
     Axis,
@@ -150,7 +149,7 @@ def as_finding(found: Sequence[Comparison]) -> Finding:
 
 def exponent_of(x: ArrayLike, y: ArrayLike) -> Exponent:
     """Of y ~ x^-exponent; at least three points, all positive."""
-    line = linregress(np.log(x), np.log(y))
+    line = scipy.stats.linregress(np.log(x), np.log(y))
     return Exponent(-float(line.slope), float(line.stderr))
 
 
@@ -174,7 +173,7 @@ def fitted_scale(source: ZipfFacts, statements: ArrayLike, unknown: ArrayLike) -
             f"data=zipf_facts, slope {source.slope:g}: no scale from {SCALES[0]:g} to {SCALES[1]:g} brings the "
             "predicted share unknown to the measured one: the models know nothing, or more than they can have read."
         )
-    found = minimize_scalar(misfit, bounds=(grid[at - 1], grid[at + 1]), method="bounded")
+    found = scipy.optimize.minimize_scalar(misfit, bounds=(grid[at - 1], grid[at + 1]), method="bounded")
     return math.exp(float(found.x))
 
 

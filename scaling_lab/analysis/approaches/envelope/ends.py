@@ -18,8 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.interpolate import PchipInterpolator
 
 from scaling_lab.analysis.approaches.parametric import Parametric, residual_losses
 from scaling_lab.analysis.data.observations import Observations
@@ -65,7 +65,7 @@ class SizeRuns:
         means = np.zeros((len(log_loss), counts.size))
         np.add.at(means.T, self.horizon, log_loss[:, self.at].T)
         outside = (log_c < self.log_c[0] - 1e-9) | (log_c > self.log_c[-1] + 1e-9)
-        curve = PchipInterpolator(self.log_c, means / counts, axis=1)
+        curve = scipy.interpolate.PchipInterpolator(self.log_c, means / counts, axis=1)
         values = curve(np.clip(log_c, self.log_c[0], self.log_c[-1]))
         return np.where(outside, np.nan, values)
 

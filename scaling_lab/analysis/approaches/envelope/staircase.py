@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.interpolate import PchipInterpolator
 
 from scaling_lab.analysis.data.observations import Curves
 from scaling_lab.analysis.estimate import Array
@@ -82,7 +82,7 @@ def _interpolate_run(x: Array, y: Array, grid: Array) -> Array:
         int(np.searchsorted(grid, x[0] - 1e-12)), int(np.searchsorted(grid, x[-1] + 1e-12, side="right"))
     )
     if 3 <= x.size <= _SPARSE_CURVE:
-        out[inside] = PchipInterpolator(x, y)(np.clip(grid[inside], x[0], x[-1]))
+        out[inside] = scipy.interpolate.PchipInterpolator(x, y)(np.clip(grid[inside], x[0], x[-1]))
     else:
         out[inside] = np.interp(grid[inside], x, y)
     return out
