@@ -241,7 +241,7 @@ def test_recipe_scales_and_can_be_overridden():
 
 
 def test_the_recipe_warns_outside_its_measured_range():
-    """Once for a plan: beyond 3.3e5 parameters and 6.6e6 tokens with the published rules' spread, and for very short runs."""
+    """Once for a plan: beyond 3.3e5 parameters or 6.6e6 tokens with the published rules' spread, and for very short runs."""
     inside = max((r.spec for r in make_plan(settings()).runs), key=lambda s: s.n_params())
     recipe = DefaultRecipe()
     assert recipe.overview([inside]) == ()
@@ -252,7 +252,7 @@ def test_the_recipe_warns_outside_its_measured_range():
         train_tokens=65_536 * 16_000,
     )
     (beyond,) = recipe.overview([inside, wide])
-    assert beyond.startswith("recipe=default: 1 of 2 runs are beyond 3.3e5 parameters and 6.6e6 tokens")
+    assert beyond.startswith("recipe=default: 1 of 2 runs are beyond 3.3e5 parameters or 6.6e6 tokens")
     assert "published, not measured here" in beyond
     low, high = (
         float(x) for x in re.findall(r"published rules give LR ([\d.e-]+) \(\w+\) to ([\d.e-]+)", beyond)[0]
