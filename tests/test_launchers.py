@@ -132,7 +132,7 @@ class Queue:
 
 def arrays(*seconds: float, request: JobRequest | None = None):
     jobs = [((f"r{k}",), JobNeeds(s, 1e9, True)) for k, s in enumerate(seconds)]
-    return make_arrays(Queue(), jobs, request or JobRequest(), LineReporter())
+    return make_arrays(Queue(), jobs, request or JobRequest(), LineReporter(), "measured speeds")
 
 
 def test_arrays_hold_jobs_of_similar_time_longest_first():

@@ -1,4 +1,4 @@
-"""Human-readable numbers: counts with a unit, durations."""
+"""Human-readable numbers: counts with a unit, bytes, durations."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ def human_count(value: float) -> str:
         if size <= abs(value) < 1e16:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
+
+
+def human_bytes(value: float) -> str:
+    """Bytes as `340 MB` or `1.2 GB`, of 1,000."""
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= 0.9995 * size:
+            return f"{value / size:.3g} {unit}" if value < 1e15 else f"{value / size:,.0f} {unit}"
+    return f"{value:.0f} bytes"
+
+
+def human_amount(value: float) -> str:
+    """A number of hours, or a price: `0.42`, `3.7`, `1,240`."""
+    return f"{value:,.0f}" if value >= 9.95 else f"{value:.2g}"
 
 
 def human_time(seconds: float) -> str:

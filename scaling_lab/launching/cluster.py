@@ -25,7 +25,7 @@ from scaling_lab.launching.cluster_job import ClusterJob
 from scaling_lab.launching.progress import LaunchReporter, SweepProgress
 from scaling_lab.launching.sweeping import SweepJobs
 from scaling_lab.launching.workers import terminate_as_interrupt
-from scaling_lab.planning.cost import JobNeeds, job_needs
+from scaling_lab.planning.cost import UNMEASURED, JobNeeds, Speeds, job_needs
 
 # Folder of the submission log in a sweep's folder: a folder per submitted array.
 JOB_LOG = "cluster"
@@ -140,11 +140,18 @@ class SubmittedArray:
 
 
 def launch_jobs(
-    backend: Backend, jobs: SweepJobs, request: JobRequest, *, name: str | None = None, max_attempts: int = 3
+    backend: Backend,
+    jobs: SweepJobs,
+    request: JobRequest,
+    *,
+    name: str | None = None,
+    max_attempts: int = 3,
+    speeds: Speeds = UNMEASURED,
+    gpus: int = 1,
 ) -> None:
     """Submit jobs, without runs that jobs of an earlier head still hold, and wait until all are over.
 
-    Raises `UserError` if the cluster rejects them, and `KeyboardInterrupt` when interrupted: the jobs keep running.
+    `speeds` and `gpus`, the GPUs of one job, decide the time limits. Raises `UserError` if the cluster rejects them, and `KeyboardInterrupt` when interrupted: the jobs keep running.
     """
     store, reporter = jobs.store, jobs.reporter
     runs = {run.run_id: run for run in jobs.plan.runs}
@@ -156,8 +163,9 @@ def launch_jobs(
         reporter.say(
             f"{len(in_queue)} runs are in jobs that an earlier start of this sweep submitted: {head.queue}."
         )
-    needs = [(ids, job_needs([runs[i] for i in ids], request.workers)) for ids in remaining]
-    for array in make_arrays(backend, needs, request, reporter):
+    needs = [(ids, job_needs([runs[i] for i in ids], request.workers, speeds, gpus)) for ids in remaining]
+    source = speeds.source([runs[i] for ids in remaining for i in ids]) if remaining else ""
+    for array in make_arrays(backend, needs, request, reporter, source):
         work = [
             ClusterJob(
                 str(store.folder.absolute()),
@@ -177,8 +185,9 @@ def make_arrays(
     jobs: Sequence[tuple[tuple[str, ...], JobNeeds]],
     request: JobRequest,
     reporter: LaunchReporter,
+    source: str,
 ) -> list[Array]:
-    """Jobs, longest first, in arrays of similar times and of at most the cluster's size."""
+    """Jobs, longest first, in arrays of similar times and of at most the cluster's size; `source` of the times, in words."""
     if not jobs:
         return []
     ordered = sorted(jobs, key=lambda job: (-job[1].seconds, job[0]))
@@ -205,11 +214,11 @@ def make_arrays(
     for why in reasons:
         reporter.say(why)
     if request.time_min is None:
-        measured = all(needs.known for _, needs in jobs)
-        assumed = "" if measured else " (speeds assumed, not measured, on this device)"
+        unknown = any(not needs.known for _, needs in jobs)
+        advice = "; gpu=NAME (h100, a100, ...) gives a closer estimate" if unknown else ""
         reporter.say(
-            f"time limits: {request.time_factor:g} times the plan's estimate{assumed}, at least {MIN_TIME_MIN} min; a job "
-            "that reaches its limit is requeued and resumes from its checkpoints."
+            f"time limits: {request.time_factor:g} times the plan's estimate (from {source}{advice}), at least {MIN_TIME_MIN} "
+            "min; a job that reaches its limit is requeued and resumes from its checkpoints."
         )
     return arrays
 

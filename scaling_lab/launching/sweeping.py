@@ -27,6 +27,8 @@ class SweepJobs:
     tracker: Mapping[str, Any]
     """`kind` and the tracker's options."""
     reporter: LaunchReporter
+    gpu: str | None = None
+    """The `gpu=` option, from which cluster jobs get their time limits."""
 
 
 def group_into_jobs(

@@ -1,18 +1,21 @@
-"""Rough estimates of a plan's time, memory and disk use, before anything is measured.
+"""Rough estimates of a plan's time, memory and disk use, before it is trained.
 
 Once runs are in progress, the ETA of the live table comes from measured throughput instead.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import MAX_CURVE_POINTS
 from scaling_lab.core.spec import PlannedRun
+from scaling_lab.planning.devices import Device, run_seconds
 from scaling_lab.planning.execution import program_key
 from scaling_lab.planning.memory import corpus_bytes, estimate_bytes
+from scaling_lab.planning.probe import Probe
 
 # FLOP/s of one CPU core when training models of 7k and of 200k parameters, eager and compiled, and the time to compile one
 # shape (2026, one core of a server processor; results/LOG.md).
@@ -24,6 +27,14 @@ WORKER_START_S = 5.0
 CURVE_LINE_BYTES = 170
 # Parameters and AdamW's two moments, float32.
 CHECKPOINT_BYTES_PER_PARAM = 12
+# Checkpoints of a run in progress: the last two, and one that is being written.
+CHECKPOINTS_AT_ONCE = 3
+# What a finished run leaves, bytes per parameter, and its name.
+LEFT_BEHIND = {
+    "weights": (4, "float32 weights"),
+    "resume": (CHECKPOINT_BYTES_PER_PARAM, "weights and optimizer state"),
+    "none": (0, "no weights"),
+}
 # Assumptions of `job_needs` for devices without measurements, deliberately pessimistic: small models are limited by kernel
 # launches (several hundred per layer and step, 10 us each), larger ones by the throughput of a GPU several years old.
 UNKNOWN_FLOPS_PER_S = 1e12
@@ -41,18 +52,52 @@ def cpu_flops_per_s(n_params: float, compiled: bool) -> float:
     return low + share * (high - low)
 
 
+@dataclass(frozen=True)
+class Speeds:
+    """Where the time of a run comes from: a probe of the device, else the CPU's measured speeds or the table of GPUs."""
+
+    gpu: Device | None = None
+    probe: Probe | None = None
+
+    def run_seconds(self, run: PlannedRun) -> float | None:
+        """Seconds for one worker to train one run, without compilation; None if the device's speed is unknown."""
+        measured = None if self.probe is None else self.probe.run_seconds(run)
+        if measured is not None:
+            return measured
+        if run.execution.device == "cpu":
+            return run.spec.own_train_flops() / cpu_flops_per_s(run.spec.n_params(), run.execution.compile)
+        return None if self.gpu is None or run.execution.device != "cuda" else run_seconds(run, self.gpu)
+
+    def source(self, runs: Sequence[PlannedRun]) -> str:
+        """Where the times of these runs come from, in words."""
+        probed = 0
+        if self.probe is not None:
+            probed = sum(self.probe.run_seconds(run) is not None for run in runs)
+        if probed == len(runs) and self.probe is not None:
+            return f"measured steps on {self.probe.device}"
+        if runs[0].execution.device == "cpu":
+            rest = "speeds measured on another machine"
+        elif self.gpu is not None:
+            rest = f"the data sheet of {self.gpu.label} and an assumed MFU, not measured"
+        else:
+            rest = "assumed low speeds, not measured"
+        return f"measured steps for {probed} of {len(runs)} runs, else {rest}" if probed else rest
+
+
+UNMEASURED = Speeds()
+
+
 def estimate_seconds(run: PlannedRun) -> float | None:
     """Seconds for one worker to train one run, without compilation; None for a device without measurements."""
-    if run.execution.device != "cpu":
-        return None
-    n = run.spec.n_params()
-    return run.spec.own_train_flops() / cpu_flops_per_s(n, run.execution.compile)
+    return UNMEASURED.run_seconds(run)
 
 
-def estimate_plan_seconds(runs: Iterable[PlannedRun], workers: int) -> float | None:
+def estimate_plan_seconds(
+    runs: Iterable[PlannedRun], workers: int, speeds: Speeds = UNMEASURED
+) -> float | None:
     """Seconds until `workers` parallel workers have finished `runs`; None if the speed of a device is unknown."""
     runs = list(runs)
-    seconds = [estimate_seconds(run) for run in runs]
+    seconds = [speeds.run_seconds(run) for run in runs]
     known = [s for s in seconds if s is not None]
     if len(known) < len(seconds):
         return None
@@ -61,12 +106,29 @@ def estimate_plan_seconds(runs: Iterable[PlannedRun], workers: int) -> float | N
     return WORKER_START_S + max([busy / max(1, workers), *known])
 
 
-def estimate_disk_bytes(runs: Iterable[PlannedRun]) -> int:
-    """Disk space of a finished sweep: curves, one checkpoint per run, and checkpoints kept for other runs."""
-    return sum(
-        min(run.spec.steps, MAX_CURVE_POINTS) * CURVE_LINE_BYTES
-        + CHECKPOINT_BYTES_PER_PARAM * run.spec.count().params.total * (1 + len(run.spec.keep_steps))
-        for run in runs
+@dataclass(frozen=True)
+class DiskUse:
+    """Disk space of a sweep, in bytes."""
+
+    curves: int
+    running: int
+    """Checkpoints of the runs that are trained at the same time, at most, and of those kept for other runs to start from."""
+    left: int
+    """Weights, and optimizer state where it is kept, of finished runs."""
+
+
+def disk_use(runs: Sequence[PlannedRun], concurrent: int, keep: str) -> DiskUse:
+    """Disk space of a sweep of which `concurrent` runs (or stacks) are trained at a time; `keep` as in `LEFT_BEHIND`."""
+    units: dict[str, int] = defaultdict(int)
+    params = {run.run_id: run.spec.count().params.total for run in runs}
+    for run in runs:
+        units[run.execution.stack or run.run_id] += params[run.run_id]
+    largest = sum(sorted(units.values(), reverse=True)[: max(1, concurrent)])
+    for_others = sum(params[run.run_id] * len(run.spec.keep_steps) for run in runs)
+    return DiskUse(
+        curves=sum(min(run.spec.steps, MAX_CURVE_POINTS) * CURVE_LINE_BYTES for run in runs),
+        running=CHECKPOINT_BYTES_PER_PARAM * (CHECKPOINTS_AT_ONCE * largest + for_others),
+        left=LEFT_BEHIND[keep][0] * sum(params.values()),
     )
 
 
@@ -77,20 +139,25 @@ class JobNeeds:
     seconds: float
     host_bytes: float
     known: bool
-    """Whether the time is based on measured speeds; otherwise on assumed ones, which are low for any GPU."""
+    """Whether there is a speed for each run; otherwise the time is based on assumed ones, which are low for any GPU."""
 
 
-def job_needs(runs: Sequence[PlannedRun], workers: int = 1) -> JobNeeds:
-    """Total time and host memory of a job that trains `runs` with `workers` parallel workers."""
-    seconds = [estimate_seconds(run) for run in runs]
+def job_needs(
+    runs: Sequence[PlannedRun], workers: int = 1, speeds: Speeds = UNMEASURED, gpus: int = 1
+) -> JobNeeds:
+    """Total time and host memory of a job that trains `runs` with `workers` parallel workers, on `gpus` GPUs if on CUDA."""
+    seconds = [speeds.run_seconds(run) for run in runs]
     filled = [s if s is not None else _assumed_seconds(run) for run, s in zip(runs, seconds)]
     compiling = sum(
         CPU_COMPILE_S if run.execution.device == "cpu" else UNKNOWN_COMPILE_S
         for run in {program_key(r.spec): r for r in runs if r.execution.compile}.values()
     )
     largest = sorted((_worker_bytes(run) for run in runs), reverse=True)[: max(1, workers)]
+    # Where the speed of a GPU is known it is that of one run at a time: workers that share a GPU add nothing to rely on.
+    on_known_gpu = runs[0].execution.device == "cuda" and None not in seconds
+    parallel = max(1, min(workers, gpus) if on_known_gpu else workers)
     return JobNeeds(
-        seconds=WORKER_START_S + max([(sum(filled) + compiling) / max(1, workers), *filled]),
+        seconds=WORKER_START_S + max([(sum(filled) + compiling) / parallel, *filled]),
         host_bytes=JOB_BYTES + sum(largest),
         known=None not in seconds,
     )

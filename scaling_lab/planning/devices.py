@@ -6,7 +6,7 @@ Only shown times and job limits come from here; compilation, stacks, threads and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -119,11 +119,18 @@ class GpuCost:
 
 
 def gpu_cost(
-    runs: Iterable[PlannedRun], device: Device, count: int = 1, price_per_hour: float | None = None
+    runs: Iterable[PlannedRun],
+    device: Device,
+    count: int = 1,
+    price_per_hour: float | None = None,
+    seconds_of: Callable[[PlannedRun], float | None] | None = None,
 ) -> GpuCost | None:
-    """What `runs` take on `count` GPUs, one run (or stack) at a time on each; None if the GPU lacks a run's dtype."""
+    """What `runs` take on `count` GPUs, one run (or stack) at a time on each; None if the GPU lacks a run's dtype.
+
+    `seconds_of`: the seconds of one run; None: by the table.
+    """
     runs = list(runs)
-    seconds = [run_seconds(run, device) for run in runs]
+    seconds = [run_seconds(run, device) if seconds_of is None else seconds_of(run) for run in runs]
     known = [s for s in seconds if s is not None]
     if len(known) < len(seconds):
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +12,13 @@ from scaling_lab.cli.options.forms import Form
 from scaling_lab.cli.options.study import SweepOnly, experiment_name, form_of_tree, study_form
 from scaling_lab.cli.planning import RULES_CHANGED, has_started, settle_plan
 from scaling_lab.core.errors import UserError
-from scaling_lab.core.formatting import human_count, human_time
-from scaling_lab.core.installation import is_installed
+from scaling_lab.core.formatting import human_amount, human_bytes, human_count, human_time
 from scaling_lab.core.spec import Plan, source_class
 from scaling_lab.core.storage.store import RunStore
-from scaling_lab.planning.execution import accelerator_is_possible
+from scaling_lab.planning.execution import usable_cores
 
 if TYPE_CHECKING:
-    from scaling_lab.planning.devices import Device
+    from scaling_lab.planning.cost import Speeds
 
 # Maximum rows and maximum remarks of each kind that are printed; plan.json has all of them.
 MAX_ROWS, MAX_REMARKS = 80, 20
@@ -93,14 +91,12 @@ def store_of(line: CommandLine) -> RunStore:
 
 def print_plan(console: Console, plan: Plan, options: Mapping[str, Any]) -> None:
     """Print the grid, cost, roundings and notes; `options`: the command's `workers`, `gpu`, `count`, `price_per_hour`."""
-    from scaling_lab.planning.cost import estimate_disk_bytes
-
     console.print(grid_table(plan, console.out.width))
     console.print(
-        f"{len(plan.runs)} runs, {plan.total_flops:.3g} FLOPs in total ({plan.convention}); {time_and_money(plan, options)}; "
-        f"{estimate_disk_bytes(plan.runs) / 1e6:.2g} MB on disk",
-        markup=False,
+        f"{len(plan.runs)} runs, {plan.total_flops:.3g} FLOPs in total ({plan.convention})", markup=False
     )
+    console.print(f"  time: {time_and_money(plan, options)}", markup=False)
+    console.print(f"  disk: {disk_text(plan, options)}", markup=False)
     for title, lines in (("rounded", plan.rounding), ("note", plan.notes)):
         for line in lines[:MAX_REMARKS]:
             console.print(f"  {title}: {line}", markup=False)
@@ -112,44 +108,58 @@ def print_plan(console: Console, plan: Plan, options: Mapping[str, Any]) -> None
 
 def time_and_money(plan: Plan, options: Mapping[str, Any]) -> str:
     """How long the plan takes and what it costs, with where the estimate comes from."""
+    from scaling_lab.launching.speeds import speeds_for
     from scaling_lab.planning.cost import estimate_plan_seconds
+
+    device = plan.runs[0].execution.device
+    speeds = speeds_for(device, options.get("gpu"))
+    if device == "cuda":
+        return gpu_time_and_money(plan, speeds, options)
+    workers = concurrent_runs(plan, options)
+    seconds = estimate_plan_seconds(plan.runs, workers, speeds)
+    if seconds is None:
+        return f"unknown on {device}: probe=true measures it"
+    plural = "s" * (workers != 1)
+    return f"about {human_time(seconds)} with {workers} worker{plural} on {device} (from {speeds.source(plan.runs)})"
+
+
+def gpu_time_and_money(plan: Plan, speeds: Speeds, options: Mapping[str, Any]) -> str:
+    """The same for a plan on CUDA."""
     from scaling_lab.planning.devices import gpu_cost
 
+    gpu = speeds.gpu
+    if gpu is None:
+        return "unknown on cuda: gpu=NAME (h100, a100, ...) shows it, with price_per_hour=P the cost"
+    count = int(options.get("count") or 1)
+    cost = gpu_cost(plan.runs, gpu, count, options.get("price_per_hour"), speeds.run_seconds)
+    if cost is None:
+        lacking = {run.spec.dtype for run in plan.runs if gpu.peak_flops_per_s(run.spec.dtype) is None}
+        return f"{gpu.label} has no {' and no '.join(sorted(lacking))}: plan with dtype=float32"
+    money = "" if cost.price is None else f", cost {human_amount(cost.price)}"
+    return (
+        f"about {human_time(cost.seconds)} on {count} x {gpu.label} ({human_amount(cost.gpu_seconds / 3600)} GPU hours{money}; "
+        f"from {speeds.source(plan.runs)})"
+    )
+
+
+def concurrent_runs(plan: Plan, options: Mapping[str, Any]) -> int:
+    """How many runs (or stacks) the local launcher would train at a time; on CUDA one on each of `count` GPUs."""
     execution = plan.runs[0].execution
     if execution.device == "cuda":
-        gpu = chosen_gpu(options.get("gpu"))
-        if gpu is None:
-            return "time on cuda unknown: gpu=NAME (h100, a100, ...) shows it, with price_per_hour=P the cost"
-        count = int(options.get("count") or 1)
-        cost = gpu_cost(plan.runs, gpu, count, options.get("price_per_hour"))
-        if cost is None:
-            lacking = {run.spec.dtype for run in plan.runs if gpu.peak_flops_per_s(run.spec.dtype) is None}
-            return f"{gpu.label} has no {' and no '.join(sorted(lacking))}: plan with dtype=float32"
-        money = "" if cost.price is None else f", cost {cost.price:.3g}"
-        return (
-            f"about {human_time(cost.seconds)} on {count} x {gpu.label} ({cost.gpu_seconds / 3600:.2g} GPU hours{money}; "
-            "from the data sheet and an assumed MFU, not measured)"
-        )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = options.get("workers") or max(1, cores // execution.threads)
-    seconds = estimate_plan_seconds(plan.runs, workers)
-    if seconds is None:
-        return f"time on {execution.device} unknown"
-    return f"about {human_time(seconds)} with {workers} workers on {execution.device}"
+        return int(options.get("count") or 1)
+    return int(options.get("workers") or max(1, usable_cores() // execution.threads))
 
 
-def chosen_gpu(name: str | None) -> Device | None:
-    """The device of `gpu=NAME`; without a name, or for `auto`, the GPU of this machine; None if there is none known."""
-    from scaling_lab.planning.devices import AUTO, device_of_label, get_device
+def disk_text(plan: Plan, options: Mapping[str, Any]) -> str:
+    """What the sweep takes on disk: curves, checkpoints while it runs, and what finished runs leave."""
+    from scaling_lab.planning.cost import LEFT_BEHIND, disk_use
 
-    if name not in (None, AUTO):
-        return get_device(name)
-    if not (accelerator_is_possible() and is_installed("torch")):
-        return None
-    from scaling_lab.training.engine.devices import cuda_name
-
-    label = cuda_name()
-    return None if label is None else device_of_label(label)
+    keep = str(options.get("keep") or "resume")
+    use = disk_use(plan.runs, concurrent_runs(plan, options), keep)
+    return (
+        f"{human_bytes(use.curves)} of curves; checkpoints while it runs: up to {human_bytes(use.running)}; left behind: "
+        f"{human_bytes(use.left)} ({LEFT_BEHIND[keep][1]})"
+    )
 
 
 def grid_table(plan: Plan, width: int) -> Any:

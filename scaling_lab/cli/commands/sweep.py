@@ -109,7 +109,8 @@ def launch(line: CommandLine, store: RunStore, reporter: LaunchReporter) -> Plan
                 jobs = group_into_jobs(plan.runs, set(pending), runs_per_job)
                 # Jobs may run in another folder, and logs are named in records.
                 absolute = RunStore(store.folder.absolute())
-                run_jobs(SweepJobs(absolute, plan, jobs, tracker_options(first.tree), reporter))
+                tracker, gpu = tracker_options(first.tree), first.tree.get("gpu")
+                run_jobs(SweepJobs(absolute, plan, jobs, tracker, reporter, gpu))
     return plan
 
 

@@ -51,7 +51,10 @@ class _SubmititLauncher(Launcher):
         """Submit a sweep's jobs, and wait until every run has a record or no job is left."""
         from scaling_lab.launching.cluster import JobRequest, launch_jobs
         from scaling_lab.launching.hydra_jobs import environment_variables
+        from scaling_lab.launching.speeds import gpu_of_job, gpus_of_job, speeds_for
 
+        options = self._plain_options()
+        named = None if jobs.gpu else gpu_of_job(options)
         workers = 1 if self.workers is None else self.workers
         request = JobRequest(self.timeout_min, self.mem_gb, workers, self.time_factor, self.memory_factor)
         # What a worker's -P does (launching/workers.py): submitit starts its own Python, and sbatch passes the environment on.
@@ -62,6 +65,8 @@ class _SubmititLauncher(Launcher):
                 request,
                 name=self.name,
                 max_attempts=self.max_attempts,
+                speeds=speeds_for(jobs.plan.runs[0].execution.device, named.name if named else jobs.gpu),
+                gpus=gpus_of_job(options),
             )
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:

@@ -15,6 +15,7 @@ import scaling_lab
 from scaling_lab.core.errors import UserError, unknown
 from scaling_lab.core.record import Environment
 from scaling_lab.core.spec import Execution
+from scaling_lab.planning.probe import processor_name
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -79,13 +80,7 @@ def device_name(device: torch.device) -> str:
     """Name of the GPU or the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return processor_name()
 
 
 def _world_size() -> int:

@@ -26,6 +26,11 @@ MAX_PARALLEL_CHECKS = 8
 CACHE_VARIABLE = "SCALING_LAB_CACHE_DIR"
 
 
+def cache_folder() -> Path:
+    """What is kept between commands on this machine and belongs to no sweep."""
+    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/scaling_lab").expanduser()
+
+
 @dataclass(frozen=True)
 class Shard:
     """One file of flat token ids, memory-mapped, and its expected checksum."""
@@ -86,9 +91,8 @@ def _stamp(shard: Shard, vocab_size: int) -> str:
 
 
 def _cache_file(shards: Sequence[Shard]) -> Path:
-    base = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/scaling_lab").expanduser()
     folder = str(shards[0].path.parent.resolve())
-    return base / "checked" / f"{hashlib.sha256(folder.encode()).hexdigest()[:32]}.json"
+    return cache_folder() / "checked" / f"{hashlib.sha256(folder.encode()).hexdigest()[:32]}.json"
 
 
 def _load_verified(shards: Sequence[Shard]) -> set[str]:
