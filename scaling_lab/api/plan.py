@@ -60,9 +60,9 @@ class PlanResult:
     """
 
     def __init__(
-        self, made: Plan, store: RunStore, trees: Sequence[Mapping[str, Any]], given: set[str]
+        self, made: Plan, store: RunStore, trees: Sequence[Mapping[str, Any]], given: Mapping[str, str]
     ) -> None:
-        self.plan, self._store, self._trees, self._given = made, store, list(trees), set(given)
+        self.plan, self._store, self._trees, self._given = made, store, list(trees), dict(given)
 
     @property
     def sweep(self) -> str:

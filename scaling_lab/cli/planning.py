@@ -13,13 +13,16 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
+from scaling_lab.cli.options.machine import ASSUMED_BFLOAT16, has_bfloat16
 from scaling_lab.cli.options.study import SweepOnly, sweep_settings
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Plan, PlannedRun
 from scaling_lab.core.storage.serialization import to_dict
 from scaling_lab.core.storage.store import RunStore
+from scaling_lab.planning.devices import AUTO
 from scaling_lab.planning.execution import plan_executions
 from scaling_lab.planning.plan import make_plan
+from scaling_lab.planning.replan import OPTIONS
 from scaling_lab.planning.settings import SweepSettings
 
 # Options that do not change which runs a sweep has.
@@ -41,16 +44,21 @@ def plan_keys(given: Collection[str]) -> tuple[str, ...]:
 
 
 def make_merged_plan(
-    trees: Sequence[Mapping[str, Any]], device: str | None = None, given: Collection[str] = ()
+    trees: Sequence[Mapping[str, Any]], device: str | None = None, given: Mapping[str, str] | None = None
 ) -> Plan:
-    """One plan of the runs of every tree (one tree per combination of a multirun), without duplicates."""
+    """One plan of the runs of every tree (one tree per combination of a multirun), without duplicates; it records the
+    options that the user gave, `given`."""
     settings = [sweep_settings(tree, (SweepOnly,), device=device) for tree in trees]
     names = sorted({s.sweep for s in settings})
     if len(names) > 1:
         raise UserError(f"sweep={','.join(names)}: one command plans one sweep; give `sweep` one name.")
+    given = given or {}
+    recorded = {OPTIONS: {k: v for k, v in given.items() if k == "config_dir" or k in plan_keys(given)}}
+    notes = _once(note for tree, s in zip(trees, settings, strict=True) for note in precision_notes(tree, s))
     plans = [replace(make_plan(s), given=plan_keys(given)) for s in settings]
     if len(plans) == 1:
-        return plans[0]
+        plan = plans[0]
+        return replace(plan, notes=(*notes, *plan.notes), settings={**plan.settings, **recorded})
     if len({plan.data_fingerprint for plan in plans}) > 1:
         # A plan has one data fingerprint, and losses on different corpora do not share a law.
         raise UserError(
@@ -67,9 +75,15 @@ def make_merged_plan(
         plans[0],
         runs=tuple(runs.values()),
         rounding=_once(line for plan in plans for line in plan.rounding),
-        notes=_once(line for plan in plans for line in plan.notes),
-        settings={"combinations": [plan.settings for plan in plans]},
+        notes=_once([*notes, *(line for plan in plans for line in plan.notes)]),
+        settings={"combinations": [plan.settings for plan in plans], **recorded},
     )
+
+
+def precision_notes(tree: Mapping[str, Any], settings: SweepSettings) -> tuple[str, ...]:
+    """A note if the precision was chosen for a GPU that is unknown."""
+    unknown = tree.get("dtype", AUTO) == AUTO and settings.execution.device == "cuda"
+    return (ASSUMED_BFLOAT16,) if unknown and has_bfloat16(tree.get("gpu")) is None else ()
 
 
 def _differing_data(settings: Sequence[SweepSettings]) -> str:
@@ -98,14 +112,14 @@ RULES_CHANGED = "planned by an earlier version and continues as planned; a new s
 def settle_plan(
     store: RunStore,
     trees: Sequence[Mapping[str, Any]],
-    given: Collection[str],
+    given: Mapping[str, str],
     *,
     replace_unstarted: bool = False,
 ) -> Settled:
     """The plan on disk; if there is none, the plan of `trees`, which is then written.
 
     Args:
-        given: the keys that the user gave. If none of them defines a plan, the plan on disk is used as it is.
+        given: the options that the user gave, as text. If none of them defines a plan, the plan on disk is used as it is.
         replace_unstarted: whether another plan may replace one of which no run has started.
 
     Raises:

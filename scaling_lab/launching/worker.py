@@ -29,8 +29,9 @@ from scaling_lab.core.spec import Plan, PlannedRun
 from scaling_lab.core.storage.claims import Claim, ClaimLost
 from scaling_lab.core.storage.files import disk_error
 from scaling_lab.core.storage.store import RunStore
+from scaling_lab.planning.replan import plan_command
 from scaling_lab.tracking.sink.trackers import make_tracker, mirrors_closed
-from scaling_lab.training.engine.devices import resolve_device, run_environment
+from scaling_lab.training.engine.devices import cuda_has_bfloat16, cuda_name, resolve_device, run_environment
 from scaling_lab.training.parallel.team import PARALLEL, TeamLost, joined
 from scaling_lab.training.run.checkpoint import kept_path
 from scaling_lab.training.run.follower import Follower
@@ -66,11 +67,12 @@ def train_pending(
     wanted = None if run_ids is None else set(run_ids)
     for device in {run.execution.device for run in plan.runs}:
         resolve_device(device)
-    made = []
+    made: list[RunRecord] = []
     if wanted is not None:
         # A branch starts from its trunk, which is trained here unless another process trains it.
         wanted |= {r.spec.parent for r in plan.runs if r.run_id in wanted and r.spec.parent is not None}
     pending = longest_first([r for r in plan.runs if wanted is None or r.run_id in wanted])
+    refuse_missing_bfloat16(pending, plan, store)
     with mirrors_closed(), listen() as requests:
         for group in ready_first(store, list(training_groups(pending, plan)), wanted, requests):
             # A request to stop that came as the previous run ended: no other run is started.
@@ -84,6 +86,17 @@ def train_pending(
             if claimed:
                 made += train_group(group, claimed, store, plan.data_fingerprint, tracker, checkpoint_every_s)
     return made
+
+
+def refuse_missing_bfloat16(runs: Iterable[PlannedRun], plan: Plan, store: RunStore) -> None:
+    """Raise `UserError` if runs are planned in bfloat16, which this GPU lacks: it would be emulated, slowly."""
+    needed = any(run.spec.dtype == "bfloat16" and run.execution.device == "cuda" for run in runs)
+    if needed and cuda_has_bfloat16() is False:
+        line = plan_command(plan, store.folder, dtype="float32", sweep=f"{plan.sweep}-float32")
+        raise UserError(
+            f"sweep {plan.sweep} is planned with dtype=bfloat16, which this GPU ({cuda_name()}) does not have. Plan it in "
+            f"float32: {line}"
+        )
 
 
 def training_groups(runs: Iterable[PlannedRun], plan: Plan) -> Iterator[list[PlannedRun]]:

@@ -87,7 +87,7 @@ def execute(line: CommandLine, console: Console) -> tuple[int, Plan]:
         store.read_plan()  # names the sweeps there are, if this is none of them
     else:
         for combination in line.combinations:
-            sweep_settings(combination.tree, (SweepOnly,), device="cpu")  # refuses before Hydra composes
+            sweep_settings(combination.tree, (SweepOnly,))  # refuses before Hydra composes
     try:
         plan = launch(line, store, ConsoleReporter(console))
     except OSError as error:

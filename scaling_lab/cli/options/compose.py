@@ -62,10 +62,8 @@ class CommandLine:
     def tree(self) -> dict[str, Any]:
         return self.combinations[0].tree
 
-    @property
-    def given(self) -> set[str]:
-        """Keys that the user gave."""
-        return {key for c in self.combinations for key in (*c.values, *(slot.package for slot in c.groups))}
+    given: Mapping[str, str]
+    """What the user gave, and the command's own choice of an experiment: key -> text."""
 
 
 def read_command(
@@ -125,7 +123,8 @@ def read_command(
         combinations += _value_combinations(tree, form_of(tree), pairs, values, multirun)
         if len(combinations) > MAX_COMBINATIONS:
             raise UserError(f"the lists on the command line make more than {MAX_COMBINATIONS} combinations.")
-    return CommandLine(tuple(combinations), tuple(hydra), config_dir)
+    given = dict(groups or {}) | {a.key: a.value for a in arguments.assignments if a not in hydra}
+    return CommandLine(tuple(combinations), tuple(hydra), config_dir, given)
 
 
 def with_lists(

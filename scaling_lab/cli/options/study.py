@@ -18,6 +18,7 @@ from scaling_lab.cli.options.configs import (
     read_yaml,
 )
 from scaling_lab.cli.options.forms import Form, GroupOption, Option, build, options_of, type_hints
+from scaling_lab.cli.options.machine import resolve_device, resolve_dtype
 from scaling_lab.cli.options.values import read_value, unquoted
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError, unknown
@@ -26,7 +27,6 @@ from scaling_lab.core.parametrization import parametrization_class
 from scaling_lab.core.registry import member
 from scaling_lab.core.spec import DTYPES, EvalSpec, schedule_class, shape_class, source_class
 from scaling_lab.planning.devices import AUTO, get_device
-from scaling_lab.planning.execution import accelerator_is_possible
 from scaling_lab.planning.settings import CorpusUse, ExecutionSettings, ModelSettings, SweepSettings
 
 # Config groups with one choice each, whose options depend on the choice.
@@ -58,9 +58,9 @@ class Common:
     config_dir: str | None = None
     """A folder with your own configs, searched before the built-in ones"""
     seed: int = 0
-    dtype: Literal["float32", "bfloat16", "tf32"] = "float32"
-    """Precision of computation; bfloat16 is autocast (weights, moments and losses stay float32), and on a CPU faster only
-    for models of millions of parameters; tf32 needs CUDA"""
+    dtype: Literal["auto", "float32", "bfloat16", "tf32"] = "auto"
+    """Precision of computation; auto: bfloat16 on GPUs that have it (by gpu=, else the one at hand), else float32; bfloat16 is
+    autocast (weights, moments and losses stay float32); tf32 needs CUDA"""
     convention: Convention = Convention.SIX_N_WITH_HEAD
     """What N and FLOP budgets count"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -72,13 +72,13 @@ class Common:
     stack: Literal["auto", "false"] = "auto"
     """auto: train seeds and learning rates of the same shape as one program if that is faster"""
     memory_gb: float | None = None
-    """Memory that one run may use, GB; null: the device's. Larger batches are split into micro-batches"""
+    """Memory that one run may use, GB; null: the device's (that of gpu=, if given). Larger batches are split into micro-batches"""
     deterministic: bool = True
     """Same machine, same losses"""
     eval: EvalSpec = field(default_factory=EvalSpec)
 
     def __post_init__(self) -> None:
-        assert self.dtype in DTYPES
+        assert self.dtype in (AUTO, *DTYPES)
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,8 @@ def sweep_settings(
     """Typed settings from a composed config tree.
 
     Args:
-        device: the meaning of `device=auto`; None: ask torch.
+        device: the device to plan for whatever the tree says; None: the tree's, and for `device=auto` that of `gpu=`, else
+            that of this machine.
 
     Raises:
         UserError: unknown keys, wrong types, a missing sweep name, or values that the settings reject.
@@ -259,6 +260,8 @@ def sweep_settings(
     use_fields = {f.name for f in dataclasses.fields(CorpusUse)}
     use_node = {name: data_node.pop(name) for name in list(data_node) if name in use_fields}
     use: CorpusUse = build(CorpusUse, use_node, "data.")
+    gpu = tree.get("gpu")
+    device = device or resolve_device(common.device, gpu)
     return SweepSettings(
         sweep=common.sweep,
         design=_part("design", parts["design"]) if "design" in parts else None,
@@ -273,15 +276,17 @@ def sweep_settings(
         noise=use.noise,
         convention=common.convention,
         seed=common.seed,
-        dtype=common.dtype,
-        execution=execution_settings(common, device or resolve_device(common.device)),
+        dtype=resolve_dtype(common.dtype, device, gpu),
+        execution=execution_settings(common, device, gpu),
     )
 
 
-def execution_settings(common: Common, device: str) -> ExecutionSettings:
-    """How runs should be computed, with the memory of this machine's GPU unless memory_gb is given."""
+def execution_settings(common: Common, device: str, gpu: str | None = None) -> ExecutionSettings:
+    """How runs should be computed, with the memory of `gpu`, or of this machine's GPU, unless memory_gb is given."""
     memory_gb = common.memory_gb
-    if memory_gb is None and device == "cuda" and is_installed("torch"):
+    if memory_gb is None and device == "cuda" and gpu not in (None, AUTO):
+        memory_gb = get_device(str(gpu)).memory_gb
+    elif memory_gb is None and device == "cuda" and is_installed("torch"):
         from scaling_lab.training.engine.devices import cuda_memory_gb
 
         memory_gb = cuda_memory_gb()
@@ -299,22 +304,6 @@ def complete(data_node: Mapping[str, Any]) -> Mapping[str, Any]:
     """A source's options, including those that the source determines itself."""
     completed = getattr(part_class("data", data_node), "completed", None)
     return data_node if completed is None else dict(completed(data_node))
-
-
-def resolve_device(name: str) -> str:
-    """The device for `device=auto` on this machine; other names are returned unchanged.
-
-    torch is imported only where there may be a GPU; without torch it is the CPU.
-
-    A named device need not exist here, since a login node may plan for its cluster's GPUs; training checks it.
-    """
-    if name != "auto":
-        return name
-    if not (accelerator_is_possible() and is_installed("torch")):
-        return "cpu"
-    from scaling_lab.training.engine.devices import resolve_device as resolve
-
-    return resolve(name)
 
 
 def tracker_options(tree: Mapping[str, Any]) -> dict[str, Any]:

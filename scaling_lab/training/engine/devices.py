@@ -71,6 +71,11 @@ def cuda_memory_gb() -> float | None:
     return float(int(torch.cuda.get_device_properties(0).total_memory // 1e9))
 
 
+def cuda_has_bfloat16() -> bool | None:
+    """Whether the first GPU computes in bfloat16 itself; None without a GPU."""
+    return torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else None
+
+
 def cuda_name() -> str | None:
     """Name of the first GPU; None without one."""
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
