@@ -28,6 +28,8 @@ WARMUP_STEPS = 2000
 LONGEST_WARMUP_FRACTION = 0.1
 # Dense models of 60M to 1B parameters without embeddings (same paper, section 4).
 FITTED_PARAMS = (6e7, 1e9)
+# Horizons of its released dense grid, in tokens.
+FITTED_TOKENS = (4e9, 1e11)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,11 @@ class StepLawRecipe(RuleOverrides):
             batch,
             OptimizerSpec(peak_lr=lr),
             warmup,
-            (*extrapolation_note(self.kind, "parameters without embeddings", n, *FITTED_PARAMS), *notes),
+            (
+                *extrapolation_note(self.kind, "parameters without embeddings", n, *FITTED_PARAMS),
+                *extrapolation_note(self.kind, "training tokens", train_tokens, *FITTED_TOKENS),
+                *notes,
+            ),
             rule_batch,
             Cosine(final_fraction=min(1.0, FINAL_LR / lr)),
         )
