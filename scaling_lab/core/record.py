@@ -99,6 +99,9 @@ class RunRecord:
     """Mean true -ln p per token of the validation windows, a lower bound on any model's loss; None if unknown."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Further scores of the final model: `eval.NAME` in nats per token, `bits_per_byte`, `exact_match`, ..."""
+    mfu: float | None = None
+    """Model FLOPs utilization of the device in the last attempt, of the run's whole stack; None in older records, on devices
+    whose peak is not known (any CPU), and for a run of one block of steps."""
 
     def count(self) -> ModelCount:
         """N and FLOPs per token under any convention, from the counts that the run recorded."""

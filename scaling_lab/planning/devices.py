@@ -6,6 +6,7 @@ Only shown times and job limits come from here; compilation, stacks, threads and
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -55,6 +56,9 @@ DEVICES = {
         Device("t4", "NVIDIA T4", None, None, 8.1e12, 16, 0.32e12, "data sheet of T4"),
     )
 }  # fmt: skip
+# Words in a label that mark variants of a card with lower or higher peaks; the A100 on PCIe has the peaks of the SXM card.
+OTHER_PEAKS = frozenset({"pcie", "nvl", "laptop", "max", "d", "ti", "super"})
+SAME_PEAKS = {"a100": frozenset({"pcie"})}
 # Share of the peak by parameters, interpolated in ln N: assumed, not measured here. At 1e8 and 1e9 what public compiled
 # bfloat16 loops report at context 1,024; below, matrices are too small to fill a GPU.
 MFU = ((1e5, 0.002), (1e6, 0.02), (1e7, 0.12), (1e8, 0.35), (1e9, 0.42))
@@ -74,9 +78,21 @@ def get_device(name: str) -> Device:
 
 
 def device_of_label(label: str) -> Device | None:
-    """The device whose name a driver reports ("NVIDIA H100 80GB HBM3"); None if the table has none."""
-    plain = label.lower().replace(" ", "").replace("geforce", "")
-    return next((d for d in DEVICES.values() if d.name in plain), None)
+    """The device whose name a driver reports ("NVIDIA H100 80GB HBM3"); None if the table has none.
+
+    Variants with other peaks than the table's ("H100 PCIe", "RTX 3090 Ti", "RTX 4090 Laptop GPU") are not in it.
+    """
+    words = re.findall(r"[a-z0-9]+", label.lower().replace("rtx ", "rtx"))
+    device = next((d for d in DEVICES.values() if d.name in words), None)
+    if device is None or OTHER_PEAKS.intersection(words) - SAME_PEAKS.get(device.name, frozenset()):
+        return None
+    return device
+
+
+def peak_of_label(label: str, dtype: str) -> float | None:
+    """Dense peak in FLOP/s of the device with this label for a run's `dtype`; None where the table has none."""
+    device = device_of_label(label)
+    return None if device is None else device.peak_flops_per_s(dtype)
 
 
 def mfu(n_params: float) -> float:

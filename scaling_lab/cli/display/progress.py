@@ -68,20 +68,24 @@ def running_table(sweep: str, progress: SweepProgress) -> Any:
     if not running:
         return f"{sweep}: {progress.headline()}"
     table = Table(title=f"{sweep}: {progress.headline()}", title_justify="left", expand=False)
-    for name in ("run", "step", "done", "tokens/s", "train loss"):
+    # Only GPUs whose peak is known have an MFU.
+    has_mfu = any(state.claim is not None and state.claim.mfu is not None for state in running)
+    names = ("run", "step", "done", "tokens/s", *(["MFU"] if has_mfu else []), "train loss")
+    for name in names:
         table.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
     for state in running[:MAX_ROWS]:
         claim = state.claim
         if claim is None or not claim.step:
-            table.add_row(state.run_id, "starting", "", "", "")
+            table.add_row(state.run_id, "starting", *[""] * (len(names) - 2))
             continue
         table.add_row(
             state.run_id,
             f"{claim.step:,}/{claim.steps:,}",
             f"{claim.step / claim.steps:.0%}",
             "" if claim.tokens_per_s is None else human_count(claim.tokens_per_s),
+            *([] if not has_mfu else ["" if claim.mfu is None else f"{claim.mfu:.1%}"]),
             "" if claim.train_loss_nats is None else f"{claim.train_loss_nats:.3f}",
         )
     if len(running) > MAX_ROWS:
-        table.add_row(f"and {len(running) - MAX_ROWS} more", "", "", "", "")
+        table.add_row(f"and {len(running) - MAX_ROWS} more", *[""] * (len(names) - 1))
     return table

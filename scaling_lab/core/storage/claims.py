@@ -49,6 +49,8 @@ class ClaimInfo:
     tokens_per_s: float | None = None
     train_loss_nats: float | None = None
     released: bool = False
+    mfu: float | None = None
+    """Model FLOPs utilization of the run's device, of its whole stack; None where the device's peak is not known."""
     machine: str = ""
     """The boot and pid namespace that the pid belongs to: containers may share a host name."""
 
@@ -124,6 +126,7 @@ class Claim:
         steps: int = 0,
         tokens_per_s: float | None = None,
         train_loss_nats: float | None = None,
+        mfu: float | None = None,
     ) -> None:
         """Record that the owner is alive, and its progress. Raises `ClaimLost`, or OSError if the write fails."""
         with self._lock:
@@ -135,6 +138,7 @@ class Claim:
                 steps=steps,
                 tokens_per_s=tokens_per_s,
                 train_loss_nats=train_loss_nats,
+                mfu=mfu,
             )
             write_atomic(self._path, dumps(self._info), durable=False)
 

@@ -245,6 +245,7 @@ def record_summary(record: RunRecord) -> dict[str, Any]:
         "final_val_loss_sem_nats": record.final_val_loss_sem_nats,
         "wall_time_s": record.wall_time_s,
         "curve_points": record.curve_points,
+        **({} if record.mfu is None else {"mfu": record.mfu}),
         **record.metrics,
     }
 

@@ -15,6 +15,7 @@ import scaling_lab
 from scaling_lab.core.errors import UserError, unknown
 from scaling_lab.core.record import Environment
 from scaling_lab.core.spec import Execution
+from scaling_lab.planning.devices import peak_of_label
 from scaling_lab.planning.probe import processor_name
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -86,6 +87,14 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return processor_name()
+
+
+def peak_flops_per_s(device: torch.device, dtype: str) -> float | None:
+    """Dense peak of all devices that train a run together; None where the table of devices has none (any CPU)."""
+    if device.type != "cuda":
+        return None
+    peak = peak_of_label(torch.cuda.get_device_name(device), dtype)
+    return None if peak is None else peak * _world_size()
 
 
 def _world_size() -> int:

@@ -26,6 +26,7 @@ class Heartbeat:
         self._stop, self._lost = threading.Event(), threading.Event()
         self._done = self._first_step = 0
         self._loss: float | None = None
+        self._mfu: float | None = None
         self._began = time.monotonic()
         self._thread = threading.Thread(target=self._work, daemon=True, name="heartbeat")
 
@@ -46,9 +47,9 @@ class Heartbeat:
         self._done = self._first_step = step
         self._began = time.monotonic()
 
-    def progress(self, step: int, train_loss_nats: float) -> None:
+    def progress(self, step: int, train_loss_nats: float, mfu: float | None = None) -> None:
         """Report how far the run is. Raises `ClaimLost`."""
-        self._done, self._loss = step, train_loss_nats
+        self._done, self._loss, self._mfu = step, train_loss_nats, mfu
         if self._lost.is_set():
             self._claim.check()
 
@@ -60,7 +61,7 @@ class Heartbeat:
             elapsed = time.monotonic() - self._began
             speed = (self._done - self._first_step) * self._spec.batch_tokens / elapsed
             try:
-                self._claim.heartbeat(self._done, self._spec.steps, speed or None, self._loss)
+                self._claim.heartbeat(self._done, self._spec.steps, speed or None, self._loss, self._mfu)
             except ClaimLost:
                 self._lost.set()
                 return

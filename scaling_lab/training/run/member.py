@@ -154,7 +154,7 @@ class Member(StepCounter):
         if self.divergence.reason:
             self.finish()
             return
-        self.heartbeat.progress(self.done, losses[-1])
+        self.heartbeat.progress(self.done, losses[-1], self.session.utilization.mfu)
         if self.done in self.spec.keep_steps:
             self.heartbeat.check()
             self.checkpoint(permanent=True)
@@ -267,6 +267,7 @@ def make_record(
         curve=tuple(curve.points),
         val_floor_nats=session.evaluation.floor_nats,
         metrics=final_metrics(planned.spec, last) if done and last else {},
+        mfu=session.utilization.mfu,
     )
 
 

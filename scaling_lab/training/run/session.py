@@ -16,7 +16,7 @@ from scaling_lab.core.spec import Execution, RunSpec
 from scaling_lab.planning.memory import BLOCK_STEPS
 from scaling_lab.training.data.feed import Feed, open_feed
 from scaling_lab.training.data.order import WindowOrder
-from scaling_lab.training.engine.devices import apply_execution
+from scaling_lab.training.engine.devices import apply_execution, peak_flops_per_s
 from scaling_lab.training.engine.optimizer import control_rows
 from scaling_lab.training.engine.step import (
     GRADIENT_SQUARE,
@@ -39,6 +39,7 @@ from scaling_lab.training.measure.noise_scale import (
     measured_steps,
     noise_from_norms,
 )
+from scaling_lab.training.measure.utilization import UtilizationMeter
 from scaling_lab.training.models import build_model
 from scaling_lab.training.parallel.data_parallel import DataParallelStep
 from scaling_lab.training.parallel.team import Team, current_team
@@ -56,6 +57,8 @@ class TrainingSession:
     """Index of the run in the feed."""
     evaluation: EvaluationSuite
     fingerprint: str
+    utilization: UtilizationMeter
+    """Shared by all sessions of a program."""
 
     @property
     def order(self) -> WindowOrder:
@@ -64,7 +67,8 @@ class TrainingSession:
 
     def evaluate(self) -> EvaluationResult:
         """The validation set and the other evaluation sets at the current parameters."""
-        return self.evaluation.evaluate(self._mean_loss, self._scores)
+        with self.utilization.paused():
+            return self.evaluation.evaluate(self._mean_loss, self._scores)
 
     def _mean_loss(self, name: str | None) -> tuple[float, float | None]:
         windows, team = self.evaluation.set(name), current_team()
@@ -136,6 +140,7 @@ class Program:
             starts, controls = starts[:, 0], controls[:, 0]
         # Moved to the CPU first: not every device has float64 (MPS).
         metrics = self.step.run(starts, controls).cpu().double()
+        self.sessions[0].utilization.add(count * len(first_steps))
         return metrics if self.step.stacked else metrics[:, None]
 
 
@@ -251,6 +256,7 @@ def build_program(
         models.append(model.to(device) if whole_models else model)
     step = make_step(models if stacked else models[0], feed.tokens, specs if stacked else spec, execution)
     evaluation = EvaluationSuite(spec, device)
+    utilization = UtilizationMeter(spec, peak_flops_per_s(device, spec.dtype))
     sessions = [
         TrainingSession(
             spec=each,
@@ -260,6 +266,7 @@ def build_program(
             slot=k,
             evaluation=evaluation,
             fingerprint=fingerprint,
+            utilization=utilization,
         )
         for k, each in enumerate(specs)
     ]
