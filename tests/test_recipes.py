@@ -85,6 +85,9 @@ def test_step_law_by_hand():
     tiny = StepLawRecipe().decide(OfSize(10_000, context=64), 1e6, ALONE)
     assert tiny.warmup_fraction == pytest.approx(0.1)
     assert "was fitted at 6e+07 to 1e+09" in tiny.notes[0]
+    (short,) = StepLawRecipe().decide(OfSize(10**9), 1e9, ALONE).notes
+    assert "was fitted at 4e+09 to 1e+11 training tokens" in short
+    assert not chosen.notes
 
 
 def test_deepseek_gives_what_deepseek_7b_was_trained_with():

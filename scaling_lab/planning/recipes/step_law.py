@@ -47,16 +47,15 @@ class StepLawRecipe(RuleOverrides):
         rule_lr = LR_COEFFICIENT * n**LR_N_EXPONENT * train_tokens**LR_D_EXPONENT
         warmup_tokens = min(WARMUP_STEPS * batch, LONGEST_WARMUP_FRACTION * train_tokens)
         lr, warmup, notes = self.resolve_warmup(rule_lr, warmup_tokens, train_tokens)
+        outside = extrapolation_note(
+            self.kind, "parameters without embeddings", n, *FITTED_PARAMS
+        ) or extrapolation_note(self.kind, "training tokens", train_tokens, *FITTED_TOKENS)
         # AdamW with betas 0.9 and 0.95, decay 0.1, clipping at 1 (same paper, section 3): OptimizerSpec's defaults.
         return Hyperparameters(
             batch,
             OptimizerSpec(peak_lr=lr),
             warmup,
-            (
-                *extrapolation_note(self.kind, "parameters without embeddings", n, *FITTED_PARAMS),
-                *extrapolation_note(self.kind, "training tokens", train_tokens, *FITTED_TOKENS),
-                *notes,
-            ),
+            (*outside, *notes),
             rule_batch,
             Cosine(final_fraction=min(1.0, FINAL_LR / lr)),
         )
