@@ -16,9 +16,12 @@ import pytest
 
 from helpers.specs import spec
 from scaling_lab.cli.main import main
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.spec import Execution, Plan, PlannedRun
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching import workers
+from scaling_lab.launching.gpu_sharing import GpuSharing, find_gpu_sharing
 from scaling_lab.launching.workers import worker_environments
 
 TINY_LINE = (
@@ -159,28 +162,72 @@ def test_a_worker_that_cannot_start_is_an_error_that_quotes_it(tmp_path):
     assert "libfoo.so is missing" in err
 
 
-def test_workers_share_cores_and_gpus(monkeypatch):
+def planned_runs(n: int, *executions: Execution, **changes) -> list[PlannedRun]:
+    return [PlannedRun(spec(seed_init=k, **changes), executions[k % len(executions)]) for k in range(n)]
+
+
+def test_workers_share_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    assert len(worker_environments(Execution("cpu", threads=1), None, 100)) == 8
-    assert len(worker_environments(Execution("cpu", threads=3), None, 100)) == 2
-    assert len(worker_environments(Execution("cpu"), None, 3)) == 3
-    assert len(worker_environments(Execution("cpu"), 5, 100)) == 5
-    assert {s["OMP_NUM_THREADS"] for s in worker_environments(Execution("cpu", threads=3), None, 9)} == {"3"}
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    one_thread, three = planned_runs(100, Execution("cpu")), planned_runs(9, Execution("cpu", threads=3))
+    assert len(worker_environments(one_thread, None)) == 8
+    assert len(worker_environments(three, None)) == 2
+    assert len(worker_environments(one_thread[:3], None)) == 3
+    assert len(worker_environments(one_thread, 5)) == 5
+    assert {s["OMP_NUM_THREADS"] for s in worker_environments(three, None)} == {"3"}
+    # All compilers together have as many processes as there are cores.
+    assert {s["TORCHINDUCTOR_COMPILE_THREADS"] for s in worker_environments(three, None)} == {"4"}
+    assert {s["TORCHINDUCTOR_COMPILE_THREADS"] for s in worker_environments(one_thread, 20)} == {"1"}
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "3")
+    assert "TORCHINDUCTOR_COMPILE_THREADS" not in worker_environments(one_thread, None)[0]
+
+
+def test_workers_share_gpus(monkeypatch):
+    """Four small runs on a GPU with MPS, two that take turns without, one in exclusive mode or where runs fill the GPU."""
+    mps, turns, exclusive = (GpuSharing(*how) for how in ((True, True), (False, False), (False, True)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    devices = [s["CUDA_VISIBLE_DEVICES"] for s in worker_environments(Execution("cuda"), None, 100)]
-    assert devices == ["4", "6"] * 4
-    assert [s["CUDA_VISIBLE_DEVICES"] for s in worker_environments(Execution("cuda"), 3, 100)] == [
-        "4",
-        "6",
-        "4",
-    ]
-    # Of runs of 30 GB two fit on a GPU of 80 GB; of 100 GB none does, and each GPU gets one, which will say so.
     monkeypatch.setattr(workers, "gpu_bytes", lambda: 80e9)
-    assert [len(worker_environments(Execution("cuda"), None, 100, size)) for size in (1e9, 30e9, 100e9)] == [
-        8,
-        4,
-        2,
-    ]
+    monkeypatch.setattr(workers, "device_bytes", lambda run: 1e9)
+    small = planned_runs(100, Execution("cuda"))
+    devices = [s["CUDA_VISIBLE_DEVICES"] for s in worker_environments(small, None, mps)]
+    assert devices == ["4", "6"] * 4
+    assert [len(worker_environments(small, None, how)) for how in (turns, exclusive)] == [4, 2]
+    assert [s["CUDA_VISIBLE_DEVICES"] for s in worker_environments(small, 3, turns)] == ["4", "6", "4"]
+    assert {s["TORCHINDUCTOR_COMPILE_THREADS"] for s in worker_environments(small, 4, turns)} == {"4"}
+    with pytest.raises(UserError, match=r"workers=3.*exclusive mode.*Choices: workers=2, or MPS"):
+        worker_environments(small, 3, exclusive)
+    # Stacks that fill a GPU get it to themselves, and there is no worker without a stack.
+    stacks = planned_runs(96, *(Execution("cuda", stack=f"s{k}", stack_size=32) for k in range(3)))
+    assert len(worker_environments(stacks, None, mps)) == 3
+    large = planned_runs(9, Execution("cuda"), shape=GPTShape(width=512, depth=8, heads=8))
+    assert len(worker_environments(large, None, mps)) == 2
+    # Of runs of 30 GB two fit on a GPU of 80 GB; of 100 GB none does, and each GPU gets one, which will say so.
+    for size, count in ((30e9, 4), (100e9, 2)):
+        monkeypatch.setattr(workers, "device_bytes", lambda run, size=size: size)
+        assert len(worker_environments(small, None, mps)) == count
+
+
+def test_mps_and_exclusive_mode_are_detected(tmp_path, monkeypatch):
+    """By stand-ins for NVIDIA's commands. A socket that no daemon answers is not MPS."""
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path / "pipes"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert find_gpu_sharing() == GpuSharing(mps=False, exclusive=False)
+    (tmp_path / "pipes").mkdir()
+    (tmp_path / "pipes" / "control").touch()
+    assert find_gpu_sharing() == GpuSharing(mps=True, exclusive=False)  # a container without the command
+    for name, script in (
+        ("nvidia-cuda-mps-control", 'read line; [ "$line" = get_server_list ] && exit $MPS_STATUS'),
+        ("nvidia-smi", "echo Default; echo Exclusive_Process"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    for status, mps in (("0", True), ("1", False)):
+        monkeypatch.setenv("MPS_STATUS", status)
+        assert find_gpu_sharing() == GpuSharing(mps=mps, exclusive=True)
+    assert "MPS is running" in GpuSharing(True, True).describe()
+    assert "one worker per GPU" in GpuSharing(False, True).describe()
+    assert "take turns" in GpuSharing(False, False).describe()
 
 
 def test_a_worker_always_gets_its_run_ids(tmp_path, monkeypatch):

@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from scaling_lab.core.errors import EXIT_REQUEUE, DiskError, Preempted, UserError
-from scaling_lab.core.spec import Execution, Plan, PlannedRun
+from scaling_lab.core.spec import Plan, PlannedRun
 from scaling_lab.core.storage.files import disk_error
 from scaling_lab.core.storage.store import RunStore
+from scaling_lab.launching.gpu_sharing import MPS_CONTROL, GpuSharing, find_gpu_sharing, n_programs
 from scaling_lab.launching.progress import LaunchReporter, ProgressDisplay, SweepProgress
 from scaling_lab.launching.sweeping import resume_hint
 from scaling_lab.planning.cost import device_bytes
+from scaling_lab.planning.execution import usable_cores
 
 POLL_S = 0.25
 STATES_EVERY_S = 1.0
@@ -38,8 +40,9 @@ MAX_FAILED_STARTS = 3
 EXIT_USER, EXIT_DISK = 2, 74
 # Linux limits an argument to 128 KiB; longer lists of ids are not passed, and the worker takes the plan's pending runs.
 MAX_ARGUMENT_BYTES = 100_000
-# Several small models share one GPU and hide each other's launch latency; each needs a CPU core to feed it.
-MAX_WORKERS_PER_GPU = 4
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+# Processes that torch.compile starts in each worker; by default one per core, up to 32.
+COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
 
 
 @dataclass
@@ -87,11 +90,13 @@ def run_workers(
     runs = [run for run in plan.runs if run.run_id in wanted]
     if not runs:
         return
-    largest = max(map(device_bytes, runs)) if workers is None and runs[0].execution.device == "cuda" else 0.0
-    environments = worker_environments(runs[0].execution, workers, len(runs), largest)
+    on_cuda = runs[0].execution.device == "cuda"
+    sharing = find_gpu_sharing() if on_cuda else None
+    environments = worker_environments(runs, workers, sharing)
     plural = "s" * (len(environments) > 1)
+    device = f"cuda; {sharing.describe()}" if sharing else runs[0].execution.device
     reporter.say(
-        f"{len(runs)} runs on {len(environments)} worker{plural} ({runs[0].execution.device}); logs: {store.folder / 'logs'}"
+        f"{len(runs)} runs on {len(environments)} worker{plural} ({device}); logs: {store.folder / 'logs'}"
     )
     pool = WorkerPool(store, plan, runs, environments, max_attempts, tracker, stop, leave_others, log_prefix)
     with terminate_as_interrupt(), reporter.display(store.folder.name) as display:
@@ -106,32 +111,41 @@ def run_workers(
 
 
 def worker_environments(
-    execution: Execution, workers: int | None, n_runs: int, largest_bytes: float = 0.0
+    runs: Sequence[PlannedRun], workers: int | None, sharing: GpuSharing | None = None
 ) -> list[dict[str, str]]:
-    """Environment variables of each worker.
+    """Environment variables of each worker that trains `runs`.
 
-    By default one worker per CPU core, divided by the plan's threads; on CUDA as many on each GPU as runs of
-    `largest_bytes` fit in its memory.
+    By default one worker per CPU core, divided by the plan's threads; on CUDA as many on each GPU as `sharing` (needed there)
+    advises, the largest run fits in its memory, and there are cores to feed them. The compiler's processes of all workers
+    together are as many as the cores.
+
+    Raises:
+        UserError: more workers than exclusive mode allows.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = {
-        name: str(execution.threads)
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-    }
+    execution, cores = runs[0].execution, usable_cores()
+    threads = dict.fromkeys(THREAD_VARIABLES, str(execution.threads))
     if execution.device == "cuda":
+        assert sharing is not None
         devices = visible_gpus()
-        fitting = (
-            int(min(MAX_WORKERS_PER_GPU, gpu_bytes() / largest_bytes))
-            if largest_bytes
-            else MAX_WORKERS_PER_GPU
-        )
-        count = workers or len(devices) * max(1, min(MAX_WORKERS_PER_GPU, fitting, cores // len(devices)))
-        return [
-            {**threads, "CUDA_VISIBLE_DEVICES": devices[k % len(devices)]} for k in range(min(count, n_runs))
-        ]
-    # All workers would share the one MPS device: two gain nothing.
-    count = workers or (1 if execution.device == "mps" else max(1, cores // execution.threads))
-    return [dict(threads) for _ in range(min(count, n_runs))]
+        most = sharing.max_workers and sharing.max_workers * len(devices)
+        if workers and most and workers > most:
+            raise UserError(
+                f"workers={workers}, but the GPUs are in exclusive mode, which allows one process each. Choices: workers={most}, "
+                f"or MPS: {MPS_CONTROL} -d"
+            )
+        each = 1 if workers else sharing.workers_per_gpu(runs)
+        if each > 1:
+            each = max(1, min(each, int(gpu_bytes() / max(map(device_bytes, runs))), cores // len(devices)))
+        count = min(workers or each * len(devices), n_programs(runs))
+        own = [{"CUDA_VISIBLE_DEVICES": devices[k % len(devices)]} for k in range(count)]
+    else:
+        # All workers would share the one MPS device of Apple's: two gain nothing.
+        each_core = max(1, cores // execution.threads)
+        count = min(workers or (1 if execution.device == "mps" else each_core), len(runs))
+        own = [{} for _ in range(count)]
+    if COMPILE_THREADS not in os.environ:
+        threads[COMPILE_THREADS] = str(max(1, cores // count))
+    return [{**threads, **each_own} for each_own in own]
 
 
 def gpu_bytes() -> float:

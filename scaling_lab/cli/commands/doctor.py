@@ -51,7 +51,7 @@ def run(arguments: Arguments) -> int:
     settings: DoctorCommand = build(DoctorCommand, command.tree)
     console = Console.for_flags(arguments.flags)
     checks: tuple[Callable[[], CheckResult], ...] = (
-        _version, _python, _packages, _torch, _gpu, _cores, _compiler, _wandb, lambda: _disk(settings.results_dir), _corpus,
+        _version, _python, _packages, _torch, _gpu, _gpu_sharing, _cores, _compiler, _wandb, lambda: _disk(settings.results_dir), _corpus,
     )  # fmt: skip
     findings = []
     for check in checks:
@@ -130,6 +130,15 @@ def _gpu() -> CheckResult:
         advice = f"an NVIDIA driver is installed, but torch {torch.__version__} cannot use it: install a CUDA build of torch."
         return CheckResult("accelerator", False, "none that torch can use", advice)
     return CheckResult("accelerator", True, "none: runs train on the CPU, which is enough for the quickstart")
+
+
+def _gpu_sharing() -> CheckResult:
+    from scaling_lab.launching.gpu_sharing import find_gpu_sharing
+    from scaling_lab.launching.speeds import local_gpu
+
+    if local_gpu() is None:
+        return CheckResult("GPU sharing", True, "no CUDA")
+    return CheckResult("GPU sharing", True, find_gpu_sharing().describe())
 
 
 def _cores() -> CheckResult:
