@@ -168,14 +168,22 @@ def test_on_a_gpu_no_large_model_has_a_small_batch_or_very_many_steps(n, log_rat
 
 
 def test_floor_on_a_gpu():
-    shape = shape_of(2e7, 8192, 1024)
-    tokens = 20 * params(shape)
+    shape, tokens = shape_of(2e7, 8192, 1024), 4e8
     assert decide(shape, tokens, "cuda").batch_tokens == 65_536
     assert decide(shape, tokens, "cpu").batch_tokens < 40_000
-    # The LR follows the square root of the batch's ratio at 20 tokens per parameter, at most a factor of 2.
-    ratio = 65_536 / RECIPE.rule_batch_tokens(tokens)
-    raised = decide(shape, tokens, "cuda").optimizer.peak_lr / decide(shape, tokens, "cpu").optimizer.peak_lr
-    assert raised == pytest.approx(min(2, math.sqrt(ratio)))
+
+    def raised(shape: GPTShape, tokens: float) -> float:
+        on_cuda, on_cpu = (decide(shape, tokens, device).optimizer.peak_lr for device in ("cuda", "cpu"))
+        return on_cuda / on_cpu
+
+    # The LR follows the square root of the batch's ratio at the ends of a valley, 20 / 16 and 20 * 16 tokens per parameter.
+    large = shape_of(4e8, 8192, 1024)
+    short = 20 / 16 * params(large)
+    assert raised(large, short) == pytest.approx(math.sqrt(65_536 / RECIPE.rule_batch_tokens(short)))
+    assert raised(large, 320 * params(large)) == pytest.approx(1)
+    assert 1 < raised(shape, tokens) < 2
+    # At most a factor of 2.
+    assert raised(shape, 1.25 * params(shape)) == pytest.approx(2)
     # At short horizons an eighth of the critical batch is less.
     short = decide(shape, 2e7, "cuda").batch_tokens
     assert short == pytest.approx(BATCH_FLOOR_OF_CRITICAL * critical_batch_tokens(2e7), rel=0.07)

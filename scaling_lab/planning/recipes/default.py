@@ -52,6 +52,8 @@ BATCH_FLOOR_FLOPS, BATCH_FLOOR_EXPONENT = 7.5e14, 1.05
 MAX_LR_CORRECTION = 2.0
 # Tokens per parameter at a budget's optimum (Hoffmann et al. 2022, arXiv 2203.15556).
 OPTIMAL_TOKENS_PER_PARAM = 20
+# A valley's horizons reach this factor below and above its optimum's.
+VALLEY_HALF_WIDTH = 4
 
 
 @dataclass(frozen=True)
@@ -140,17 +142,22 @@ class DefaultRecipe:
     def _lr_correction(self, shape: Any, train_tokens: float, device: str) -> float:
         """The LR's factor where the batch is not the rule's: the square root of their ratio, within a factor of 2.
 
-        A raised batch is compared with the rule at the horizon that is optimal for the run's compute: one factor for all sizes
-        of a budget, so that the LR stays a power law of N along it.
+        A raised batch's factor would bend the LR within a valley. So it is a power law of the horizon for each budget, exact
+        at the ends of a valley.
         """
         if self.batch_tokens is not None:
-            ratio = self.batch_tokens / self.rule_batch_tokens(train_tokens)
-        else:
-            compute = _compute(shape, train_tokens)
-            horizon = math.sqrt(OPTIMAL_TOKENS_PER_PARAM * compute / 6)
-            rule = self.rule_batch_tokens(horizon)
-            ratio = max(rule, self.floor_tokens(compute, horizon, device), shape.context) / rule
-        return min(MAX_LR_CORRECTION, max(1 / MAX_LR_CORRECTION, math.sqrt(ratio)))
+            return _sqrt_rule(self.batch_tokens / self.rule_batch_tokens(train_tokens))
+        compute = _compute(shape, train_tokens)
+        optimal = math.sqrt(OPTIMAL_TOKENS_PER_PARAM * compute / 6)
+        ends = [optimal / VALLEY_HALF_WIDTH, optimal * VALLEY_HALF_WIDTH]
+        rules = [self.rule_batch_tokens(d) for d in ends]
+        raised = [
+            max(rule, self.floor_tokens(compute, d, device), shape.context)
+            for rule, d in zip(rules, ends, strict=True)
+        ]
+        short, long = (_sqrt_rule(batch / rule) for batch, rule in zip(raised, rules, strict=True))
+        position = math.log(train_tokens / ends[0]) / math.log(ends[1] / ends[0])
+        return min(MAX_LR_CORRECTION, max(1.0, _joined(short, long, position)))
 
     def overview(self, specs: Sequence[RunSpec]) -> tuple[str, ...]:
         """What a whole plan says of its hyperparameters: which were not measured here, and what raised batches cost."""
@@ -245,6 +252,11 @@ def _published_lr(shape: Any, train_tokens: float, weight: float) -> float:
     low, high = TOKENS_PER_PARAM
     tokens = min(max(train_tokens, low * n), high * n)
     return step_law.LR_COEFFICIENT * n**step_law.LR_N_EXPONENT * tokens**step_law.LR_D_EXPONENT
+
+
+def _sqrt_rule(ratio: float) -> float:
+    """The LR's factor for a batch `ratio` times as large."""
+    return min(MAX_LR_CORRECTION, max(1 / MAX_LR_CORRECTION, math.sqrt(ratio)))
 
 
 def _published_decay(shape: Any, train_tokens: float, batch: float, lr: float) -> float:
