@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from helpers.specs import spec
 from scaling_lab.core.counts import Convention
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.parametrization import MuP
 from scaling_lab.core.shapes.gpt import GPTShape
-from scaling_lab.core.spec import RunSpec
+from scaling_lab.core.spec import OptimizerSpec, RunSpec
 from scaling_lab.planning.recipes.base import SweepHorizons
 from scaling_lab.planning.recipes.default import (
     BATCH_FLOOR_OF_CRITICAL,
@@ -198,8 +200,8 @@ def test_cost_of_a_raised_batch_by_hand():
     assert batch_cost(critical / 4, critical / 9, 1e9) == pytest.approx(0.125)
 
 
-def test_the_plan_says_what_a_raised_batch_costs_and_what_was_not_measured():
-    """Raised batches with their cost, also below the join (one sequence of 4,096 tokens); a design's own multiples are not."""
+def test_the_plan_says_what_a_raised_batch_costs():
+    """Also below the join (one sequence of 4,096 tokens); a design's own multiples of the batch are not counted."""
     large = make_spec(2e7, 4e8, 65_536)
     published, cost = RECIPE.overview([large])
     rule = RECIPE.rule_batch_tokens(large.train_tokens)
@@ -209,8 +211,31 @@ def test_the_plan_says_what_a_raised_batch_costs_and_what_was_not_measured():
     (cost,) = RECIPE.overview([make_spec(1e5, 1e6, 4096, context=4096)])
     assert "extrapolated below 1e8 tokens" in cost
     assert RECIPE.overview([make_spec(1e5, 1e6, 2048)]) == ()
+
+
+def test_the_plan_says_what_was_not_measured():
+    """Only of what the rules decide; an example from the middle of the largest budget, without a base shape's LR."""
     (extrapolated,) = RECIPE.overview([make_spec(1e6, 1e6, 512)])
-    assert "extrapolated, not measured here" in extrapolated
+    assert "LR and batch are extrapolated, not measured here" in extrapolated
+    sizes = [make_spec(n, 1e17 / 6 / n, 65_536) for n in (5e6, 3e7, 2e8)]
+    (note, *_) = RECIPE.overview(sizes)
+    assert (
+        f"At N = {sizes[1].n_params():.2g}, D = {sizes[1].train_tokens:.2g}: LR 0.02, batch 65,536;" in note
+    )
+    assert "LR 0.02" not in RECIPE.overview([replace(s, parametrization=MuP()) for s in sizes])[0]
+    (note, *_) = replace(RECIPE, peak_lr=0.02).overview(sizes)
+    assert "6.6e6 tokens: batch is published" in note
+    assert replace(RECIPE, peak_lr=0.02, batch_tokens=65_536).overview(sizes) == ()
+    rates = [replace(sizes[1], optimizer=OptimizerSpec(peak_lr=x)) for x in (0.03, 0.01, 0.02)]
+    assert "LR 0.02" in RECIPE.overview(rates)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr_at_width_64", 0.0), ("batch_at_1m_tokens", -3.0), ("batch_floor", -1)]
+)
+def test_impossible_values_are_refused_by_name(name, value):
+    with pytest.raises(UserError, match=f"recipe.{name}={value}"):
+        DefaultRecipe(**{name: value})
 
 
 def make_spec(n: float, tokens: float, batch: int, context: int = 64) -> RunSpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from scaling_lab.cli.display.console import Console, fitting_table
@@ -19,6 +19,7 @@ from scaling_lab.planning.execution import usable_cores
 
 if TYPE_CHECKING:
     from scaling_lab.planning.cost import Speeds
+    from scaling_lab.planning.plan import GridRow
 
 # Maximum rows and maximum remarks of each kind that are printed; plan.json has all of them.
 MAX_ROWS, MAX_REMARKS = 80, 20
@@ -166,26 +167,35 @@ def grid_table(plan: Plan, width: int) -> Any:
     """One row per run; on a narrow screen the least important columns are omitted."""
     from scaling_lab.planning.plan import describe
 
-    names: tuple[str, ...] = ("budget FLOPs", "width", "depth", "N", "tokens D", "D/N", "epochs", "steps", "batch", "peak LR", "seed",
-             "compiled")  # fmt: skip
     rows = describe(plan, corpus_tokens(plan))
-    # Only plans with other parametrizations than the standard one need a column for it.
-    several = any(row.parametrization != "standard" for row in rows)
-    if several:
-        names = ("param.", *names)
-    cells: list[tuple[str, ...]] = [
-        (
-            *([row.parametrization] if several else []), f"{row.budget_flops:.3g}", str(row.width), str(row.depth), human_count(row.n_params),
-            human_count(row.train_tokens), f"{row.tokens_per_param:.3g}", f"{row.epochs:.2f}", f"{row.steps:,}",
-            f"{row.batch_tokens:,}", f"{row.peak_lr:.2g}", str(row.seed), "yes" if row.compiled else "no",
-        )
-        for row in rows[:MAX_ROWS]
-    ]  # fmt: skip
+    columns: dict[str, Callable[[GridRow], str]] = {
+        "param.": lambda row: row.parametrization,
+        "budget FLOPs": lambda row: f"{row.budget_flops:.3g}",
+        "width": lambda row: str(row.width),
+        "depth": lambda row: str(row.depth),
+        "N": lambda row: human_count(row.n_params),
+        "tokens D": lambda row: human_count(row.train_tokens),
+        "D/N": lambda row: (
+            f"{row.tokens_per_param:.3g}" if row.tokens_per_param < 1000 else f"{row.tokens_per_param:,.0f}"
+        ),
+        "epochs": lambda row: f"{row.epochs:.2f}",
+        "steps": lambda row: f"{row.steps:,}",
+        "batch": lambda row: f"{row.batch_tokens:,}",
+        "peak LR": lambda row: f"{row.peak_lr:.2g}",
+        "seed": lambda row: str(row.seed),
+        "compiled": lambda row: "yes" if row.compiled else "no",
+    }
+    # Columns that would say the same of every run: the standard parametrization, and no passes over an endless corpus.
+    if all(row.parametrization == "standard" for row in rows):
+        del columns["param."]
+    if all(row.epochs < 0.005 for row in rows):
+        del columns["epochs"]
+    cells: list[tuple[str, ...]] = [tuple(text(row) for text in columns.values()) for row in rows[:MAX_ROWS]]
     if len(rows) > MAX_ROWS:
         cells.append((f"and {len(rows) - MAX_ROWS} more",))
     return fitting_table(
         f"sweep {plan.sweep}",
-        dict.fromkeys(names, "right"),
+        dict.fromkeys(columns, "right"),
         cells,
         width,
         drop=("compiled", "seed", "peak LR", "batch", "steps", "epochs", "depth", "width", "D/N"),

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from scaling_lab.core.counts import Convention
+from scaling_lab.core.errors import UserError
+from scaling_lab.core.parametrization import Standard
 from scaling_lab.core.spec import OptimizerSpec, RunSpec
 from scaling_lab.planning.recipes import deepseek, porian, step_law
 from scaling_lab.planning.recipes.base import Hyperparameters, SweepHorizons, check_batch, round_batch
@@ -85,6 +87,15 @@ class DefaultRecipe:
     beta2: float | None = None
     """None: 0.95 where we measured, joined with a half-life of 7M tokens (at most 1% of the run)"""
     clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr_at_width_64", "batch_at_1m_tokens"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"recipe.{name}={getattr(self, name)!r} must be positive.")
+        if self.batch_floor is not None and self.batch_floor < 0:
+            raise UserError(
+                f"recipe.batch_floor={self.batch_floor} must be 0 (no floor) or a number of tokens."
+            )
 
     def decide(self, shape: Any, train_tokens: float, sweep: SweepHorizons) -> Hyperparameters:
         """Raises `UserError` for a batch that is not a multiple of the context."""
@@ -161,9 +172,33 @@ class DefaultRecipe:
 
     def overview(self, specs: Sequence[RunSpec]) -> tuple[str, ...]:
         """What a whole plan says of its hyperparameters: which were not measured here, and what raised batches cost."""
-        return (*_unmeasured(specs), *self._cost_of_raised_batches(specs))
+        return (*self._unmeasured(specs), *self._cost_of_raised_batches(specs))
 
-    def _cost_of_raised_batches(self, specs: Sequence[RunSpec]) -> tuple[str, ...]:
+    def _unmeasured(self, specs: Sequence[RunSpec]) -> Iterator[str]:
+        """Notes on runs outside the range in which our rules were measured (by a factor of 2, where they are still ours)."""
+        ruled = [
+            name for name, fixed in (("LR", self.peak_lr), ("batch", self.batch_tokens)) if fixed is None
+        ]
+        published = [s for s in specs if join_weight(s.shape, s.train_tokens) > 0]
+        beyond = sum(join_weight(s.shape, s.train_tokens) > 0 or is_beyond_measured(s) for s in specs)
+        if beyond and ruled:
+            what = f"{' and '.join(ruled)} {'is' if len(ruled) == 1 else 'are'}"
+            yield (
+                f"recipe=default: {beyond} of {len(specs)} runs are beyond 3.3e5 parameters or 6.6e6 tokens: {what} "
+                f"{f'published, not measured here. {_spread(published)}' if published else 'extrapolated, not measured here.'} "
+                "Check with design=learning_rate."
+            )
+        below = sum(
+            s.n_params() < CALIBRATED_PARAMS[0] / 2 or s.train_tokens < CALIBRATED_TOKENS[0] / 2
+            for s in specs
+        )
+        if below:
+            yield (
+                f"recipe=default: {below} of {len(specs)} runs are below {CALIBRATED_PARAMS[0]:.2g} parameters or "
+                f"{CALIBRATED_TOKENS[0]:.2g} training tokens, where it was not measured: check LR and batch with design=learning_rate."
+            )
+
+    def _cost_of_raised_batches(self, specs: Sequence[RunSpec]) -> Iterator[str]:
         """A note on batches above the rule's, as far as the recipe raised them (a design may multiply them as well)."""
         raised = [
             (s.batch_tokens, self.rule_batch_tokens(s.train_tokens), s.train_tokens)
@@ -174,42 +209,20 @@ class DefaultRecipe:
             <= self._batch(s.shape, s.train_tokens, "cuda")[0]
         ]
         if not raised:
-            return ()
+            return
+        largest = max(raised)[0]
         cost = max(batch_cost(b, rule, tokens) for b, rule, tokens in raised)
         extrapolated = any(tokens < CRITICAL_BATCH_FROM_TOKENS for *_, tokens in raised)
-        return (
-            f"batches of {len(raised)} runs are raised above the rule's, to at most {max(raised)[0]:,} tokens "
-            f"(recipe.batch_floor, or one sequence): by the critical batch (arXiv 2505.13738"
-            f"{', extrapolated below 1e8 tokens' if extrapolated else ''}) at most {cost:.0%} more tokens for the same loss.",
+        yield (
+            f"{len(raised)} of {len(specs)} runs have a larger batch than the rule's, up to {largest:,} tokens (recipe.batch_floor, at "
+            "most an eighth of the critical batch; or one sequence): by the critical batch (arXiv 2505.13738"
+            f"{', extrapolated below 1e8 tokens' if extrapolated else ''}) at most {cost:.0%} more tokens for the same loss."
         )
 
 
-def _unmeasured(specs: Sequence[RunSpec]) -> Iterator[str]:
-    """Notes on runs outside the range in which our rules were measured (by a factor of 2, where they are still ours)."""
-    published = [s for s in specs if join_weight(s.shape, s.train_tokens) > 0]
-    beyond = [
-        s
-        for s in specs
-        if join_weight(s.shape, s.train_tokens) > 0
-        or s.n_params() > 2 * CALIBRATED_PARAMS[1]
-        or s.train_tokens > 2 * CALIBRATED_TOKENS[1]
-    ]
-    what = f"recipe=default: {len(beyond)} of {len(specs)} runs are beyond 3.3e5 parameters or 6.6e6 tokens"
-    if published:
-        largest = max(published, key=lambda s: s.train_flops())
-        yield (
-            f"{what}: LR and batch are published, not measured here. {_spread(largest)} Check them with design=learning_rate."
-        )
-    elif beyond:
-        yield f"{what}: LR and batch are extrapolated, not measured here. Check them with design=learning_rate."
-    below = sum(
-        s.n_params() < CALIBRATED_PARAMS[0] / 2 or s.train_tokens < CALIBRATED_TOKENS[0] / 2 for s in specs
-    )
-    if below:
-        yield (
-            f"recipe=default: {below} of {len(specs)} runs are below {CALIBRATED_PARAMS[0]:.2g} parameters or "
-            f"{CALIBRATED_TOKENS[0]:.2g} training tokens, where it was not measured: check LR and batch with design=learning_rate."
-        )
+def is_beyond_measured(spec: RunSpec) -> bool:
+    """Whether a run is larger or longer than twice what our rules were measured at."""
+    return spec.n_params() > 2 * CALIBRATED_PARAMS[1] or spec.train_tokens > 2 * CALIBRATED_TOKENS[1]
 
 
 def join_weight(shape: Any, train_tokens: float) -> float:
@@ -273,15 +286,27 @@ def _beta2(weight: float, batch: float, steps: float) -> float:
     return 0.95 if weight == 0 else 0.5 ** (1 / _joined(own, published, weight))
 
 
-def _spread(spec: RunSpec) -> str:
-    """The published rules at one run, with ours: how far apart they are."""
+def _spread(specs: Sequence[RunSpec]) -> str:
+    """The published rules at one run, with ours: how far apart they are. The run is the one of the largest budget that is nearest
+    to 20 tokens per parameter, and of its learning rates and batches the middle ones."""
+
+    def off_optimum(spec: RunSpec) -> float:
+        return abs(math.log(spec.train_tokens / spec.n_params() / OPTIMAL_TOKENS_PER_PARAM))
+
+    budget = max(s.budget_flops for s in specs)
+    central = min((s for s in specs if s.budget_flops > 0.9 * budget), key=off_optimum)
+    alike = [
+        s for s in specs if s.shape == central.shape and abs(s.train_tokens / central.train_tokens - 1) < 0.1
+    ]
+    spec = sorted(alike, key=lambda s: (s.optimizer.peak_lr, s.batch_tokens))[len(alike) // 2]
     horizons = SweepHorizons(spec.train_tokens, spec.train_tokens)
     rules = (step_law.StepLawRecipe(), porian.PorianRecipe(), deepseek.DeepSeekRecipe())
     chosen = {rule.kind: rule.decide(spec.shape, spec.train_tokens, horizons) for rule in rules}
     rates = sorted((c.optimizer.peak_lr, kind) for kind, c in chosen.items())
     batches = sorted((c.batch_tokens, kind) for kind, c in chosen.items())
+    ours = f"LR {spec.optimizer.peak_lr:.2g}, " if spec.parametrization == Standard() else ""
     return (
-        f"At the largest run (N = {spec.n_params():.2g}, D = {spec.train_tokens:.2g}) LR {spec.optimizer.peak_lr:.2g}, batch "
-        f"{spec.batch_tokens:,}; published rules give LR {rates[0][0]:.2g} ({rates[0][1]}) to {rates[-1][0]:.2g} "
-        f"({rates[-1][1]}) and batches {batches[0][0]:,} ({batches[0][1]}) to {batches[-1][0]:,} ({batches[-1][1]})."
+        f"At N = {spec.n_params():.2g}, D = {spec.train_tokens:.2g}: {ours}batch {spec.batch_tokens:,}; published rules give LR "
+        f"{rates[0][0]:.2g} ({rates[0][1]}) to {rates[-1][0]:.2g} ({rates[-1][1]}) and batches {batches[0][0]:,} "
+        f"({batches[0][1]}) to {batches[-1][0]:,} ({batches[-1][1]})."
     )
