@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from helpers.specs import spec
 from scaling_lab.cli.main import main
+from scaling_lab.core.errors import UserError
 from scaling_lab.core.formatting import human_amount, human_bytes
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.files.shard_check import CACHE_VARIABLE
 from scaling_lab.core.spec import Execution, PlannedRun
+from scaling_lab.launching import probing
 from scaling_lab.launching.speeds import gpu_of_job, gpus_of_job, speeds_for
 from scaling_lab.planning.cost import DiskUse, Speeds, disk_use, job_needs
 from scaling_lab.planning.devices import COMPILE_S, get_device, run_seconds
@@ -118,6 +121,26 @@ def test_probes_are_kept_by_device_and_newer_steps_replace_older_ones():
     assert load_probe(name) == Probe(name)
 
 
+def test_planned_steps_are_measured_alone_and_in_a_stack(monkeypatch):
+    """The largest of the four programs would take too long, which the speed of the others tells."""
+    said: list[str] = []
+    monkeypatch.setattr(probing, "PROBE_S", 0.4)
+    reporter = SimpleNamespace(say=said.append, warn=said.append)
+    runs = [planned(16), planned(32, batch_tokens=64, train_tokens=6400)]
+    runs += [planned(16, Execution(stack="s", stack_size=2), seed_init=k) for k in (0, 1)]
+    runs += [planned(1024, batch_tokens=65_536, train_tokens=65_536)]
+    probe = probing.measure_plan(runs, reporter)
+    assert probe.device == processor_name()
+    assert [step.program for step in probe.steps] == [program_text(runs[k]) for k in (1, 0, 2)]
+    assert all(0 < step.seconds < 10 for step in probe.steps)
+    assert probe == load_probe(processor_name())
+    assert "4 of 4 programs" in said[0]
+    assert sum("ms a step" in line for line in said) == 3
+    assert "N=25.4M, batch 65,536: one step would take too long here" in said[-1]
+    with pytest.raises(UserError, match="device=cuda is not available"):
+        probing.measure_plan([planned(16, Execution("cuda"))], reporter)
+
+
 def test_the_first_few_of_the_steps_to_measure_cover_the_sizes():
     runs = [planned(width) for width in (16, 24, 32, 48, 64)]
     again = [planned(16, seed_init=5)]
@@ -168,3 +191,11 @@ def test_plan_says_where_its_time_comes_from_and_what_it_takes_on_disk(tmp_path,
     printed = capsys.readouterr().out
     assert f"(from measured steps on {processor_name()})" in " ".join(printed.split())
     assert "about 5 s" not in printed
+    monkeypatch.setattr(probing, "PROBE_S", 0.1)
+    before = RunStore("results/s").plan_path.read_bytes()
+    assert main([*plan, "probe=true"]) == 0
+    assert "ms a step" in capsys.readouterr().out
+    assert RunStore("results/s").plan_path.read_bytes() == before
+    assert min(step.seconds for step in load_probe(processor_name()).steps) < 10
+    assert main(["sweep", "sweep=s", "probe=true"]) == 2
+    assert "probe" in capsys.readouterr().err

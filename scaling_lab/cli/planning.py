@@ -28,7 +28,7 @@ from scaling_lab.planning.settings import SweepSettings
 # Options that do not change which runs a sweep has.
 NOT_OF_THE_PLAN = frozenset(
     {"sweep", "results_dir", "config_dir", "workers", "tracker", "run_ids", "retry", "study", "gpu", "count"}
-    | {"price_per_hour"}
+    | {"price_per_hour", "probe"}
 )
 EXECUTION = frozenset({"device", "compile", "threads", "deterministic", "stack", "memory_gb"})
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from scaling_lab.cli.display.console import Console, fitting_table
 from scaling_lab.cli.options.arguments import Arguments
 from scaling_lab.cli.options.compose import CommandLine, read_command
 from scaling_lab.cli.options.forms import Form
-from scaling_lab.cli.options.study import SweepOnly, experiment_name, form_of_tree, study_form
+from scaling_lab.cli.options.study import PlanOnly, SweepOnly, experiment_name, form_of_tree, study_form
 from scaling_lab.cli.planning import RULES_CHANGED, has_started, settle_plan
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.formatting import human_amount, human_bytes, human_count, human_time
+from scaling_lab.core.installation import require
 from scaling_lab.core.spec import Plan, source_class
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.planning.execution import usable_cores
@@ -26,11 +27,12 @@ MAX_ROWS, MAX_REMARKS = 80, 20
 
 
 def form(arguments: Arguments) -> Form:
-    return study_form(arguments, "plan", (SweepOnly,))
+    return study_form(arguments, "plan", (SweepOnly, PlanOnly))
 
 
 def run(arguments: Arguments) -> int:
-    command = read_study(arguments, "plan", launches=False)
+    command = read_study(arguments, "plan", launches=False, extra=(SweepOnly, PlanOnly))
+    probes = [combination.tree.pop("probe", False) for combination in command.combinations]
     console = Console.for_flags(arguments.flags)
     store = store_of(command)
     trees = [c.tree for c in command.combinations]
@@ -43,6 +45,8 @@ def run(arguments: Arguments) -> int:
             f"replaced the previous plan in {store.plan_path}, of which no run had started. Differences: "
             f"{'; '.join(settled.replaced)}."
         )
+    if any(probes):
+        measure(plan, console)
     if "json" in arguments.flags:
         print(store.plan_path.read_text(encoding="utf-8"), end="")
         return 0
@@ -58,13 +62,18 @@ def run(arguments: Arguments) -> int:
 
 
 def read_study(
-    arguments: Arguments, config_name: str, *, launches: bool = True, experiment: str | None = None
+    arguments: Arguments,
+    config_name: str,
+    *,
+    launches: bool = True,
+    experiment: str | None = None,
+    extra: Sequence[type] = (SweepOnly,),
 ) -> CommandLine:
     """Parse and check a study's command line; the sweep's name defaults to the experiment's."""
     command = read_command(
         arguments,
         config_name,
-        lambda tree: form_of_tree(tree, extra=(SweepOnly,)),
+        lambda tree: form_of_tree(tree, extra=extra),
         multirun=True,
         launches=launches,
         groups=None if experiment is None else {"experiment": experiment},
@@ -83,6 +92,14 @@ def read_study(
             combination.tree["sweep"] = name
             combination.values["sweep"] = name
     return command
+
+
+def measure(plan: Plan, console: Console) -> None:
+    """Measure planned steps on this machine, and keep the result."""
+    require("torch", "plan probe=true")
+    from scaling_lab.launching.probing import measure_plan
+
+    measure_plan(plan.runs, console)
 
 
 def store_of(line: CommandLine) -> RunStore:

@@ -116,6 +116,14 @@ class SweepOnly:
 
 
 @dataclass(frozen=True)
+class PlanOnly:
+    """Additional options of plan."""
+
+    probe: bool = False
+    """Measure 30 s of the planned steps on the device at hand; this plan's time, and that of later ones, then comes from it"""
+
+
+@dataclass(frozen=True)
 class TrainOnly:
     """Additional options of train."""
 
