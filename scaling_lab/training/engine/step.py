@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scaling_lab.core.spec import Execution, RunSpec
+from scaling_lab.training.engine.attention_rules import register_attention_rules
 from scaling_lab.training.engine.cuda_graph import BlockGraph
 from scaling_lab.training.engine.gradient import make_gradient
 from scaling_lab.training.engine.optimizer import (
@@ -71,6 +72,7 @@ class TrainStep:
         spec, parts, stacked = specs[0], self.batch // self.micro, self.stacked
         gradient_of = make_gradient(self.model, self.layout, spec, self.micro)
         if stacked:
+            register_attention_rules()
             gradient_of = torch.func.vmap(gradient_of, in_dims=(0, 0, None))
         groups = self._groups(specs)
         clip_norm: Any = spec.optimizer.clip_norm

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from scaling_lab.core.spec import RunSpec
+from scaling_lab.training.engine.attention_rules import register_attention_rules
 from scaling_lab.training.engine.gradient import make_gradient
 from scaling_lab.training.engine.optimizer import FlatLayout
 
@@ -63,6 +64,7 @@ class NoiseProbe:
 
     def __init__(self, model: torch.nn.Module, layout: FlatLayout, spec: RunSpec) -> None:
         self._context = spec.shape.context
+        register_attention_rules()
         self._gradient = make_gradient(model, layout, spec, 1)
 
     @torch.no_grad()
@@ -74,7 +76,7 @@ class NoiseProbe:
         if parts * flat.numel() <= MAX_ELEMENTS_AT_ONCE:
             each = torch.func.vmap(self._gradient, in_dims=(None, 0, None))
             with warnings.catch_warnings():
-                # On a CPU attention is then computed part by part. That is intended, and a user can do nothing about it.
+                # An operation without a batching rule is computed part by part: a user can do nothing about it.
                 warnings.filterwarnings(
                     "ignore", "There is a performance drop because we have not yet implemented"
                 )
