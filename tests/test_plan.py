@@ -32,10 +32,19 @@ from scaling_lab.planning.sizes import SizeLadder
 ALONE = SweepHorizons(1e6, 1e6)
 
 
-def test_ladder_is_geometric_in_width_and_depth():
-    sizes = SizeLadder(16, 256, width_ratio=2, width_multiple=4, aspect_ratio=32, min_depth=1).sizes()
+# The ladder and the heads of versions before the ladder was evenly spaced in N.
+EARLIER = {
+    "design": IsoFlopDesign(sizes=SizeLadder(width_ratio=1.26)),
+    "model": ModelSettings(head_dim=16),
+}
+
+
+def test_geometric_widths():
+    sizes = SizeLadder(
+        16, 256, width_ratio=2, width_multiple=4, aspect_ratio=32, min_depth=1
+    ).geometric_sizes()
     assert sizes == [(16, 1), (32, 1), (64, 2), (128, 4), (256, 8)]
-    fine = SizeLadder(min_width=16, max_width=64, width_ratio=2**0.5, width_multiple=4).sizes()
+    fine = SizeLadder(min_width=16, max_width=64, width_ratio=2**0.5, width_multiple=4).geometric_sizes()
     assert [w for w, _ in fine] == [16, 24, 32, 44, 64]
 
 
@@ -70,7 +79,7 @@ def test_isoflop_plan_spends_its_budgets():
 def test_windows_are_centered_alike():
     """The center of each budget's sizes lies within one step of the ladder of the guess, so no window biases its parabola."""
     design = IsoFlopDesign(sizes=SizeLadder(min_width=8, max_width=1024, width_ratio=1.2, width_multiple=2))
-    log_n = sorted(math.log(12 * d * w * w + 256 * w) for w, d in design.sizes.sizes())
+    log_n = sorted(math.log(12 * d * w * w + 256 * w) for w, d in design.sizes.geometric_sizes())
     rung = max(np.diff(log_n))
     for budget in (1e10, 1e11, 1e12, 1e13):
         window = design.window(log_n, budget)
@@ -101,7 +110,7 @@ def test_a_budget_below_one_step_is_refused():
 
 def test_golden_plan():
     """The plan of a started sweep: these ids, in this order, are on users' disks."""
-    plan = make_plan(settings())
+    plan = make_plan(settings(**EARLIER))
     digest = hashlib.sha256("\n".join(run.run_id for run in plan.runs).encode()).hexdigest()
     assert digest[:16] == "9a00b1a3893c03f9"
     assert [r.spec.role for r in plan.runs[:3]] == ["isoflop", "noise", "isoflop"]
@@ -131,8 +140,8 @@ def test_the_learning_rate_design_multiplies_the_recipes_values():
 
 def test_the_center_of_an_lr_sweep_is_the_isoflop_run():
     """One results folder can hold both, and nothing is trained twice."""
-    isoflop = {r.run_id for r in make_plan(settings()).runs if r.spec.shape.width == 24}
-    middle = make_plan(settings(design=lr_design(widths=(24,), lr_multipliers=(1.0,)))).runs[0]
+    isoflop = {r.run_id for r in make_plan(settings()).runs if r.spec.shape.width == 28}
+    middle = make_plan(settings(design=lr_design(widths=(28,), lr_multipliers=(1.0,)))).runs[0]
     assert middle.run_id in isoflop
 
 
@@ -204,7 +213,7 @@ def test_sweep_horizons_by_hand():
         (lambda: SizeLadder(min_width=64, max_width=32), "design.sizes.min_width=64"),
         (lambda: SizeLadder(width_ratio=1.0), "design.sizes.width_ratio"),
         (
-            lambda: make_plan(settings(design=IsoFlopDesign(sizes_per_budget=50))),
+            lambda: make_plan(settings(design=replace(EARLIER["design"], sizes_per_budget=50))),
             "gives .* sizes, fewer than",
         ),
         (lambda: make_plan(settings(recipe=DefaultRecipe(batch_tokens=100))), "recipe.batch_tokens=100"),

@@ -24,6 +24,7 @@ from scaling_lab.planning.recipes.kaplan import KaplanRecipe
 from scaling_lab.planning.recipes.porian import PorianRecipe
 from scaling_lab.planning.recipes.step_law import StepLawRecipe
 from scaling_lab.planning.settings import ModelSettings, SweepSettings
+from scaling_lab.planning.sizes import SizeLadder
 
 RECIPES = members("scaling_lab.planning.recipes")
 
@@ -47,10 +48,13 @@ class OfSize:
 ALONE = SweepHorizons(1e9, 1e9)
 
 
+GRID = IsoFlopDesign(sizes=SizeLadder(width_ratio=1.26))
+
+
 def settings(recipe, **changes) -> SweepSettings:
     base = SweepSettings(
         sweep="t",
-        design=IsoFlopDesign(),
+        design=GRID,
         recipe=recipe,
         model=ModelSettings(),
         data=PySource(),
@@ -195,7 +199,7 @@ def test_kaplans_horizon_is_the_longest_run_of_the_sweep():
 def test_a_learning_rate_sweep_uses_the_grid_that_it_tunes():
     """Kaplan's batch is the same in the sweep and in its LR sweep, which has only two of the six sizes."""
     tuned = LearningRateDesign(
-        IsoFlopDesign().budgets_flops, grid_sizes=6, sizes_per_budget=2, lr_multipliers=(1,)
+        GRID.budgets_flops, grid_sizes=6, sizes_per_budget=2, lr_multipliers=(1,), sizes=GRID.sizes
     )
     of_the_grid = {run.run_id for run in make_plan(settings(KaplanRecipe())).runs}
     assert {run.run_id for run in make_plan(settings(KaplanRecipe(), design=tuned)).runs} < of_the_grid

@@ -54,7 +54,7 @@ def tiny_plan() -> Plan:
     design = TrunkCooldownDesign(
         budgets_flops=(8e7, 1.6e8),
         sizes_per_budget=4,
-        sizes=SizeLadder(min_width=4, max_width=12, width_multiple=2, min_depth=1),
+        sizes=SizeLadder(min_width=4, max_width=12, width_multiple=2, min_depth=1, width_ratio=1.26),
     )
     return make_plan(
         settings(
@@ -109,7 +109,7 @@ def test_the_plan_holds_an_isoflop_grid_and_its_trunks():
 
 
 def test_a_size_with_one_budget_is_one_run_without_a_trunk():
-    plan = make_plan(settings(TrunkCooldownDesign((1e11, 1.6e12))))
+    plan = make_plan(settings(TrunkCooldownDesign((1e11, 1.6e12), sizes=SizeLadder(width_multiple=2))))
     specs = [r.spec for r in plan.runs if r.spec.role == "isoflop"]
     once = [s for s in specs if sum(p.shape == s.shape for p in specs) == 1]
     assert once

@@ -47,25 +47,46 @@ class GridRow:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Makes shapes with the plan's model family, vocabulary and context (implements `designs.base.ShapeMaker`)."""
+    """Makes shapes with the plan's model family, vocabulary, context and device (implements `designs.base.ShapeMaker`)."""
 
     settings: SweepSettings
-    _ladders: dict[SizeLadder, list[Any]] = field(default_factory=dict, compare=False, repr=False)
+    notes: list[str] = field(default_factory=list, compare=False, repr=False)
+    _candidates: dict[SizeLadder, list[Any]] = field(default_factory=dict, compare=False, repr=False)
     """A cache: designs use the same ladder at every budget."""
 
     @property
     def convention(self) -> Convention:
         return self.settings.convention
 
-    def shape(self, width: int, depth: int) -> Any:
-        return self.settings.model.shape(width, depth, self.settings.data.vocab_size)
+    @property
+    def _device(self) -> str:
+        return self.settings.execution.device
 
-    def ladder(self, sizes: SizeLadder) -> list[Any]:
-        """The ladder's shapes, ascending in N under the plan's convention."""
-        if sizes not in self._ladders:
-            shapes = [self.shape(width, depth) for width, depth in sizes.sizes()]
-            self._ladders[sizes] = sorted(shapes, key=lambda shape: shape.count().n_params(self.convention))
-        return list(self._ladders[sizes])
+    def shape(self, width: int, depth: int) -> Any:
+        return self.settings.model.shape(width, depth, self.settings.data.vocab_size, self._device)
+
+    def candidates(self, sizes: SizeLadder) -> list[Any]:
+        if sizes not in self._candidates:
+            widths = [
+                w for w in sizes.widths(self._device) if self.settings.model.has_exact_heads(w, self._device)
+            ]
+            pairs = [(width, depth) for width in widths for depth in sizes.depths(width)]
+            self._candidates[sizes] = self._ascending(pairs)
+        return list(self._candidates[sizes])
+
+    def geometric(self, sizes: SizeLadder) -> list[Any]:
+        return self._ascending(sizes.geometric_sizes())
+
+    def _ascending(self, pairs: Sequence[tuple[int, int]]) -> list[Any]:
+        shapes = [self.shape(width, depth) for width, depth in pairs]
+        return sorted(shapes, key=lambda shape: shape.count().n_params(self.convention))
+
+    def max_error(self, sizes: SizeLadder) -> float:
+        return sizes.max_error(self._device)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
 
 
 def make_plan(settings: SweepSettings) -> Plan:
@@ -127,7 +148,12 @@ def make_plan(settings: SweepSettings) -> Plan:
         convention=settings.convention,
         data_fingerprint=settings.data.fingerprint(),
         rounding=(*batch_rounding(batches), *rounding),
-        notes=(*settings.recipe.overview(list(specs.values())), *notes, *saved_note(list(specs.values()))),
+        notes=(
+            *shapes.notes,
+            *settings.recipe.overview(list(specs.values())),
+            *notes,
+            *saved_note(list(specs.values())),
+        ),
         settings=to_dict(settings),
     )
 
@@ -316,7 +342,7 @@ def _single(settings: SweepSettings, train_tokens: float) -> tuple[PlannedRun, R
     if not train_tokens > 0:
         raise UserError(f"train_tokens={train_tokens!r} must be positive.")
     check_corpus(settings)
-    shape = model.shape(model.width, depth, settings.data.vocab_size)
+    shape = model.shape(model.width, depth, settings.data.vocab_size, settings.execution.device)
     request = RunRequest(shape, train_tokens=float(train_tokens), role="single")
     horizons = SweepHorizons(train_tokens, train_tokens, settings.execution.device)
     spec, remarks = plan_run(settings, request, horizons)

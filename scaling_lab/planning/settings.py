@@ -23,34 +23,77 @@ class ModelSettings:
     width: int | None = None
     depth: int | None = None
     heads: int | None = None
-    """None: the number of heads that brings the head dimension closest to `head_dim`."""
-    head_dim: int = 16
+    """None: decided by `head_dim`."""
+    head_dim: int | None = None
+    """Head dimension to aim for; None: by device, see `default_heads`."""
     context: int = 64
+    vocab_multiple: int | None = None
+    """The corpus's vocabulary is padded to a multiple of this; None: 128 on CUDA, not padded elsewhere."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Fields specific to the family, such as mlp or tied_head."""
 
-    def shape(self, width: int, depth: int, vocab_size: int) -> Any:
-        """The family's shape at a size. Raises `UserError` for inconsistent sizes and unknown options."""
+    def __post_init__(self) -> None:
+        if self.vocab_multiple is not None and self.vocab_multiple < 1:
+            raise UserError(f"model.vocab_multiple={self.vocab_multiple} must be at least 1.")
+
+    def shape(self, width: int, depth: int, vocab_size: int, device: str = "cpu") -> Any:
+        """The family's shape at a size. Raises `UserError` for inconsistent sizes and unknown options.
+
+        Args:
+            vocab_size: the corpus's. Ids that padding adds never occur: the model learns to give them no probability.
+        """
         cls = shape_class(self.kind)
         known = {f.name for f in fields(cls)} - {"width", "depth", "heads", "context", "vocab_size"}
         for name in self.options:
             if name not in known:
                 raise unknown(f"model.{name}", self.options[name], sorted(known))
-        heads = self.heads if self.heads is not None else heads_for(width, self.head_dim)
+        multiple = self.vocab_multiple or (VOCAB_MULTIPLE_CUDA if device == "cuda" else 1)
         return cls(
             width=width,
             depth=depth,
-            heads=heads,
+            heads=self.heads_at(width, device),
             context=self.context,
-            vocab_size=vocab_size,
+            vocab_size=-(-vocab_size // multiple) * multiple,
             **dict(self.options),
         )
 
+    def heads_at(self, width: int, device: str = "cpu") -> int:
+        """Number of heads at a width."""
+        if self.heads is not None:
+            return self.heads
+        return heads_for(
+            width, width / default_heads(width, device) if self.head_dim is None else self.head_dim
+        )
 
-def heads_for(width: int, head_dim: int) -> int:
+    def has_exact_heads(self, width: int, device: str = "cpu") -> bool:
+        """Whether a ladder may use a width: with the intended number of heads, so that heads never jump in a valley."""
+        if self.heads is None and self.head_dim is not None:
+            return width % 2 == 0
+        heads = default_heads(width, device) if self.heads is None else self.heads
+        if self.heads is None and device == "cuda" and heads > HEADS_CUDA_NARROW:
+            return width == heads * HEAD_DIM_CUDA
+        return width % (2 * heads) == 0
+
+
+# Heads of models on a CPU, whatever their width: results/published/heads_study.txt.
+HEADS_CPU = 1
+# On CUDA, head dimension 64 from width 256 on, for which attention kernels are fast, and below as many heads as there.
+HEAD_DIM_CUDA, HEADS_CUDA_NARROW = 64, 4
+# Matrix products on tensor cores want dimensions that are multiples of 64 or 128 (NVIDIA's guide to matrix multiplication).
+VOCAB_MULTIPLE_CUDA = 128
+
+
+def default_heads(width: int, device: str) -> int:
+    """The intended number of heads: fixed for small models, a fixed head dimension for large ones on CUDA."""
+    if device != "cuda":
+        return HEADS_CPU
+    return max(HEADS_CUDA_NARROW, round(width / HEAD_DIM_CUDA))
+
+
+def heads_for(width: int, head_dim: float) -> int:
     """The number of heads that divides `width` into even head dimensions closest to `head_dim` in ratio."""
-    if width < 1 or head_dim < 1:
-        raise UserError(f"model.width={width} and model.head_dim={head_dim} must be at least 1.")
+    if width < 1 or not head_dim > 0:
+        raise UserError(f"model.width={width} and model.head_dim={head_dim:g} must be at least 1.")
     choices = [heads for heads in range(1, width + 1) if width % heads == 0 and (width // heads) % 2 == 0]
     if not choices:
         raise UserError(

@@ -68,7 +68,22 @@ class ShapeMaker(Protocol):
     convention: Convention
 
     def shape(self, width: int, depth: int) -> Any: ...
-    def ladder(self, sizes: SizeLadder) -> list[Any]: ...
+
+    def candidates(self, sizes: SizeLadder) -> list[Any]:
+        """Allowed shapes, ascending in N."""
+        ...
+
+    def geometric(self, sizes: SizeLadder) -> list[Any]:
+        """The shapes of `sizes.width_ratio`, ascending in N."""
+        ...
+
+    def max_error(self, sizes: SizeLadder) -> float:
+        """Largest |ln N - target| of a size."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Adds a note to the plan, once."""
+        ...
 
 
 class Design(Protocol):

@@ -45,6 +45,8 @@ class LearningRateDesign:
     batch_multipliers: tuple[float, ...] = (1.0,)
     seeds: int = 1
     sizes: SizeLadder = field(default_factory=SizeLadder)
+    span: float | None = None
+    """Of that grid."""
 
     def __post_init__(self) -> None:
         if bool(self.budgets_flops) == bool(self.horizons_tokens):
@@ -87,22 +89,35 @@ class LearningRateDesign:
 
     def _grid(self, grid_sizes: int) -> IsoFlopDesign:
         return IsoFlopDesign(
-            self.budgets_flops, grid_sizes, self.sizes, self.n_opt_at_1e12, self.n_opt_exponent
+            self.budgets_flops,
+            grid_sizes,
+            self.sizes,
+            self.n_opt_at_1e12,
+            self.n_opt_exponent,
+            span=self.span,
         )
 
     def shapes(self, shapes: ShapeMaker, budget_flops: float | None) -> list[Any]:
         """The shapes trained at one budget (None: at a horizon)."""
         if self.grid_sizes is not None and budget_flops is not None:
-            window = self._grid(self.grid_sizes).window_shapes(shapes, budget_flops)
+            window = self._grid(self.grid_sizes).windows(shapes)[budget_flops]
             gaps = max(1, self.sizes_per_budget - 1)
             return [window[round(i * (len(window) - 1) / gaps)] for i in range(self.sizes_per_budget)]
-        ladder = self.sizes.sizes()
-        widths = self.widths or sorted({ladder[i][0] for i in (0, len(ladder) // 2, -1)})
+        widths = self.widths or self._ladder_widths(shapes)
         return [
             shapes.shape(width, depth)
             for width in widths
             for depth in (self.depths or (self.sizes.depth(width),))
         ]
+
+    def _ladder_widths(self, shapes: ShapeMaker) -> list[int]:
+        """The smallest allowed width, the geometric middle, and the largest."""
+        if self.sizes.width_ratio is not None:
+            geometric = [width for width, _ in self.sizes.geometric_sizes()]
+            return sorted({geometric[0], geometric[len(geometric) // 2], geometric[-1]})
+        allowed = sorted({shape.width for shape in shapes.candidates(self.sizes)})
+        middle = math.sqrt(allowed[0] * allowed[-1])
+        return sorted({allowed[0], min(allowed, key=lambda w: abs(w - middle)), allowed[-1]})
 
     def requests(self, shapes: ShapeMaker) -> Iterator[RunRequest]:
         """Ascending by budget, then by size, LR and seed."""

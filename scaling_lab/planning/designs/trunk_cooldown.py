@@ -36,6 +36,7 @@ class TrunkCooldownDesign:
     """sqrt (1 - sqrt, which the paper finds better) or linear."""
     lr_ratio: float = 0.5
     """Constant LR over the recipe's peak LR, which is meant for a cosine: about half (same paper, section 3)."""
+    span: float | None = None
 
     def __post_init__(self) -> None:
         self._grid()
@@ -48,7 +49,12 @@ class TrunkCooldownDesign:
 
     def _grid(self) -> IsoFlopDesign:
         return IsoFlopDesign(
-            self.budgets_flops, self.sizes_per_budget, self.sizes, self.n_opt_at_1e12, self.n_opt_exponent
+            self.budgets_flops,
+            self.sizes_per_budget,
+            self.sizes,
+            self.n_opt_at_1e12,
+            self.n_opt_exponent,
+            span=self.span,
         )
 
     def requests(self, shapes: ShapeMaker) -> Iterator[RunRequest]:
