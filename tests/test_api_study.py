@@ -75,7 +75,7 @@ def test_what_a_plan_shows(tmp_path):
     assert len(frame) == 4
     assert (frame["budget_flops"] == 1e8).all()
     assert frame["n_params"].is_monotonic_increasing
-    assert repr(made).startswith("plan tiny: 4 runs, 4e+08 FLOPs (six_n_with_head), about ")
+    assert repr(made).startswith("plan tiny: 4 runs, 4.1e+08 FLOPs (six_n_with_head), about ")
     assert len(repr(made).splitlines()) == 1
     assert made.seconds(workers=1) >= made.seconds(workers=4) > 0
     assert "4 runs" in made.summary()
