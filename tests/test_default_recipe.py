@@ -11,11 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.specs import spec
+from helpers.sweeps import settings as settings_of
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.parametrization import MuP
+from scaling_lab.core.schedules import Cosine, WarmupStableDecay
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.spec import OptimizerSpec, RunSpec
+from scaling_lab.planning.plan import run_schedule
 from scaling_lab.planning.recipes.base import SweepHorizons
 from scaling_lab.planning.recipes.default import (
     BATCH_FLOOR_OF_CRITICAL,
@@ -64,6 +67,7 @@ def test_what_was_measured_stays_bit_for_bit(width, tokens):
         0.1,
         0.05,
     )
+    assert chosen.final_fraction is None
     assert decide(shape, tokens, "cuda") == chosen
 
 
@@ -81,6 +85,7 @@ def test_step_law_where_it_was_fitted():
     half_life_tokens = math.log(0.5) / math.log(ours.optimizer.beta2) * ours.batch_tokens
     assert half_life_tokens == pytest.approx(7e6)
     assert ours.warmup_fraction * tokens / ours.batch_tokens == pytest.approx(2000)
+    assert ours.final_fraction * ours.optimizer.peak_lr == pytest.approx(1e-5)
 
 
 SIZES = st.floats(4, 9).map(lambda x: 10**x)
@@ -231,11 +236,25 @@ def test_the_plan_says_what_was_not_measured():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("lr_at_width_64", 0.0), ("batch_at_1m_tokens", -3.0), ("batch_floor", -1)]
+    ("name", "value"),
+    [("lr_at_width_64", 0.0), ("batch_at_1m_tokens", -3.0), ("batch_floor", -1), ("final_fraction", 1.5)],
 )
 def test_impossible_values_are_refused_by_name(name, value):
     with pytest.raises(UserError, match=f"recipe.{name}={value}"):
         DefaultRecipe(**{name: value})
+
+
+def test_the_final_lr_is_the_rules_only_under_the_default_cosine():
+    chosen = decide(shape_of(1e9, 32_000, 1024), 2e10)
+    warmup = chosen.warmup_fraction
+    assert run_schedule(settings_of(), chosen) == Cosine(warmup, chosen.final_fraction)
+    for schedule in (Cosine(final_fraction=0.2), WarmupStableDecay()):
+        assert run_schedule(settings_of(schedule=schedule), chosen) == replace(
+            schedule, warmup_fraction=warmup
+        )
+    fixed = decide(shape_of(1e9, 32_000, 1024), 2e10, recipe=replace(RECIPE, final_fraction=0.1))
+    assert run_schedule(settings_of(), fixed) == Cosine(warmup, 0.1)
+    assert run_schedule(settings_of(), decide(shape_of(1e5), 1e6)) == Cosine(0.05, 0.1)
 
 
 def make_spec(n: float, tokens: float, batch: int, context: int = 64) -> RunSpec:

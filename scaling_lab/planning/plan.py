@@ -242,7 +242,7 @@ def plan_run(
         sweep=settings.sweep, role=request.role,
         budget_flops=float(budget) if budget is not None else train_flops(per_token, train_tokens),
         shape=shape, data=settings.data,
-        schedule=replace(chosen.schedule or settings.schedule, warmup_fraction=chosen.warmup_fraction),
+        schedule=run_schedule(settings, chosen),
         optimizer=chosen.optimizer, batch_tokens=chosen.batch_tokens, train_tokens=train_tokens,
         eval=settings.eval, seed_init=seed, seed_data=seed,
         dtype=settings.dtype, convention=settings.convention,
@@ -275,6 +275,14 @@ def batch_rounding(off: Sequence[float]) -> tuple[str, ...]:
         f"batches are rounded to whole sequences with four significant bits: {min(off):+.1%} to {max(off):+.1%} from the "
         "recipe's rule.",
     )
+
+
+def run_schedule(settings: SweepSettings, chosen: Hyperparameters) -> Any:
+    """The recipe's own schedule, or the sweep's with the recipe's warmup and, if it is the default cosine, its final LR."""
+    schedule = chosen.schedule or settings.schedule
+    if chosen.final_fraction is not None and schedule == Cosine():
+        schedule = replace(schedule, final_fraction=chosen.final_fraction)
+    return replace(schedule, warmup_fraction=chosen.warmup_fraction)
 
 
 def schedule_note(settings: SweepSettings, chosen: Hyperparameters) -> tuple[str, ...]:

@@ -26,6 +26,8 @@ class Hyperparameters:
     """The batch before rounding; None if it was given."""
     schedule: Any = None
     """The recipe's own schedule; None: use the sweep's."""
+    final_fraction: float | None = None
+    """Final LR over peak LR of the sweep's cosine, unless the user changed it; None: the schedule's own."""
     warmup_in_tokens: bool = False
     """Whether the warmup is a fixed number of tokens instead of a fraction of the horizon."""
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.parametrization import Standard
+from scaling_lab.core.schedules import Cosine
 from scaling_lab.core.spec import OptimizerSpec, RunSpec
 from scaling_lab.planning.recipes import deepseek, porian, step_law
 from scaling_lab.planning.recipes.base import Hyperparameters, SweepHorizons, check_batch, round_batch
@@ -81,6 +82,9 @@ class DefaultRecipe:
     batch_floor: int | None = None
     """Smallest batch in tokens; None: on CUDA 65,536 from 1e7 parameters on, at most an eighth of the critical batch; 0: none"""
     warmup_fraction: float = 0.05
+    final_fraction: float | None = None
+    """None: the schedule's where we measured (a cosine to 10%), joined with Step Law's final LR of 1e-5, with which its peak LR
+    was tuned: a cosine to 10% wants a lower peak (arXiv 2503.04715, section 3)."""
     weight_decay: float | None = None
     """None: 0.1 where we measured, joined with the published timescale 1.084 (D/N)^-0.527"""
     beta1: float = 0.9
@@ -92,6 +96,8 @@ class DefaultRecipe:
         for name in ("lr_at_width_64", "batch_at_1m_tokens"):
             if not getattr(self, name) > 0:
                 raise UserError(f"recipe.{name}={getattr(self, name)!r} must be positive.")
+        if self.final_fraction is not None and not 0 <= self.final_fraction <= 1:
+            raise UserError(f"recipe.final_fraction={self.final_fraction!r} must be in [0, 1].")
         if self.batch_floor is not None and self.batch_floor < 0:
             raise UserError(
                 f"recipe.batch_floor={self.batch_floor} must be 0 (no floor) or a number of tokens."
@@ -124,7 +130,10 @@ class DefaultRecipe:
             weight_decay=decay,
             clip_norm=self.clip_norm,
         )
-        return Hyperparameters(batch, optimizer, warmup, (), rule_batch)
+        final = self.final_fraction
+        if final is None and weight > 0:
+            final = _joined(Cosine().final_fraction, min(1.0, step_law.FINAL_LR / lr), weight)
+        return Hyperparameters(batch, optimizer, warmup, (), rule_batch, final_fraction=final)
 
     def rule_batch_tokens(self, train_tokens: float) -> float:
         """The batch rule in tokens, before floor and rounding: ours up to 6.6e6 tokens, Step Law's from 4e9 on, a power law
