@@ -56,11 +56,10 @@ CPU_SHAPES = [
     (256, 6, 8, 128, 256, 8, None, "float32"),
 ]
 GPU_SHAPES = [
+    (16, 1, 1, 64, 256, 32, None, "float32"),
     (64, 2, 4, 64, 256, 32, None, "float32"),
-    (128, 4, 2, 256, 256, 32, None, "bfloat16"),
     (256, 6, 4, 256, 256, 64, None, "bfloat16"),
     (512, 8, 8, 512, 50_304, 64, None, "bfloat16"),
-    (768, 12, 12, 1024, 50_304, 32, None, "bfloat16"),
     (1024, 24, 16, 1024, 50_304, 64, 16, "bfloat16"),
 ]
 # On a CPU the sweep is compared with both plain loops; on a GPU (all runs below 10M parameters) with the compiled one.
@@ -179,16 +178,36 @@ def child_ours(task: dict[str, Any]) -> dict[str, Any]:
     from scaling_lab.training.run.session import open_session, train_block
 
     spec = RunSpec.from_dict(task["spec"])
-    session = open_session(spec, Execution(**task["execution"]))
+    session, count = open_session(spec, Execution(**task["execution"])), block_steps(spec)
     train_block(session, 0, 1)
-    return timed(lambda k: train_block(session, 1 + 8 * k, 9 + 8 * k), 8, spec, task)
+    wait_for_go(task)
+    return timed(lambda k: train_block(session, 1 + count * k, 1 + count * (k + 1)), count, spec, task)
 
 
 def child_plain(task: dict[str, Any]) -> dict[str, Any]:
     spec = RunSpec.from_dict(task["spec"])
-    loop = PlainLoop(spec, task["device"], task["compile"])
+    loop, count = PlainLoop(spec, task["device"], task["compile"]), block_steps(spec)
     loop.steps(2)
-    return timed(lambda k: loop.steps(8), 8, spec, task)
+    wait_for_go(task)
+    return timed(lambda k: loop.steps(count), count, spec, task)
+
+
+def block_steps(spec: RunSpec) -> int:
+    """Steps of a timed block: few of a large model, whose steps take long."""
+    return 8 if spec.n_params() < 1e8 else 2
+
+
+def wait_for_go(task: dict[str, Any]) -> None:
+    """With `wait`: say that everything is compiled, and start to measure when told to (`gpu_checks/shapes.py`)."""
+    import torch
+
+    if not task.get("wait"):
+        return
+    wait(task["device"])
+    if task["device"] == "cuda":
+        torch.cuda.empty_cache()  # other measurements are prepared on the same GPU
+    print("ready", flush=True)
+    sys.stdin.readline()
 
 
 def timed(work: Any, steps: int, spec: RunSpec, task: dict[str, Any]) -> dict[str, Any]:
@@ -254,12 +273,13 @@ class PlainLoop:
 
 
 def child_sweep(task: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of each run, trained one at a time in this process, with the steps beyond the sample extrapolated."""
+    """Seconds of each run, trained one at a time in this process, with the steps beyond the sample extrapolated; `first`:
+    of building and compiling it."""
     import torch
 
     from scaling_lab.training.measure.evaluation import ValidationSet, evaluation_steps
 
-    device, seconds = task["device"], []
+    device, seconds, firsts = task["device"], [], []
     for spec in map(RunSpec.from_dict, task["specs"]):
         began = time.perf_counter()
         loop = PlainLoop(spec, device, task["compile"])
@@ -275,8 +295,9 @@ def child_sweep(task: dict[str, Any]) -> dict[str, Any]:
         began = time.perf_counter()
         held_out.loss(loop.plain, dict(loop.plain.named_parameters()), dtype=spec.dtype)
         visit = time.perf_counter() - began
+        firsts.append(first)
         seconds.append(first + per_step * (spec.steps - 2) + visit * len(evaluation_steps(spec)))
-    return {"seconds": seconds}
+    return {"seconds": seconds, "first": firsts}
 
 
 # -- shapes
@@ -309,23 +330,34 @@ def bench_shapes(device: str, seconds: float, quick: bool) -> list[dict[str, Any
     return rows
 
 
-def bench_shape(device: str, numbers: tuple[Any, ...], seconds: float, peak: float) -> dict[str, Any]:
+def shape_task(device: str, numbers: tuple[Any, ...], seconds: float) -> tuple[RunSpec, dict[str, Any]]:
+    """The run of one shape, and what its measurements have in common."""
     width, depth, heads, context, vocab, sequences, micro, dtype = numbers
     shape = GPTShape(width=width, depth=depth, heads=heads, context=context, vocab_size=vocab)
     tokens = sequences * context
-    data = PySource(site_packages=True, max_mb=200.0) if device == "cuda" else PySource()
     spec = RunSpec(
-        sweep="bench", role="single", budget_flops=1.0, shape=shape, data=data, schedule=Cosine(),
+        sweep="bench", role="single", budget_flops=1.0, shape=shape, data=PySource(), schedule=Cosine(),
         optimizer=OptimizerSpec(peak_lr=0.448 / width), batch_tokens=tokens, train_tokens=tokens * 10**6,
         eval=EvalSpec(tokens=context), dtype=dtype,
     )  # fmt: skip
-    cores, small = usable_cores(), device == "cpu" and spec.n_params() < 1e7
+    small = device == "cpu" and spec.n_params() < 1e7
     execution = {
-        "device": device, "compile": True, "threads": 1 if device == "cuda" or small else cores,
+        "device": device, "compile": True, "threads": 1 if device == "cuda" or small else usable_cores(),
         "deterministic": device == "cpu", "micro_batch_sequences": micro,
     }  # fmt: skip
-    task = {"spec": spec.to_dict(), "device": device, "seconds": seconds, "execution": execution}
-    workers = cores if small else 1
+    return spec, {"spec": spec.to_dict(), "device": device, "seconds": seconds, "execution": execution}
+
+
+def shape_label(spec: RunSpec) -> str:
+    shape = spec.shape
+    return f"{shape.width} x {shape.depth}, context {shape.context}, {spec.dtype.replace('float', 'fp')[:4]}"
+
+
+def bench_shape(device: str, numbers: tuple[Any, ...], seconds: float, peak: float) -> dict[str, Any]:
+    spec, task = shape_task(device, numbers, seconds)
+    cores = usable_cores()
+    execution = task["execution"]
+    workers = cores if device == "cpu" and spec.n_params() < 1e7 else 1
     begun = [begin({**task, "kind": "ours"}, execution["threads"]) for _ in range(workers)]
     found = {"ours": sum(finish(p).get("tokens_per_s", 0.0) for p in begun)}
     for name in ("eager", "compiled"):
@@ -333,8 +365,8 @@ def bench_shape(device: str, numbers: tuple[Any, ...], seconds: float, peak: flo
         found[name] = call(plain, cores).get("tokens_per_s", 0.0)
     per_token = spec.count().flops_per_token(Convention.MATMUL_PLUS_ATTENTION)
     mfu = {f"{name} mfu": rate * per_token / peak for name, rate in found.items()}
-    label = f"{width} x {depth}, context {context}, {dtype.replace('float', 'fp')[:4]}"
-    return {"shape": label, "n_params": spec.n_params(), "tokens_per_step": tokens, **found, **mfu}
+    sizes = {"n_params": spec.n_params(), "tokens_per_step": spec.batch_tokens}
+    return {"shape": shape_label(spec), **sizes, **found, **mfu}
 
 
 # -- the sweep

@@ -231,8 +231,6 @@ def test_a_worker_checkpoints_and_stops_when_its_launcher_is_killed(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_deterministic_gpu_repeats_and_resumes_bit_for_bit(tmp_path, dtype, compiled):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     spec, execution = tiny(150, dtype=dtype), Execution(device="cuda", compile=compiled, deterministic=True)
     whole = train(RunStore(tmp_path / "whole"), spec, execution)
     assert torch.are_deterministic_algorithms_enabled()

@@ -232,8 +232,6 @@ def test_a_process_compiles_every_run_however_many_came_before_it(monkeypatch):
 @pytest.mark.parametrize("micro", [None, 2])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_cuda_graph_gives_the_eager_losses(monkeypatch, micro, compiled):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     spec = tiny(150)
     execution = Execution(device="cuda", compile=compiled, micro_batch_sequences=micro)
     graphed, eager = open_session(spec, execution), open_session(spec, execution)

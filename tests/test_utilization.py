@@ -7,7 +7,6 @@ import torch
 
 from helpers.runs import train
 from helpers.specs import tiny
-from scaling_lab.cli.display.progress import running_table
 from scaling_lab.core.record import RunRecord
 from scaling_lab.core.spec import Execution, PlannedRun
 from scaling_lab.core.storage.store import RunStore
@@ -105,6 +104,8 @@ def test_a_record_has_the_mfu_of_a_known_device(tmp_path, monkeypatch):
 def test_the_live_table_shows_it_where_it_is_known(tmp_path, mfu):
     from rich.console import Console
 
+    from scaling_lab.cli.display.progress import running_table
+
     store, spec = RunStore(tmp_path), tiny(40)
     claim = store.claim(spec)
     assert claim is not None
@@ -120,8 +121,6 @@ def test_the_live_table_shows_it_where_it_is_known(tmp_path, mfu):
 
 @pytest.mark.gpu
 def test_a_record_of_a_gpu_has_an_mfu_if_the_table_has_its_peak(tmp_path):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     spec = tiny(300, dtype="float32")
     record = train(RunStore(tmp_path), spec, Execution(device="cuda"))
     peak = peak_of_label(torch.cuda.get_device_name(), spec.dtype)
