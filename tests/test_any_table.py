@@ -290,7 +290,7 @@ def test_every_bad_row_is_dropped_with_its_reason_and_the_rest_is_analyzed(tmp_p
         4: ("tokens", "inf", "tokens is not finite: inf"),
         5: ("tokens", "1e300", "tokens is out of range: 1e+300 (must be 1e-60 to 1e+60)"),
         6: ("loss", "n/a", "loss is missing"),
-        7: ("params", "70M", "params is not a number: '70M'"),
+        7: ("params", "70X", "params is not a number: '70X'"),
         8: ("loss", "1e-200", "loss is out of range: 1e-200 (must be 1e-60 to 1e+60)"),
         9: ("flops", "two\nlines", "flops is not a number: 'two lines'"),
     }
@@ -327,7 +327,8 @@ def test_numbers_in_millions_and_billions_are_noticed(tmp_path: Path) -> None:
     g["tokens"] /= 1e9
     path = tmp_path / "t.csv"
     g.to_csv(path, index=False)
-    obs = read(path)
+    assert "units.params=M units.tokens=B" in refused(path)
+    obs = read(path, units={"params": 1, "tokens": 1})
     assert any("flops is about 1e+15 times 6 params tokens" in w for w in obs.warnings)
     assert not any(
         "times 6 params tokens" in w for w in from_table(table_from_frame(grid(), "table")).warnings

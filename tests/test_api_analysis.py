@@ -318,7 +318,7 @@ def test_options_reach_the_analysis(table):
     ("options", "told"),
     [
         ({"loss": "val_los"}, r"loss='val_los': the table has no such column\. Did you mean 'val_loss'\?.*params"),
-        ({}, r"no column 'loss'.*Did you mean loss='val_loss'"),
+        ({"params": "run_id", "loss": "val_loss", "decimal": "dot"}, "decimal='dot'.*point, comma|decimal.*'dot'"),
         ({"loss": "val_loss", "params": "n"}, r"params='n': .*'run_id|params='n'"),
         ({"loss": "val_loss", "columns": {"loss": "tokens"}}, "loss='val_loss' and columns.*'tokens'.*one of them"),
         ({"loss": "val_loss", "columns": {"losss": "tokens"}}, r"'losss'.*Did you mean 'loss'"),

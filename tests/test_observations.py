@@ -69,8 +69,8 @@ def test_one_of_params_tokens_flops_is_derived_in_float64_with_a_note(missing: s
 def test_two_missing_counts_or_a_missing_loss_name_what_is_there() -> None:
     with pytest.raises(UserError, match=r"t.csv has no column 'tokens'.*run_id, params, loss"):
         from_table(table(tokens=None, flops=None))
-    with pytest.raises(UserError, match=r"columns.loss=val_loss"):
-        from_table(table(loss=None, val_loss=np.ones(8)))
+    with pytest.raises(UserError, match=r"columns.loss=valued_loss"):
+        from_table(table(loss=None, valued_loss=np.ones(8)))
 
 
 def test_too_few_usable_rows_say_how_many_and_why() -> None:
@@ -80,7 +80,7 @@ def test_too_few_usable_rows_say_how_many_and_why() -> None:
 
 def test_without_run_id_each_row_is_a_run_and_repeated_ids_are_curves() -> None:
     assert from_table(table(run_id=None)).n_runs == 8
-    obs = from_table(table(run_id=list("aabbccdd")))
+    obs = from_table(table(run_id=list("aabbccdd"), params=np.repeat([1e7, 2e7, 4e7, 8e7], 2), flops=None))
     assert (obs.n_runs, obs.n_points, obs.final().n_points) == (4, 8, 4)
     np.testing.assert_array_equal(obs.final().n_tokens, obs.n_tokens[1::2])
     assert obs.final().curves.n_tokens.size == 8
@@ -88,9 +88,14 @@ def test_without_run_id_each_row_is_a_run_and_repeated_ids_are_curves() -> None:
 
 def test_the_last_row_of_a_run_is_by_tokens_not_by_order() -> None:
     obs = from_table(
-        table(run_id=list("aaaabbbb"), params=[1e8] * 8, tokens=[3, 1, 4, 2, 9, 8, 7, 6], flops=None)
+        table(
+            run_id=list("aaaabbbb"),
+            params=[1e8] * 8,
+            tokens=1e9 * np.array([3, 1, 4, 2, 9, 8, 7, 6]),
+            flops=None,
+        )
     )
-    np.testing.assert_array_equal(obs.final().n_tokens, [4, 9])
+    np.testing.assert_array_equal(obs.final().n_tokens, [4e9, 9e9])
 
 
 def test_exact_duplicates_are_kept_and_reported() -> None:

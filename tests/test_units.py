@@ -237,6 +237,9 @@ def test_on_the_command_line(
     assert main(["predict", *given, "bootstrap.resamples=0", "compute_flops=1e20"]) == 0
     assert "params in M (1e+06)" in capsys.readouterr().out
     assert main(["analyze", *given, "units.loss=bit"]) == 2
-    assert "units.loss=bit is not a unit of a loss per token. Choices: nats, bits." in capsys.readouterr().err
+    assert (
+        "units.loss=bit is not a unit of a loss per token. Choices: nats, bits, perplexity."
+        in capsys.readouterr().err
+    )
     assert main(["analyze", "sweep=none", "units.params=M"]) == 2
     assert "units.: this option is for tables" in capsys.readouterr().err

@@ -114,9 +114,15 @@ def read_observations(path: str | Path, settings: AnalysisSettings | None = None
     """
     s = settings or AnalysisSettings()
     table = read_table(
-        path, columns=s.columns, where=s.where, metric=s.metric, metrics=s.metrics, units=s.units
+        path,
+        columns=s.columns,
+        where=s.where,
+        metric=s.metric,
+        metrics=s.metrics,
+        units=s.units,
+        decimal=s.decimal,
     )
-    return from_table(table, convention=s.convention or AS_GIVEN, strict=s.strict)
+    return from_table(table, convention=s.convention or AS_GIVEN, strict=s.strict, each_row=s.points == "all")
 
 
 def observations_of_sweep(

@@ -221,9 +221,17 @@ def packed(file: str) -> Path:
     return _FOLDER / file
 
 
-def estimate_packed(file: str, approach: str, settings: AnalysisSettings) -> Estimate:
-    """The estimate of one approach on a packaged table, exactly as in an analysis: read, select points, estimate."""
+def estimate_packed(
+    file: str, approach: str, settings: AnalysisSettings, *, last_rows: bool = False
+) -> Estimate:
+    """The estimate of one approach on a packaged table, exactly as in an analysis: read, select points, estimate.
+
+    Args:
+        last_rows: of the points selected, the last of each run.
+    """
     points = select_points(read_observations(packed(file), settings), settings)
+    if last_rows:
+        points = points.final()
     return _approach(approach, settings).estimate(points)
 
 

@@ -14,6 +14,7 @@ from scaling_lab.analysis.approaches import (
     Parametric,
     ParametricSettings,
 )
+from scaling_lab.analysis.data.cells import DECIMALS
 from scaling_lab.analysis.data.observations import CONVENTIONS
 from scaling_lab.analysis.data.units import read_units
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
@@ -60,6 +61,8 @@ class AnalysisSettings:
     compares the numbers as they stand in the table."""
     convention: str | None = None
     """What N and C count; null: as_given for a table, the plan's convention for a sweep."""
+    decimal: str | None = None
+    """The decimal mark of numbers in text cells: point or comma; null decides by each column."""
     weights: str | None = None
     """loss_sem weights each point by 1 / loss_sem^2; null weights all points equally."""
     strict: bool = False
@@ -84,6 +87,8 @@ class AnalysisSettings:
             raise unknown("points", self.points, POINTS)
         if self.weights is not None and self.weights not in WEIGHTS:
             raise unknown("weights", self.weights, WEIGHTS)
+        if self.decimal is not None and self.decimal not in DECIMALS:
+            raise unknown("decimal", self.decimal, DECIMALS)
         if self.convention is not None and self.convention not in CONVENTIONS:
             raise unknown("convention", self.convention, CONVENTIONS)
         read_units(self.units, self.loss_columns)

@@ -205,10 +205,22 @@ def observations_of(
     if isinstance(data, Observations):
         return data, f"{data.n_runs} runs"
     table = table_of(
-        data, columns=columns, units=units, where=where, metric=settings.metric, metrics=settings.metrics
+        data,
+        columns=columns,
+        units=units,
+        where=where,
+        metric=settings.metric,
+        metrics=settings.metrics,
+        decimal=settings.decimal,
     )
     check_needed(table)
-    return from_table(table, convention=settings.convention or AS_GIVEN, strict=settings.strict), table.source
+    observations = from_table(
+        table,
+        convention=settings.convention or AS_GIVEN,
+        strict=settings.strict,
+        each_row=settings.points == "all",
+    )
+    return observations, table.source
 
 
 def analyze_sweep(

@@ -32,6 +32,7 @@ class AnalysisOptions(TypedDict, total=False):
     """Laws to compare by their error on runs that they were not fitted to; `["all"]` takes every law."""
     convention: str
     """What N and C count: as_given, six_n_with_head, six_n_non_embedding, ..."""
+    decimal: Literal["point", "comma"]
     weights: Literal["loss_sem"]
     """Weight each point by 1 / loss_sem^2."""
     strict: bool

@@ -55,7 +55,7 @@ def read_table(
     names = column_names(columns, loss=loss, params=params, tokens=tokens, flops=flops, run_id=run_id)
     table = table_of(data, columns=names, units=units, where=where)
     frame = table.frame.copy()
-    for name in table.units:
+    for name in {**table.units, **table.cells}:
         frame[name] = table.numbers(name)
     frame.attrs = {"source": table.source, "notes": list(table.notes)}
     return frame
@@ -81,6 +81,7 @@ def table_of(
     where: Mapping[str, Any] | None = None,
     metric: str | None = None,
     metrics: Sequence[str] = (),
+    decimal: str | None = None,
 ) -> Table:
     """The analysis's `Table` from any kind of table. Raises `UserError`."""
     from scaling_lab.analysis.data.tables import table_from_frame
@@ -90,23 +91,26 @@ def table_of(
     for ours, theirs in (columns or {}).items():
         _check_column(ours, theirs, names, source)
     return table_from_frame(
-        frame, source, notes, columns=columns, where=where, metric=metric, metrics=metrics, units=units
+        frame,
+        source,
+        notes,
+        columns=columns,
+        where=where,
+        metric=metric,
+        metrics=metrics,
+        units=units,
+        decimal=decimal,
     )
 
 
 def check_needed(table: Table) -> None:
     """Raise `UserError` naming the argument where the loss, or two of params, tokens and flops, are missing."""
-    missing = [name for name in _COUNTS if not table.has(name)]
-    wanted = ["loss"] if not table.has("loss") else missing[:1] if len(missing) > 1 else []
-    for name in wanted:
-        from scaling_lab.analysis.data.tables import COLUMNS, listed, nearest_column
+    from scaling_lab.analysis.data.observations import needed_columns
+    from scaling_lab.analysis.data.tables import columns_error
 
-        near = nearest_column(name, [n for n in table.names if n not in COLUMNS])
-        hint = f" Did you mean {name}={near!r}?" if near else f" Say which one it is: {name}=NAME."
-        why = "" if name == "loss" else " (two of params, tokens and flops are needed)"
-        raise UserError(
-            f"{table.source} has no column {name!r}{why}; its columns are {listed(table.names)}.{hint}"
-        )
+    needed, why = needed_columns(table)
+    if needed:
+        raise columns_error(table, needed, why, "{}={!r}", ", ")
 
 
 def frame_of(data: Any) -> tuple[pd.DataFrame, str, list[str]]:

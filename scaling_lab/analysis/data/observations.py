@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from scaling_lab.analysis.data.table_rows import (
     COUNTS,
     SIX_ND_TOLERANCE,
-    assign_runs,
+    check_scale,
     extra_columns,
     optional_column,
     read_rows,
     table_warnings,
 )
-from scaling_lab.analysis.data.tables import Table, missing_column
+from scaling_lab.analysis.data.table_runs import assign_runs
+from scaling_lab.analysis.data.tables import Table, columns_error
 from scaling_lab.analysis.data.units import Unit
 from scaling_lab.analysis.estimate import Array
 from scaling_lab.core.counts import FLOPS_PER_PARAM_TOKEN, Convention
@@ -38,6 +39,8 @@ FLOOR = "floor_nats"
 
 # The minimum for any fit: a five-parameter law, two budgets of three sizes, or three curves of two points.
 MIN_ROWS = 6
+# An untrained model loses the logarithm of its vocabulary: 12.8 for the largest in use (361,000).
+_LARGEST_FINAL_LOSS_NATS = 15.0
 # Documented behavior of analyze: points within 10% form one budget.
 BUDGET_TOLERANCE = 0.10
 
@@ -291,25 +294,32 @@ def cluster_budgets(compute_flops: Array, tolerance: float = BUDGET_TOLERANCE) -
     return budgets
 
 
-def from_table(table: Table, *, convention: str = AS_GIVEN, strict: bool = False) -> Observations:
+def from_table(
+    table: Table, *, convention: str = AS_GIVEN, strict: bool = False, each_row: bool = False
+) -> Observations:
     """Observations from a table: derive missing values, drop bad rows with a reason for each, and collect warnings.
 
+    Args:
+        each_row: every row is analyzed, not only the last of each run (`points=all`).
+
     Raises:
-        UserError: a required column is missing, there are too few usable rows, or (with `strict`) any bad row.
+        UserError: a required column is missing, there are too few usable rows, numbers that cannot be in the units of the
+            columns, two losses for one point of a run, or (with `strict`) any bad row.
     """
     if convention not in CONVENTIONS:
         raise unknown("convention", convention, CONVENTIONS)
     warnings = list(table.notes)
-    if not table.has("loss"):
-        raise missing_column("loss", table)
-    counts = [name for name in COUNTS if table.has(name)]
-    if len(counts) < 2:
-        missing = next(n for n in COUNTS if n not in counts)
-        have = f", found only {counts[0]!r}" if counts else ""
-        raise missing_column(missing, table, why=f" (two of params, tokens and flops are needed{have})")
+    if convention == AS_GIVEN and table.non_embedding:
+        convention = Convention.SIX_N_NON_EMBEDDING.value
+        warnings.append(f"params counts no embeddings, by its name: convention={convention}.")
+    needed, why = needed_columns(table)
+    if needed:
+        raise columns_error(table, needed, why)
     rows = read_rows(table)
     warnings += rows.notes
-    names, index, given = assign_runs(table)
+    runs = assign_runs(table, rows, each_row=each_row)
+    names, index, given = runs.names, runs.index, runs.given
+    warnings += runs.notes
     good = rows.good
     dropped = tuple(
         Dropped(str(names[index[at]]), int(table.row[at]), rows.reasons[at]) for at in sorted(rows.reasons)
@@ -322,6 +332,7 @@ def from_table(table: Table, *, convention: str = AS_GIVEN, strict: bool = False
     if int(good.sum()) < MIN_ROWS:
         raise _too_few(table, int(good.sum()), dropped)
     warnings += table_warnings(table, rows, given)
+    check_scale(table, rows)
     params, tokens, flops = (rows.values[name][good] for name in COUNTS)
     if convention != AS_GIVEN and Convention(convention).is_six_n:
         off = np.abs(flops / (FLOPS_PER_PARAM_TOKEN * params * tokens) - 1.0) > SIX_ND_TOLERANCE
@@ -332,7 +343,7 @@ def from_table(table: Table, *, convention: str = AS_GIVEN, strict: bool = False
             )
     run_index = index[good]
     kept = np.bincount(run_index, minlength=names.size) > 0
-    return Observations(
+    found = Observations(
         names[kept],
         (np.cumsum(kept) - 1)[run_index],
         params,
@@ -348,6 +359,31 @@ def from_table(table: Table, *, convention: str = AS_GIVEN, strict: bool = False
         extra_columns(table, good),
         units=table.units,
     )
+    _check_final_losses(table, found)
+    return found
+
+
+def _check_final_losses(table: Table, found: Observations) -> None:
+    """Raise `UserError` for final losses that no model has, unless their unit was stated."""
+    high = found.loss_nats[found.is_final] > _LARGEST_FINAL_LOSS_NATS
+    if "loss" not in table.units and high.any():
+        example = found.loss_nats[found.is_final][high][0]
+        raise UserError(
+            f"{table.source}: {int(high.sum())} final loss(es) are above {_LARGEST_FINAL_LOSS_NATS:g}, such as {example:.4g}: more "
+            "than any model loses in nats per token. If they are perplexities: units.loss=perplexity. If they are right: "
+            "units.loss=nats. To leave them out: where.loss.max=12"
+        )
+
+
+def needed_columns(table: Table) -> tuple[list[str], str]:
+    """The columns that the user must name, because they are missing or can be several, and why."""
+    have = [name for name in COUNTS if table.has(name)]
+    unclear = [name for name in COUNTS if name in table.unclear]
+    missing = [name for name in COUNTS if name not in have and name not in unclear]
+    needed = [*unclear, *missing[: max(0, 2 - len(have) - len(unclear))]]
+    if not table.has("loss"):
+        needed.append("loss")
+    return needed, " (two of params, tokens and flops are needed)" if len(have) < 2 else ""
 
 
 def _too_few(table: Table, usable: int, dropped: tuple[Dropped, ...]) -> UserError:

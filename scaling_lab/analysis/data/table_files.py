@@ -200,8 +200,11 @@ def _dialect(path: Path, notes: list[str]) -> dict[str, Any]:
     if separator != ",":
         cells = [cell.strip().strip('"') for line in lines[1:50] for cell in line.split(separator)]
         comma = any(re.fullmatch(r"[+-]?\d+,\d+([eE][+-]?\d+)?", cell) for cell in cells)
+        # 21.961.153 is no number with a decimal point: its points separate thousands.
         if comma and not any(re.fullmatch(r"[+-]?\d+\.\d+([eE][+-]?\d+)?", cell) for cell in cells):
             options["decimal"] = ","
+            if any(re.fullmatch(r"[+-]?\d{1,3}(\.\d{3}){2,}", cell) for cell in cells):
+                options["thousands"] = "."
             notes.append("Numbers are written with a decimal comma.")
     return options
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scaling_lab.analysis.data.tables import COLUMNS, Table
 from scaling_lab.analysis.estimate import Array
 from scaling_lab.core.counts import FLOPS_PER_PARAM_TOKEN
+from scaling_lab.core.errors import UserError
 
 COUNTS = ("params", "tokens", "flops")
 _NEEDED = (*COUNTS, "loss")
@@ -27,6 +28,10 @@ _SMALLEST, _LARGEST = 1e-60, 1e60
 _FORMULAS = {"flops": "6 params tokens", "tokens": "flops / (6 params)", "params": "flops / (6 tokens)"}
 # A median of flops / (6 params tokens) beyond this factor gives a warning: usually a wrong unit, not embeddings or attention.
 _UNIT_FACTOR = 3.0
+# Below these, and outside this range of tokens per parameter, a table is not in single parameters, tokens and FLOPs. The
+# smallest models of the field have some hundred parameters; published tables have .03 to 3,000 tokens per parameter.
+_FEWEST_PARAMS, _FEWEST_TOKENS, _FEWEST_FLOPS = 100.0, 1e4, 1e6
+_TOKENS_PER_PARAM = (0.01, 1e6)
 # The reason quotes the text of at most this many bad cells per column; the others get a general reason.
 _REASONS_WITH_TEXT = 10_000
 
@@ -143,31 +148,6 @@ def _problem(value: float, text: str) -> str:
     return f"is out of range: {text} (must be {_SMALLEST:g} to {_LARGEST:g})"
 
 
-def assign_runs(table: Table) -> tuple[NDArray[np.object_], NDArray[np.int64], NDArray[np.int64]]:
-    """Names (runs,), run of each row (rows,), and the same with -1 for rows without an id."""
-    import pandas as pd
-
-    n_rows = len(table.row)
-    if not table.has("run_id"):
-        names = np.array([f"row{r}" for r in table.row.tolist()], dtype=object)
-        return names, np.arange(n_rows, dtype=np.int64), np.full(n_rows, -1, dtype=np.int64)
-    column = table.frame["run_id"]
-    try:
-        codes, uniques = pd.factorize(column)
-    except TypeError:  # unhashable cells, such as lists
-        codes, uniques = pd.factorize(column.where(column.isna(), column.astype(str)))
-    names = np.array([str(u) for u in uniques], dtype=object)
-    given = np.asarray(codes, dtype=np.int64)
-    unnamed = np.flatnonzero(given < 0)
-    if not unnamed.size:
-        return names, given, given
-    # Each row without an id is a separate run.
-    names = np.concatenate([names, np.array([f"row{table.row[i]}" for i in unnamed], dtype=object)])
-    index = given.copy()
-    index[unnamed] = np.arange(len(uniques), len(uniques) + unnamed.size)
-    return names, index, given
-
-
 def table_warnings(table: Table, rows: Rows, run: NDArray[np.int64]) -> list[str]:
     """Warnings about the table: duplicates, repeated runs, inconsistent numbers.
 
@@ -180,7 +160,7 @@ def table_warnings(table: Table, rows: Rows, run: NDArray[np.int64]) -> list[str
     if copies:
         found.append(f"{copies} exact duplicate row(s) are kept.")
     if table.has("run_id"):
-        named = run[run >= 0]
+        named = run[(run >= 0) & good]
         repeated = named.size - int(np.count_nonzero(np.bincount(named))) if named.size else 0
         if repeated:
             found.append(f"{repeated} row(s) repeat a run_id; the rows of one run form its curve.")
@@ -198,6 +178,32 @@ def table_warnings(table: Table, rows: Rows, run: NDArray[np.int64]) -> list[str
                 " token and one FLOP; otherwise set units.params=, units.tokens= or units.flops=."
             )
     return found
+
+
+def check_scale(table: Table, rows: Rows) -> None:
+    """Raise `UserError` where most numbers cannot be single parameters, tokens, FLOPs: a unit is missing.
+
+    A unit that is stated, also `units.params=1`, is taken as it is.
+    """
+    stated = [name for name in ("params", "tokens") if name in table.units]
+    if len(stated) == 2:
+        return
+    n, d, c = (float(np.median(rows.values[name][rows.good])) for name in COUNTS)
+    low, high = _TOKENS_PER_PARAM
+    wrong = None
+    if "params" not in stated and n < _FEWEST_PARAMS:
+        wrong = f"a typical row has {n:.3g} parameters"
+    elif "tokens" not in stated and d < _FEWEST_TOKENS:
+        wrong = f"a typical row has {d:.3g} tokens"
+    elif c < _FEWEST_FLOPS:
+        wrong = f"a typical row has {c:.3g} FLOPs"
+    elif not low <= d / n <= high:
+        wrong = f"a typical row has {d / n:.3g} tokens per parameter ({n:.3g} parameters, {d:.3g} tokens)"
+    if wrong is not None:
+        raise UserError(
+            f"{table.source}: {wrong}, so a unit seems to be missing. Give the units of the columns, for example units.params=M "
+            "units.tokens=B; if the numbers are right: units.params=1 units.tokens=1"
+        )
 
 
 def _count_copies(columns: list[Array]) -> int:

@@ -6,17 +6,32 @@ The analysis uses single parameters, tokens and FLOPs, and losses in nats per to
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from scaling_lab.analysis.estimate import Array
 from scaling_lab.core.counts import FLOPS_PER_PETAFLOP_DAY
 from scaling_lab.core.errors import UserError, unknown
 
 _COUNT_UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _FLOPS_UNITS = {**_COUNT_UNITS, "PF-days": FLOPS_PER_PETAFLOP_DAY}
-# 1 bit = ln 2 nats.
-_LOSS_UNITS = {"nats": 1.0, "bits": math.log(2.0)}
+PERPLEXITY = "perplexity"
+BITS_PER_BYTE = "bits_per_byte"
+# 1 bit = ln 2 nats. A perplexity is the exponential of a loss, so that it has no factor.
+_LOSS_UNITS = {"nats": 1.0, "bits": math.log(2.0), PERPLEXITY: 1.0}
+# Words and prefixes that headers and cells use, in lower case.
+_WORDS = {
+    "k": 1e3, "thousand": 1e3, "thousands": 1e3, "m": 1e6, "mn": 1e6, "million": 1e6, "millions": 1e6, "b": 1e9, "bn": 1e9,
+    "g": 1e9, "billion": 1e9, "billions": 1e9, "t": 1e12, "trillion": 1e12, "trillions": 1e12,
+}  # fmt: skip
+_FLOPS_WORDS = {**_WORDS, "p": 1e15, "e": 1e18, "z": 1e21}
+_POWER = re.compile(
+    r"^[x\u00d7*]?\s*(?:10\s*(?:\^|\*\*)\s*(?P<exponent>\d+)|1e\+?(?P<e>\d+))$", re.IGNORECASE
+)
 _COUNTS = {
     "params": _COUNT_UNITS,
     "tokens": _COUNT_UNITS,
@@ -36,7 +51,14 @@ class Unit:
     name: str
     factor: float
 
+    def convert(self, values: Array) -> Array:
+        """Numbers in this unit as single parameters, tokens or FLOPs, or nats per token."""
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            return np.log(values) if self.name == PERPLEXITY else values * self.factor
+
     def __str__(self) -> str:
+        if self.name == PERPLEXITY:
+            return "perplexity (its logarithm is the loss in nats)"
         if self.name in _LOSS_UNITS:
             return f"{self.name} per token"
         return self.name if self.name == f"{self.factor:g}" else f"{self.name} ({self.factor:g})"
@@ -60,6 +82,35 @@ def read_units(given: Mapping[str, Any], metrics: Sequence[str] = ()) -> dict[st
             raise unknown("units.", column, known)
         found[column] = _read(column, value)
     return found
+
+
+def loss_unit(name: str) -> Unit:
+    """The unit of a loss called `name`."""
+    return Unit(name, _LOSS_UNITS.get(name, math.nan))
+
+
+def unit_in_words(column: str, text: str) -> Unit | None:
+    """The unit that a header or cell names for one of our columns (`M`, `billions`, `1e18`, `GFLOPs`); None for other words."""
+    word = text.strip().lower()
+    if column in _LOSSES:
+        return loss_unit(word) if word in ("nats", "bits") else None
+    if column not in _COUNTS:
+        return None
+    is_flops = _COUNTS[column] is _FLOPS_UNITS
+    if is_flops:
+        if re.fullmatch(r"(?:pf|pflops?|petaflops?)(?:/s)?[\s_-]*days?", word):
+            return Unit("PF-days", FLOPS_PER_PETAFLOP_DAY)
+        word = re.sub(r"\s*flops?$", "", word) or word
+    word = re.sub(r"\s*(?:tokens?|params?|parameters?)$", "", re.sub(r"^in\s+", "", word)) or word
+    power = _POWER.match(word)
+    if power:
+        factor = 10.0 ** int(power["exponent"] or power["e"])
+    else:
+        found = (_FLOPS_WORDS if is_flops else _WORDS).get(word)
+        if found is None:
+            return None
+        factor = found
+    return next((Unit(n, f) for n, f in _COUNT_UNITS.items() if f == factor), Unit(f"{factor:g}", factor))
 
 
 def _read(column: str, value: Any) -> Unit:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 GENERATOR = b'<meta name="generator" content="scaling-lab">'
 NOT_OURS = object()
 # Options that decide which observations there are and how they are counted: a next command needs them too.
-CARRIED = ("convention", "points", "metric", "weights")
+CARRIED = ("convention", "points", "metric", "weights", "decimal")
 CARRIED_UNDER = ("columns.", "units.", "where.", "approach.")
 
 
