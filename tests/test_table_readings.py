@@ -241,3 +241,14 @@ def test_a_column_of_ours_is_taken_before_any_other_name() -> None:
     assert not headers.unclear
     given = read_headers(["N", "n_params", "tokens", "loss"], {"params": "N"})
     assert not given.unclear
+
+
+@pytest.mark.parametrize(
+    "cell", ["1.2.3", "1,2,3", "1.234,5.6", ",", ".", "M", "12 apples", "1e", "--5", "1,23,456"]
+)
+def test_what_is_no_number_is_a_bad_row(tmp_path: Path, cell: str) -> None:
+    t = clean().astype({"params": object})
+    t.loc[4, "params"] = cell
+    obs = read(tmp_path, t)
+    assert [d.row for d in obs.dropped] == [5]
+    assert obs.dropped[0].reason == f"params is not a number: {cell!r}"

@@ -64,8 +64,10 @@ def numbers_in_cells(column: pd.Series, name: str, decimal: str | None) -> Cells
             thousands in digits and not _GROUPS[thousands].match(digits.partition(mark)[0])
         ):
             continue  # a word we do not know, or marks that do not separate thousands
+        if digits.count(mark) > 1:
+            continue
         number = float(digits.replace(thousands, "").replace(mark, ".") + (match["power"] or ""))
-        values[i] = number if unit is None else float(unit.convert(np.float64(number)))
+        values[i] = number if unit is None else number * unit.factor
         grouped += thousands in digits
         with_unit += unit is not None
     notes = []

@@ -230,7 +230,7 @@ def _as_order(table: Table, column: str) -> Array | None:
     if numbers.notna().all():
         return numbers.to_numpy(dtype=np.float64)
     times = pd.to_datetime(cells, errors="coerce", utc=True, format="ISO8601")
-    return times.astype("int64").to_numpy(dtype=np.float64) if times.notna().all() else None
+    return np.asarray(times.astype("int64"), dtype=np.float64) if times.notna().all() else None
 
 
 def _leave_out_diverged(rows: Rows, runs: Runs) -> list[str]:
