@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -13,6 +16,7 @@ from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching.progress import SweepProgress
 from scaling_lab.planning.devices import device_of_label, peak_of_label
 from scaling_lab.tracking.sink.trackers import record_summary
+from scaling_lab.training.engine.cuda_features import cuda_features
 from scaling_lab.training.measure import utilization
 from scaling_lab.training.run.session import open_program
 
@@ -117,6 +121,37 @@ def test_the_live_table_shows_it_where_it_is_known(tmp_path, mfu):
         console.print(running_table("t", progress))
     assert ("MFU" in captured.get()) == ("43.2%" in captured.get()) == (mfu is not None)
     assert "3.000" in captured.get()
+
+
+def test_doctor_shows_what_a_gpu_offers(monkeypatch, capsys):
+    """On a machine whose torch says that it has one; capturing a graph then fails, which is a line too."""
+    from scaling_lab.cli.main import main
+
+    def shown(label: str, bfloat16: bool):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: label)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bfloat16)
+        return {feature.name: feature for feature in cuda_features()}
+
+    assert cuda_features() == []
+    h100 = shown("NVIDIA H100 80GB HBM3", True)
+    assert list(h100) == ["GPU peak", "GPU dtype", "CUDA graph", "GPU compile", "NCCL"]
+    assert "989 TFLOP/s bfloat16" in h100["GPU peak"].found
+    assert "bfloat16 (dtype=auto" in h100["GPU dtype"].found
+    if not torch.version.cuda:
+        assert not h100["CUDA graph"].ok
+        assert "one by one" in h100["CUDA graph"].advice
+    t4 = shown("Tesla T4", False)
+    assert "8.1 TFLOP/s float32" in t4["GPU peak"].found
+    assert "bfloat16" not in t4["GPU peak"].found
+    assert "no bfloat16" in t4["GPU dtype"].found
+    assert "not in the table" in shown("Some GPU", True)["GPU peak"].found
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80e9))
+    assert main(["doctor", "--json"]) == 0
+    found = {f["what"]: f["found"] for f in json.loads(capsys.readouterr().out)["findings"]}
+    assert list(found)[4:10] == ["accelerator", *h100]
+    assert found["GPU peak"].startswith("Some GPU")
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,8 +54,7 @@ def run(arguments: Arguments) -> int:
         _version, _python, _packages, _torch, _gpu, _gpu_sharing, _cores, _compiler, _wandb, lambda: _disk(settings.results_dir), _corpus,
     )  # fmt: skip
     findings = []
-    for check in checks:
-        finding = check()
+    for finding in _results(checks):
         findings.append(finding)
         if not console.json:
             mark = "ok     " if finding.ok else "missing" if finding.needed else "note   "
@@ -72,6 +71,16 @@ def run(arguments: Arguments) -> int:
     else:
         console.next_step("scaling-lab doctor, once everything missing is installed")
     return 0 if healthy else 1
+
+
+def _results(checks: Iterable[Callable[[], CheckResult]]) -> Iterator[CheckResult]:
+    """The results, one after another, each as soon as it is there; a GPU's features follow the GPU."""
+    for check in checks:
+        yield check()
+        if check is _gpu and is_installed(TORCH):
+            from scaling_lab.training.engine.cuda_features import cuda_features
+
+            yield from (CheckResult(f.name, f.ok, f.found, f.advice) for f in cuda_features())
 
 
 def _version() -> CheckResult:
