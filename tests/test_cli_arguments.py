@@ -102,6 +102,12 @@ def test_a_time_is_read_in_the_unit_of_the_fields_name(key, text, value):
     assert read_value(key, text, float) == value
 
 
+def test_a_price_per_hour_is_not_a_time():
+    assert read_value("price_per_hour", "2.49", float | None) == 2.49
+    with pytest.raises(UserError, match="expected a number such as"):
+        read_value("price_per_hour", "2h", float | None)
+
+
 @pytest.mark.parametrize(
     ("text", "wanted", "part"),
     [

@@ -9,6 +9,7 @@ import pytest
 
 from helpers.specs import spec
 from scaling_lab.cli.main import main
+from scaling_lab.cli.options import machine
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.spec import Execution, PlannedRun
@@ -103,5 +104,8 @@ def test_plan_shows_time_and_money_and_stays_the_same(tmp_path, monkeypatch, cap
     assert (tmp_path / "results/g/plan.json").read_bytes() == before
     assert main([*PLAN, "gpu=h1"]) == 2
     assert "gpu='h1'" in capsys.readouterr().err
+    monkeypatch.setattr(machine, "torch_may_find_a_gpu", lambda: False)
+    assert main([*(option for option in PLAN if option != "device=cuda"), "gpu=auto"]) == 2
+    assert "gpu=auto: this machine has no GPU" in capsys.readouterr().err
     assert main([*PLAN, "gpu=h100", "count=0"]) == 2
     assert "count=0" in capsys.readouterr().err

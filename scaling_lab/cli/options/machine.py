@@ -5,6 +5,7 @@ torch is imported only where there may be a GPU.
 
 from __future__ import annotations
 
+from scaling_lab.core.errors import UserError
 from scaling_lab.core.installation import is_installed
 from scaling_lab.planning.devices import AUTO, get_device
 from scaling_lab.planning.execution import accelerator_is_possible
@@ -18,17 +19,21 @@ ASSUMED_BFLOAT16 = (
 def resolve_device(name: str, gpu: str | None = None) -> str:
     """The device for `device=auto`: CUDA if `gpu=NAME` is given, else what this machine has; other names are unchanged.
 
-    A named device need not exist here, since a login node may plan for its cluster's GPUs; training checks it.
+    A named device need not exist here, since a login node may plan for its cluster's GPUs; training checks it. Raises
+    `UserError` for `gpu=auto` where there is none.
     """
     if name != AUTO:
         return name
     if gpu not in (None, AUTO):
         return "cuda"
-    if not torch_may_find_a_gpu():
-        return "cpu"
-    from scaling_lab.training.engine.devices import resolve_device as resolve
+    found = "cpu"
+    if torch_may_find_a_gpu():
+        from scaling_lab.training.engine.devices import resolve_device as resolve
 
-    return resolve(name)
+        found = resolve(name)
+    if gpu == AUTO and found == "cpu":
+        raise UserError("gpu=auto: this machine has no GPU that torch can use; name the GPU to plan for: gpu=h100.")
+    return found
 
 
 def resolve_dtype(dtype: str, device: str, gpu: str | None = None) -> str:

@@ -112,6 +112,8 @@ def describe(expected: Any, key: str = "") -> str:
 def time_unit(key: str) -> float | None:
     """Seconds per unit of a time field, derived from the unit in its name; None for other fields."""
     name = key.rpartition(".")[2]
+    if "_per_" in name:  # a rate: price_per_hour
+        return None
     if re.search(r"(^|_)hours?$", name):
         return 3600.0
     if re.search(r"(^|_)minutes?$", name):
