@@ -32,7 +32,9 @@ def resolve_device(name: str, gpu: str | None = None) -> str:
 
         found = resolve(name)
     if gpu == AUTO and found == "cpu":
-        raise UserError("gpu=auto: this machine has no GPU that torch can use; name the GPU to plan for: gpu=h100.")
+        raise UserError(
+            "gpu=auto: this machine has no GPU that torch can use; name the GPU to plan for: gpu=h100."
+        )
     return found
 
 
