@@ -60,12 +60,13 @@ def numbers_in_cells(column: pd.Series, name: str, decimal: str | None) -> Cells
     for i, match in found.items():
         unit = unit_in_words(name, match["unit"]) if match["unit"].strip() else None
         digits = match["digits"]
-        if (match["unit"].strip() and unit is None) or (
-            thousands in digits and not _GROUPS[thousands].match(digits.partition(mark)[0])
+        whole, _, decimals = digits.partition(mark)
+        if match["unit"].strip() and unit is None:
+            continue  # a word that we do not know
+        if (decimals and not decimals.isdigit()) or (
+            thousands in whole and not _GROUPS[thousands].match(whole)
         ):
-            continue  # a word we do not know, or marks that do not separate thousands
-        if digits.count(mark) > 1:
-            continue
+            continue  # marks that do not separate thousands
         number = float(digits.replace(thousands, "").replace(mark, ".") + (match["power"] or ""))
         values[i] = number if unit is None else number * unit.factor
         grouped += thousands in digits
