@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from helpers.specs import SHAPE, tiny
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.shapes.gpt2 import GPT2Shape
 from scaling_lab.core.spec import Execution
+from scaling_lab.training.engine.chunked_loss import loss_and_gradient_of
 from scaling_lab.training.engine.gradient import (
     ModelWithLoss,
     autocast,
@@ -73,7 +75,9 @@ def test_chunked_loss_is_the_same_loss_and_gradient(shape, chunks):
     model = build_model(shape)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     tokens = torch.randint(0, 256, (4, 65))
-    ours, loss = chunked_gradient(model, spec, chunks)(parameters, tokens[:, :-1], tokens[:, 1:])
+    ours, loss = chunked_gradient(model, spec, 256, math.ceil(256 / chunks))(
+        parameters, tokens[:, :-1], tokens[:, 1:]
+    )
     plain, plain_loss = whole_gradient(model, spec)(parameters, tokens[:, :-1], tokens[:, 1:])
     assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-6)
     for name in parameters:
@@ -120,6 +124,8 @@ def test_no_logits_of_a_whole_batch_over_a_large_vocabulary(monkeypatch):
         ModelWithLoss(model, spec)(window[:, :-1], window[:, 1:]).backward()
 
     assert [largest_tensor(work) for work in (alone, spread)] == [everything] * 2
+    # The operation's body, so that its own operations are seen.
+    monkeypatch.setattr("scaling_lab.training.engine.gradient.loss_and_gradient", loss_and_gradient_of)
     monkeypatch.setattr("scaling_lab.planning.memory.LOGITS_AT_ONCE", everything // 8)
     assert max(largest_tensor(work) for work in (alone, spread)) <= everything // 8
 

@@ -13,6 +13,8 @@ from scaling_lab.core.spec import RunSpec
 # Logits in one chunk of the loss: 2^25 take 128 MB in float32. With a byte vocabulary that is 131,072 tokens per
 # micro-batch, with a vocabulary of 50,257 it is 668 tokens.
 LOGITS_AT_ONCE = 2**25
+# On CUDA a chunk has at least this many tokens: matrix products of a few hundred rows do not fill a GPU.
+MIN_CHUNK_TOKENS = 4096
 # float32 values per parameter during a step: the parameter, two moments, the gradient, its flattened copy, and the
 # temporaries of the update.
 FLOATS_PER_PARAM = 7
@@ -34,9 +36,10 @@ CHUNK_TOKENS = 1 << 22
 BLOCK_STEPS = 64
 
 
-def loss_chunks(tokens: int, vocab_size: int) -> int:
+def loss_chunks(tokens: int, vocab_size: int, device: str = "cpu") -> int:
     """Number of chunks in which a micro-batch's logits are computed: 1 if they are small."""
-    return min(tokens, math.ceil(tokens * vocab_size / LOGITS_AT_ONCE))
+    logits = max(LOGITS_AT_ONCE, MIN_CHUNK_TOKENS * vocab_size) if device == "cuda" else LOGITS_AT_ONCE
+    return min(tokens, math.ceil(tokens * vocab_size / logits))
 
 
 def corpus_bytes(spec: RunSpec, members: int = 1) -> float:
@@ -58,11 +61,13 @@ def state_bytes(shape: Any, members: int = 1) -> float:
     return 4.0 * FLOATS_PER_PARAM * shape.count().params.total * members
 
 
-def activation_bytes(shape: Any, tokens: int, dtype: str = "float32", members: int = 1) -> float:
+def activation_bytes(
+    shape: Any, tokens: int, dtype: str = "float32", members: int = 1, device: str = "cpu"
+) -> float:
     """Bytes of activations and logits for a micro-batch of `tokens` tokens per member."""
     size = 2 if dtype == "bfloat16" else 4
     hidden = ACTIVATIONS_PER_WIDTH * shape.width * (shape.depth + 1) * size
-    logits = FLOATS_PER_LOGIT * 4.0 * shape.vocab_size / loss_chunks(tokens, shape.vocab_size)
+    logits = FLOATS_PER_LOGIT * 4.0 * shape.vocab_size / loss_chunks(tokens, shape.vocab_size, device)
     return float(tokens * members * (hidden + logits))
 
 
@@ -75,7 +80,7 @@ def estimate_bytes(
         PROCESS_BYTES[device]
         + corpus_bytes
         + state_bytes(spec.shape, members)
-        + activation_bytes(spec.shape, tokens, spec.dtype, members)
+        + activation_bytes(spec.shape, tokens, spec.dtype, members, device)
     )
 
 

@@ -1,8 +1,6 @@
 """The loss, and the gradient of one micro-batch as a function of one flat parameter vector.
 
-With a large vocabulary the logits are the largest tensors of a step. In that case the head's forward and backward run on
-one chunk of the tokens at a time: a chunk's logits live only until their gradient is computed, and the float32 logits of a
-whole batch never exist (the idea of Liger Kernel's fused linear cross-entropy, Hsu et al. 2024, arXiv 2410.10989).
+With a large vocabulary the head's forward and backward run on one chunk of the tokens at a time (`chunked_loss.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scaling_lab.core.spec import RunSpec
 from scaling_lab.planning.memory import loss_chunks
+from scaling_lab.training.engine.chunked_loss import chunked_head, loss_and_gradient
 from scaling_lab.training.engine.optimizer import FlatLayout
 
 GradientFunction = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -28,15 +27,23 @@ def token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tens
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction=reduction)
 
 
-def make_gradient(model: nn.Module, layout: FlatLayout, spec: RunSpec, sequences: int) -> GradientFunction:
+def make_gradient(
+    model: nn.Module, layout: FlatLayout, spec: RunSpec, sequences: int, compiled: bool = False
+) -> GradientFunction:
     """The function (flat (n,), starts (sequences,), tokens) -> (mean gradient (n,) float32, mean loss in nats).
 
-    Pure tensor arithmetic without branches: it compiles, and `torch.func.vmap` extends it to a stack of runs.
+    Pure tensor arithmetic without branches: it compiles, and `torch.func.vmap` extends it to a stack of runs. `compiled` is
+    about what the compiler does not see: the chunks of the loss.
     """
-    offsets = torch.arange(spec.shape.context + 1, device=next(model.parameters()).device)
-    chunks = loss_chunks(sequences * spec.shape.context, spec.shape.vocab_size)
-    chunked = chunks > 1 and supports_chunks(model)
-    parameter_gradient = chunked_gradient(model, spec, chunks) if chunked else whole_gradient(model, spec)
+    device = next(model.parameters()).device
+    offsets = torch.arange(spec.shape.context + 1, device=device)
+    tokens_at_once = sequences * spec.shape.context
+    chunks = loss_chunks(tokens_at_once, spec.shape.vocab_size, device.type)
+    if chunks > 1 and supports_chunks(model):
+        rows = math.ceil(tokens_at_once / chunks)
+        parameter_gradient = chunked_gradient(model, spec, tokens_at_once, rows, compiled)
+    else:
+        parameter_gradient = whole_gradient(model, spec)
 
     def gradient(flat: Tensor, starts: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         window = tokens[starts[:, None] + offsets].long()
@@ -60,9 +67,9 @@ def whole_gradient(model: nn.Module, spec: RunSpec) -> Callable[..., tuple[dict[
 
 
 def chunked_gradient(
-    model: nn.Module, spec: RunSpec, chunks: int
+    model: nn.Module, spec: RunSpec, tokens: int, rows: int, compiled: bool = False
 ) -> Callable[..., tuple[dict[str, Tensor], Tensor]]:
-    """Like `whole_gradient`, with the tokens in `chunks` parts and the logits of one part at a time."""
+    """Like `whole_gradient`, for `tokens` tokens, with the logits of at most `rows` of them at a time."""
     head_names = head_parameters(model, spec)
     buffers = dict(model.named_buffers())
     hidden_module, logits_module = MethodModule(model, "hidden"), MethodModule(model, "logits")
@@ -73,6 +80,18 @@ def chunked_gradient(
             out: Tensor = torch.func.functional_call(module, named, (x,))
         return out
 
+    def sum_loss(rows: Tensor, head: list[Tensor], targets: Tensor) -> Tensor:
+        logits = call(logits_module, dict(zip(head_names, head, strict=True)), rows)
+        return token_loss(logits, targets, reduction="sum")
+
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    device = next(iter(named.values())).device
+    identity = (type(model).__qualname__, spec.shape, spec.parametrization, spec.dtype, str(device))
+    name, chunked = chunked_head(identity, rows, compiled)
+    with torch.no_grad():
+        example = call(hidden_module, named, torch.zeros(1, 1, dtype=torch.int64, device=device))
+    chunked.prepare(sum_loss, example, [named[n].detach() for n in head_names], tokens)
+
     def gradient_and_loss(
         parameters: dict[str, Tensor], inputs: Tensor, targets: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
@@ -80,25 +99,14 @@ def chunked_gradient(
         hidden, pull_back = torch.func.vjp(  # type: ignore[misc]
             lambda p: call(hidden_module, p, inputs), parameters
         )
-
-        def chunk_loss(rows: Tensor, head: dict[str, Tensor], row_targets: Tensor) -> Tensor:
-            logits = call(logits_module, head, rows)
-            return token_loss(logits, row_targets, reduction="sum") / targets.numel()
-
-        chunk_gradient: Any = torch.func.grad_and_value(chunk_loss, argnums=(0, 1))
-        head = {name: parameters[name] for name in head_names}
-        head_gradient = {name: torch.zeros_like(value) for name, value in head.items()}
-        loss, hidden_gradients = torch.zeros((), device=hidden.device), []
-        size = math.ceil(targets.numel() / chunks)
-        pieces = zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size), strict=True)
-        for rows, row_targets in pieces:
-            (rows_gradient, part), value = chunk_gradient(rows, head, row_targets)
-            loss = loss + value
-            hidden_gradients.append(rows_gradient)
-            head_gradient = {name: head_gradient[name] + part[name] for name in head_names}
-        (gradients,) = pull_back(torch.cat(hidden_gradients).view_as(hidden))
+        head = [parameters[name][None] for name in head_names]
+        loss, hidden_gradient, *parts = loss_and_gradient(
+            hidden.flatten(0, 1)[None], targets.flatten()[None], head, name
+        )
+        (gradients,) = pull_back(hidden_gradient.view_as(hidden))
+        head_gradient = {name: part[0] for name, part in zip(head_names, parts, strict=True)}
         gradients = {n: g + head_gradient[n] if n in head_gradient else g for n, g in gradients.items()}
-        return gradients, loss
+        return gradients, loss[0]
 
     return gradient_and_loss
 
@@ -119,7 +127,7 @@ class ModelWithLoss(nn.Module):
         if targets is None or not supports_chunks(self.model):
             logits: Tensor = self.model(inputs)
             return logits if targets is None else token_loss(logits, targets)
-        chunks = loss_chunks(targets.numel(), self._vocab_size)
+        chunks = loss_chunks(targets.numel(), self._vocab_size, inputs.device.type)
         if chunks == 1:
             return token_loss(self.model(inputs), targets)
         hidden: Tensor = self.model.hidden(inputs)  # type: ignore[operator]

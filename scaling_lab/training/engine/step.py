@@ -70,7 +70,7 @@ class TrainStep:
     def _build(self, specs: tuple[RunSpec, ...], execution: Execution, sequences: int | None) -> None:
         """Make the programs: the whole step as one, and its parts for a step with several micro-batches."""
         spec, parts, stacked = specs[0], self.batch // self.micro, self.stacked
-        gradient_of = make_gradient(self.model, self.layout, spec, self.micro)
+        gradient_of = make_gradient(self.model, self.layout, spec, self.micro, execution.compile)
         if stacked:
             register_attention_rules()
             gradient_of = torch.func.vmap(gradient_of, in_dims=(0, 0, None))
