@@ -182,6 +182,21 @@ def test_workers_share_cores(monkeypatch):
     assert "TORCHINDUCTOR_COMPILE_THREADS" not in worker_environments(one_thread, None)[0]
 
 
+@pytest.mark.parametrize("command", ["sweep", "train"])
+def test_a_device_that_is_missing_here_is_one_line(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    argv = {
+        "sweep": TINY_LINE.replace("device=cpu", "device=cuda design.sizes.tolerance=1").split(),
+        "train": ["sweep=s", "model.width=64", "model.depth=2", "train_tokens=20K", "device=cuda"],
+    }[command]
+    assert main([command, *argv]) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith("error: ")
+    assert "device=cuda" in line
+    assert "not available on this machine" in line
+
+
 def test_workers_share_gpus(monkeypatch):
     """Four small runs on a GPU with MPS, two that take turns without, one in exclusive mode or where runs fill the GPU."""
     mps, turns, exclusive = (GpuSharing(*how) for how in ((True, True), (False, False), (False, True)))

@@ -90,6 +90,7 @@ def run_workers(
     runs = [run for run in plan.runs if run.run_id in wanted]
     if not runs:
         return
+    refuse_missing_device(plan.sweep, runs[0].execution.device)
     on_cuda = runs[0].execution.device == "cuda"
     sharing = find_gpu_sharing() if on_cuda else None
     environments = worker_environments(runs, workers, sharing)
@@ -135,7 +136,7 @@ def worker_environments(
             )
         each = 1 if workers else sharing.workers_per_gpu(runs)
         if each > 1:
-            each = max(1, min(each, int(gpu_bytes() / max(map(device_bytes, runs))), cores // len(devices)))
+            each = max(1, int(min(each, gpu_bytes() / max(map(device_bytes, runs)), cores // len(devices))))
         count = min(workers or each * len(devices), n_programs(runs))
         own = [{"CUDA_VISIBLE_DEVICES": devices[k % len(devices)]} for k in range(count)]
     else:
@@ -146,6 +147,21 @@ def worker_environments(
     if COMPILE_THREADS not in os.environ:
         threads[COMPILE_THREADS] = str(max(1, cores // count))
     return [{**threads, **each_own} for each_own in own]
+
+
+def refuse_missing_device(sweep: str, device: str) -> None:
+    """Raise `UserError` if this machine lacks the device that a sweep is planned for."""
+    if device == "cpu":
+        return
+    from scaling_lab.training.engine.devices import resolve_device
+
+    try:
+        resolve_device(device)
+    except UserError:
+        raise UserError(
+            f"sweep {sweep} is planned for device={device}, which is not available on this machine. Start it where it is, or plan "
+            f"another: sweep={sweep}-cpu device=cpu."
+        ) from None
 
 
 def gpu_bytes() -> float:

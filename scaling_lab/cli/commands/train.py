@@ -99,8 +99,10 @@ def train_one(tree: dict[str, Any], console: Console) -> str:
     """Train one run in this process. Returns its id."""
     from scaling_lab.launching.worker import train_claimed
     from scaling_lab.tracking.sink.trackers import mirrors_closed
+    from scaling_lab.training.engine.devices import resolve_device
 
     planned = planned_run(tree)
+    resolve_device(planned.execution.device)
     store = RunStore.for_sweep(Path(str(tree["results_dir"])), str(tree["sweep"]))
     spec = planned.spec
     claim = store.claim(spec)
