@@ -23,7 +23,8 @@ class RMSNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.gain, RMS_NORM_EPS)
+        # Under parallel=fsdp with bfloat16 the gain is gathered in bfloat16 with its block; elsewhere `to` does nothing.
+        return F.rms_norm(x, (x.shape[-1],), self.gain.to(x.dtype), RMS_NORM_EPS)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

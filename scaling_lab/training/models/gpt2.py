@@ -15,6 +15,14 @@ from scaling_lab.training.models import scaled
 INIT_STD = 0.02
 
 
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` in the input's dtype, also where parallel=fsdp gathers its parameters in bfloat16 with their block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -22,10 +30,10 @@ class Block(nn.Module):
         super().__init__()
         self.residual_scale, self.attention_scale = multipliers.residual, multipliers.attention
         self.heads = shape.heads
-        self.attention_norm = nn.LayerNorm(shape.width)
+        self.attention_norm = LayerNorm(shape.width)
         self.qkv = nn.Linear(shape.width, 3 * shape.width)
         self.attention_out = nn.Linear(shape.width, shape.width)
-        self.mlp_norm = nn.LayerNorm(shape.width)
+        self.mlp_norm = LayerNorm(shape.width)
         self.mlp_in = nn.Linear(shape.width, shape.mlp_hidden)
         self.mlp_out = nn.Linear(shape.mlp_hidden, shape.width)
 
@@ -55,7 +63,7 @@ class GPT2(nn.Module):
         self.embedding = nn.Embedding(shape.vocab_size, shape.width)
         self.positions = nn.Embedding(shape.context, shape.width)
         self.blocks = nn.ModuleList(Block(shape, multipliers) for _ in range(shape.depth))
-        self.final_norm = nn.LayerNorm(shape.width)
+        self.final_norm = LayerNorm(shape.width)
         self.reset_parameters(parametrization.base_shape(shape), multipliers.hidden_init)
 
     def reset_parameters(self, base: GPT2Shape, hidden_factor: float) -> None:

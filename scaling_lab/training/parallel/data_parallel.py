@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,15 @@ from torch import Tensor
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Execution, RunSpec
 from scaling_lab.planning.memory import divisors
+from scaling_lab.training.engine.memory import is_out_of_memory
 from scaling_lab.training.engine.step import TrainStep
+from scaling_lab.training.parallel.overlap import OverlappedGradient
 from scaling_lab.training.parallel.team import Team, World, collective_guard
+
+log = logging.getLogger(__name__)
+
+# Devices on which the gradients of a run that is not in a stack are summed during the backward pass. On a CPU nothing is gained.
+OVERLAP_DEVICES = ("cuda",)
 
 
 def batch_share(sequences: int, world: World) -> tuple[int, int]:
@@ -31,8 +39,8 @@ def batch_share(sequences: int, world: World) -> tuple[int, int]:
 class DataParallelStep(TrainStep):
     """A `TrainStep` in which each process computes its share of a batch's sequences.
 
-    Gradient, loss and squared norm are weighted by the share and summed in one collective; then each process makes the same
-    update to its own copy.
+    Gradient, loss and squared norm are weighted by the share and summed, once a step: in one collective, or, on CUDA, bucket
+    by bucket while the backward pass is running (`OverlappedGradient`). Then each process makes the same update to its own copy.
     """
 
     def __init__(self, models: Any, tokens: Tensor, specs: Any, execution: Execution, team: Team) -> None:
@@ -55,6 +63,12 @@ class DataParallelStep(TrainStep):
         self._metrics_sum = self._sum[size:].view(*self.flat.shape[:-1], 2)
         self._synchronized = False
         self._error: Exception | None = None
+        self._overlapped: OverlappedGradient | None = None
+        self._tried_overlap = not self._may_overlap()
+        self._spec, self._compiled = spec, execution.compile
+
+    def _may_overlap(self) -> bool:
+        return not self.stacked and self.tokens.device.type in OVERLAP_DEVICES
 
     def run(self, starts: Tensor, controls: Tensor) -> Tensor:
         """A block of steps of the whole batch, in all processes."""
@@ -68,6 +82,8 @@ class DataParallelStep(TrainStep):
                 self._synchronized = True
             own = starts.to(self.flat.device)[..., self._first : self._last].contiguous()
             controls = controls.to(self.flat.device)
+            if not self._tried_overlap:
+                self._try_overlap(own[0])
             metrics = torch.stack([self(own[i], controls[i]) for i in range(len(own))])
             if self._error is not None:
                 raise self._error
@@ -79,21 +95,55 @@ class DataParallelStep(TrainStep):
         square = self._sum.new_zeros(self._metrics_sum.shape[:-1])
         if self._error is None:
             try:
-                parts = starts.split(self.micro, dim=-1)
-                metrics = [
-                    self._accumulate(part.contiguous(), self.flat, self._gradient_sum, self.tokens)
-                    for part in parts
-                ]
-                self._metrics_sum.copy_(torch.stack(metrics).mean(0))
-                self._sum.mul_(self._weight)
+                self._gradient(starts)
             except Exception as error:
                 self._error = error
-                self._sum.zero_()
+                self._unsummed().zero_()
+        elif self._overlapped is not None:
+            self._overlapped.send_zeros()
         with collective_guard():
-            dist.all_reduce(self._sum)
+            dist.all_reduce(self._unsummed())
         if self._error is None:
             try:
                 square = self._update(self._gradient_sum, controls, *self.state().values())
             except Exception as error:
                 self._error = error
         return torch.cat((self._metrics_sum, square[..., None]), -1)
+
+    def _gradient(self, starts: Tensor) -> None:
+        """This process's weighted gradient and metrics into `_sum`; overlapped, the gradient is then summed already."""
+        if self._overlapped is not None:
+            metrics = torch.stack(self._overlapped.compute(starts, self.micro, self.tokens, self._weight))
+            self._metrics_sum.copy_(metrics * self._weight)
+            return
+        parts = starts.split(self.micro, dim=-1)
+        each = [
+            self._accumulate(part.contiguous(), self.flat, self._gradient_sum, self.tokens) for part in parts
+        ]
+        self._metrics_sum.copy_(torch.stack(each).mean(0))
+        self._sum.mul_(self._weight)
+
+    def _unsummed(self) -> Tensor:
+        """The part of `_sum` that is summed at the end of a step."""
+        return self._sum if self._overlapped is None else self._sum[self.flat.numel() :]
+
+    def _try_overlap(self, starts: Tensor) -> None:
+        """Compute one gradient with overlap, in all processes. If it fails in any, all go on without, with a warning."""
+        self._tried_overlap = True
+        error: Exception | None = None
+        try:
+            self._overlapped = OverlappedGradient(
+                self.model, self.layout, self.flat, self._gradient_sum, self._spec, compiled=self._compiled
+            )
+            self._overlapped.compute(starts, self.micro, self.tokens, self._weight)
+        except Exception as caught:
+            error = caught
+        if error is not None and is_out_of_memory(error):
+            self._error, error = error, None  # raised at the end of the block, for smaller micro-batches
+        if any(self._team.gather(error is not None)):
+            self._overlapped = None
+            if error is not None:
+                log.warning(
+                    "gradients are summed after the backward pass, not during it: %s.",
+                    str(error).strip().partition("\n")[0],
+                )

@@ -8,7 +8,7 @@ Clipping and AdamW work on the shards. To save a state it is gathered parameter 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -16,22 +16,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from scaling_lab.core.errors import UserError
-from scaling_lab.core.spec import Execution, RunSpec
+from scaling_lab.core.spec import Execution, OptimizerSpec, RunSpec
 from scaling_lab.planning.memory import divisors, next_smaller_micro_batch
 from scaling_lab.training.engine.gradient import ModelWithLoss, autocast
 from scaling_lab.training.engine.memory import is_out_of_memory, save_micro_batch_hint
-from scaling_lab.training.engine.optimizer import (
-    FlatLayout,
-    GroupVectors,
-    adamw_update,
-    clip_scale,
-    parameter_groups,
-)
+from scaling_lab.training.engine.optimizer import FlatLayout, ParameterGroup, clip_scale, parameter_groups
 from scaling_lab.training.parallel.team import Team, TeamLost, collective_guard
+
+# Gradients are summed over the processes once a step, for which each process holds them whole, unless they take more than
+# this share of its device; then once a micro-batch.
+MAX_GRADIENT_SHARE = 0.15
 
 
 class ShardedStep:
@@ -61,7 +59,7 @@ class ShardedStep:
             for block in blocks:
                 if execution.compile:
                     block.compile()
-                fully_shard(block, mesh=self._mesh)
+                fully_shard(block, mesh=self._mesh, mp_policy=block_precision(spec.dtype))
         # The loss is part of FSDP's forward pass, because only there are the head's weights gathered.
         self._with_loss = ModelWithLoss(model, spec)
         fully_shard(self._with_loss, mesh=self._mesh)
@@ -71,8 +69,8 @@ class ShardedStep:
         groups = parameter_groups(
             zip(self.layout.names, self.layout.shapes), spec.optimizer, spec.parametrization, spec.shape
         )
-        one = torch.ones(1, device=tokens.device)
-        self._groups = [GroupVectors(g.lr_ratio * one, g.weight_decay * one, g.eps) for g in groups]
+        self._groups = groups
+        self._once_a_step = self._gradients_fit()
         self._offsets = torch.arange(spec.shape.context + 1, device=tokens.device)
 
     def run(self, starts: Tensor, controls: Tensor) -> Tensor:
@@ -87,35 +85,34 @@ class ShardedStep:
     def _step(self, starts: Tensor, controls: Tensor) -> Tensor:
         parts = starts.split(self.micro)
         loss = torch.zeros((), device=self.tokens.device)
-        for part in parts:
+        for k, part in enumerate(parts):
+            if self._once_a_step:
+                self._with_loss.set_requires_gradient_sync(k == len(parts) - 1)  # type: ignore[operator]
             window = self.tokens[part[:, None] + self._offsets].long()
             with autocast(window, self._spec):
                 part_loss: Tensor = self._with_loss(window[:, :-1], window[:, 1:]) / len(parts)
-            part_loss.backward()  # FSDP averages over the processes
+            part_loss.backward()  # FSDP averages over the processes, in float32
             loss += part_loss.detach()
         gradients = [p.grad.to_local() for p in self._parameters]
-        squares = torch.stack([g.square().sum() for g in gradients]).sum()
+        squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
         sums = torch.stack((loss / self._team.world.size, squares))
         dist.all_reduce(sums)
         scale, _ = clip_scale(sums[1].sqrt()[None], self._spec.optimizer.clip_norm)
-        self._update([g * scale for g in gradients], controls)
+        torch._foreach_mul_(gradients, scale.squeeze())
+        with torch.no_grad():
+            parameters = [p.to_local() for p in self._parameters]
+            foreach_adamw_update(
+                parameters, gradients, self._first, self._second, self._groups, self._spec.optimizer, controls
+            )
+        for p in self._parameters:
+            p.grad = None
         return torch.stack((sums[0], sums[1], sums[1]))
 
-    @torch.no_grad()
-    def _update(self, gradients: list[Tensor], controls: Tensor) -> None:
-        for p, gradient, first, second, group in zip(
-            self._parameters, gradients, self._first, self._second, self._groups, strict=True
-        ):
-            adamw_update(
-                p.to_local().view(-1),
-                gradient.view(-1),
-                first.view(-1),
-                second.view(-1),
-                group,
-                self._spec.optimizer,
-                controls,
-            )
-            p.grad = None
+    def _gradients_fit(self) -> bool:
+        if self.tokens.device.type != "cuda":
+            return True
+        total = torch.cuda.get_device_properties(self.tokens.device).total_memory
+        return 4 * sum(shape.numel() for shape in self.layout.shapes) <= MAX_GRADIENT_SHARE * total
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits under the current parameters; to be called in all processes at once."""
@@ -186,3 +183,42 @@ class ShardedStep:
                         "more processes, or devices with more memory."
                     ) from error
             raise TeamLost(f"{type(error).__name__} in a step: {str(error).strip()[:300]}") from error
+
+
+def block_precision(dtype: str) -> MixedPrecisionPolicy:
+    """How a block is gathered and its gradients are summed: bfloat16 weights, half the bytes, and float32 sums.
+
+    Its matrix products are in bfloat16 anyway, by autocast, and the residual stream stays float32. Embedding and head, a small
+    part of a model that needs sharding, are gathered in float32.
+    """
+    if dtype != "bfloat16":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+
+
+def foreach_adamw_update(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    groups: Sequence[ParameterGroup],
+    optimizer: OptimizerSpec,
+    controls: Tensor,
+) -> None:
+    """`adamw_update` for a list of tensors, with a few kernels for all of them together."""
+    lr, correction1, correction2 = controls.unbind(-1)
+    torch._foreach_lerp_(first, gradients, 1 - optimizer.beta1)
+    torch._foreach_mul_(second, optimizer.beta2)
+    torch._foreach_addcmul_(second, gradients, gradients, 1 - optimizer.beta2)
+    denominators = torch._foreach_div(second, correction2)
+    torch._foreach_sqrt_(denominators)
+    torch._foreach_add_(denominators, [group.eps for group in groups])
+    updates = torch._foreach_div(first, correction1)
+    torch._foreach_div_(updates, denominators)
+    del denominators
+    torch._foreach_add_(updates, torch._foreach_mul(parameters, [group.weight_decay for group in groups]))
+    torch._foreach_mul_(updates, [group.lr_ratio for group in groups])
+    torch._foreach_mul_(updates, lr)
+    torch._foreach_sub_(parameters, updates)

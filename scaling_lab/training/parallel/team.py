@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -145,6 +146,13 @@ class Team:
                 known = kind if kind in (UserError, torch.OutOfMemoryError) else RuntimeError
                 raise known(text if kind is UserError else f"process {rank}: {kind.__name__}: {text}")
 
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of each process, in all of them; all processes call this together."""
+        values: list[Any] = [None] * self.world.size
+        with collective_guard():
+            dist.all_gather_object(values, value, self._control)
+        return values
+
     def strategy(self, spec: RunSpec, execution: Execution, stacked: bool) -> str:
         """ddp or fsdp; with parallel=auto, fsdp if the model leaves too little memory on one device."""
         if self.parallel == "fsdp" and stacked:
@@ -200,6 +208,23 @@ def current_team() -> Team | None:
     return _current[-1] if _current else None
 
 
+def gpu_place() -> tuple[str, str] | None:
+    """The host and the identity of this process's GPU; None if this version of torch does not know it."""
+    uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
+    return None if uuid is None else (socket.gethostname(), str(uuid))
+
+
+def check_places(places: Sequence[tuple[str, str] | None]) -> None:
+    """Raise `UserError` if two processes have the same GPU: NCCL would fail or wait for ever."""
+    known = [place for place in places if place is not None]
+    if len(set(known)) < len(known):
+        host = next(place[0] for place in known if known.count(place) > 1)
+        raise UserError(
+            f"{len(places)} processes, but two of them have the same GPU on {host}: start one process per GPU that sees all "
+            "GPUs of its node (srun --ntasks-per-node=N --gpus-per-node=N --gpu-bind=none, or torchrun --nproc_per_node=N)."
+        )
+
+
 @contextmanager
 def joined(parallel: str = "auto", device: str = "auto") -> Iterator[Team | None]:
     """Join the other processes of this run; None for a single process. When the first process ends, all of them do."""
@@ -212,6 +237,8 @@ def joined(parallel: str = "auto", device: str = "auto") -> Iterator[Team | None
         torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
     dist.init_process_group("nccl" if on_gpu else "gloo", rank=world.rank, world_size=world.size)
     team = Team(world, parallel)
+    if on_gpu:
+        check_places(team.gather(gpu_place()))
     _current.append(team)
     status = 1
     try:
