@@ -95,12 +95,15 @@ class PlanResult:
         return (*self.plan.rounding, *self.plan.notes)
 
     def seconds(self, workers: int | None = None) -> float | None:
-        """An estimate of the time that `workers` processes take (default: one a core); None on a device without a table."""
+        """An estimate of the time that `workers` processes take (default: one a core, or one on a GPU), from measured steps of
+        this device where there are any (`scaling-lab plan probe=true`); None on a device of unknown speed."""
+        from scaling_lab.launching.speeds import speeds_for
         from scaling_lab.planning.cost import estimate_plan_seconds
         from scaling_lab.planning.execution import usable_cores
 
-        side_by_side = workers or max(1, usable_cores() // self.plan.runs[0].execution.threads)
-        return estimate_plan_seconds(self.plan.runs, side_by_side)
+        cores = 1 if self.device == "cuda" else usable_cores()
+        side_by_side = workers or max(1, cores // self.plan.runs[0].execution.threads)
+        return estimate_plan_seconds(self.plan.runs, side_by_side, speeds_for(self.device))
 
     def save(self) -> Path:
         """Write plan.json into the sweep's folder; returns its path.

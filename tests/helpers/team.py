@@ -83,14 +83,16 @@ def lead(team: Team, folder: Path) -> None:
 def counted_sums() -> Iterator[list[object]]:
     """Each sum of gradients that FSDP begins."""
     sums: list[object] = []
-    reduce_scatter = dist.reduce_scatter_tensor
+    # Its name in torch 2.13, and in earlier versions.
+    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+    reduce_scatter = getattr(dist, name)
 
     def counted(*args, **options):
         sums.append(args)
         return reduce_scatter(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "reduce_scatter_tensor", counted)
+        patch.setattr(dist, name, counted)
         yield sums
 
 
