@@ -112,7 +112,7 @@ def overlap_on_cpu(team: Team) -> None:
         return forward(self, inputs, targets)
 
     ModelWithLoss.forward = failing
-    DataParallelStep._may_overlap = lambda self: not self.stacked and "overlap" in str(team.run_folder)
+    DataParallelStep.may_overlap = lambda self: not self.stacked and "overlap" in str(team.run_folder)
 
 
 def main() -> int:

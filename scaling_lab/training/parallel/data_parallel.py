@@ -64,10 +64,11 @@ class DataParallelStep(TrainStep):
         self._synchronized = False
         self._error: Exception | None = None
         self._overlapped: OverlappedGradient | None = None
-        self._tried_overlap = not self._may_overlap()
+        self._tried_overlap = not self.may_overlap()
         self._spec, self._compiled = spec, execution.compile
 
-    def _may_overlap(self) -> bool:
+    def may_overlap(self) -> bool:
+        """Whether gradients are to be summed during the backward pass."""
         return not self.stacked and self.tokens.device.type in OVERLAP_DEVICES
 
     def run(self, starts: Tensor, controls: Tensor) -> Tensor:
