@@ -14,6 +14,7 @@ from itertools import count
 from typing import Any
 
 from scaling_lab.cli.options.machine import ASSUMED_BFLOAT16, has_bfloat16
+from scaling_lab.cli.options.scales import GROUP as SCALE_GROUP
 from scaling_lab.cli.options.study import SweepOnly, sweep_settings
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Plan, PlannedRun
@@ -28,7 +29,7 @@ from scaling_lab.planning.settings import SweepSettings
 # Options that do not change which runs a sweep has.
 NOT_OF_THE_PLAN = frozenset(
     {"sweep", "results_dir", "config_dir", "workers", "tracker", "run_ids", "retry", "study", "gpu", "count"}
-    | {"price_per_hour", "probe"}
+    | {"price_per_hour", "probe", SCALE_GROUP}
 )
 EXECUTION = frozenset({"device", "compile", "threads", "deterministic", "stack", "memory_gb"})
 
@@ -140,7 +141,9 @@ def settle_plan(
     different = given_differences(old, trees, given, device)
     started = has_started(store, old)
     if replace_unstarted and not started:
-        no_longer = [f"{key} (no longer given)" for key in old.given or () if key not in recorded]
+        no_longer = [
+            f"{key} (no longer given)" for key in old.given or () if key not in recorded and key != "scale"
+        ]
         if different or no_longer:
             store.write_plan(make_merged_plan(trees, device=device, given=given))
             return Settled(store.read_plan(), new=True, replaced=(*different, *no_longer))

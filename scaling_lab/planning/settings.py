@@ -175,6 +175,8 @@ class SweepSettings:
     """Train repeatedly on only this many tokens of the corpus; None: on all of it."""
     noise: float = 0.0
     """Fraction of the training tokens that are replaced by random ones."""
+    scale: str | None = None
+    """The experiment's scale that was chosen; None: it has none."""
 
     def __post_init__(self) -> None:
         CorpusUse(self.max_epochs, self.unique_tokens, self.noise)

@@ -9,7 +9,9 @@ from scaling_lab.cli.display.console import Console, fitting_table
 from scaling_lab.cli.options.arguments import Arguments
 from scaling_lab.cli.options.compose import CommandLine, read_command
 from scaling_lab.cli.options.forms import Form
+from scaling_lab.cli.options.scales import GROUP, choose_scale, scale_config
 from scaling_lab.cli.options.study import PlanOnly, SweepOnly, experiment_name, form_of_tree, study_form
+from scaling_lab.cli.options.values import unquoted
 from scaling_lab.cli.planning import RULES_CHANGED, has_started, settle_plan
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.formatting import human_amount, human_bytes, human_count, human_time
@@ -69,15 +71,21 @@ def read_study(
     experiment: str | None = None,
     extra: Sequence[type] = (SweepOnly,),
 ) -> CommandLine:
-    """Parse and check a study's command line; the sweep's name defaults to the experiment's."""
+    """Parse and check a study's command line; the sweep's name defaults to the experiment's, the scale to the device's."""
+    groups = {} if experiment is None else {"experiment": experiment}
+    if (scale := choose_scale(arguments, experiment)) is not None:
+        name = unquoted(arguments.get("experiment") or experiment or "")
+        groups[GROUP] = scale_config(name, scale)
     command = read_command(
         arguments,
         config_name,
         lambda tree: form_of_tree(tree, extra=extra),
         multirun=True,
         launches=launches,
-        groups=None if experiment is None else {"experiment": experiment},
+        groups=groups,
     )
+    for combination in command.combinations:
+        combination.tree["scale"] = scale
     chosen = next(
         (choice for group, choice in command.combinations[0].groups.items() if group.package == "experiment"),
         None,

@@ -27,6 +27,7 @@ from scaling_lab.cli.options.configs import (
 )
 from scaling_lab.cli.options.forms import Form
 from scaling_lab.cli.options.hydra_config import compose_groups
+from scaling_lab.cli.options.scales import GROUP as SCALE_GROUP
 from scaling_lab.cli.options.values import read_value, show, split_list, unquoted
 from scaling_lab.core.errors import UserError, unknown
 from scaling_lab.launching.hydra_jobs import hydra_text
@@ -103,6 +104,8 @@ def read_command(
                     f"{assignment.text}: an option of Hydra's takes one value; a list is written [A,B]."
                 )
             hydra.append(assignment)
+        elif assignment.key == SCALE_GROUP:
+            raise UserError(f"{assignment.key} cannot be set: choose with scale=NAME.")
         elif assignment.key in slots:
             chosen[slots[assignment.key]] = _group_values(
                 slots[assignment.key], assignment, folders, multirun

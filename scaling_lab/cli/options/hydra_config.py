@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling_lab.cli.options.configs import ConfigGroup, find_config, read_yaml
+from scaling_lab.cli.options.scales import GROUP as SCALE_GROUP
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.storage.serialization import to_dict
 from scaling_lab.launching.hydra_jobs import (
@@ -26,7 +27,7 @@ GLOBAL_PACKAGE = "# @package _global_"
 
 
 def check_experiment(path: Path) -> None:
-    """Refuse an experiment that Hydra would put below `experiment:`, where nothing reads it."""
+    """Refuse an experiment, or a scale of one, that Hydra would put below `experiment:`, where nothing reads it."""
     read_yaml(path)
     lines = path.read_text(encoding="utf-8").splitlines()
     if not any(line.strip() == GLOBAL_PACKAGE for line in lines[:5]):
@@ -45,8 +46,8 @@ def compose_groups(
     from omegaconf.errors import OmegaConfBaseException
 
     for group, choice in groups.items():
-        if group.name == "experiment" and choice != "null":
-            check_experiment(find_config(f"experiment/{choice}", folders))
+        if group.name in ("experiment", SCALE_GROUP) and choice != "null":
+            check_experiment(find_config(f"{group.name}/{choice}", folders))
     try:
         with hydra_initialized(folders):
             config = compose(config_name=config_name, overrides=group_overrides(groups))

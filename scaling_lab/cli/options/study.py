@@ -19,6 +19,8 @@ from scaling_lab.cli.options.configs import (
 )
 from scaling_lab.cli.options.forms import Form, GroupOption, Option, build, options_of, type_hints
 from scaling_lab.cli.options.machine import resolve_device, resolve_dtype
+from scaling_lab.cli.options.scales import GROUP as SCALE_GROUP
+from scaling_lab.cli.options.scales import Scale
 from scaling_lab.cli.options.values import read_value, unquoted
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError, unknown
@@ -91,6 +93,8 @@ class SweepOnly:
     """failed: train failed runs again from their last checkpoint, and diverged runs from scratch"""
     gpu: str | None = None
     """GPU to show time and cost for: h100, h200, b200, a100, l40s, rtx4090, rtx3090, t4, or auto for the one here"""
+    scale: Scale | None = None
+    """Size of the experiment: smoke (seconds), cpu, gpu or gpu_day; null or auto: that of the sweep's plan, else by the device"""
     count: int = 1
     """How many of them"""
     price_per_hour: float | None = None
@@ -164,6 +168,7 @@ def study_form(arguments: Arguments, config_name: str, extra: Sequence[type] = (
             GROUP_MEANINGS[g.name],
         )
         for g, default in defaults.items()
+        if g.package != SCALE_GROUP
     )
     return dataclasses.replace(form_of_tree(tree, meanings, extra), groups=groups)
 
@@ -284,6 +289,7 @@ def sweep_settings(
         noise=use.noise,
         convention=common.convention,
         seed=common.seed,
+        scale=tree.get("scale"),
         dtype=resolve_dtype(common.dtype, device, gpu),
         execution=execution_settings(common, device, gpu),
     )
