@@ -53,6 +53,9 @@ def train(
     >>> sl.train(made, workers=0, progress=False)
     sweep tiny in results/tiny: 4 completed
     """
+    from scaling_lab.cli.planning import add_corpus
+    from scaling_lab.planning.preparation import with_corpus
+
     require("torch", "training")
     if workers is not None and workers < 0:
         raise UserError(f"workers={workers} must be at least 1, or 0 to train in this process.")
@@ -67,7 +70,8 @@ def train(
         store = Sweep(sweep.folder).store
     else:
         store = (sweep if isinstance(sweep, Sweep) else Sweep(sweep)).store
-    plan = store.read_plan()
+    plan = add_corpus(store, store.read_plan())
+    with_corpus(plan, store.folder)  # refuses before processes are started
     if retry is not None:
         store.reopen_failed(plan)
     _train_plan(store, plan, workers, tracker_dict(tracker), _reporter(progress))

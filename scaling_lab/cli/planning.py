@@ -9,28 +9,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from itertools import count
 from typing import Any
 
 from scaling_lab.cli.options.machine import ASSUMED_BFLOAT16, has_bfloat16
 from scaling_lab.cli.options.scales import GROUP as SCALE_GROUP
 from scaling_lab.cli.options.study import SweepOnly, sweep_settings
-from scaling_lab.core.errors import UserError
+from scaling_lab.core.errors import MissingCorpus, UserError
 from scaling_lab.core.spec import Plan, PlannedRun
 from scaling_lab.core.storage.serialization import to_dict
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.planning.devices import AUTO
 from scaling_lab.planning.execution import plan_executions
 from scaling_lab.planning.plan import make_plan
+from scaling_lab.planning.preparation import NOT_PREPARED, corpus_mismatch, with_corpus
 from scaling_lab.planning.replan import OPTIONS
-from scaling_lab.planning.settings import SweepSettings
+from scaling_lab.planning.settings import CorpusUse, SweepSettings
 
 # Options that do not change which runs a sweep has.
 NOT_OF_THE_PLAN = frozenset(
     {"sweep", "results_dir", "config_dir", "workers", "tracker", "run_ids", "retry", "study", "gpu", "count"}
     | {"price_per_hour", "probe", SCALE_GROUP}
 )
+CORPUS_OPTIONS = frozenset(f.name for f in fields(CorpusUse))
 EXECUTION = frozenset({"device", "compile", "threads", "deterministic", "stack", "memory_gb"})
 
 
@@ -60,7 +63,8 @@ def make_merged_plan(
     if len(plans) == 1:
         plan = plans[0]
         return replace(plan, notes=(*notes, *plan.notes), settings={**plan.settings, **recorded})
-    if len({plan.data_fingerprint for plan in plans}) > 1:
+    unprepared = plans[0].data_fingerprint == NOT_PREPARED
+    if len({repr(s.data) if unprepared else p.data_fingerprint for s, p in zip(settings, plans)}) > 1:
         # A plan has one data fingerprint, and losses on different corpora do not share a law.
         raise UserError(
             f"sweep={names[0]}: its combinations train on different corpora ({_differing_data(settings)}), and a sweep "
@@ -127,7 +131,7 @@ def settle_plan(
         UserError: there is no plan, or an option that the user gave has another value in the plan on disk.
     """
     if not defines_plan(given):
-        return Settled(store.read_plan())
+        return Settled(add_corpus(store, store.read_plan()))
     recorded = plan_keys(given)
     if not store.plan_path.exists():
         plan = make_merged_plan(trees, given=given)
@@ -159,7 +163,21 @@ def settle_plan(
             f"sweep={name!r} {what}. Differences: {'; '.join(different)}. Give the new plan its own name "
             f"(sweep={free_name(store)}), or continue the old one: scaling-lab sweep sweep={name}{or_replace}."
         )
+    old = add_corpus(store, old)
     return Settled(old, rules_changed=not same_runs(old, trees, device, ignore_execution=free))
+
+
+def add_corpus(store: RunStore, plan: Plan) -> Plan:
+    """The plan on disk, with the fingerprint of its corpus once that is prepared. Raises `UserError` for another corpus."""
+    if plan.data_fingerprint != NOT_PREPARED:
+        return plan
+    try:
+        corpus_mismatch(plan)
+    except MissingCorpus:
+        return plan
+    complete = with_corpus(plan, store.folder)
+    store.write_plan(complete)
+    return complete
 
 
 def free_name(store: RunStore) -> str:
@@ -175,9 +193,7 @@ def given_differences(
 
     A group's choice (`recipe=kaplan`) is compared by its kind, an experiment by the kinds of all its groups.
     """
-    found = []
-    if old.runs and (now := old.runs[0].spec.data.fingerprint()) != old.data_fingerprint:
-        found.append(f"the content of data (on disk {old.data_fingerprint[:12]}, now {now[:12]})")
+    found = [changed] if (changed := _changed_data(old)) else []
     before = _option_values([*old.settings.get("combinations", [old.settings])])
     after = _option_values([to_dict(sweep_settings(tree, (SweepOnly,), device=device)) for tree in trees])
     described = []
@@ -190,6 +206,19 @@ def given_differences(
     if not described and several and not _same_combinations(old, trees, given, device):
         described.append("which of the options' values go together")
     return described + found
+
+
+def _changed_data(old: Plan) -> str | None:
+    """How the plan's corpus differs from what it was planned with or for; None if it does not, or is not there yet."""
+    if not old.runs:
+        return None
+    if old.data_fingerprint == NOT_PREPARED:
+        with suppress(MissingCorpus):
+            return corpus_mismatch(old)
+        return None
+    if (now := old.runs[0].spec.data.fingerprint()) == old.data_fingerprint:
+        return None
+    return f"the content of data (on disk {old.data_fingerprint[:12]}, now {now[:12]})"
 
 
 def _was_given(path: str, given: Collection[str]) -> bool:
@@ -268,7 +297,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def _option(key: str) -> str:
     """A settings path as the option that sets it."""
     key = key.removeprefix("execution.").replace("model.options.", "model.")
-    return f"data.{key}" if key in ("max_epochs", "unique_tokens", "noise") else key.removesuffix(".kind")
+    return f"data.{key}" if key in CORPUS_OPTIONS else key.removesuffix(".kind")
 
 
 def _shown(values: list[str] | None) -> str:

@@ -16,6 +16,10 @@ class UserError(ValueError):
     """Bad input. The message is one line that names the option, the value and the choices."""
 
 
+class MissingCorpus(UserError):
+    """The files of a corpus are not there (yet)."""
+
+
 class DiskError(UserError):
     """The sweep's folder cannot be written (full, read-only). No run has failed; all can resume once it is writable.
 

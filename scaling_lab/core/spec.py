@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from scaling_lab.core.counts import Convention, ModelCount, train_flops
-from scaling_lab.core.errors import UserError, unknown
+from scaling_lab.core.errors import MissingCorpus, UserError, unknown
 from scaling_lab.core.evaluation import EvalSpec
 from scaling_lab.core.parametrization import Standard, parametrization_class
 from scaling_lab.core.registry import member
@@ -156,9 +156,13 @@ class RunSpec:
             raise UserError(
                 f"keep_steps={list(self.keep_steps)} must be within the run's {self.steps} steps."
             )
-        if self.shape.vocab_size < self.data.vocab_size:
+        try:
+            vocab_size = self.data.vocab_size
+        except MissingCorpus:  # planned before its corpus was prepared, or read on another machine
+            vocab_size = 0
+        if self.shape.vocab_size < vocab_size:
             raise UserError(
-                f"model.vocab_size={self.shape.vocab_size} is smaller than the data's vocabulary of {self.data.vocab_size}."
+                f"model.vocab_size={self.shape.vocab_size} is smaller than the data's vocabulary of {vocab_size}."
             )
         for other in self.eval.sets:
             if self.shape.vocab_size < other.source.vocab_size:

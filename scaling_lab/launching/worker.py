@@ -29,6 +29,7 @@ from scaling_lab.core.spec import Plan, PlannedRun
 from scaling_lab.core.storage.claims import Claim, ClaimLost
 from scaling_lab.core.storage.files import disk_error
 from scaling_lab.core.storage.store import RunStore
+from scaling_lab.planning.preparation import with_corpus
 from scaling_lab.planning.replan import plan_command
 from scaling_lab.tracking.sink.trackers import make_tracker, mirrors_closed
 from scaling_lab.training.engine.devices import cuda_has_bfloat16, cuda_name, resolve_device, run_environment
@@ -67,6 +68,7 @@ def train_pending(
     wanted = None if run_ids is None else set(run_ids)
     for device in {run.execution.device for run in plan.runs}:
         resolve_device(device)
+    plan = with_corpus(plan, store.folder)
     made: list[RunRecord] = []
     if wanted is not None:
         # A branch starts from its trunk, which is trained here unless another process trains it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scaling_lab.core.errors import UserError
+from scaling_lab.core.errors import MissingCorpus, UserError
 from scaling_lab.core.spec import TokenSource
 from scaling_lab.planning.settings import SweepSettings
 
@@ -14,7 +14,7 @@ def check_corpus(settings: SweepSettings) -> None:
         UserError: a split is shorter than one window of the context, or an evaluation set has a different vocabulary or
             tokenizer, so that a loss on it would be meaningless.
     """
-    for split in ("train", "validation"):
+    for split in () if settings.corpus_is_missing() else ("train", "validation"):
         check_windows(f"data={settings.data.kind}", settings.data, split, settings.model.context)
     for other in settings.eval.sets:
         name = f"eval.sets: {other.name}"
@@ -24,10 +24,10 @@ def check_corpus(settings: SweepSettings) -> None:
             # A source names its options as data.X; here they belong to an evaluation set.
             text = str(error)
             raise UserError(f"{name}: {text[5:]}" if text.startswith("data.") else text) from None
-        if other.source.vocab_size > settings.data.vocab_size:
+        if other.source.vocab_size > settings.vocab_size:
             raise UserError(
                 f"{name} has a vocabulary of {other.source.vocab_size}, larger than the model's "
-                f"{settings.data.vocab_size} (that of data={settings.data.kind})."
+                f"{settings.vocab_size} (that of data={settings.data.kind})."
             )
         ours, theirs = tokenizer_of(settings.data), tokenizer_of(other.source)
         if None not in (ours, theirs) and ours != theirs:
@@ -49,5 +49,8 @@ def check_windows(name: str, source: TokenSource, split: str, context: int) -> N
 
 
 def tokenizer_of(source: TokenSource) -> str | None:
-    """A description that identifies a source's tokenizer; None if unknown."""
-    return getattr(source, "tokenizer", None)
+    """A description that identifies a source's tokenizer; None if unknown, or if the corpus is not there yet."""
+    try:
+        return getattr(source, "tokenizer", None)
+    except MissingCorpus:
+        return None

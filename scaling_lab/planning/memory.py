@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from scaling_lab.core.errors import MissingCorpus
 from scaling_lab.core.spec import RunSpec
 
 # Logits in one chunk of the loss: 2^25 take 128 MB in float32. With a byte vocabulary that is 131,072 tokens per
@@ -44,11 +45,15 @@ def loss_chunks(tokens: int, vocab_size: int, device: str = "cpu") -> int:
 
 def corpus_bytes(spec: RunSpec, members: int = 1) -> float:
     """Bytes of training tokens on the device for a run (or a stack of `members`): the whole corpus, or two chunks of it per
-    member (`training/data/feed.py`). If the data are not on this machine, the source's exception propagates."""
+    member (`training/data/feed.py`). If the data are not on this machine, at most what is kept whole."""
     source, generated = spec.data, hasattr(spec.data, "documents")
     # uint8, int32 or int64: the smallest type that holds the tokens and that torch can index with.
-    width = 1 if source.vocab_size <= 256 and not generated else 4 if source.vocab_size <= 65_536 else 8
-    used = source.n_tokens("train") if spec.unique_tokens is None else spec.unique_tokens + 1
+    try:
+        vocab_size, used = source.vocab_size, source.n_tokens("train")
+    except MissingCorpus:
+        vocab_size, used = spec.shape.vocab_size, RESIDENT_TOKENS
+    width = 1 if vocab_size <= 256 and not generated else 4 if vocab_size <= 65_536 else 8
+    used = used if spec.unique_tokens is None else spec.unique_tokens + 1
     if not generated and used <= RESIDENT_TOKENS:
         return float(width * used)
     steps = max(1, min(BLOCK_STEPS, CHUNK_TOKENS // (spec.batch_tokens * members)))

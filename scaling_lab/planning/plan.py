@@ -17,6 +17,7 @@ from scaling_lab.planning.cooldown import cooldown_spec, saved_note, warmup_note
 from scaling_lab.planning.corpus import check_corpus
 from scaling_lab.planning.designs.base import RunRequest
 from scaling_lab.planning.execution import plan_executions
+from scaling_lab.planning.preparation import NOT_PREPARED, marked_unprepared
 from scaling_lab.planning.recipes.base import Hyperparameters, SweepHorizons, decide, round_batch
 from scaling_lab.planning.settings import SweepSettings
 from scaling_lab.planning.sizes import SizeLadder
@@ -63,7 +64,7 @@ class Shapes:
         return self.settings.execution.device
 
     def shape(self, width: int, depth: int) -> Any:
-        return self.settings.model.shape(width, depth, self.settings.data.vocab_size, self._device)
+        return self.settings.model.shape(width, depth, self.settings.vocab_size, self._device)
 
     def candidates(self, sizes: SizeLadder) -> list[Any]:
         if sizes not in self._candidates:
@@ -137,7 +138,7 @@ def make_plan(settings: SweepSettings) -> Plan:
             f"data.unique_tokens={settings.unique_tokens:,} is rounded to {settings.corpus_tokens():,}, a whole number of "
             "windows.",
         )
-    return Plan(
+    plan = Plan(
         sweep=settings.sweep,
         runs=tuple(
             PlannedRun(spec, execution)
@@ -146,7 +147,7 @@ def make_plan(settings: SweepSettings) -> Plan:
             )
         ),
         convention=settings.convention,
-        data_fingerprint=settings.data.fingerprint(),
+        data_fingerprint=NOT_PREPARED if settings.corpus_is_missing() else settings.data.fingerprint(),
         rounding=(*batch_rounding(batches), *rounding),
         notes=(
             *shapes.notes,
@@ -156,6 +157,7 @@ def make_plan(settings: SweepSettings) -> Plan:
         ),
         settings=to_dict(settings),
     )
+    return marked_unprepared(plan, settings)
 
 
 def sweep_horizons(
@@ -350,7 +352,8 @@ def _single(settings: SweepSettings, train_tokens: float) -> tuple[PlannedRun, R
     if not train_tokens > 0:
         raise UserError(f"train_tokens={train_tokens!r} must be positive.")
     check_corpus(settings)
-    shape = model.shape(model.width, depth, settings.data.vocab_size, settings.execution.device)
+    settings.data.n_tokens("train")  # a run that is trained at once needs its corpus
+    shape = model.shape(model.width, depth, settings.vocab_size, settings.execution.device)
     request = RunRequest(shape, train_tokens=float(train_tokens), role="single")
     horizons = SweepHorizons(train_tokens, train_tokens, settings.execution.device)
     spec, remarks = plan_run(settings, request, horizons)

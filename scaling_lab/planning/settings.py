@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from scaling_lab.core.counts import Convention
-from scaling_lab.core.errors import UserError, unknown
+from scaling_lab.core.errors import MissingCorpus, UserError, unknown
 from scaling_lab.core.parametrization import Standard
 from scaling_lab.core.spec import DTYPES, EvalSpec, shape_class
 
+# Tokens of a corpus that is prepared as large as its plan needs.
+ANY_NUMBER = 2**62
 COMPILE_CHOICES = ("auto", "true", "false")
 
 
@@ -142,6 +144,12 @@ class CorpusUse:
     """Train repeatedly on only this many tokens of the corpus; null: on all of it"""
     noise: float = 0.0
     """Fraction of the training tokens that are replaced by random ones; validation stays clean"""
+    expected_tokens: int | None = None
+    """Training tokens of a corpus that is not prepared yet; null: as many as max_epochs of the longest run need"""
+    expected_vocab_size: int | None = None
+    """Vocabulary of a corpus that is not prepared yet, with which a plan is possible"""
+    expected_source: str | None = None
+    """What to prepare it from: source= of prepare-data, or a file or folder of text"""
 
     def __post_init__(self) -> None:
         if not self.max_epochs > 0:
@@ -150,6 +158,10 @@ class CorpusUse:
             raise UserError(f"data.noise={self.noise!r} must be in [0, 1].")
         if self.unique_tokens is not None and self.unique_tokens < 1:
             raise UserError(f"data.unique_tokens={self.unique_tokens} must be at least 1.")
+        if self.expected_tokens is not None and self.expected_tokens < 1:
+            raise UserError(f"data.expected_tokens={self.expected_tokens} must be at least 1.")
+        if self.expected_vocab_size is not None and self.expected_vocab_size < 2:
+            raise UserError(f"data.expected_vocab_size={self.expected_vocab_size} must be at least 2.")
 
 
 @dataclass(frozen=True)
@@ -175,11 +187,19 @@ class SweepSettings:
     """Train repeatedly on only this many tokens of the corpus; None: on all of it."""
     noise: float = 0.0
     """Fraction of the training tokens that are replaced by random ones."""
+    expected_tokens: int | None = None
+    """Training tokens of a corpus that is not there yet; None: as many as the runs need."""
+    expected_vocab_size: int | None = None
+    """Its vocabulary; None: a corpus must be there."""
+    expected_source: str | None = None
+    """What `prepare-data` makes it from."""
     scale: str | None = None
     """The experiment's scale that was chosen; None: it has none."""
 
     def __post_init__(self) -> None:
-        CorpusUse(self.max_epochs, self.unique_tokens, self.noise)
+        CorpusUse(
+            self.max_epochs, self.unique_tokens, self.noise, self.expected_tokens, self.expected_vocab_size
+        )
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
         if self.dtype == "tf32" and self.execution.device != "cuda":
@@ -187,9 +207,32 @@ class SweepSettings:
                 f"dtype=tf32 requires device=cuda, not {self.execution.device}. Choices: float32, bfloat16."
             )
 
+    def corpus_is_missing(self) -> bool:
+        """Whether the corpus is not there but the settings say what to expect. Raises `MissingCorpus` if they do not."""
+        try:
+            self.data.n_tokens("train")
+        except MissingCorpus as error:
+            if self.expected_vocab_size is None and self.expected_tokens is None:
+                raise
+            if self.expected_vocab_size is None and self.data.kind == "prepared":
+                raise MissingCorpus(
+                    f"{error} To plan before it is there give its vocabulary too: data.expected_vocab_size=16384."
+                ) from None
+            return True
+        return False
+
+    @property
+    def vocab_size(self) -> int:
+        """Vocabulary of the corpus, or the expected one while it is not there."""
+        missing = self.corpus_is_missing() and self.expected_vocab_size is not None
+        return int(self.expected_vocab_size if missing else self.data.vocab_size)  # type: ignore[arg-type]
+
     def corpus_tokens(self) -> int:
         """Number of distinct training tokens available to a run. Raises `UserError` if the corpus has too few."""
-        available = int(self.data.n_tokens("train"))
+        if self.corpus_is_missing():
+            available = ANY_NUMBER if self.expected_tokens is None else self.expected_tokens
+        else:
+            available = int(self.data.n_tokens("train"))
         if self.unique_tokens is None:
             return available
         if self.unique_tokens > available:

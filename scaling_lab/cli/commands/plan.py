@@ -19,6 +19,7 @@ from scaling_lab.core.installation import require
 from scaling_lab.core.spec import Plan, source_class
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.planning.execution import usable_cores
+from scaling_lab.planning.preparation import NOT_PREPARED, needed_tokens
 
 if TYPE_CHECKING:
     from scaling_lab.planning.cost import Speeds
@@ -235,7 +236,9 @@ def section_of(plan: Plan, row: int) -> Any:
 
 
 def corpus_tokens(plan: Plan) -> int | None:
-    """Tokens in the training split; None if the data are not on this machine."""
+    """Tokens in the training split, expected ones while it is not prepared; None if the data are not on this machine."""
+    if plan.data_fingerprint == NOT_PREPARED:
+        return needed_tokens(plan)
     try:
         data = plan.runs[0].spec.data
         assert isinstance(data, source_class(data.kind))

@@ -27,6 +27,7 @@ from scaling_lab.launching.hydra_jobs import open_launcher
 from scaling_lab.launching.progress import LaunchReporter
 from scaling_lab.launching.sweeping import SweepJobs, group_into_jobs, report_outcome
 from scaling_lab.planning.designs.learning_rate import ROLE as LR_SWEEP
+from scaling_lab.planning.preparation import with_corpus
 from scaling_lab.tracking.wandb.study import is_mirrored, mirror_study, report_unsynced_runs
 
 
@@ -103,7 +104,7 @@ def launch(line: CommandLine, store: RunStore, reporter: LaunchReporter) -> Plan
     with composed_for_launch("sweep", overrides, first.values, folders) as (config, loader):
         runs_per_job = checked_runs_per_job(config.hydra)
         with open_launcher(config, loader) as run_jobs:
-            plan = settled_plan(line, store, reporter)
+            plan = with_corpus(settled_plan(line, store, reporter), store.folder)
             pending = pending_runs(store, plan, reporter)
             if pending:
                 jobs = group_into_jobs(plan.runs, set(pending), runs_per_job)

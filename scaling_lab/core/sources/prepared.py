@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from scaling_lab.core.errors import UserError
+from scaling_lab.core.errors import MissingCorpus, UserError
 from scaling_lab.core.sources.files.shard_check import Shard, find_fault
 
 META = "meta.json"
@@ -109,7 +109,9 @@ def _meta(source: Prepared) -> dict[str, Any]:
     if not path.is_file():
         unfinished = (path.parent / "progress.json").is_file()
         why = "is incomplete: repeat the prepare-data command" if unfinished else f"has no {META}"
-        raise UserError(f"data.path={source.path!r} {why} (expected a folder from scaling-lab prepare-data).")
+        raise MissingCorpus(
+            f"data.path={source.path!r} {why} (expected a folder from scaling-lab prepare-data)."
+        )
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format_version"] != META_VERSION:

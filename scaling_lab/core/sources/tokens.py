@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from scaling_lab.core.errors import UserError, unknown
+from scaling_lab.core.errors import MissingCorpus, UserError, unknown
 from scaling_lab.core.sources.files.token_parquet import read_token_column
 
 DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
@@ -112,7 +112,7 @@ def _splits(source: TokenFile) -> tuple[NDArray[np.integer], NDArray[np.integer]
 def _open(source: TokenFile, option: str, name: str) -> NDArray[np.integer]:
     path = Path(name).expanduser()
     if not path.is_file():
-        raise UserError(f"{option}={name!r}: there is no such file.")
+        raise MissingCorpus(f"{option}={name!r}: there is no such file.")
     try:
         if path.suffix == ".npy":
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
