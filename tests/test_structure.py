@@ -229,7 +229,7 @@ def test_every_file_has_a_docstring():
 
 
 def test_configs_equal_the_codes_defaults():
-    """The defaults that conf/ shows must equal those of the dataclasses."""
+    """The defaults that conf/ shows must equal those of the dataclasses; files named otherwise than their kind are variants."""
     import dataclasses
 
     import yaml
@@ -251,6 +251,8 @@ def test_configs_equal_the_codes_defaults():
         for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
             data = yaml.safe_load(path.read_text())
             cls = classes[data.get("kind", path.stem)]
+            if data.get("kind", path.stem) != path.stem:
+                continue  # a variant, which sets other values on purpose
             for field in dataclasses.fields(cls):
                 if field.name not in data or data[field.name] == "???":
                     continue
