@@ -70,14 +70,14 @@ def prepare_command(plan: Plan) -> str | None:
 def preparation_note(plan: Plan) -> str:
     """What a plan without its corpus says: what it assumes, and the command, time, download and disk of preparing it."""
     settings, tokens = first_settings(plan), needed_tokens(plan)
-    vocab_size = plan.runs[0].spec.shape.vocab_size
+    vocab_size = settings.get("expected_vocab_size") or plan.runs[0].spec.data.vocab_size
     path = getattr(plan.runs[0].spec.data, "path", "")
     why = (
         "" if settings.get("expected_tokens") else f" ({settings['max_epochs']:g} epochs of the longest run)"
     )
     note = (
         f"{NOTE}data.path={path!r} is not there. The plan assumes {human_count(tokens)} training tokens{why} in a vocabulary "
-        f"of {settings.get('expected_vocab_size') or vocab_size:,}."
+        f"of {vocab_size:,}."
     )
     if (command := prepare_command(plan)) is None:
         return note
