@@ -106,7 +106,7 @@ def test_auto_is_resolved_once_when_planned(tmp_path, monkeypatch, options, at_h
 
 
 def test_a_worker_without_bfloat16_refuses_with_a_line_that_works(tmp_path, monkeypatch):
-    planned(tmp_path, monkeypatch, "device=cuda", "gpu=h100", "design.sizes.max_width=64", "seed=3")
+    planned(tmp_path, monkeypatch, "device=cuda", "gpu=h100", "seed=3")
     store = RunStore(tmp_path / "results/p")
     monkeypatch.setattr(worker, "resolve_device", lambda name: name)
     monkeypatch.setattr(worker, "cuda_has_bfloat16", lambda: False)
