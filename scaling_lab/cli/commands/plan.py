@@ -75,8 +75,7 @@ def read_study(
     """Parse and check a study's command line; the sweep's name defaults to the experiment's, the scale to the device's."""
     groups = {} if experiment is None else {"experiment": experiment}
     if (scale := choose_scale(arguments, experiment)) is not None:
-        name = unquoted(arguments.get("experiment") or experiment or "")
-        groups[GROUP] = scale_config(name, scale)
+        groups[GROUP] = scale_config(unquoted(arguments.get("experiment") or experiment or ""), scale)
     command = read_command(
         arguments,
         config_name,
