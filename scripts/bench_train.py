@@ -59,7 +59,7 @@ GPU_SHAPES = [
     (16, 1, 1, 64, 256, 32, None, "float32"),
     (64, 2, 4, 64, 256, 32, None, "float32"),
     (256, 6, 4, 256, 256, 64, None, "bfloat16"),
-    (512, 8, 8, 512, 50_304, 64, None, "bfloat16"),
+    (512, 8, 8, 512, 50_304, 32, None, "bfloat16"),
     (1024, 24, 16, 1024, 50_304, 64, 16, "bfloat16"),
 ]
 # On a CPU the sweep is compared with both plain loops; on a GPU (all runs below 10M parameters) with the compiled one.
@@ -141,7 +141,13 @@ def child_environment(threads: int, cache: Path | None) -> dict[str, str]:
 
 
 def child(task: dict[str, Any]) -> None:
-    kinds = {"peak": child_peak, "ours": child_ours, "plain": child_plain, "sweep": child_sweep}
+    kinds = {
+        "peak": child_peak,
+        "ours": child_ours,
+        "plain": child_plain,
+        "sweep": child_sweep,
+        "sequence": child_sequence,
+    }
     print(json.dumps(kinds[task["kind"]](task)))
 
 
@@ -273,13 +279,12 @@ class PlainLoop:
 
 
 def child_sweep(task: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of each run, trained one at a time in this process, with the steps beyond the sample extrapolated; `first`:
-    of building and compiling it."""
+    """Seconds of each run, trained one at a time in this process, with the steps beyond the sample extrapolated."""
     import torch
 
     from scaling_lab.training.measure.evaluation import ValidationSet, evaluation_steps
 
-    device, seconds, firsts = task["device"], [], []
+    device, seconds = task["device"], []
     for spec in map(RunSpec.from_dict, task["specs"]):
         began = time.perf_counter()
         loop = PlainLoop(spec, device, task["compile"])
@@ -295,9 +300,35 @@ def child_sweep(task: dict[str, Any]) -> dict[str, Any]:
         began = time.perf_counter()
         held_out.loss(loop.plain, dict(loop.plain.named_parameters()), dtype=spec.dtype)
         visit = time.perf_counter() - began
-        firsts.append(first)
         seconds.append(first + per_step * (spec.steps - 2) + visit * len(evaluation_steps(spec)))
-    return {"seconds": seconds, "first": firsts}
+    return {"seconds": seconds}
+
+
+def child_sequence(task: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of a step and of an evaluation of each run, all built and compiled beforehand (`gpu_checks/sweep.py`)."""
+    import torch
+
+    from scaling_lab.training.measure.evaluation import ValidationSet
+
+    device, runs = task["device"], []
+    for spec in map(RunSpec.from_dict, task["specs"]):
+        loop = PlainLoop(spec, device, task["compile"])
+        held_out = ValidationSet(spec.data, spec.shape.context, spec.eval, torch.device(device))
+        loop.steps(2)
+        runs.append((loop, held_out))
+    wait_for_go(task)
+    found = []
+    for loop, held_out in runs:
+        loop.steps(task["sample_steps"] // 4)
+        wait(device)
+        began = time.perf_counter()
+        loop.steps(task["sample_steps"])
+        wait(device)
+        step = (time.perf_counter() - began) / task["sample_steps"]
+        began = time.perf_counter()
+        held_out.loss(loop.plain, dict(loop.plain.named_parameters()), dtype=loop.spec.dtype)
+        found.append({"step_s": step, "evaluation_s": time.perf_counter() - began})
+    return {"runs": found}
 
 
 # -- shapes

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import queue
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from gpu_checks.runner import Context, Skipped
+from scaling_lab.planning.execution import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MARK = "pytest.mark.gpu"
 NO_CUDA = "skipped: no CUDA"
+# Tests that measure speed, by pytest's -k.
+TIMED = "mfu_above_a_floor"
 MESSAGE_CHARACTERS = 300
 # Packages that only the development environment has: a module of tests that imports one is left out, which is no failure.
 OPTIONAL = re.compile(
@@ -20,11 +26,10 @@ OPTIONAL = re.compile(
 
 
 class Results:
-    """A plugin of pytest that writes each test's outcome."""
+    """A plugin of pytest that puts each test's outcome into a queue."""
 
-    def __init__(self, context: Context) -> None:
-        self.context = context
-        self.tests: list[dict[str, Any]] = []
+    def __init__(self, found: Any) -> None:
+        self.found = found
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         # A test is its call; without one (skipped, or a fixture failed) it is its setup.
@@ -41,13 +46,7 @@ class Results:
 
     def add(self, name: str, outcome: str, seconds: float, report: Any) -> None:
         message = "" if outcome == "passed" else message_of(report)
-        self.tests.append(
-            {"test": name, "outcome": outcome, "seconds": round(seconds, 2), "message": message}
-        )
-        counts = {
-            each: sum(t["outcome"] == each for t in self.tests) for each in ("passed", "failed", "skipped")
-        }
-        self.context.write(**counts, tests=self.tests)
+        self.found.put({"test": name, "outcome": outcome, "seconds": round(seconds, 2), "message": message})
 
 
 def message_of(report: Any) -> str:
@@ -65,19 +64,25 @@ def files() -> list[str]:
     ]
 
 
-def run(context: Context) -> None:
-    try:
-        import pytest
-    except ImportError:
-        raise Skipped("pytest is not installed") from None
-    # Plugins are not needed, and a machine's own may be broken or missing.
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    os.environ["SCALING_LAB_GPU_TESTS_ON"] = context.device
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    results = Results(context)
-    context.write(passed=0, failed=0, skipped=0, tests=[])
+class Shard:
+    """A plugin that keeps every `count`-th test, from `first` on."""
+
+    def __init__(self, first: int, count: int) -> None:
+        self.first, self.count = first, count
+
+    def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
+        if not self.count:
+            return
+        others = [item for k, item in enumerate(items) if k % self.count != self.first]
+        items[:] = [item for k, item in enumerate(items) if k % self.count == self.first]
+        config.hook.pytest_deselected(items=others)
+
+
+def run_shard(found: Any, wanted: str, first: int, count: int) -> None:
+    """A process: the tests that `wanted` (pytest's -k) selects, or its share of them; results go to the queue `found`."""
+    import pytest
+
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     # Without the options of pyproject.toml, some of which are of plugins.
     options = [
         "-o",
@@ -89,6 +94,64 @@ def run(context: Context) -> None:
         "no:cacheprovider",
         "--continue-on-collection-errors",
     ]
-    status = pytest.main([*options, "--rootdir", str(ROOT), *files()], plugins=[results])
-    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not results.tests:
-        raise RuntimeError(f"pytest ended with {status!r} and ran no test")
+    plugins = [Results(found), Shard(first, count)]
+    status = pytest.main([*options, "-k", wanted, "--rootdir", str(ROOT), *files()], plugins=plugins)
+    found.put(int(status))
+
+
+def shards(device: str) -> int:
+    """Processes that share the tests: most of their time is compilation, on the host."""
+    return max(1, min(4, usable_cores() // 4)) if device == "cuda" else 1
+
+
+def run(context: Context) -> None:
+    if importlib.util.find_spec("pytest") is None:
+        raise Skipped("pytest is not installed")
+    # Plugins are not needed, and a machine's own may be broken or missing.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    os.environ["SCALING_LAB_GPU_TESTS_ON"] = context.device
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    tests: dict[str, dict[str, Any]] = {}
+    keep(context, tests)
+    count = shards(context.device)
+    run_phase(context, tests, f"not {TIMED}", count)
+    # Tests that measure speed have the device to themselves.
+    run_phase(context, tests, TIMED, 1)
+    if not tests:
+        raise RuntimeError("pytest ran no test")
+
+
+def run_phase(context: Context, tests: dict[str, dict[str, Any]], wanted: str, count: int) -> None:
+    """Run tests in `count` processes. Raises RuntimeError if one of them ends before its tests do."""
+    import multiprocessing
+
+    spawn = multiprocessing.get_context("spawn")
+    found = spawn.Queue()
+    processes = [
+        spawn.Process(target=run_shard, args=(found, wanted, first, count)) for first in range(count)
+    ]
+    for process in processes:
+        process.start()
+    ended = 0
+    while ended < count:
+        try:
+            item = found.get(timeout=1.0)
+        except queue.Empty:
+            if not any(process.is_alive() for process in processes) and found.empty():
+                raise RuntimeError(f"{count - ended} of {count} processes of pytest ended early") from None
+            continue
+        if isinstance(item, int):
+            ended += 1
+            continue
+        # Each process reports a module that cannot be imported.
+        tests[item["test"]] = item
+        keep(context, tests)
+    for process in processes:
+        process.join()
+
+
+def keep(context: Context, tests: dict[str, dict[str, Any]]) -> None:
+    each = list(tests.values())
+    counts = {name: sum(t["outcome"] == name for t in each) for name in ("passed", "failed", "skipped")}
+    context.write(**counts, tests=each)

@@ -27,6 +27,8 @@ def settings_of(device: str, size: str) -> SweepSettings:
     tiny: dict[str, Any] = {"sizes_per_budget": 4, "noise_seeds": 1} if size == "tiny" else {}
     execution = ExecutionSettings(
         device=device,
+        # Eager steps in CUDA graphs: compiling each shape and batch would take longer than training it.
+        compile="false" if device == "cuda" else "auto",
         deterministic=device == "cpu",
         memory_gb=cuda_memory_gb() if device == "cuda" else None,
     )
