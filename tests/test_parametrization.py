@@ -144,7 +144,7 @@ def test_at_the_base_shape_all_equal_standard(shape, kind):
     torch.testing.assert_close(model(tokens), expected(tokens))
     ours = group_vectors(FlatLayout.of(model), OptimizerSpec(peak_lr=1.0), kind, shape)
     theirs = group_vectors(FlatLayout.of(model), OptimizerSpec(peak_lr=1.0))
-    assert torch.equal(ours.lr_ratio, theirs.lr_ratio)
+    assert ours.lr_ratio == theirs.lr_ratio == 1.0
     assert torch.equal(ours.weight_decay, theirs.weight_decay)
     assert ours.eps == theirs.eps == 1e-8
 

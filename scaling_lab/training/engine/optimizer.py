@@ -35,6 +35,18 @@ class FlatLayout:
         """Concatenate the tensors with this layout's names into one vector."""
         return torch.cat([tensors[name].reshape(-1) for name in self.names])
 
+    def gather(self, model: nn.Module, flat: Tensor) -> None:
+        """Copy the parameters of a model into `flat` (n,)."""
+        views = self.views(flat)
+        for name, parameter in model.named_parameters():
+            views[name].copy_(parameter.detach())
+
+    def share(self, model: nn.Module, flat: Tensor) -> None:
+        """Make the parameters of a model views of `flat`, which frees their own memory."""
+        views = self.views(flat)
+        for name, parameter in model.named_parameters():
+            parameter.data = views[name]
+
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Parameters by name, as views of the flat vector."""
         parts = flat.split([shape.numel() for shape in self.shapes])
@@ -78,38 +90,44 @@ def parameter_groups(
 
 
 class GroupVectors(NamedTuple):
-    """Optimizer settings of all parameters, flat (n,)."""
+    """Optimizer settings of all parameters: each a flat vector (n,), or a single number if it is the same for all of them. In
+    a stack a vector is (K, n), or (1, n) if all members have the same one."""
 
-    lr_ratio: Tensor
-    weight_decay: Tensor
+    lr_ratio: Tensor | float
+    weight_decay: Tensor | float
     eps: Tensor | float
-    """A single number if it is the same for all parameters."""
 
     def to(self, target: torch.device | torch.dtype) -> GroupVectors:
-        eps = self.eps.to(target) if isinstance(self.eps, Tensor) else self.eps
-        return GroupVectors(self.lr_ratio.to(target), self.weight_decay.to(target), eps)
+        return GroupVectors(*(v.to(target) if isinstance(v, Tensor) else v for v in self))
+
+    def part(self, columns: slice) -> GroupVectors:
+        """The settings of some of the parameters."""
+        return GroupVectors(*(v[..., columns] if isinstance(v, Tensor) else v for v in self))
 
 
 def group_vectors(
     layout: FlatLayout,
-    optimizer: OptimizerSpec,
+    optimizer: OptimizerSpec | Sequence[OptimizerSpec],
     parametrization: Parametrization = STANDARD,
     shape: Any = None,
 ) -> GroupVectors:
-    """`parameter_groups` of a model of `shape` as vectors; only the standard parametrization needs no shape."""
-    groups = parameter_groups(zip(layout.names, layout.shapes), optimizer, parametrization, shape)
+    """`parameter_groups` of a model of `shape` as vectors, or of a stack of models with several optimizers; only the standard
+    parametrization needs no shape."""
+    stacked = not isinstance(optimizer, OptimizerSpec)
+    optimizers = optimizer if not isinstance(optimizer, OptimizerSpec) else [optimizer]
+    named = list(zip(layout.names, layout.shapes, strict=True))
+    members = [parameter_groups(named, each, parametrization, shape) for each in optimizers]
 
-    def flat(values: Sequence[float]) -> Tensor:
-        return torch.cat(
-            [torch.full((size.numel(),), value) for value, size in zip(values, layout.shapes, strict=True)]
-        )
+    def flat(name: str) -> Tensor | float:
+        rows = [[float(getattr(group, name)) for group in groups] for groups in members]
+        if len(distinct := {value for row in rows for value in row}) == 1:
+            return distinct.pop()
+        rows = rows[:1] if all(row == rows[0] for row in rows) else rows
+        sizes = torch.tensor([size.numel() for size in layout.shapes])
+        vectors = torch.tensor(rows, dtype=torch.float32).repeat_interleave(sizes, dim=1)
+        return vectors if stacked else vectors[0]
 
-    eps = [group.eps for group in groups]
-    return GroupVectors(
-        lr_ratio=flat([group.lr_ratio for group in groups]),
-        weight_decay=flat([group.weight_decay for group in groups]),
-        eps=eps[0] if len(set(eps)) == 1 else flat(eps),
-    )
+    return GroupVectors(flat("lr_ratio"), flat("weight_decay"), flat("eps"))
 
 
 def clip_scale(gradient: Tensor, max_norm: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -138,8 +156,10 @@ def adamw_update(
     first_moment.lerp_(gradient, 1 - optimizer.beta1)
     second_moment.lerp_(gradient.square(), 1 - optimizer.beta2)
     rate = lr * groups.lr_ratio
-    update = (first_moment / correction1) / ((second_moment / correction2).sqrt() + groups.eps)
-    parameters.mul_(1 - rate * groups.weight_decay).sub_(rate * update)
+    # In place: an eager step holds two temporary vectors instead of seven.
+    update = first_moment / correction1
+    update.div_((second_moment / correction2).sqrt_().add_(groups.eps)).mul_(rate)
+    parameters.mul_(1 - rate * groups.weight_decay).sub_(update)
 
 
 def control_rows(learning_rates: Sequence[float], first_step: int, optimizer: OptimizerSpec) -> Tensor:

@@ -6,7 +6,7 @@ Members share nothing but the corpus: each has its own windows, learning rate, c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,18 +16,14 @@ from scaling_lab.core.spec import Execution, RunSpec
 from scaling_lab.training.engine.attention_rules import register_attention_rules
 from scaling_lab.training.engine.cuda_graph import BlockGraph
 from scaling_lab.training.engine.gradient import make_gradient
-from scaling_lab.training.engine.optimizer import (
-    FlatLayout,
-    GroupVectors,
-    adamw_update,
-    clip_scale,
-    group_vectors,
-)
+from scaling_lab.training.engine.optimizer import FlatLayout, adamw_update, clip_scale, group_vectors
 from scaling_lab.training.engine.step_library import can_use_library, step_from_library, torch_compiled
 
 # Columns of the step metrics: the mean loss before the update, the mean squared norm of the micro-batches' gradients, and
 # the squared norm of the whole batch's gradient. The last two give the noise scale; they are equal for one micro-batch.
 LOSS, MICRO_GRADIENT_SQUARE, GRADIENT_SQUARE = range(3)
+# An eager update works on so many numbers at a time, so that its temporaries are small. Compiled, they do not exist.
+UPDATE_AT_ONCE = 2**22
 
 
 class TrainStep:
@@ -42,21 +38,19 @@ class TrainStep:
 
     def __init__(
         self,
-        model: nn.Module | Sequence[nn.Module],
+        model: nn.Module | Iterable[nn.Module],
         tokens: Tensor,
         spec: RunSpec | Sequence[RunSpec],
         execution: Execution,
         sequences: int | None = None,
     ) -> None:
-        """`sequences` of each batch are computed here; None: all of them (see `DataParallelStep`)."""
+        """The models of a stack may be a generator: none is needed once its parameters are copied, except for the first, whose
+        own parameters become views of the state. `sequences` of each batch are computed here; None: all of them (see
+        `DataParallelStep`)."""
         self.stacked = not isinstance(spec, RunSpec)
         specs: tuple[RunSpec, ...] = (spec,) if isinstance(spec, RunSpec) else tuple(spec)
-        models: tuple[Any, ...] = (model,) if isinstance(model, nn.Module) else tuple(model)
-        self.model: nn.Module = models[0]
         self.tokens = tokens
-        self.layout = FlatLayout.of(self.model)
-        flats = [self.layout.flatten({n: p.detach() for n, p in m.named_parameters()}) for m in models]
-        self.flat = torch.stack(flats) if self.stacked else flats[0].clone()
+        self._gather([model] if isinstance(model, nn.Module) else model, len(specs))
         self.first_moment = torch.zeros_like(self.flat)
         self.second_moment = torch.zeros_like(self.flat)
         self.batch = sequences or specs[0].batch_sequences
@@ -67,6 +61,19 @@ class TrainStep:
         self._graph: BlockGraph | None = None
         self._use_graph = tokens.device.type == "cuda"
 
+    def _gather(self, models: Iterable[nn.Module], members: int) -> None:
+        """Copy the parameters of all models into the flat state."""
+        for k, model in enumerate(models):
+            if k == 0:
+                self.model: nn.Module = model
+                self.layout = FlatLayout.of(model)
+                size = sum(shape.numel() for shape in self.layout.shapes)
+                first = next(model.parameters()).detach()
+                self.flat = first.new_empty((members, size) if self.stacked else size)
+                rows = self.flat.view(members, size)
+            self.layout.gather(model, rows[k])
+        self.layout.share(self.model, rows[0])
+
     def _build(self, specs: tuple[RunSpec, ...], execution: Execution, sequences: int | None) -> None:
         """Make the programs: the whole step as one, and its parts for a step with several micro-batches."""
         spec, parts, stacked = specs[0], self.batch // self.micro, self.stacked
@@ -74,7 +81,9 @@ class TrainStep:
         if stacked:
             register_attention_rules()
             gradient_of = torch.func.vmap(gradient_of, in_dims=(0, 0, None))
-        groups = self._groups(specs)
+        optimizers = [s.optimizer for s in specs] if stacked else spec.optimizer
+        groups = group_vectors(self.layout, optimizers, spec.parametrization, spec.shape).to(self.flat.device)
+        columns = [slice(None)] if execution.compile else update_parts(self.flat)
         clip_norm: Any = spec.optimizer.clip_norm
         if stacked:
             norms = [s.optimizer.clip_norm for s in specs]
@@ -87,13 +96,15 @@ class TrainStep:
 
         def update(gradient: Tensor, controls: Tensor, flat: Tensor, first: Tensor, second: Tensor) -> Tensor:
             scale, norm = clip_scale(gradient, clip_norm)
-            state = (flat, first, second)
-            new = tuple(t.clone() for t in state) if stacked else state
-            adamw_update(new[0], gradient * scale, new[1], new[2], groups, spec.optimizer, controls)
-            if stacked:
-                active = (controls != 0).any(-1, keepdim=True)
-                for old, changed in zip(state, new, strict=True):
-                    old.copy_(torch.where(active, changed, old))
+            for part in columns:
+                state = (flat[..., part], first[..., part], second[..., part])
+                new = tuple(t.clone() for t in state) if stacked else state
+                own = gradient[..., part] * scale
+                adamw_update(new[0], own, new[1], new[2], groups.part(part), spec.optimizer, controls)
+                if stacked:
+                    active = (controls != 0).any(-1, keepdim=True)
+                    for old, changed in zip(state, new, strict=True):
+                        old.copy_(torch.where(active, changed, old))
             return norm.squeeze(-1).square()
 
         def whole(
@@ -112,21 +123,6 @@ class TrainStep:
         else:
             self._whole = wrap(whole)
         self._total = torch.zeros_like(self.flat) if parts > 1 else None
-
-    def _groups(self, specs: tuple[RunSpec, ...]) -> GroupVectors:
-        """Optimizer settings of all parameters; for a stack (K, n), or (1, n) if all members have the same ones."""
-        each = [
-            group_vectors(self.layout, s.optimizer, s.parametrization, s.shape).to(self.flat.device)
-            for s in specs
-        ]
-        if not self.stacked:
-            return each[0]
-        lr_ratio = torch.stack([member.lr_ratio for member in each])
-        weight_decay = torch.stack([member.weight_decay for member in each])
-        if (lr_ratio == lr_ratio[:1]).all() and (weight_decay == weight_decay[:1]).all():
-            lr_ratio, weight_decay = lr_ratio[:1], weight_decay[:1]
-        # Epsilon is the same in a whole stack: its members share optimizer, shape and parametrization.
-        return GroupVectors(lr_ratio, weight_decay, each[0].eps)
 
     def __call__(self, starts: Tensor, controls: Tensor) -> Tensor:
         """One step; returns its metrics."""
@@ -193,6 +189,13 @@ class StackSlot:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         load_into({name: tensor[self.index] for name, tensor in self.stack.state().items()}, state)
+
+
+def update_parts(flat: Tensor) -> list[slice]:
+    """The columns of the state (n,) or (K, n) in parts of about `UPDATE_AT_ONCE` numbers."""
+    columns = flat.shape[-1]
+    each = max(1, UPDATE_AT_ONCE * columns // flat.numel())
+    return [slice(None)] if each >= columns else [slice(k, k + each) for k in range(0, columns, each)]
 
 
 def load_into(target: dict[str, Tensor], state: dict[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -249,12 +249,16 @@ def build_program(
         # beyond the limit a worker's later runs would silently be eager. A process computes one program at a time.
         torch.compiler.reset()
     feed = open_feed(specs, device, BLOCK_STEPS)
-    models = []
-    for each in specs:
-        torch.manual_seed(each.seed_init)
-        model = build_model(each.shape, each.parametrization)
-        models.append(model.to(device) if whole_models else model)
-    step = make_step(models if stacked else models[0], feed.tokens, specs if stacked else spec, execution)
+
+    def models() -> Iterator[Any]:
+        for each in specs:
+            torch.manual_seed(each.seed_init)
+            model = build_model(each.shape, each.parametrization)
+            yield model.to(device) if whole_models else model
+
+    # A stack's models are built one by one, and none is kept.
+    built = models() if stacked else next(models())
+    step = make_step(built, feed.tokens, specs if stacked else spec, execution)
     evaluation = EvaluationSuite(spec, device)
     utilization = UtilizationMeter(spec, peak_flops_per_s(device, spec.dtype))
     sessions = [
