@@ -135,3 +135,16 @@ def test_feeds_on_a_gpu(name):
             here, there = (f.starts(slot, first, 10)[..., None] + offsets for f in (host_feed, feed))
             wanted, ours = host_feed.tokens[here], feed.tokens[there.to(feed.tokens.device)]
             np.testing.assert_array_equal(ours.cpu().numpy(), wanted.numpy())
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=repr)
+def test_no_number_is_copied_to_the_device_for_each_token(monkeypatch, source):
+    """Such a copy waits until the device has done all earlier work."""
+    made = device_documents(source, CPU)
+
+    def copy(*_, **__):
+        raise AssertionError("a number was copied")
+
+    for name in ("tensor", "as_tensor", "asarray"):
+        monkeypatch.setattr(torch, name, copy)
+    assert made.documents("train", torch.from_numpy(INDICES), 9).shape == (len(INDICES), 9)

@@ -201,3 +201,57 @@ def test_really_running_out_of_memory(tmp_path):
     assert status == "completed"
     assert int(micro) < 256
     assert "out of memory" in done.stderr
+
+
+def test_a_stack_that_does_not_fit_is_split_before_anything_fails(tmp_path, monkeypatch, caplog, whole):
+    """From its last checkpoints, first with smaller micro-batches, then with fewer runs."""
+    import torch
+
+    from scaling_lab.training.run.session import Program
+
+    real, refused = Program.run_block, []
+
+    def run_block(self, places, count):
+        if max(places.values()) >= 20 and len(self.sessions) > 1:
+            refused.append((len(self.sessions), self.step.micro))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return real(self, places, count)
+
+    monkeypatch.setattr(Program, "run_block", run_block)
+    made = train_all(tmp_path, members(), checkpoint_every_s=0.0)
+    assert refused == [(4, 4), (4, 2), (4, 1), (2, 1), (2, 1)]
+    assert caplog.text.count("out of memory; continuing with a stack of") == 3
+    for planned in members():
+        record, undisturbed = made[planned.run_id], whole[planned.run_id]
+        assert record.status is RunStatus.COMPLETED
+        assert record.execution.micro_batch_sequences == 1
+        assert [p.step for p in record.curve] == [p.step for p in undisturbed.curve]
+        assert record.final_val_loss_nats == pytest.approx(undisturbed.final_val_loss_nats, rel=1e-3)
+
+
+def test_a_stack_of_large_models_is_split_first():
+    """Smaller micro-batches would not make its parameters and moments smaller."""
+    from scaling_lab.core.shapes.gpt import GPTShape
+    from scaling_lab.training.run.loop import Part, smaller_parts
+
+    class Run:
+        over = False
+
+        def __init__(self, planned: PlannedRun) -> None:
+            self.planned, self.spec, self.micro, self.released = planned, planned.spec, None, False
+
+        def set_micro_batch(self, micro: int) -> None:
+            self.micro = micro
+
+        def release(self) -> None:
+            self.released = True
+
+    def parts_of(shape: GPTShape) -> list[tuple[list, int | None]]:
+        group = [PlannedRun(tiny(4, shape=shape, seed_init=k), STACKED) for k in range(3)]
+        runs = [Run(planned) for planned in group]
+        found = smaller_parts(Part(tuple(group), runs))
+        assert all(run.released for run in runs)
+        return [([run.spec.seed_init for run in part.members], part.members[0].micro) for part in found]
+
+    assert parts_of(GPTShape(width=512, depth=4, heads=4)) == [([0, 1], None), ([2], None)]
+    assert parts_of(GPTShape(width=16, depth=1, heads=1)) == [([0, 1, 2], 2)]

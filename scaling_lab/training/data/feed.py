@@ -195,7 +195,8 @@ class ChunkFeed:
         ahead = self._ahead[slot]
         windows = ahead[1].result() if ahead and ahead[0] == chunk else self._chunk(slot, chunk)
         begin = (2 * slot + chunk % 2) * self._half
-        # The losses of the previous block were already read back, so nothing gathers from this half any more.
+        # Nothing gathers from this half any more: the device has computed the block that did, or this copy is queued
+        # behind it.
         self.tokens[begin : begin + windows.numel()].copy_(windows.view(-1), non_blocking=True)
         self._in_half[slot][chunk % 2] = chunk
 
@@ -233,7 +234,7 @@ def device_reader(
     length = spec.shape.context + 1
 
     def read(indices: NDArray[np.int64]) -> Tensor:
-        which = torch.from_numpy(indices).to(device)
+        which = copy_to(torch.from_numpy(indices), device)
         documents = generator.documents("train", which, length)
         if spec.noise:
             places = which[:, None] * length + torch.arange(1, length, device=device)
@@ -265,6 +266,11 @@ def add_noise(spec: RunSpec, tokens: Windows, places: NDArray[np.int64]) -> Wind
     chosen = (draw >> np.uint64(32)).astype(np.float64) < spec.noise * 2.0**32
     random = (draw & np.uint64(0xFFFFFFFF)) % np.uint64(spec.data.vocab_size)
     return np.where(chosen, random.astype(tokens.dtype), tokens)
+
+
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device; the host does not wait for what a GPU is computing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def device_tokens(tokens: Windows, device: torch.device) -> Tensor:

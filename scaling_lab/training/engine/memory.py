@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,6 +35,22 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def garbage_frozen() -> Iterator[None]:
+    """For training: what exists already is left out of garbage collections, whose pauses would delay the device."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def collect_garbage(device: str) -> None:
+    """Between groups of runs: on a GPU, memory of the last ones must not wait for the next automatic collection."""
+    if device != "cpu":
+        gc.collect()
 
 
 def save_micro_batch_hint(run_folder: Path, micro_sequences: int) -> None:

@@ -123,8 +123,10 @@ def group_vectors(
         if len(distinct := {value for row in rows for value in row}) == 1:
             return distinct.pop()
         rows = rows[:1] if all(row == rows[0] for row in rows) else rows
-        sizes = torch.tensor([size.numel() for size in layout.shapes])
-        vectors = torch.tensor(rows, dtype=torch.float32).repeat_interleave(sizes, dim=1)
+        vectors = torch.empty(len(rows), sum(size.numel() for size in layout.shapes))
+        for row, vector in zip(rows, vectors, strict=True):
+            for value, view in zip(row, layout.views(vector).values(), strict=True):
+                view.fill_(value)
         return vectors if stacked else vectors[0]
 
     return GroupVectors(flat("lr_ratio"), flat("weight_decay"), flat("eps"))

@@ -145,7 +145,7 @@ class TrainStep:
         if self._use_graph:
             if self._graph is None:
                 self._graph = BlockGraph(self, self.state(), starts[0], controls[0])
-            return self._graph.run(starts, controls)
+            return self._graph.run(self, starts, controls)
         return torch.stack([self(starts[i], controls[i]) for i in range(len(starts))])
 
     def parameters(self) -> dict[str, Tensor]:

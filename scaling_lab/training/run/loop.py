@@ -11,15 +11,29 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+
+from torch import Tensor
 
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunRecord
 from scaling_lab.core.spec import PlannedRun
 from scaling_lab.core.storage.claims import Claim
 from scaling_lab.core.storage.store import RunStore
-from scaling_lab.planning.memory import BLOCK_STEPS, next_smaller_micro_batch
+from scaling_lab.planning.memory import (
+    BLOCK_STEPS,
+    activation_bytes,
+    next_smaller_micro_batch,
+    state_bytes,
+)
 from scaling_lab.tracking.sink.trackers import NoTracker, Tracker
-from scaling_lab.training.engine.memory import is_out_of_memory, load_micro_batch_hint, release_memory
+from scaling_lab.training.engine.memory import (
+    collect_garbage,
+    garbage_frozen,
+    is_out_of_memory,
+    load_micro_batch_hint,
+    release_memory,
+)
 from scaling_lab.training.parallel.team import current_team
 from scaling_lab.training.run.heartbeat import Timer
 from scaling_lab.training.run.member import Member, StepCounter
@@ -40,6 +54,21 @@ class ClaimedRun:
 
     claim: Claim
     tracker: Tracker = field(default_factory=NoTracker)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one program trains: a slot for each run of `group`, and the runs among them that are claimed."""
+
+    group: tuple[PlannedRun, ...]
+    members: list[Member]
+
+    @staticmethod
+    def of(members: Sequence[Member]) -> Part:
+        """A program for these members only."""
+        for slot, member in enumerate(members):
+            member.slot = slot
+        return Part(tuple(member.planned for member in members), list(members))
 
 
 def train_run(
@@ -79,7 +108,7 @@ def train_together(
 ) -> list[Member]:
     """Train the claimed runs of `group`: a single run, or all runs of a stack, whose program has a slot for each of them.
 
-    If memory runs out, it resumes from the last checkpoints with half the micro-batch. Raises `Interrupted` or `UserError`;
+    If memory runs out, it resumes from the last checkpoints with half the micro-batch, or half the stack. Raises `Interrupted` or `UserError`;
     other errors are stored in the members: a member's own error, or the program's in all members that were not over.
     """
     members = [
@@ -87,52 +116,92 @@ def train_together(
         for slot, planned in enumerate(group)
         if planned.run_id in claimed
     ]
+    parts = [Part(tuple(group), members)]
     try:
         with ExitStack() as heartbeats, listen() as requests:
             for member in members:
                 heartbeats.enter_context(member.heartbeat)
-            while running(members):
-                with fail_all_on_error(members):
-                    train_members(group, members, requests, expected_fingerprint, checkpoint_every_s)
+            while parts:
+                part = parts.pop(0)
+                with fail_all_on_error(part, parts):
+                    train_members(part, requests, expected_fingerprint, checkpoint_every_s)
                 # Only if memory ran out. The failed attempt's traceback, which held its tensors, is gone by now.
-                if running(members):
+                if running(part.members):
                     release_memory()
     finally:
         for member in members:
+            member.close()
             if member.record is not None:
                 member.tracker.finish(member.record)
+        collect_garbage(group[0].execution.device)
     return members
 
 
 def train_members(
-    group: Sequence[PlannedRun],
-    members: Sequence[Member],
-    requests: Requests,
-    expected_fingerprint: str | None,
-    checkpoint_every_s: float,
+    part: Part, requests: Requests, expected_fingerprint: str | None, checkpoint_every_s: float
 ) -> None:
     """Train from the last checkpoints to the records."""
-    with ExitStack() as curves:
+    members = part.members
+    with ExitStack() as resources:
         with requests.handled_at_once():
-            program = prepare(group, members, expected_fingerprint)
+            program = prepare(part.group, members, expected_fingerprint)
         for member in running(members):
             with fail_on_error(member):
-                curves.enter_context(member.begin(program.sessions[member.slot]))
+                resources.enter_context(member.begin(program.sessions[member.slot]))
         finish(members)  # those that were killed between their last checkpoint and their record
         timer, compiled = Timer(checkpoint_every_s), False
+        records = BlockRecords(program)
         for count in blocks(members, program.max_block_steps):
             live = running(members)
             # The first block is a single step, which compiles the program.
             with requests.handled_at_once(not compiled):
-                metrics = program.run_block({member.slot: member.done for member in live}, count)
-            compiled = True
-            for member in live:
-                with fail_on_error(member):
-                    member.add_block(metrics[:, member.slot], program.step.micro)
-            save(live, requests, everyone=timer.is_due() or requests.checkpoint)
+                records.run(live, count)
+            if not compiled:
+                resources.enter_context(garbage_frozen())
+                compiled = True
+            due = timer.is_due() or requests.checkpoint
+            if program.overlaps and not due and not any(member.pauses for member in live):
+                continue  # the block is recorded while the next one is computed
+            records.write()
+            save(live, requests, everyone=due or requests.checkpoint)
             finish(live)
             if running(members):
                 requests.handle()
+
+
+class BlockRecords:
+    """Runs blocks of steps and adds their metrics to the curves: on a GPU while the next block is computed, if it is not to
+    be saved or evaluated before. Inputs of the next block are made then, too."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._waiting: list[tuple[list[Member], Tensor]] = []
+
+    def run(self, live: list[Member], count: int) -> None:
+        """Run a block of the members that are `live`; its metrics wait for `write`."""
+        program, first_steps = self._program, {member.slot: member.started for member in live}
+        for member in live:
+            member.ahead += count
+        if program.overlaps:
+            metrics = program.run_block(first_steps, count, partial(self._use_time, live))
+        else:
+            metrics = program.run_block(first_steps, count)
+        self._waiting.append((live, metrics))
+
+    def write(self) -> None:
+        """Add what waits to the curves. A member whose run is over (diverged, say) may have computed one block too many."""
+        waiting, self._waiting = self._waiting, []
+        for live, metrics in waiting:
+            for member in running(live):
+                with fail_on_error(member):
+                    member.add_block(metrics[:, member.slot], self._program.step.micro)
+
+    def _use_time(self, live: list[Member]) -> None:
+        self.write()
+        going = [member for member in running(live) if member.started < member.spec.steps]
+        if going:
+            most = min(self._program.max_block_steps, *(member.until_evaluation() for member in going))
+            self._program.prepare_block({member.slot: member.started for member in going}, most)
 
 
 def prepare(
@@ -194,16 +263,17 @@ def save(members: Sequence[Member], requests: Requests, everyone: bool) -> None:
 
 
 @contextmanager
-def fail_all_on_error(members: Sequence[Member]) -> Iterator[None]:
-    """An error ends all members that are not over, unless smaller micro-batches may help."""
+def fail_all_on_error(part: Part, parts: list[Part]) -> Iterator[None]:
+    """An error ends all members that are not over, unless they may go on with less memory: then that is added to `parts`."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if is_out_of_memory(error) and halve_micro_batches(members):
+        if is_out_of_memory(error) and (smaller := smaller_parts(part)):
+            parts[:0] = smaller
             return
-        for member in running(members):
+        for member in running(part.members):
             member.fail(error)
 
 
@@ -218,16 +288,28 @@ def fail_on_error(member: Member) -> Iterator[None]:
         member.fail(error)
 
 
-def halve_micro_batches(members: Sequence[Member]) -> bool:
-    """Halve the micro-batch of the members that are not over; False if it is already a single sequence."""
-    for member in running(members):
-        smaller = next_smaller_micro_batch(member.spec.batch_sequences, member.micro)
-        if smaller is None:
-            return False
+def smaller_parts(part: Part) -> list[Part]:
+    """What to train in place of `part`, for which memory was too small: the same runs with half the micro-batch, or the two
+    halves of a stack one after the other. Empty if it is a single run with micro-batches of one sequence."""
+    members = running(part.members)
+    spec, micro = members[0].spec, members[0].micro
+    smaller = next_smaller_micro_batch(spec.batch_sequences, micro)
+    tokens = (micro or spec.batch_sequences) * spec.shape.context
+    # Smaller micro-batches reduce activations only.
+    mostly_state = state_bytes(spec.shape) > activation_bytes(spec.shape, tokens, spec.dtype)
+    if len(members) > 1 and (smaller is None or mostly_state):
+        half = (len(members) + 1) // 2
+        log.warning("out of memory; continuing with a stack of %d of its %d runs.", half, len(members))
+        for member in members:
+            member.release()
+        return [Part.of(members[:half]), Part.of(members[half:])]
+    if smaller is None:
+        return []
+    for member in members:
         log.warning(
             "run %s: out of memory; continuing with micro-batches of %d of its %d sequences.",
-            member.planned.run_id, smaller, member.spec.batch_sequences,
+            member.planned.run_id, smaller, spec.batch_sequences,
         )  # fmt: skip
         member.set_micro_batch(smaller)
         member.release()
-    return True
+    return [part]

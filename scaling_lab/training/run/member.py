@@ -42,7 +42,9 @@ class StepCounter:
     def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
         self.done = 0
-        """Number of completed steps."""
+        """Number of completed steps whose metrics are in the curve."""
+        self.ahead = 0
+        """Number of steps after those that the device was given."""
         self.over = False
         self._evaluations = evaluation_steps(spec)
 
@@ -51,9 +53,19 @@ class StepCounter:
         """Whether the run is evaluated at this step."""
         return self.done in self._evaluations
 
+    @property
+    def started(self) -> int:
+        """Number of steps that the device was given."""
+        return self.done + self.ahead
+
+    @property
+    def pauses(self) -> bool:
+        """Whether the run is evaluated, or over, before its next step."""
+        return self.started in self._evaluations
+
     def until_evaluation(self) -> int:
         """Steps to the next evaluation; the last one is at the run's last step."""
-        return next(step for step in self._evaluations if step > self.done) - self.done
+        return next(step for step in self._evaluations if step > self.started) - self.started
 
 
 class Member(StepCounter):
@@ -144,6 +156,7 @@ class Member(StepCounter):
     def add_block(self, metrics: Tensor, micro: int) -> None:
         """Add the metrics (steps, 3) of a block of steps to the curve; evaluate and checkpoint if it is time."""
         first, self.done = self.done, self.done + len(metrics)
+        self.ahead = max(0, self.ahead - len(metrics))
         evaluation = self.session.evaluate() if self.at_evaluation else None
         noise = self.session.measure_noise(self.done, metrics[-1], micro) if self.at_evaluation else None
         scale = noise.scale_tokens if noise else None
@@ -216,7 +229,11 @@ class Member(StepCounter):
 
     def release(self) -> None:
         """Free what a failed attempt held; `begin` will be called again."""
-        self.done, self.saved = 0, None
+        self.done, self.ahead, self.saved = 0, 0, None
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the program, and so of its memory."""
         if hasattr(self, "session"):
             del self.session
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Execution, RunSpec
 from scaling_lab.planning.memory import BLOCK_STEPS
-from scaling_lab.training.data.feed import Feed, open_feed
+from scaling_lab.training.data.feed import Feed, copy_to, open_feed
 from scaling_lab.training.data.order import WindowOrder
 from scaling_lab.training.engine.devices import apply_execution, peak_flops_per_s
 from scaling_lab.training.engine.optimizer import control_rows
@@ -119,29 +119,58 @@ class Program:
 
     step: TrainStep
     sessions: list[TrainingSession]
+    _prepared: tuple[dict[int, int], Tensor, Tensor] | None = None
+    """First steps, window starts and controls of the next block."""
 
     @property
     def max_block_steps(self) -> int:
         """Maximum number of steps per call of `run_block`."""
         return self.sessions[0].feed.max_block_steps
 
-    def run_block(self, first_steps: Mapping[int, int], count: int) -> Tensor:
+    @property
+    def overlaps(self) -> bool:
+        """Whether the host works while the device computes a block: a GPU executes what it is given in order. Processes of a
+        team go through a block together, and a CPU computes on the threads that the host would use."""
+        return self.sessions[0].device.type == "cuda" and current_team() is None
+
+    def run_block(
+        self, first_steps: Mapping[int, int], count: int, meanwhile: Callable[[], None] | None = None
+    ) -> Tensor:
         """Run `count` steps of the members in the slots `first_steps`, each from its own first step (counted from 0).
 
-        Returns the step metrics, (count, slots, 3) float64 on the CPU, read back at once; see `TrainStep.run`.
+        Returns the step metrics, (count, slots, 3) float64 on the CPU, read back at once; see `TrainStep.run`. `meanwhile` is
+        called while the device computes.
         """
+        starts, controls = self._inputs(first_steps, count)
+        if not self.step.stacked:
+            starts, controls = starts[:, 0], controls[:, 0]
+        on_device = self.step.run(starts, controls)
+        if meanwhile is not None:
+            meanwhile()
+        # Moved to the CPU first: not every device has float64 (MPS).
+        metrics = on_device.cpu().double()
+        self.sessions[0].utilization.add(count * len(first_steps))
+        return metrics if self.step.stacked else metrics[:, None]
+
+    def prepare_block(self, first_steps: Mapping[int, int], most: int) -> None:
+        """Move the inputs of the next block, of up to `most` steps, to the device: queued behind what it computes now."""
+        if first_steps:
+            self._prepared = (dict(first_steps), *self._make_inputs(first_steps, most))
+
+    def _inputs(self, first_steps: Mapping[int, int], count: int) -> tuple[Tensor, Tensor]:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared[0] == first_steps and len(prepared[1]) >= count:
+            return prepared[1][:count], prepared[2][:count]
+        return self._make_inputs(first_steps, count)
+
+    def _make_inputs(self, first_steps: Mapping[int, int], count: int) -> tuple[Tensor, Tensor]:
         rows = [
             inputs(session, first_steps[k], count) if k in first_steps else idle_inputs(session, count)
             for k, session in enumerate(self.sessions)
         ]
         device = self.sessions[0].device
-        starts, controls = (torch.stack(each, 1).to(device) for each in zip(*rows, strict=True))
-        if not self.step.stacked:
-            starts, controls = starts[:, 0], controls[:, 0]
-        # Moved to the CPU first: not every device has float64 (MPS).
-        metrics = self.step.run(starts, controls).cpu().double()
-        self.sessions[0].utilization.add(count * len(first_steps))
-        return metrics if self.step.stacked else metrics[:, None]
+        starts, controls = (copy_to(torch.stack(each, 1), device) for each in zip(*rows, strict=True))
+        return starts, controls
 
 
 def inputs(session: TrainingSession, first: int, count: int) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ class ContextTreeOnDevice:
         state = torch.full_like(indices, self._first)
         for t in range(1, length):
             leaf = self._leaf[state]
-            u = draw_u32(key, indices, torch.tensor(t, device=indices.device))
+            u = draw_u32(key, indices, t)
             symbol = torch.searchsorted(self._bounds, (leaf << 32) + u, right=True) - leaf * source.symbols
             out[:, t] = symbol
             state = (state * source.vocab_size + symbol) % self._leaf.numel()

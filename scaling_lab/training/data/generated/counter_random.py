@@ -6,7 +6,6 @@ right shift the copies of the sign bit are masked off.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -34,17 +33,22 @@ def mix(x: Tensor) -> Tensor:
     return x ^ shift_right(x, 31)
 
 
-def draw_u64(key: int, *counters: Tensor) -> Tensor:
-    """Uniform 64-bit integers at `counters` (int64, broadcast together) of the stream `key`, as int64 with the same bits."""
-    golden = signed(GOLDEN)
-    return functools.reduce(
-        lambda x, counter: mix(x + counter * golden + golden),
-        counters,
-        torch.tensor(signed(key), device=counters[0].device),
-    )
+def draw_u64(key: int, *counters: Tensor | int) -> Tensor:
+    """Uniform 64-bit integers at `counters` (int64, broadcast together) of the stream `key`, as int64 with the same bits.
+
+    A counter may be a plain number, which does not have to be copied to the device; the first one must be a tensor."""
+    x: Tensor | int = signed(key)
+    for counter in counters:
+        if isinstance(counter, Tensor):
+            x = mix(counter * signed(GOLDEN) + signed(GOLDEN) + x)
+        else:
+            assert isinstance(x, Tensor)
+            x = mix(x + signed((counter + 1) * GOLDEN % 2**64))
+    assert isinstance(x, Tensor)
+    return x
 
 
-def draw_u32(key: int, *counters: Tensor) -> Tensor:
+def draw_u32(key: int, *counters: Tensor | int) -> Tensor:
     """The upper half of `draw_u64`, (...) int64 in 0 .. 2^32 - 1."""
     return shift_right(draw_u64(key, *counters), 32)
 
