@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -282,6 +283,14 @@ def test_plan_prints_the_grid_and_writes_it(capsys):
     assert "no run has started" in line
     assert main([*argv, "seed=7", "--quiet"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_a_plan_with_too_little_data_names_one_size_of_each_budget(capsys, in_an_empty_folder):
+    assert main(["plan", "sweep=x", "device=cpu", "data.max_mb=1", "design.budgets_flops=[5e10,1e16]"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert len(re.findall(r"note: not planned: width \d+, depth \d+ at 1e\+16 FLOPs", out)) == 1
+    assert "not planned: 5 more sizes of this budget" in out
+    assert "the budget of 1e+16 FLOPs has none of its 6 sizes." in out
 
 
 def test_a_single_run_prints_its_recipes_warnings(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from scaling_lab.cli.display.console import Console, fitting_table
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 # Maximum rows and maximum remarks of each kind that are printed; plan.json has all of them.
 MAX_ROWS, MAX_REMARKS = 80, 20
+# How a note on a size that is left out begins.
+NOT_PLANNED = "not planned:"
 
 
 def form(arguments: Arguments) -> Form:
@@ -123,13 +126,24 @@ def print_plan(console: Console, plan: Plan, options: Mapping[str, Any]) -> None
     )
     console.print(f"  time: {time_and_money(plan, options)}", markup=False)
     console.print(f"  disk: {disk_text(plan, options)}", markup=False)
-    for title, lines in (("rounded", plan.rounding), ("note", plan.notes)):
+    for title, lines in (("rounded", plan.rounding), ("note", shortened(plan.notes))):
         for line in lines[:MAX_REMARKS]:
             console.print(f"  {title}: {line}", markup=False)
         if len(lines) > MAX_REMARKS:
             console.print(
                 f"  {title}: and {len(lines) - MAX_REMARKS:,} more; plan.json has them all", markup=False
             )
+
+
+def shortened(notes: Sequence[str]) -> list[str]:
+    """The notes with one of each series of sizes that are not planned: the other sizes of a budget have the same reason."""
+    lines: list[str] = []
+    for unplanned, series in groupby(notes, key=lambda note: note.startswith(NOT_PLANNED)):
+        same = list(series)
+        if unplanned and len(same) > 2:
+            same = [same[0], f"{NOT_PLANNED} {len(same) - 1} more sizes of this budget; plan.json has them."]
+        lines += same
+    return lines
 
 
 def time_and_money(plan: Plan, options: Mapping[str, Any]) -> str:

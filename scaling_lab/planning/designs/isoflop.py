@@ -168,6 +168,10 @@ class IsoFlopDesign:
 
     def remark(self, label: str, planned: int, kept: int) -> str:
         """A window without some of its sizes is one-sided."""
+        if kept == 0:
+            return (
+                f"the budget of {label} has none of its {planned} sizes. Use more data or a smaller budget."
+            )
         few = f", fewer than the {MIN_SIZES} needed for a valley" if kept < MIN_SIZES else ""
         return (
             f"the budget of {label} has only {kept} of its {planned} sizes{few}; the remaining window is "
