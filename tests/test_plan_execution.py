@@ -66,6 +66,40 @@ def test_on_a_cpu_there_is_a_stack_for_every_core():
     assert stacks(sweep_of_rates(6), compile="false", cores=2) == [(None, 1)] * 6
 
 
+def test_compilation_on_cuda_must_repay_itself(monkeypatch):
+    monkeypatch.setattr("scaling_lab.planning.execution.has_compiler", lambda *_: True)
+
+    def compiled(specs, **settings) -> list[bool]:
+        return [e.compile for e in plan_executions(specs, ExecutionSettings(device="cuda", **settings))]
+
+    # By hand: 60 s, at 225 us a layer and step, are 266,667 steps of one layer; its arithmetic is nothing.
+    assert BASE.shape.depth == 1
+    short, long = (replace(BASE, train_tokens=256 * steps) for steps in (266_000, 267_000))
+    assert compiled([short]) == [False]
+    assert compiled([long]) == [True]
+    # Runs with other batches and horizons share the program; members of a stack share its launches.
+    half, other = (
+        replace(BASE, train_tokens=256 * 134_000),
+        replace(BASE, batch_tokens=128, train_tokens=128 * 134_000),
+    )
+    assert compiled([half, other], stack="false") == [True, True]
+    assert compiled([half, replace(half, seed_init=1)], stack="false") == [True, True]
+    assert compiled([half, replace(half, seed_init=1)]) == [False, False]
+    assert compiled([half, replace(half, dtype="bfloat16")], stack="false") == [False, False]
+    # 2e16 FLOPs, whatever the steps.
+    # 1.75e16 FLOPs take a third of 175 s less, and each step of eight layers 1.8 ms.
+    shape = GPTShape(width=512, depth=8, heads=8)
+    large = replace(BASE, shape=shape, batch_tokens=65_536, train_tokens=65_536, dtype="bfloat16")
+    steps = int(1.75e16 / large.flops_per_token() / 65_536)
+    assert steps * 8 * 225e-6 > 60 - 1.75e16 / 3e14 > 0
+    assert compiled([replace(large, train_tokens=65_536 * steps)]) == [True]
+    assert compiled([replace(large, train_tokens=65_536 * (steps // 4))]) == [False]
+    assert compiled([BASE], compile="true") == [True]
+    assert compiled([long], compile="false") == [False]
+    monkeypatch.setattr("scaling_lab.planning.execution.has_compiler", lambda *_: False)
+    assert compiled([long]) == [False]
+
+
 def test_planning_twice_gives_the_same_plan():
     specs = sweep_of_rates(7)
     settings = ExecutionSettings(device="cuda", memory_gb=40.0)

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from scaling_lab.core.errors import unknown
 from scaling_lab.core.spec import PlannedRun
-from scaling_lab.planning.execution import program_key
+from scaling_lab.planning.execution import COMPILE_S, cuda_program_key
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ SAME_PEAKS = {"a100": frozenset({"pcie"})}
 MFU = ((1e5, 0.002), (1e6, 0.02), (1e7, 0.12), (1e8, 0.35), (1e9, 0.42))
 # Launching one step's kernels, a CUDA graph or a compiled program: assumed.
 STEP_OVERHEAD_S = 100e-6
-# One torch.compile of one shape on a GPU machine, and starting a worker: assumed.
-COMPILE_S, START_S = 60.0, 15.0
+# Starting a worker: assumed.
+START_S = 15.0
 # The names that `gpu=` takes besides the devices.
 AUTO = "auto"
 
@@ -150,7 +150,7 @@ def gpu_cost(
     known = [s for s in seconds if s is not None]
     if len(known) < len(seconds):
         return None
-    programs = {program_key(r.spec) for r in runs if r.execution.compile}
+    programs = {cuda_program_key(r.spec, r.execution) for r in runs if r.execution.compile}
     busy = sum(known) + COMPILE_S * len(programs)
     elapsed = START_S + max(busy / count, max(known, default=0.0))
     price = None if price_per_hour is None else price_per_hour * count * elapsed / 3600

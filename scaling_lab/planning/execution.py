@@ -27,6 +27,14 @@ from scaling_lab.planning.settings import ExecutionSettings
 # On a CPU, compiling a tiny model's whole step costs 10-25 s of one core and makes it about 2.5 times faster than the
 # eager 10-15 GFLOP/s (measured, results/LOG.md): it pays off if one program computes more than about this many FLOPs.
 MIN_COMPILED_FLOPS = 2e11
+# On CUDA compilation pays off if it saves as much time as it takes: COMPILE_S seconds for each program (assumed; planning/devices.py
+# shows plans with it).
+COMPILE_S = 60.0
+# What it saves, assumed: about 150 of the 200 kernels of a layer's eager step (counted in a trace, results/LOG.md), which take 1.5
+# us each in a CUDA graph however small; and a third of the time of large matrix products and of what lies between them, at the
+# 1e14 FLOP/s that an eager bfloat16 loop reaches on a data center GPU. A model of 1e7 parameters with 20 tokens each repays it.
+SAVED_S_PER_LAYER_STEP = 150 * 1.5e-6
+SAVED_S_PER_FLOP = 1 / 3 / 1e14
 # Up to this size a compiled step works for every batch size (training/engine/step_library.py embeds constants of this length).
 LIBRARY_PARAMS = 2e6
 # From this size a step's matrices keep several threads busy, and one process per core would hold that many copies of
@@ -51,7 +59,7 @@ CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.l
 def plan_executions(specs: list[RunSpec], settings: ExecutionSettings) -> list[Execution]:
     """How each run is computed.
 
-    On a CPU a program is compiled if its runs together are long enough to pay for it and a C++ compiler is available.
+    A program is compiled if its runs together are long enough to pay for it and the compiler that it needs is available.
     """
     program_flops: dict[Any, float] = defaultdict(float)
     for spec in specs:
@@ -68,13 +76,37 @@ def plan_executions(specs: list[RunSpec], settings: ExecutionSettings) -> list[E
     def compiled(spec: RunSpec) -> bool:
         if settings.compile != "auto":
             return settings.compile == "true"
-        if settings.device == "cuda":
-            return can_compile()
         pays_off = program_flops[program_key(spec)] >= MIN_COMPILED_FLOPS
         return settings.device == "cpu" and pays_off and can_compile()
 
     unstacked = [Execution(settings.device, compiled(s), threads, settings.deterministic) for s in specs]
-    return with_micro_batches(specs, with_stacks(specs, unstacked, settings), settings)
+    planned = with_stacks(specs, unstacked, settings)
+    if settings.device == "cuda" and settings.compile == "auto" and can_compile():
+        planned = compiled_if_repaid(specs, planned)
+    return with_micro_batches(specs, planned, settings)
+
+
+def compiled_if_repaid(specs: Sequence[RunSpec], planned: Sequence[Execution]) -> list[Execution]:
+    """The executions on CUDA, compiled where all runs of a program together save more time than its compilation takes."""
+    saved_s: dict[Any, float] = defaultdict(float)
+    steps: dict[Any, dict[str, int]] = defaultdict(dict)
+    for spec, execution in zip(specs, planned, strict=True):
+        program = cuda_program_key(spec, execution)
+        saved_s[program] += spec.own_train_flops() * SAVED_S_PER_FLOP
+        # The kernels of a stack are launched once for all of its members.
+        launched = execution.stack or spec.run_id()
+        steps[program][launched] = max(steps[program].get(launched, 0), spec.steps - spec.parent_step)
+    for program, counts in steps.items():
+        saved_s[program] += sum(counts.values()) * program[0].depth * SAVED_S_PER_LAYER_STEP
+    return [
+        replace(execution, compile=saved_s[cuda_program_key(spec, execution)] >= COMPILE_S)
+        for spec, execution in zip(specs, planned, strict=True)
+    ]
+
+
+def cuda_program_key(spec: RunSpec, execution: Execution) -> Any:
+    """Runs with the same key share one compiled program on CUDA, whatever their batches (training/engine/step_library.py)."""
+    return (spec.shape, spec.dtype, execution.stack_size)
 
 
 def program_key(spec: RunSpec) -> Any:
