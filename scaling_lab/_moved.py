@@ -14,8 +14,8 @@ MOVED: dict[str, dict[str, str]] = {
     "analyse": {
         "analysis": "*",
         "analysis.approaches.isoflop": "grid_bias",
-        "analysis.data": "ledger observations record_losses record_observations table_files table_rows tables "
-        "tuning_records=sweep_records units",
+        "analysis.data": "ledger observations record_losses record_observations tuning_records=sweep_records",
+        "analysis.data.tables": "table_files=files table_rows=rows tables=table units",
         "analysis.fitting": "fitting=fit fitting_newton=newton fitting_objective=objective fitting_profile=profile "
         "fitting_scale=scale fitting_search=search fitting_status=status",
         "analysis.inference": "agreement bounded=bands calibration caveats compare_laws=law_comparison predict=prediction "

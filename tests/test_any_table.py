@@ -27,9 +27,10 @@ from helpers.tables import (
     refused,
     same_numbers,
 )
-from scaling_lab.analysis.data import table_files
-from scaling_lab.analysis.data.observations import Observations, from_table
-from scaling_lab.analysis.data.tables import read_table, table_from_frame
+from scaling_lab.analysis.data.observations import Observations
+from scaling_lab.analysis.data.table_observations import from_table
+from scaling_lab.analysis.data.tables import files as table_files
+from scaling_lab.analysis.data.tables.table import read_table, table_from_frame
 from scaling_lab.analysis.estimate import FitStatus
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 

@@ -201,8 +201,8 @@ def test_curves_under_a_constant_lr_or_another_horizon_are_flagged() -> None:
 def test_a_tables_schedules_are_read_and_their_absence_is_reported(approach: Envelope, tmp_path) -> None:
     import pandas as pd
 
-    from scaling_lab.analysis.data.observations import from_table
-    from scaling_lab.analysis.data.tables import read_table
+    from scaling_lab.analysis.data.table_observations import from_table
+    from scaling_lab.analysis.data.tables.table import read_table
 
     obs = Truth(0.34, 0.28).curves(1e9 * 2.0 ** np.arange(-3, 4), points=50)
     frame = pd.DataFrame(
@@ -234,8 +234,8 @@ def test_settings_refuse_unknown_choices() -> None:
 
 
 def test_gemstones_envelope_as_the_authors_have_it() -> None:
-    from scaling_lab.analysis.data.observations import from_table
-    from scaling_lab.analysis.data.tables import read_table
+    from scaling_lab.analysis.data.table_observations import from_table
+    from scaling_lab.analysis.data.tables.table import read_table
 
     expected = {
         (None, "keep"): 0.4579,

@@ -286,8 +286,8 @@ def test_settings_refuse_bad_values() -> None:
 def test_porian_chain_with_akima() -> None:
     import pandas as pd
 
-    from scaling_lab.analysis.data.observations import from_table
-    from scaling_lab.analysis.data.tables import read_table
+    from scaling_lab.analysis.data.table_observations import from_table
+    from scaling_lab.analysis.data.tables.table import read_table
 
     expected = pd.read_csv(PUBLISHED / "porian_isoflop_refinedweb_published.csv")
     for row in expected.itertuples():

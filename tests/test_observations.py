@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 
 from helpers.synthetic import synthetic_records
-from scaling_lab.analysis.data.observations import Observations, cluster_budgets, from_table
+from scaling_lab.analysis.data.observations import Observations, cluster_budgets
 from scaling_lab.analysis.data.record_observations import observations_from_records, smooth
-from scaling_lab.analysis.data.tables import Table, table_from_frame
+from scaling_lab.analysis.data.table_observations import from_table
+from scaling_lab.analysis.data.tables.table import Table, table_from_frame
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError
 from scaling_lab.core.record import RunStatus

@@ -11,9 +11,10 @@ from helpers.known_truth import PUBLISHED, Truth
 from helpers.synthetic import synthetic_records
 from scaling_lab.analysis.approaches import Parametric, ParametricSettings
 from scaling_lab.analysis.approaches.law_frontier import numerical_frontier
-from scaling_lab.analysis.data.observations import Observations, from_table
+from scaling_lab.analysis.data.observations import Observations
 from scaling_lab.analysis.data.record_observations import observations_from_records
-from scaling_lab.analysis.data.tables import read_table
+from scaling_lab.analysis.data.table_observations import from_table
+from scaling_lab.analysis.data.tables.table import read_table
 from scaling_lab.analysis.estimate import FitStatus
 from scaling_lab.analysis.frontiers import quantities
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings, bootstrap
@@ -80,7 +81,7 @@ def test_the_frontier_minimizes_the_loss_under_the_observed_flops_per_token() ->
 def test_published_tables_give_the_converged_optimum(
     file: str, points: str, where: dict, objective: float, exponent: float
 ) -> None:
-    obs = from_table(read_table(PUBLISHED / f"{file}.csv", where=where))
+    obs = from_table(read_table(PUBLISHED / f"{file}.csv", where=where), each_row=points == "all")
     estimate = Parametric().estimate(obs.final() if points == "final" else obs)
     assert estimate.fits[0].objective <= objective * (1 + 1e-6)
     assert estimate.frontier is not None

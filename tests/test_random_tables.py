@@ -29,8 +29,9 @@ from helpers.tables import (
     one_line,
     read,
 )
-from scaling_lab.analysis.data.observations import MIN_ROWS, Observations, from_table
-from scaling_lab.analysis.data.tables import table_from_frame
+from scaling_lab.analysis.data.observations import Observations
+from scaling_lab.analysis.data.table_observations import MIN_ROWS, from_table
+from scaling_lab.analysis.data.tables.table import table_from_frame
 from scaling_lab.analysis.estimate import FitStatus
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 from scaling_lab.core.errors import UserError

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 from scaling_lab.analysis.analysis import read_observations
-from scaling_lab.analysis.data.headers import read_header, read_headers
 from scaling_lab.analysis.data.observations import Observations
+from scaling_lab.analysis.data.tables.headers import read_header, read_headers
 from scaling_lab.analysis.settings import AnalysisSettings
 from scaling_lab.core.counts import FLOPS_PER_PETAFLOP_DAY
 from scaling_lab.core.errors import UserError

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scaling_lab.analysis.data.observations import from_table
-from scaling_lab.analysis.data.tables import read_table
+from scaling_lab.analysis.data.table_observations import from_table
+from scaling_lab.analysis.data.tables.table import read_table
 from scaling_lab.core.errors import UserError
 
 

@@ -16,7 +16,7 @@ import pytest
 from helpers.known_truth import Truth
 from scaling_lab.analysis.analysis import AnalysisSettings, analyze, read_observations
 from scaling_lab.analysis.data.observations import Observations
-from scaling_lab.analysis.data.units import read_units
+from scaling_lab.analysis.data.tables.units import read_units
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 from scaling_lab.cli.main import main
 from scaling_lab.core.errors import UserError

@@ -20,10 +20,11 @@ import numpy as np
 from scaling_lab.analysis.analysis_json import document, law_fields
 from scaling_lab.analysis.approaches import IsoFlop, Parametric
 from scaling_lab.analysis.approaches.isoflop.grid_bias import GridBias, bias_sentence, grid_bias
-from scaling_lab.analysis.data.observations import AS_GIVEN, Observations, from_table
+from scaling_lab.analysis.data.observations import AS_GIVEN, Observations
 from scaling_lab.analysis.data.record_observations import observations_from_records
 from scaling_lab.analysis.data.sweep_records import SweepRecords
-from scaling_lab.analysis.data.tables import read_table
+from scaling_lab.analysis.data.table_observations import from_table
+from scaling_lab.analysis.data.tables.table import read_table
 from scaling_lab.analysis.estimate import Array, Estimate
 from scaling_lab.analysis.finding import Finding
 from scaling_lab.analysis.inference.agreement import Agreement, compare_approaches, explain_disagreement
@@ -122,7 +123,14 @@ def read_observations(path: str | Path, settings: AnalysisSettings | None = None
         units=s.units,
         decimal=s.decimal,
     )
-    return from_table(table, convention=s.convention or AS_GIVEN, strict=s.strict, each_row=s.points == "all")
+    return from_table(
+        table,
+        convention=s.convention or AS_GIVEN,
+        strict=s.strict,
+        each_row=s.points == "all",
+        best_of=s.best_of,
+        pool=s.pool,
+    )
 
 
 def observations_of_sweep(

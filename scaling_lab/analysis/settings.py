@@ -14,9 +14,9 @@ from scaling_lab.analysis.approaches import (
     Parametric,
     ParametricSettings,
 )
-from scaling_lab.analysis.data.cells import DECIMALS
 from scaling_lab.analysis.data.observations import CONVENTIONS
-from scaling_lab.analysis.data.units import read_units
+from scaling_lab.analysis.data.tables.cells import DECIMALS
+from scaling_lab.analysis.data.tables.units import read_units
 from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
 from scaling_lab.analysis.laws import law_names
 from scaling_lab.core.errors import UserError, unknown
@@ -59,6 +59,10 @@ class AnalysisSettings:
     units: Mapping[str, Any] = field(default_factory=dict)
     """Column -> its unit in the table: a number, K, M, B or T (FLOPs: PF-days too); nats or bits per token for losses. `where`
     compares the numbers as they stand in the table."""
+    best_of: str | None = None
+    """A table's column of a hyperparameter (lr): of the runs of equal N and D only the best is analyzed."""
+    pool: bool = False
+    """Whether one law is fitted to a table whose runs of equal N and D differ by more than seeds do."""
     convention: str | None = None
     """What N and C count; null: as_given for a table, the plan's convention for a sweep."""
     decimal: str | None = None

@@ -200,7 +200,8 @@ def observations_of(
     where: Mapping[str, Any] | None,
 ) -> tuple[Observations, str]:
     """(observations, the table's name). Raises `UserError` naming the argument that is wrong."""
-    from scaling_lab.analysis.data.observations import AS_GIVEN, Observations, from_table
+    from scaling_lab.analysis.data.observations import AS_GIVEN, Observations
+    from scaling_lab.analysis.data.table_observations import from_table
 
     if isinstance(data, Observations):
         return data, f"{data.n_runs} runs"
@@ -219,6 +220,8 @@ def observations_of(
         convention=settings.convention or AS_GIVEN,
         strict=settings.strict,
         each_row=settings.points == "all",
+        best_of=settings.best_of,
+        pool=settings.pool,
     )
     return observations, table.source
 

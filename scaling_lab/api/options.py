@@ -33,6 +33,8 @@ class AnalysisOptions(TypedDict, total=False):
     convention: str
     """What N and C count: as_given, six_n_with_head, six_n_non_embedding, ..."""
     decimal: Literal["point", "comma"]
+    best_of: str
+    pool: bool
     weights: Literal["loss_sem"]
     """Weight each point by 1 / loss_sem^2."""
     strict: bool

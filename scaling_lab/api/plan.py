@@ -32,7 +32,7 @@ def plan(experiment: str | None = None, **options: Any) -> PlanResult:
 
     >>> made = sl.plan(sweep="mine", data="context_tree", design={"budgets_flops": [1e10, 4e10], "noise_seeds": 1})
     >>> made
-    plan mine: 12 runs, 3e+11 FLOPs (six_n_with_head), ...
+    plan mine: 9 runs, 2.4e+11 FLOPs (six_n_with_head), ...
     >>> made.to_frame()["budget_flops"].tolist()[::6]
     [10000000000.0, 40000000000.0]
     """

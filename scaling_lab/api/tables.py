@@ -12,7 +12,7 @@ from scaling_lab.core.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from scaling_lab.analysis.data.tables import Table
+    from scaling_lab.analysis.data.tables.table import Table
 
 _COUNTS = ("params", "tokens", "flops")
 
@@ -84,7 +84,7 @@ def table_of(
     decimal: str | None = None,
 ) -> Table:
     """The analysis's `Table` from any kind of table. Raises `UserError`."""
-    from scaling_lab.analysis.data.tables import table_from_frame
+    from scaling_lab.analysis.data.tables.table import table_from_frame
 
     frame, source, notes = frame_of(data)
     names = [str(name) for name in frame.columns]
@@ -105,8 +105,8 @@ def table_of(
 
 def check_needed(table: Table) -> None:
     """Raise `UserError` naming the argument where the loss, or two of params, tokens and flops, are missing."""
-    from scaling_lab.analysis.data.observations import needed_columns
-    from scaling_lab.analysis.data.tables import columns_error
+    from scaling_lab.analysis.data.table_observations import needed_columns
+    from scaling_lab.analysis.data.tables.table import columns_error
 
     needed, why = needed_columns(table)
     if needed:
@@ -117,7 +117,7 @@ def frame_of(data: Any) -> tuple[pd.DataFrame, str, list[str]]:
     """(rows, the table's name for messages, notes on how it was read). Column names are distinct text."""
     import pandas as pd
 
-    from scaling_lab.analysis.data.table_files import distinct_names
+    from scaling_lab.analysis.data.tables.files import distinct_names
 
     if isinstance(data, (str, Path)):
         return _read_file(Path(data).expanduser())
@@ -135,7 +135,7 @@ def frame_of(data: Any) -> tuple[pd.DataFrame, str, list[str]]:
 
 
 def _read_file(path: Path) -> tuple[pd.DataFrame, str, list[str]]:
-    from scaling_lab.analysis.data.table_files import read_frame
+    from scaling_lab.analysis.data.tables.files import read_frame
 
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -174,7 +174,8 @@ def _converted(data: Any) -> pd.DataFrame:
 
 
 def _check_column(ours: str, theirs: str, names: list[str], source: str) -> None:
-    from scaling_lab.analysis.data.tables import COLUMNS, listed, nearest_column
+    from scaling_lab.analysis.data.tables.names import listed, nearest_column
+    from scaling_lab.analysis.data.tables.table import COLUMNS
     from scaling_lab.core.errors import unknown
 
     if ours not in COLUMNS:

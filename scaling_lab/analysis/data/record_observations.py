@@ -10,7 +10,7 @@ import numpy as np
 from scaling_lab.analysis.data.ledger import curve_columns
 from scaling_lab.analysis.data.observations import FLOOR, Curves, Dropped, Observations
 from scaling_lab.analysis.data.record_losses import LOSS, check_losses, with_loss
-from scaling_lab.analysis.data.table_rows import LR_HORIZON
+from scaling_lab.analysis.data.tables.rows import LR_HORIZON
 from scaling_lab.analysis.estimate import Array
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import UserError, unknown

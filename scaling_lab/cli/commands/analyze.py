@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 GENERATOR = b'<meta name="generator" content="scaling-lab">'
 NOT_OURS = object()
 # Options that decide which observations there are and how they are counted: a next command needs them too.
-CARRIED = ("convention", "points", "metric", "weights", "decimal")
+CARRIED = ("convention", "points", "metric", "weights", "decimal", "best_of", "pool")
 CARRIED_UNDER = ("columns.", "units.", "where.", "approach.")
 
 
@@ -175,7 +175,12 @@ def analyze_source(
         analysis = analyze(read_observations(path, settings), settings)
         return SweepResult(analysis, analysis.findings), ()
     assert where.sweep is not None
-    for_tables = {"where.": settings.where, "columns.": settings.columns, "units.": settings.units}
+    for_tables = {
+        "where.": settings.where,
+        "columns.": settings.columns,
+        "units.": settings.units,
+        "best_of": settings.best_of,
+    }
     for key, given in for_tables.items():
         if given:
             raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 
-from scaling_lab.analysis.data.units import units_sentence
+from scaling_lab.analysis.data.tables.units import units_sentence
 from scaling_lab.cli.commands.analyze import Where, analyze_source, command_text
 from scaling_lab.cli.display.console import Console
 from scaling_lab.cli.display.summary import predictions_table

@@ -65,7 +65,7 @@ def resolve_where(arguments: Arguments) -> Arguments:
     ambiguous = [a for a in arguments.assignments if a.key.startswith("where.") and "=" in a.value]
     if path is None or not ambiguous:
         return arguments
-    from scaling_lab.analysis.data.table_files import header_names
+    from scaling_lab.analysis.data.tables.files import header_names
 
     names = header_names(Path(unquoted(path)).expanduser())
     resolved = [_resolved(a, names) if a in ambiguous else a for a in arguments.assignments]

@@ -2,7 +2,7 @@
 
 A curve reaches the best loss for its compute only after its LR has decayed, so curves with a constant LR, or with a
 horizon other than the length of the run, are reported. The extra column `lr_horizon_fraction` is the length of the LR
-schedule divided by the length of the run: 1 is matched, infinite a constant LR, NaN unknown (see table_rows.py and
+schedule divided by the length of the run: 1 is matched, infinite a constant LR, NaN unknown (see data/tables/rows.py and
 record_observations.py).
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling_lab.analysis.data.observations import Observations
-from scaling_lab.analysis.data.table_rows import LR_HORIZON
+from scaling_lab.analysis.data.tables.rows import LR_HORIZON
 from scaling_lab.analysis.estimate import Array
 
 # Hoffmann et al. 2022 (arXiv 2203.15556, figure A1): a horizon more than 25% longer than the run clearly hurts.

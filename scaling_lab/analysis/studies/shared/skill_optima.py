@@ -8,7 +8,8 @@ from itertools import combinations
 
 import numpy as np
 
-from scaling_lab.analysis.data.observations import MIN_ROWS, Curves, Observations
+from scaling_lab.analysis.data.observations import Curves, Observations
+from scaling_lab.analysis.data.table_observations import MIN_ROWS
 from scaling_lab.analysis.estimate import Array, Estimate, Interval
 from scaling_lab.analysis.frontiers import at_compute
 from scaling_lab.analysis.inference.bands import Band

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from scaling_lab.analysis.data.tables import COLUMNS, Table
+from scaling_lab.analysis.data.tables.table import COLUMNS, Table
 from scaling_lab.analysis.estimate import Array
 from scaling_lab.core.counts import FLOPS_PER_PARAM_TOKEN
 from scaling_lab.core.errors import UserError
@@ -60,6 +60,15 @@ def read_rows(table: Table) -> Rows:
     notes: list[str] = []
     filled = _fill_cells(table, values, notes) if len(given) == 3 else {}
     reasons = _bad_cells(table, values, filled)
+    if "flops" not in given and _budget_is_compute(table, values):
+        values["flops"] = table.numbers("budget_flops")
+        notes.append(_budget_note(values))
+        given.append("flops")
+        reasons |= {
+            at: "budget_flops is not a usable number"
+            for at in np.flatnonzero(~_usable(values["flops"])).tolist()
+            if at not in reasons
+        }
     if len(given) == 2:
         missing = next(name for name in COUNTS if name not in given)
         values[missing] = _derived(missing, values)
@@ -72,6 +81,35 @@ def read_rows(table: Table) -> Rows:
     good = np.ones(len(table.row), dtype=bool)
     good[list(reasons)] = False
     return Rows(values, good, reasons, notes)
+
+
+def _budget_is_compute(table: Table, values: Mapping[str, Array]) -> bool:
+    """Whether a column of budgets gives the compute of each row: not of curves, whose rows have used a part of it."""
+    if not table.has("budget_flops"):
+        return False
+    budget = table.numbers("budget_flops")
+    known = [name for name in ("params", "tokens") if name in values]
+    if len(known) < 2:
+        return len(known) == 1
+    with np.errstate(all="ignore"):
+        ratio = _derived("flops", values) / budget
+    ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
+    return bool(ratio.size and ((ratio > 1 / _UNIT_FACTOR) & (ratio < _UNIT_FACTOR)).all())
+
+
+def _budget_note(values: Mapping[str, Array]) -> str:
+    note = "flops is not in the table; C is budget_flops"
+    if "params" not in values or "tokens" not in values:
+        return note + "."
+    with np.errstate(all="ignore"):
+        ratio = values["flops"] / _derived("flops", values)
+    low, high = np.nanmin(ratio), np.nanmax(ratio)
+    if low > 1 - SIX_ND_TOLERANCE and high < 1 + SIX_ND_TOLERANCE:
+        return note + ", which is 6 params tokens."
+    return (
+        note
+        + f", which is {low:.3g} to {high:.3g} times 6 params tokens (columns.flops= names another column)."
+    )
 
 
 def _usable(column: Array) -> NDArray[np.bool_]:

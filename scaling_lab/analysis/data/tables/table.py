@@ -1,12 +1,11 @@
 """A user's table: renamed columns, filters, units, and conversion of cells to numbers.
 
-Files are read by table_files.py. A `Table` gives columns as NumPy arrays, with NaN for cells that are not numbers; their
+Files are read by files.py. A `Table` gives columns as NumPy arrays, with NaN for cells that are not numbers; their
 text is kept for error messages. pandas is imported inside functions, so that importing `scaling_lab.analysis` stays fast.
 """
 
 from __future__ import annotations
 
-import difflib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scaling_lab.analysis.data.cells import Cells, numbers_in_cells
-from scaling_lab.analysis.data.headers import Headers, read_headers
-from scaling_lab.analysis.data.table_files import read_frame
-from scaling_lab.analysis.data.units import (
+from scaling_lab.analysis.data.tables.cells import Cells, numbers_in_cells
+from scaling_lab.analysis.data.tables.files import read_frame
+from scaling_lab.analysis.data.tables.filters import matching_rows
+from scaling_lab.analysis.data.tables.headers import Headers, read_headers
+from scaling_lab.analysis.data.tables.names import listed, nearest_column
+from scaling_lab.analysis.data.tables.units import (
     BITS_PER_BYTE,
     PERPLEXITY,
     Unit,
@@ -42,32 +43,6 @@ LARGEST_LOSS_NATS = 12.0
 # A column of FLOPs, by its name alone, must be within this factor of 6 params tokens.
 _NEAR = 10.0
 
-# Common other names of these columns: only suggested in errors, never used silently.
-_ALIASES: dict[str, tuple[str, ...]] = {
-    "run_id": ("run", "id", "name", "run_name", "model"),
-    "params": (
-        "n",
-        "n_params",
-        "num_params",
-        "parameters",
-        "n_parameters",
-        "model_size",
-        "size",
-        "params_total",
-    ),
-    "tokens": ("d", "n_tokens", "num_tokens", "train_tokens", "tokens_seen", "training_tokens"),
-    "flops": ("c", "compute", "train_flops", "total_flops", "compute_flops", "training_flops", "flop"),
-    "loss": (
-        "l",
-        "val_loss",
-        "loss_nats",
-        "final_loss",
-        "eval_loss",
-        "validation_loss",
-        "val_loss_nats",
-        "train_loss",
-    ),
-}
 
 # Common ways to write a missing value.
 _MISSING_WORDS = ("", "nan", "none", "null", "na", "n/a", "-", "?")
@@ -194,7 +169,7 @@ def table_from_frame(
     """A `Table` from a frame: rename columns and keep the rows that match. Other arguments are as in `read_table`.
 
     Args:
-        frame: with distinct text column names (`table_files.distinct_names`); it is not modified.
+        frame: with distinct text column names (`files.distinct_names`); it is not modified.
         source: name of the table in messages.
         notes: notes on how it was read.
     """
@@ -206,7 +181,7 @@ def table_from_frame(
     frame = _rename(frame, {ours: h.column for ours, h in headers.taken.items()} | renames, source)
     for name in metrics:
         _metric_column(name, source, list(own_names), "metrics")
-    frame, row, notes = _matching(frame, renames, where or {}, source, list(notes))
+    frame, row, notes = matching_rows(frame, renames, where or {}, source, list(notes))
     if headers.taken:
         named = ", ".join(f"{ours} is {h.column}" for ours, h in headers.taken.items())
         notes.append(f"columns by their names: {named}.")
@@ -227,23 +202,6 @@ def table_from_frame(
         rest = {name: c for name, c in cells.items() if name not in numbers}
         table = replace(table, frame=table.frame.assign(**numbers), cells=rest)
     return replace(table, notes=tuple(notes))
-
-
-def _matching(
-    frame: pd.DataFrame, renames: Mapping[str, str], where: Mapping[str, Any], source: str, notes: list[str]
-) -> tuple[pd.DataFrame, NDArray[np.int64], list[str]]:
-    """The rows that match, and their numbers in the file."""
-    row = np.arange(1, len(frame) + 1, dtype=np.int64)
-    keep = np.ones(len(frame), dtype=bool)
-    for key, value in where.items():
-        keep &= _matches(frame, renames, key, value, source)
-    if keep.all():
-        return frame, row, notes
-    if len(frame) and not keep.any():
-        wanted = " ".join(f"where.{k}={v}" for k, v in where.items())
-        raise UserError(f"{source}: no row matches {wanted} ({len(frame)} rows read).")
-    notes.append(f"where: {int(keep.sum())} of {keep.size} rows match.")
-    return frame.loc[keep].reset_index(drop=True), row[keep], notes
 
 
 def _text_cells(
@@ -386,68 +344,6 @@ def _rename(frame: pd.DataFrame, renames: Mapping[str, str], source: str) -> pd.
     return frame.assign(**{ours: frame[theirs] for ours, theirs in renames.items()})
 
 
-def _matches(
-    frame: pd.DataFrame, renames: Mapping[str, str], key: str, value: Any, source: str
-) -> NDArray[np.bool_]:
-    import pandas as pd
-
-    names = list(frame.columns)
-    column, bound = key, ""
-    if key not in names and key.rpartition(".")[2] in ("min", "max") and key.rpartition(".")[0] in names:
-        column, _, bound = key.rpartition(".")
-    if column not in names:
-        end = next((e for e in (".min", ".max") if column.endswith(e)), "")
-        near = nearest_column(column.removesuffix(".min").removesuffix(".max"), names)
-        hint = f" Did you mean {shlex.quote(f'where.{near}{end}={value}')}?" if near else ""
-        raise UserError(
-            f"where.{key}={value}: {source} has no such column; its columns are {listed(names)}.{hint}"
-        )
-    cells = frame[column]
-    if bound:
-        numbers = pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-        limit = _number(value)
-        if limit is None:
-            raise UserError(f"where.{key}={value}: a bound must be a number.")
-        with np.errstate(invalid="ignore"):
-            return numbers >= limit if bound == "min" else numbers <= limit
-    if pd.api.types.is_bool_dtype(cells):
-        return (cells.astype(str).str.lower() == str(value).lower()).to_numpy(dtype=bool)
-    number = _number(value)
-    if pd.api.types.is_numeric_dtype(cells):
-        if number is None:
-            raise UserError(f"where.{key}={value}: {column} is a column of numbers in {source}.")
-        values = cells.to_numpy(dtype=np.float64, na_value=np.nan)
-        # The table and the option may have different numbers of digits, so compare to 1e-9.
-        return np.isclose(values, number, rtol=1e-9, atol=0.0)
-    return (cells.astype(str) == str(value)).to_numpy(dtype=bool)
-
-
 def _scalar(value: Any) -> Any:
     """A cell that may be converted to a number, or None."""
     return value if isinstance(value, (str, int, float)) else None
-
-
-def _number(value: Any) -> float | None:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
-
-
-def nearest_column(name: str, names: list[str]) -> str | None:
-    """The column that `name` probably refers to: a different case, a common synonym, or a similar name."""
-    lowered = {n.lower(): n for n in names}
-    for alias in (name.lower(), *_ALIASES.get(name, ())):
-        if alias in lowered:
-            return lowered[alias]
-    close = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.5)
-    if close:
-        return lowered[close[0]]
-    inside = [n for low, n in lowered.items() if len(name) > 2 and name.lower() in low]
-    return inside[0] if inside else None
-
-
-def listed(names: list[str], limit: int = 20) -> str:
-    """The first names and the total number, for messages."""
-    shown = ", ".join(names[:limit])
-    return shown + (f", ... ({len(names)} in all)" if len(names) > limit else "")

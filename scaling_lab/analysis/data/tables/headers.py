@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from scaling_lab.analysis.data.units import BITS_PER_BYTE, PERPLEXITY, Unit, loss_unit, unit_in_words
+from scaling_lab.analysis.data.tables.units import BITS_PER_BYTE, PERPLEXITY, Unit, loss_unit, unit_in_words
 
 # Names in lower case with everything but letters and digits removed: val/loss, Val loss and val_loss are one name.
 _NAMES: dict[str, tuple[str, ...]] = {

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from scaling_lab.analysis.data.table_rows import Rows
-from scaling_lab.analysis.data.tables import Table
+from scaling_lab.analysis.data.tables.rows import Rows
+from scaling_lab.analysis.data.tables.table import Table
 from scaling_lab.analysis.estimate import Array
 from scaling_lab.core.errors import UserError
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scaling_lab.analysis.data.units import unit_in_words
+from scaling_lab.analysis.data.tables.units import unit_in_words
 from scaling_lab.analysis.estimate import Array
 from scaling_lab.core.errors import UserError
 

@@ -1,0 +1,1 @@
+"""One user table: its file, headers, units, cells, filters, rows and runs."""
