@@ -105,6 +105,14 @@ def test_auto_is_resolved_once_when_planned(tmp_path, monkeypatch, options, at_h
     assert any("dtype=auto: bfloat16, because" in note for note in plan["notes"]) is assumed
 
 
+def test_a_single_run_refuses_a_missing_bfloat16(monkeypatch, capsys):
+    monkeypatch.setattr(machine, "torch_may_find_a_gpu", lambda: True)
+    monkeypatch.setattr(devices, "cuda_has_bfloat16", lambda: False)
+    options = ["model.width=32", "train_tokens=10k", "device=cuda", "data=context_tree"]
+    assert main(["train", *options, "dtype=bfloat16"]) == 2
+    assert "dtype=bfloat16: this machine's GPU does not have it." in capsys.readouterr().err
+
+
 def test_a_worker_without_bfloat16_refuses_with_a_line_that_works(tmp_path, monkeypatch):
     planned(tmp_path, monkeypatch, "device=cuda", "gpu=h100", "seed=3")
     store = RunStore(tmp_path / "results/p")

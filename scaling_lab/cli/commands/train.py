@@ -13,6 +13,7 @@ from scaling_lab.cli.options.compose import CommandLine, hydra_overrides, read_c
 from scaling_lab.cli.options.configs import config_folders
 from scaling_lab.cli.options.forms import Form
 from scaling_lab.cli.options.hydra_config import run_multirun
+from scaling_lab.cli.options.machine import has_bfloat16
 from scaling_lab.cli.options.study import TrainOnly, form_of_tree, study_form, sweep_settings, tracker_options
 from scaling_lab.core.errors import Interrupted, UserError
 from scaling_lab.core.formatting import human_count, human_time
@@ -79,8 +80,12 @@ def train_planned(command: CommandLine, planned: dict[str, PlannedRun], flags: f
 
 
 def planned_run(tree: dict[str, Any]) -> PlannedRun:
-    """The run that a composed tree describes. Raises `UserError` for options that make no run."""
-    return plan_single(*run_settings(tree))
+    """The run that a composed tree describes. Raises `UserError` for options that make no run, or none on this machine."""
+    planned = plan_single(*run_settings(tree))
+    lacking = planned.execution.device == "cuda" and has_bfloat16(None) is False
+    if planned.spec.dtype == "bfloat16" and lacking:
+        raise UserError("dtype=bfloat16: this machine's GPU does not have it. Choices: auto, float32.")
+    return planned
 
 
 def run_settings(tree: dict[str, Any]) -> tuple[SweepSettings, float]:
