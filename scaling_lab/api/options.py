@@ -4,19 +4,17 @@ assignments for a study (`design={"budgets_flops": [1e9]}` is design.budgets_flo
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from scaling_lab.cli.options.arguments import Arguments, Assignment
+from scaling_lab.cli.options.values import text
 from scaling_lab.core.errors import UserError
 
 if TYPE_CHECKING:
     from scaling_lab.analysis.settings import AnalysisSettings
 
 # Characters that mean something in a list or a group of options.
-_SPECIAL = re.compile(r"[,'\"\[\](){}]|^\s|\s$|^$")
 
 
 class AnalysisOptions(TypedDict, total=False):
@@ -135,27 +133,3 @@ def _assignments(key: str, value: Any) -> Iterator[Assignment]:
             yield Assignment(key, text(item))
         else:
             yield from _assignments(f"{key}.{name}", item)
-
-
-def text(value: Any) -> str:
-    """A value as it is written on the command line, read back as the same."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return f"[{','.join(text(item) for item in value)}]"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{name}: {text(item)}" for name, item in value.items()) + "}"
-    if isinstance(value, (str, Path)):
-        return _quoted(str(value))
-    return repr(value)
-
-
-def _quoted(value: str) -> str:
-    if not _SPECIAL.search(value):
-        return value
-    quote = '"' if "'" in value else "'"
-    if quote in value:
-        raise UserError(f"{value!r}: a text with both kinds of quotes cannot be an option's value.")
-    return f"{quote}{value}{quote}"

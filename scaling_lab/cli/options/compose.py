@@ -29,6 +29,7 @@ from scaling_lab.cli.options.forms import Form
 from scaling_lab.cli.options.hydra_config import compose_groups
 from scaling_lab.cli.options.scales import GROUP as SCALE_GROUP
 from scaling_lab.cli.options.values import read_value, show, split_list, unquoted
+from scaling_lab.cli.options.values import text as as_text
 from scaling_lab.core.errors import UserError, unknown
 from scaling_lab.launching.hydra_jobs import hydra_text
 
@@ -64,7 +65,7 @@ class CommandLine:
         return self.combinations[0].tree
 
     given: Mapping[str, str]
-    """What the user gave, and the command's own choice of an experiment: key -> text."""
+    """What the user gave, and the command's own choice of an experiment: key -> values as read, as text."""
 
 
 def read_command(
@@ -126,8 +127,7 @@ def read_command(
         combinations += _value_combinations(tree, form_of(tree), pairs, values, multirun)
         if len(combinations) > MAX_COMBINATIONS:
             raise UserError(f"the lists on the command line make more than {MAX_COMBINATIONS} combinations.")
-    given = dict(groups or {}) | {a.key: a.value for a in arguments.assignments if a not in hydra}
-    return CommandLine(tuple(combinations), tuple(hydra), config_dir, given)
+    return CommandLine(tuple(combinations), tuple(hydra), config_dir, given_texts(combinations))
 
 
 def with_lists(
@@ -162,6 +162,21 @@ def hydra_overrides(line: CommandLine) -> list[str]:
     overrides = [f"{group.hydra_key}={','.join(choices)}" for group, choices in groups.items()]
     overrides += [f"++{key}={','.join(texts)}" for key, texts in values.items()]
     return overrides + [a.text for a in line.hydra]
+
+
+def given_texts(combinations: Sequence[Combination]) -> dict[str, str]:
+    """Key -> the values given for it, as the user may write them."""
+    given: dict[str, list[str]] = {}
+    for combination in combinations:
+        for slot, choice in combination.groups.items():
+            _add(given.setdefault(slot.package, []), choice)
+        for key, value in combination.values.items():
+            try:
+                written = as_text(value)
+            except UserError:  # both kinds of quotes: no text is read back as this value
+                written = str(value)
+            _add(given.setdefault(key, []), written)
+    return {key: ",".join(texts) for key, texts in given.items()}
 
 
 def _add(items: list[str], item: str) -> None:

@@ -29,6 +29,8 @@ SECONDS = {
 }
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 LARGEST_INT = 2**63 - 1
+# What must be quoted to be read back as the same text.
+_SPECIAL = re.compile(r"[,'\"\[\](){}]|^\s|\s$|^$")
 _INVALID = object()
 
 
@@ -290,3 +292,29 @@ def _text(raw: Any) -> str:
     if isinstance(raw, bool):
         return str(raw).lower()
     return unquoted(raw.strip()) if isinstance(raw, str) else str(raw)
+
+
+def text(value: Any) -> str:
+    """A value as it is written on the command line, read back as the same."""
+    if value is None:
+        return "null"
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(text(item) for item in value)}]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {text(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, (str, Path)):
+        return _quoted(str(value))
+    return repr(value)
+
+
+def _quoted(value: str) -> str:
+    if not _SPECIAL.search(value):
+        return value
+    quote = '"' if "'" in value else "'"
+    if quote in value:
+        raise UserError(f"{value!r}: a text with both kinds of quotes cannot be an option's value.")
+    return f"{quote}{value}{quote}"
