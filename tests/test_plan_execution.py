@@ -138,9 +138,13 @@ def test_micro_batches_fit_the_memory():
     assert (
         micro_batch(large, "cuda", 1e9, 1e8) == 1
     )  # nothing fits: single sequences; the run will raise the error
-    (execution,) = plan_executions([large], ExecutionSettings(device="cuda", memory_gb=24.0))
+    eager = ExecutionSettings(device="cuda", memory_gb=24.0, compile="false")
+    (execution,) = plan_executions([large], eager)
     assert execution.micro_batch_sequences is not None
     assert execution.micro_batch_sequences <= size
+    # A compiled step needs less memory.
+    (compiled,) = plan_executions([large], replace(eager, compile="true"))
+    assert compiled.micro_batch_sequences > execution.micro_batch_sequences
     assert plan_executions([large], ExecutionSettings(device="cuda"))[0].micro_batch_sequences is None
 
 
@@ -154,7 +158,7 @@ def test_concurrent_runs_on_a_cpu_share_the_machines_memory(monkeypatch):
 
     def micro(machine_memory_gb, spec=wide, **settings):
         monkeypatch.setattr("scaling_lab.planning.execution.machine_memory_gb", lambda: machine_memory_gb)
-        (execution,) = plan_executions([spec], ExecutionSettings(**settings))
+        (execution,) = plan_executions([spec], ExecutionSettings(compile="false", **settings))
         return execution.micro_batch_sequences
 
     assert micro(64, cores=2) is None

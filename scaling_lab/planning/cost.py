@@ -180,7 +180,9 @@ def device_bytes(run: PlannedRun) -> float:
     spec, execution = run.spec, run.execution
     sequences = execution.micro_batch_sequences or spec.batch_sequences
     corpus = _corpus_copies_bytes(run)
-    return estimate_bytes(spec, execution.device, sequences, corpus, execution.stack_size)
+    return estimate_bytes(
+        spec, execution.device, sequences, corpus, execution.stack_size, compiled=execution.compile
+    )
 
 
 def _corpus_copies_bytes(run: PlannedRun) -> float:

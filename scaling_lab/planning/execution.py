@@ -139,7 +139,7 @@ def with_stacks(
             compatible[stack_key(spec)].append(k)
     for members in compatible.values():
         members.sort(key=lambda k: (-specs[k].steps, k))
-        for part in split_stack(members, specs, settings):
+        for part in split_stack(members, specs, unstacked, settings):
             name = f"{specs[part[0]].run_id()}x{len(part)}"
             for k in part:
                 out[k] = replace(out[k], stack=name, stack_size=len(part))
@@ -156,7 +156,10 @@ def stack_key(spec: RunSpec) -> Any:
 
 
 def split_stack(
-    members: Sequence[int], specs: Sequence[RunSpec], settings: ExecutionSettings
+    members: Sequence[int],
+    specs: Sequence[RunSpec],
+    unstacked: Sequence[Execution],
+    settings: ExecutionSettings,
 ) -> list[list[int]]:
     """Split compatible runs, longest first, into stacks of similar horizon that fit the device; single runs are omitted."""
     similar: list[list[int]] = []
@@ -172,18 +175,24 @@ def split_stack(
             most = min(most, len(group) // (settings.cores or usable_cores()))
             if most < MIN_CPU_STACK:
                 continue
-        spec, limit = specs[group[0]], usable_bytes(settings)
-        while (
-            limit
-            and most > 1
-            and estimate_bytes(spec, settings.device, spec.batch_sequences, corpus_bytes(spec, most), most)
-            > limit
-        ):
-            most -= 1
+        if limit := usable_bytes(settings):
+            most = stack_that_fits(specs[group[0]], most, limit, unstacked[group[0]])
         # Equal sizes, so that no small stack is left over.
         count = -(-len(group) // max(1, most))
         parts += [group[i::count] for i in range(count)]
     return [part for part in parts if len(part) > 1]
+
+
+def stack_that_fits(spec: RunSpec, most: int, limit_bytes: float, execution: Execution) -> int:
+    """How many such runs fit the memory together, up to `most`; at least 1."""
+
+    def needed(size: int) -> float:
+        corpus = corpus_bytes(spec, size)
+        return estimate_bytes(
+            spec, execution.device, spec.batch_sequences, corpus, size, compiled=execution.compile
+        )
+
+    return next((size for size in range(most, 1, -1) if needed(size) <= limit_bytes), 1)
 
 
 def with_micro_batches(
@@ -195,16 +204,16 @@ def with_micro_batches(
         return list(planned)
     known: dict[Any, int | None] = {}  # thousands of runs share few distinct keys
 
-    def size(spec: RunSpec, members: int) -> int | None:
-        key = (spec.shape, spec.data, spec.batch_tokens, spec.dtype, spec.unique_tokens, members)
+    def size(spec: RunSpec, execution: Execution) -> int | None:
+        members, compiled = execution.stack_size, execution.compile
+        key = (spec.shape, spec.data, spec.batch_tokens, spec.dtype, spec.unique_tokens, members, compiled)
         if key not in known:
-            known[key] = micro_batch(spec, settings.device, limit, corpus_bytes(spec, members), members)
+            corpus = corpus_bytes(spec, members)
+            known[key] = micro_batch(spec, settings.device, limit, corpus, members, compiled=compiled)
         return known[key]
 
     return [
-        replace(execution, micro_batch_sequences=found)
-        if (found := size(spec, execution.stack_size))
-        else execution
+        replace(execution, micro_batch_sequences=found) if (found := size(spec, execution)) else execution
         for spec, execution in zip(specs, planned, strict=True)
     ]
 

@@ -1,6 +1,6 @@
 """Estimates of a run's memory before launch, and the micro-batch that fits. Does not import torch.
 
-The estimates are intended as upper bounds; tests/test_plan_execution.py compares them with a measured peak.
+The estimates are upper bounds: tests/test_memory.py compares them with measured peaks, which they exceed by at most 60%.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from scaling_lab.core.errors import MissingCorpus
+from scaling_lab.core.parametrization import Role
 from scaling_lab.core.spec import RunSpec
 
 # Logits in one chunk of the loss: 2^25 take 128 MB in float32. With a byte vocabulary that is 131,072 tokens per
@@ -16,15 +17,39 @@ from scaling_lab.core.spec import RunSpec
 LOGITS_AT_ONCE = 2**25
 # On CUDA a chunk has at least this many tokens: matrix products of a few hundred rows do not fill a GPU.
 MIN_CHUNK_TOKENS = 4096
-# float32 values per parameter during a step: the parameter, two moments, the gradient, its flattened copy, and the
-# temporaries of the update.
-FLOATS_PER_PARAM = 7
-# Peak number of activations per token and layer, in units of the width: 62 were measured in an eager float32 step (`gpt`,
-# width 64, depth 4, head dimension 16; RoPE and QK-norm need more than the 17 of Korthikanti et al. 2022, arXiv 2205.05198,
-# without the attention matrix); a compiled step needs fewer.
-ACTIVATIONS_PER_WIDTH = 80
-# Logits, their softmax and the gradients of both, in float32.
-FLOATS_PER_LOGIT = 4
+# float32 values per parameter that a run keeps: the parameter and two moments. Settings of the optimizer that differ between
+# parameters are vectors of the same length, and so is the sum of the gradients of micro-batches.
+FLOATS_KEPT = 3
+# At the end of a backward pass: the gradients of all parameters, and their flat copy.
+GRADIENT_FLOATS = 2
+# Peak number of float32 activations per token and layer in an eager step, measured at widths 64 to 512 (results/LOG.md):
+# 30 times the width for `gpt` (RoPE and QK-norm; more than the 17 of Korthikanti et al. 2022, arXiv 2205.05198, in all), 10
+# for `gpt2`; and these multiples of the hidden units of the MLP. Outside the layers: 11 times the width.
+ATTENTION_FLOATS = {"gpt2": 10}
+OTHER_ATTENTION_FLOATS = 30
+MLP_FLOATS = {"relu2": 5, "gelu": 4, "swiglu": 12}
+OUTER_FLOATS = 11
+# What remains of them in bfloat16 (sums and norms stay in float32; an eager step also keeps copies of the weights, half their
+# size), and in a compiled step; all measured.
+ACTIVATION_SHARES = {
+    ("float32", False): 1.0,
+    ("bfloat16", False): 0.75,
+    ("float32", True): 0.45,
+    ("bfloat16", True): 0.3,
+}
+# Logits, their log softmax and its gradient, in float32; a compiled step has half of them, unless they are in chunks.
+FLOATS_PER_LOGIT = 3
+FLOATS_PER_COMPILED_LOGIT = 1.5
+# A forward pass of an evaluation (training/measure/evaluation.py): tokens, and activations per token in units of the width.
+EVAL_BATCH_TOKENS = 8_192
+EVAL_FLOATS_PER_WIDTH = 16
+# The noise probe (training/measure/noise_scale.py): sequences, and up to how many numbers their gradients are taken at once.
+PROBE_SEQUENCES = 64
+PROBE_NUMBERS = 2**24
+# What freed temporaries cost beyond their size: glibc keeps blocks below 32 MB in its heap (1.3 to 1.7 measured, and up to 70
+# MB); CUDA's caching allocator rounds and fragments.
+ALLOCATOR_FACTOR = {"cpu": 1.75, "cuda": 1.15, "mps": 1.15}
+HEAP_BYTES = {"cpu": 70e6, "cuda": 0.0, "mps": 0.0}
 # Python, torch, kernel workspaces and allocator overhead.
 PROCESS_BYTES = {"cpu": 400e6, "cuda": 1.5e9, "mps": 1e9}
 
@@ -62,47 +87,107 @@ def corpus_bytes(spec: RunSpec, members: int = 1) -> float:
 
 
 def state_bytes(shape: Any, members: int = 1) -> float:
-    """Bytes of parameters, optimizer moments, gradients and temporaries."""
-    return 4.0 * FLOATS_PER_PARAM * shape.count().params.total * members
+    """Bytes of parameters, optimizer moments and settings, and gradients."""
+    return 4.0 * (FLOATS_KEPT + 1 + GRADIENT_FLOATS) * shape.count().params.total * members
+
+
+def setting_vectors(spec: RunSpec) -> int:
+    """Number of the optimizer's settings that differ between parameters (`GroupVectors` of training/engine/optimizer.py)."""
+    optimizer = spec.optimizer
+    factors = {role: spec.parametrization.factors(role, spec.shape) for role in Role}
+    ratios = {Role.INPUT: optimizer.embedding_lr_ratio, Role.OUTPUT: optimizer.head_lr_ratio}
+    rates = {ratios.get(role, 1.0) * factor.lr for role, factor in factors.items()}
+    return (len(rates) > 1) + (len({f.eps for f in factors.values()}) > 1) + (optimizer.weight_decay > 0)
 
 
 def activation_bytes(
-    shape: Any, tokens: int, dtype: str = "float32", members: int = 1, device: str = "cpu"
+    shape: Any,
+    tokens: int,
+    dtype: str = "float32",
+    members: int = 1,
+    device: str = "cpu",
+    *,
+    compiled: bool = False,
 ) -> float:
     """Bytes of activations and logits for a micro-batch of `tokens` tokens per member."""
-    size = 2 if dtype == "bfloat16" else 4
-    hidden = ACTIVATIONS_PER_WIDTH * shape.width * (shape.depth + 1) * size
-    logits = FLOATS_PER_LOGIT * 4.0 * shape.vocab_size / loss_chunks(tokens, shape.vocab_size, device)
-    return float(tokens * members * (hidden + logits))
+    precision = "bfloat16" if dtype == "bfloat16" else "float32"
+    mlp = MLP_FLOATS[getattr(shape, "mlp", "gelu")] * getattr(shape, "mlp_hidden", 4 * shape.width)
+    layer = ATTENTION_FLOATS.get(shape.kind, OTHER_ATTENTION_FLOATS) * shape.width + mlp
+    hidden = (layer * shape.depth + OUTER_FLOATS * shape.width) * ACTIVATION_SHARES[precision, compiled]
+    chunks = loss_chunks(tokens, shape.vocab_size, device)
+    per_logit = FLOATS_PER_COMPILED_LOGIT if compiled and chunks == 1 else FLOATS_PER_LOGIT
+    return 4.0 * tokens * members * (hidden + per_logit * shape.vocab_size / chunks)
+
+
+def evaluation_bytes(spec: RunSpec) -> float:
+    """Temporaries of an evaluation."""
+    shape = spec.shape
+    tokens = min(EVAL_BATCH_TOKENS, LOGITS_AT_ONCE // shape.vocab_size, spec.eval.tokens)
+    floats = EVAL_FLOATS_PER_WIDTH * shape.width + FLOATS_PER_LOGIT * shape.vocab_size
+    return 4.0 * max(tokens, shape.context) * floats
+
+
+def probe_bytes(spec: RunSpec, device: str) -> float:
+    """Temporaries of a measurement of the gradient noise: all its gradients, or their sum and one after the other."""
+    params = spec.shape.count().params.total
+    at_once = PROBE_SEQUENCES if PROBE_SEQUENCES * params <= PROBE_NUMBERS else 1
+    activations = activation_bytes(spec.shape, spec.shape.context, spec.dtype, at_once, device)
+    return 4.0 * GRADIENT_FLOATS * params * at_once + activations + (4.0 * params if at_once == 1 else 0.0)
 
 
 def estimate_bytes(
-    spec: RunSpec, device: str, micro_sequences: int, corpus_bytes: float, members: int = 1
+    spec: RunSpec,
+    device: str,
+    micro_sequences: int,
+    corpus_bytes: float,
+    members: int = 1,
+    *,
+    compiled: bool = False,
 ) -> float:
     """Peak memory of a run (or a stack of `members`) on its device in bytes, including the corpus."""
-    tokens = micro_sequences * spec.shape.context
+    params = 4.0 * spec.shape.count().params.total
+    accumulates = micro_sequences < spec.batch_sequences
+    kept = (FLOATS_KEPT + setting_vectors(spec) + accumulates) * params * members
+    activations = activation_bytes(
+        spec.shape, micro_sequences * spec.shape.context, spec.dtype, members, device, compiled=compiled
+    )
+    weight_copies = params * members / 2 if spec.dtype == "bfloat16" and not compiled else 0.0
+    temporary = max(
+        activations + weight_copies + params * members,  # gradients appear while activations go
+        GRADIENT_FLOATS * params * members,
+        evaluation_bytes(spec),
+        probe_bytes(spec, device),
+    )
     return (
         PROCESS_BYTES[device]
+        + HEAP_BYTES[device]
         + corpus_bytes
-        + state_bytes(spec.shape, members)
-        + activation_bytes(spec.shape, tokens, spec.dtype, members, device)
+        + kept
+        + ALLOCATOR_FACTOR[device] * temporary
     )
 
 
 def micro_batch(
-    spec: RunSpec, device: str, limit_bytes: float, corpus_bytes: float, members: int = 1
+    spec: RunSpec,
+    device: str,
+    limit_bytes: float,
+    corpus_bytes: float,
+    members: int = 1,
+    *,
+    compiled: bool = False,
 ) -> int | None:
     """The largest micro-batch in sequences, dividing the batch, that fits in `limit_bytes`; None if the whole batch fits.
 
     1 if not even a single sequence fits: the estimate may be wrong, and the run itself would report it.
     """
-    if estimate_bytes(spec, device, spec.batch_sequences, corpus_bytes, members) <= limit_bytes:
+
+    def fits(size: int) -> bool:
+        needed = estimate_bytes(spec, device, size, corpus_bytes, members, compiled=compiled)
+        return needed <= limit_bytes
+
+    if fits(spec.batch_sequences):
         return None
-    fitting = [
-        size
-        for size in divisors(spec.batch_sequences)
-        if estimate_bytes(spec, device, size, corpus_bytes, members) <= limit_bytes
-    ]
+    fitting = [size for size in divisors(spec.batch_sequences) if fits(size)]
     return max(fitting, default=1)
 
 

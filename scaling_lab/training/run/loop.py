@@ -296,7 +296,11 @@ def smaller_parts(part: Part) -> list[Part]:
     smaller = next_smaller_micro_batch(spec.batch_sequences, micro)
     tokens = (micro or spec.batch_sequences) * spec.shape.context
     # Smaller micro-batches reduce activations only.
-    mostly_state = state_bytes(spec.shape) > activation_bytes(spec.shape, tokens, spec.dtype)
+    execution = members[0].planned.execution
+    activations = activation_bytes(
+        spec.shape, tokens, spec.dtype, device=execution.device, compiled=execution.compile
+    )
+    mostly_state = state_bytes(spec.shape) > activations
     if len(members) > 1 and (smaller is None or mostly_state):
         half = (len(members) + 1) // 2
         log.warning("out of memory; continuing with a stack of %d of its %d runs.", half, len(members))
