@@ -48,6 +48,7 @@ from scaling_lab.planning.designs.isoflop import IsoFlopDesign
 from scaling_lab.planning.plan import make_plan
 from scaling_lab.planning.recipes.default import DefaultRecipe
 from scaling_lab.planning.settings import ModelSettings, SweepSettings
+from scaling_lab.planning.sizes import SizeLadder
 from scaling_lab.training.data.feed import open_feed
 from scaling_lab.training.run.session import open_session, train_block
 
@@ -187,9 +188,9 @@ def loaders(folder: Path) -> Iterator[tuple[str, Any, bool]]:
 
 
 def quickstart_specs() -> list[RunSpec]:
-    """Specs of the quickstart's plan (conf/experiment/quickstart.yaml equals the code's defaults)."""
+    """Specs of the quickstart's plan (the code's defaults but for widths, conf/experiment/quickstart.yaml)."""
     settings = SweepSettings(
-        sweep="bench", design=IsoFlopDesign(), recipe=DefaultRecipe(), model=ModelSettings(), data=PySource(),
+        sweep="bench", design=IsoFlopDesign(sizes=SizeLadder(width_multiple=2)), recipe=DefaultRecipe(), model=ModelSettings(), data=PySource(),
         schedule=Cosine(),
     )  # fmt: skip
     return [run.spec for run in make_plan(settings).runs]

@@ -46,6 +46,7 @@ from scaling_lab.planning.execution import usable_cores
 from scaling_lab.planning.plan import make_plan
 from scaling_lab.planning.recipes.default import DefaultRecipe
 from scaling_lab.planning.settings import ExecutionSettings, ModelSettings, SweepSettings
+from scaling_lab.planning.sizes import SizeLadder
 
 # (width, depth, heads, context, vocabulary, sequences a step, micro-batch, dtype)
 CPU_SHAPES = [
@@ -404,8 +405,8 @@ def bench_shape(device: str, numbers: tuple[Any, ...], seconds: float, peak: flo
 
 
 def sweep_plan(device: str, quick: bool) -> Plan:
-    """The quickstart's plan (conf/experiment/quickstart.yaml equals the code's defaults)."""
-    design = IsoFlopDesign()
+    """The quickstart's plan (the code's defaults but for widths, conf/experiment/quickstart.yaml)."""
+    design = IsoFlopDesign(sizes=SizeLadder(width_multiple=2 if device == "cpu" else None))
     if quick:
         design = replace(design, budgets_flops=tuple(b / 20 for b in design.budgets_flops[:1]), noise_seeds=1)
     settings = SweepSettings(
