@@ -32,18 +32,18 @@ from scaling_lab.reporting.svg import to_png
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
-GRID = ["design.grid_sizes=6", "design.sizes_per_budget=2"]
+GRID = ["design.grid_sizes=6", "design.sizes_per_budget=2", "design.sizes.width_multiple=2"]
 SWEEPS = {
     # Both ends of the smallest budget, three seeds; both ends of the others.
     "recipe-lr-small": ["design.budgets_flops=[5e10]", *GRID, "design.seeds=3"],
     "recipe-lr-large": ["design.budgets_flops=[2e11,8e11]", *GRID],
     # A finer grid of learning rates for the two sizes of the target.
     "recipe-lr-smallest": [
-        "design.budgets_flops=[5e10]", "design.widths=[12]", "design.seeds=8",
+        "design.budgets_flops=[5e10]", "design.widths=[10]", "design.seeds=8",
         "design.lr_multipliers=[0.353553391,0.5,0.707106781,1,1.414213562,2]",
     ],
     "recipe-lr-largest": [
-        "design.budgets_flops=[8e11]", "design.widths=[80]", "design.seeds=2",
+        "design.budgets_flops=[8e11]", "design.widths=[94]", "design.seeds=2",
         "design.lr_multipliers=[0.5,1,1.414213562,2,2.828427125]",
     ],
 }  # fmt: skip
