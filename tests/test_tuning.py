@@ -411,7 +411,7 @@ def test_a_real_sweep_and_its_learning_rate_sweep(tmp_path, monkeypatch, capsys)
     tiny = [
         "device=cpu", "compile=false", "data.max_mb=1", "model.context=16", "model.head_dim=4", "eval.tokens=2048",
         "design.budgets_flops=[8e7,1.6e8,3.2e8]", "design.sizes.min_width=4", "design.sizes.max_width=16",
-        "design.sizes.width_multiple=2", "design.sizes.min_depth=1", "recipe.batch_tokens=128",
+        "design.sizes.width_multiple=2", "design.sizes.min_depth=1", "design.sizes.width_ratio=1.26", "recipe.batch_tokens=128",
         "recipe.lr_at_width_64=0.001",
     ]  # fmt: skip
     assert main(["sweep", "sweep=low", *tiny, "design.sizes_per_budget=4"]) == 0
