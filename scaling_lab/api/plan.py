@@ -33,11 +33,7 @@ def plan(experiment: str | None = None, **options: Any) -> PlanResult:
     >>> made = sl.plan(sweep="mine", data="context_tree", design={"budgets_flops": [1e10, 4e10], "noise_seeds": 1})
     >>> made
     plan mine: 9 runs, 2.4e+11 FLOPs (six_n_with_head), ...
-<<<<<<< HEAD
     >>> made.to_frame()["budget_flops"].tolist()[::6]
-=======
-    >>> sorted(set(made.to_frame()["budget_flops"]))
->>>>>>> 2cda679 (Log: heads, the new ladder's quickstart against the old one; heads study at width 64)
     [10000000000.0, 40000000000.0]
     """
     from scaling_lab.api.options import arguments
