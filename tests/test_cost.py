@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import ceil, exp, log
 from types import SimpleNamespace
 
 import pytest
+from hydra_plugins.scaling_lab.submitit_launcher import SubmititSlurm
 
 from helpers.specs import spec
 from scaling_lab.cli.main import main
@@ -14,7 +16,8 @@ from scaling_lab.core.formatting import human_amount, human_bytes
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.files.shard_check import CACHE_VARIABLE
 from scaling_lab.core.spec import Execution, PlannedRun
-from scaling_lab.launching import probing
+from scaling_lab.launching import cluster, probing
+from scaling_lab.launching.progress import LineReporter
 from scaling_lab.launching.speeds import gpu_of_job, gpus_of_job, speeds_for
 from scaling_lab.planning.cost import DiskUse, Speeds, disk_use, job_needs
 from scaling_lab.planning.devices import COMPILE_S, get_device, run_seconds
@@ -85,8 +88,6 @@ def test_a_probe_gives_measured_steps_and_interpolates_between_them():
     between = planned(32, batch_tokens=1024, train_tokens=1024 * 1000)
     a, b, x = (step_flops(run) for run in (small, large, between))
     assert a < x < b
-    from math import exp, log
-
     share = (log(x) - log(a)) / (log(b) - log(a))
     speed = exp((1 - share) * log(a / 0.01) + share * log(b / 0.02))
     assert probe.step_seconds(between) == pytest.approx(x / speed)
@@ -168,6 +169,39 @@ def test_the_options_of_a_job_name_its_gpus():
     assert gpu_of_job({"constraint": "h100&ib"}) is get_device("h100")
     assert gpu_of_job({"gres": "gpu:2", "partition": "gpu"}) is None
     assert [gpus_of_job(o) for o in ({"gres": "gpu:a100:2"}, {"gpus_per_node": 4}, {})] == [2, 4, 1]
+
+
+def test_slurm_limits_are_those_of_the_card_that_is_named(monkeypatch, capsys):
+    """By `gpu=`, else by the options of the job; the message says where the estimate comes from."""
+    seen: dict = {}
+    monkeypatch.setattr(cluster, "launch_jobs", lambda *args, **options: seen.update(options))
+    monkeypatch.setattr(SubmititSlurm, "_backend", lambda *args: None)
+    runs = (planned(512, Execution("cuda", compile=True), dtype="bfloat16"),)
+    for gpu, gres, expected in (
+        (None, "gpu:a100:2", ("a100", 2)),
+        ("h100", "gpu:a100:2", ("h100", 2)),
+        (None, None, (None, 1)),
+    ):
+        jobs = SimpleNamespace(plan=SimpleNamespace(runs=runs), gpu=gpu)
+        SubmititSlurm(gres=gres).launch_runs(jobs)
+        named = seen["speeds"].gpu
+        assert (named and named.name, seen["gpus"]) == expected
+    reporter = LineReporter()
+    queue = SimpleNamespace(array_size=lambda: 9, limit=lambda time_min, mem_gb: (time_min, mem_gb, None))
+    for speeds, words in (
+        (
+            Speeds(get_device("a100")),
+            "(from the data sheet of NVIDIA A100 80GB and an assumed MFU, not measured)",
+        ),
+        (
+            Speeds(),
+            "(from assumed low speeds, not measured; gpu=NAME (h100, a100, ...) gives a closer estimate)",
+        ),
+    ):
+        needs = [(("r",), job_needs(runs, 1, speeds))]
+        (array,) = cluster.make_arrays(queue, needs, cluster.JobRequest(), reporter, speeds.source(runs))
+        assert array.time_min == max(10, ceil(3 * needs[0][1].seconds / 60))
+        assert words in capsys.readouterr().out
 
 
 def test_plan_says_where_its_time_comes_from_and_what_it_takes_on_disk(tmp_path, monkeypatch, capsys):

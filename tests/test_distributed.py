@@ -27,10 +27,14 @@ from scaling_lab.core.spec import Execution, OptimizerSpec, Plan, PlannedRun
 from scaling_lab.core.storage.claims import last_claim
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.launching.worker import train_pending
+from scaling_lab.training.engine.devices import apply_execution
 from scaling_lab.training.engine.gradient import ModelWithLoss
 from scaling_lab.training.engine.memory import load_micro_batch_hint
+from scaling_lab.training.engine.optimizer import control_rows
+from scaling_lab.training.engine.step import LOSS, TrainStep
 from scaling_lab.training.models import build_model
-from scaling_lab.training.parallel.data_parallel import batch_share
+from scaling_lab.training.parallel import data_parallel
+from scaling_lab.training.parallel.data_parallel import DataParallelStep, batch_share
 from scaling_lab.training.parallel.team import Team, TeamLost, World, check_places, first_host
 from scaling_lab.training.run.checkpoint import read_checkpoint
 
@@ -139,6 +143,41 @@ def test_buckets_cover_the_parameters_from_the_end():
     assert all(a.first == b.last for a, b in pairwise(buckets))
     assert all(bucket.last - bucket.first >= 1000 for bucket in buckets[:-1])
     assert [name for bucket in buckets for name in bucket.names] == list(reversed(layout.names))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", TOLERANCE), ("bfloat16", BFLOAT16_TOLERANCE)])
+def test_ddp_and_fsdp_of_one_process_on_the_device(monkeypatch, run_device, dtype, tolerance):
+    """Against a run without a team: NCCL, sums during the backward pass, sharded parameters, several micro-batches."""
+    from scaling_lab.training.parallel.sharded import ShardedStep
+
+    monkeypatch.setattr(data_parallel, "OVERLAP_DEVICES", (run_device,))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if run_device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
+    )
+    try:
+        spec, execution = tiny(dtype=dtype), Execution(run_device, micro_batch_sequences=2)
+        tokens = torch.randint(256, (10_000,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        tokens = tokens.to(apply_execution(execution, dtype))
+        starts = torch.randint(9_000, (8, 4), generator=torch.Generator().manual_seed(1))
+        controls = control_rows([0.02] * 8, 0, spec.optimizer)
+        found = {}
+        for kind in ("alone", "ddp", "fsdp"):
+            torch.manual_seed(0)
+            model, team = build_model(SHAPE), Team(World(0, 1, 0), kind)
+            if kind == "alone":
+                step = TrainStep(model.to(run_device), tokens, spec, execution)
+            elif kind == "ddp":
+                step = DataParallelStep(model.to(run_device), tokens, spec, execution, team)
+            else:
+                step = ShardedStep(model, tokens, spec, execution, team)
+            metrics = step.run(starts.to(run_device), controls.to(run_device)).cpu()
+            found[kind] = metrics[:, LOSS].tolist()
+            assert kind != "ddp" or step.overlaps
+        assert found["ddp"] == pytest.approx(found["alone"], abs=tolerance)
+        assert found["fsdp"] == pytest.approx(found["alone"], abs=tolerance)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_two_processes_with_the_same_gpu_are_refused():

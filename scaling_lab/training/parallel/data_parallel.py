@@ -71,6 +71,11 @@ class DataParallelStep(TrainStep):
         """Whether gradients are to be summed during the backward pass."""
         return not self.stacked and self.tokens.device.type in OVERLAP_DEVICES
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether it does so; decided at the first step."""
+        return self._overlapped is not None
+
     def run(self, starts: Tensor, controls: Tensor) -> Tensor:
         """A block of steps of the whole batch, in all processes."""
         self._team.broadcast_command("run", starts.cpu(), controls.cpu())
