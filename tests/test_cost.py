@@ -16,7 +16,7 @@ from scaling_lab.core.formatting import human_amount, human_bytes
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.sources.files.shard_check import CACHE_VARIABLE
 from scaling_lab.core.spec import Execution, PlannedRun
-from scaling_lab.launching import cluster, probing
+from scaling_lab.launching import cluster, probing, submitit_backends
 from scaling_lab.launching.progress import LineReporter
 from scaling_lab.launching.speeds import gpu_of_job, gpus_of_job, speeds_for
 from scaling_lab.planning.cost import DiskUse, Speeds, disk_use, job_needs
@@ -175,7 +175,7 @@ def test_slurm_limits_are_those_of_the_card_that_is_named(monkeypatch, capsys):
     """By `gpu=`, else by the options of the job; the message says where the estimate comes from."""
     seen: dict = {}
     monkeypatch.setattr(cluster, "launch_jobs", lambda *args, **options: seen.update(options))
-    monkeypatch.setattr(SubmititSlurm, "_backend", lambda *args: None)
+    monkeypatch.setattr(submitit_backends, "SlurmBackend", lambda *args: None)
     runs = (planned(512, Execution("cuda", compile=True), dtype="bfloat16"),)
     for gpu, gres, expected in (
         (None, "gpu:a100:2", ("a100", 2)),
