@@ -47,20 +47,28 @@ class Size:
     width: int
     depth: int
     train_tokens: float
+    grids: tuple[str, ...] = ("lr", "batch")
 
     def sweeps(self) -> dict[str, list[str]]:
         """Sweep name -> its options."""
         size = [
             f"design.widths=[{self.width}]",
             f"design.depths=[{self.depth}]",
-            f"design.horizons_tokens=[{self.train_tokens:.0e}]",
+            f"design.horizons_tokens=[{self.train_tokens:.0f}]",
         ]
-        return {f"join-{self.name}-{grid}": [*COMMON, *size, *options] for grid, options in GRIDS.items()}
+        return {f"join-{self.name}-{grid}": [*COMMON, *size, *GRIDS[grid]] for grid in self.grids}
+
+    @property
+    def n_runs(self) -> int:
+        """How many runs its grids have."""
+        return 3 * len(self.grids)
 
 
 # Smallest first: what is not trained is at the end. The points 1M / 2e7 and 5M / 1e8 tokens need a GPU.
 SIZES = (
     Size("300k", 112, 2, 2e6),
+    # One token per parameter, as the next.
+    Size("300k-short", 112, 2, 3.3e5, ("lr",)),
     Size("1m", 144, 4, 1e6),
     Size("2m", 184, 5, 1e6),
 )
@@ -184,8 +192,8 @@ def verdict(size: Size, results: Sequence[Result]) -> list[str]:
             f"{size.name}: the rule's loss is {excess_percent(rule[0], results):.2f}% above the best of {len(trained)} runs (batch x "
             f"{best.batch_ratio:.1f}, LR x {best.lr_ratio:.1f})"
         )
-    if missing := 6 - len(results):
-        lines.append(f"{size.name}: {missing} of 6 runs not trained")
+    if missing := size.n_runs - len(results):
+        lines.append(f"{size.name}: {missing} of {size.n_runs} runs not trained")
     return lines
 
 
