@@ -70,6 +70,8 @@ SIZES = (
     # One token per parameter, as the next.
     Size("300k-short", 112, 2, 3.3e5, ("lr",)),
     Size("1m", 144, 4, 1e6),
+    # The same width and horizon at half the depth.
+    Size("depth2", 144, 2, 1e6, ("lr",)),
     Size("2m", 184, 5, 1e6),
 )
 
@@ -160,7 +162,7 @@ def table(size: Size, results: Sequence[Result]) -> list[str]:
     """The runs of one size."""
     spec = results[0].spec
     lines = [
-        f"N = {spec.n_params():.3g} (width {size.width}, depth {size.depth}), D = {size.train_tokens:.2g}; weight of published rules "
+        f"N = {spec.n_params():.3g} (width {size.width}, depth {size.depth}, 4 heads), D = {size.train_tokens:.2g}; weight of published rules "
         f"{join_weight(spec.shape, spec.train_tokens):.2f}",
         f"{'batch':>7} {'/ rule':>7} {'LR':>8} {'/ rule':>7} {'steps':>6} {'loss':>8} {'excess %':>9}",
     ]

@@ -148,29 +148,35 @@ def measured_rates() -> list[tuple[float, ...]]:
 
 @dataclass(frozen=True)
 class JoinPoint:
-    """The best run of a size of results/published/recipe_join.txt."""
+    """The best LR at the rule's batch, and the best batch at the rule's LR (None: one batch), of a size of recipe_join.txt."""
 
     n: float
     tokens: float
-    batch: float
     lr: float
+    batch: float | None
 
 
 def join_points() -> list[JoinPoint]:
-    """The best LR and batch of each size of recipe_join.txt, on a grid of factors of 2."""
-    path, found = PUBLISHED / "recipe_join.txt", []
-    if not path.exists():
-        return []
-    for block in path.read_text(encoding="utf-8").split("N = ")[1:]:
-        n, tokens = (float(x) for x in re.match(r"([\d.e+]+) .*?D = ([\d.e+]+);", block).groups())  # type: ignore[union-attr]
-        rows = [
-            line.replace(",", "").split()
-            for line in block.splitlines()
-            if re.match(r"\s*[\d,]+\s+[\d.]+\s+[\d.]+", line)
-        ]
-        best = min((row for row in rows if len(row) == 7), key=lambda row: float(row[5]))
-        found.append(JoinPoint(n, tokens, float(best[0]), float(best[2])))
+    """The sizes of results/published/recipe_join.txt, on grids of factors of 2."""
+    found = []
+    for block in (PUBLISHED / "recipe_join.txt").read_text(encoding="utf-8").split("N = ")[1:]:
+        header = re.match(r"([\d.e+]+) .*?D = ([\d.e+]+);", block)
+        assert header is not None
+        # Batch, over the rule's, LR, over the rule's, steps, loss, excess.
+        rows = np.array([fields for line in block.splitlines() if len(fields := numbers(line)) == 7])
+        at_batch, at_lr = rows[np.abs(rows[:, 1] - 1) < 0.2], rows[np.abs(rows[:, 3] - 1) < 0.01]
+        best_lr = float(at_batch[at_batch[:, 5].argmin(), 2])
+        best_batch = float(at_lr[at_lr[:, 5].argmin(), 0]) if len(at_lr) > 1 else None
+        found.append(JoinPoint(float(header[1]), float(header[2]), best_lr, best_batch))
     return found
+
+
+def numbers(line: str) -> list[float]:
+    """The numbers of a table's row; empty for other lines."""
+    try:
+        return [float(word.replace(",", "")) for word in line.split()]
+    except ValueError:
+        return []
 
 
 def draw_measured(lr_axes: Axes, batch_axes: Axes) -> None:
@@ -180,11 +186,11 @@ def draw_measured(lr_axes: Axes, batch_axes: Axes) -> None:
             n, best, [[best - low], [high - best]], fmt="o", color=INK, markersize=4, linewidth=1, zorder=5
         )
     batch_axes.plot(*np.array(MEASURED_BATCHES).T, "o", color=INK, markersize=4, zorder=5)
-    for point in join_points():
-        lr_axes.plot(point.n, point.lr, "o", color=INK, markerfacecolor="white", markersize=4.5, zorder=5)
-        batch_axes.plot(
-            point.tokens, point.batch, "o", color=INK, markerfacecolor="white", markersize=4.5, zorder=5
-        )
+    hollow = {"color": INK, "markerfacecolor": "white", "markersize": 4.5, "zorder": 5}
+    points = join_points()
+    lr_axes.plot([p.n for p in points], [p.lr for p in points], "o", **hollow)
+    tuned = [p for p in points if p.batch is not None]
+    batch_axes.plot([p.tokens for p in tuned], [p.batch for p in tuned], "o", **hollow)
 
 
 def draw_disputed_sign(axes: Axes) -> None:
@@ -257,7 +263,7 @@ def legend_entries() -> list[Artist]:
     entries.append(Patch(color=FAINT, alpha=0.4, linewidth=0, label="the join of recipe=default"))
     marks = [
         ("best measured here", INK),
-        *([("best of a grid of factors of 2", "white")] if join_points() else []),
+        ("best of a grid of factors of 2", "white"),
     ]
     entries += [
         Line2D([], [], color=INK, linestyle="", marker="o", markersize=4, markerfacecolor=face, label=label)
