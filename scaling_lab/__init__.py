@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from scaling_lab.api.reproduce import reproduce
     from scaling_lab.api.sweep import Sweep
     from scaling_lab.api.tables import read_table
-    from scaling_lab.api.train import train
+    from scaling_lab.api.train import load_model, train
     from scaling_lab.core.errors import UserError
 
 __version__ = "0.1.0"
@@ -35,6 +35,7 @@ _PUBLIC = {
     "analyze": "api.analyze",
     "fit": "api.fit",
     "load": "api.analyze",
+    "load_model": "api.train",
     "plan": "api.plan",
     "predict": "api.analyze",
     "read_table": "api.tables",
@@ -49,6 +50,7 @@ __all__ = [
     "analyze",
     "fit",
     "load",
+    "load_model",
     "plan",
     "predict",
     "read_table",

@@ -34,6 +34,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -82,19 +83,17 @@ class Attempt:
     seconds: float
 
     def stage(self) -> str:
-        """The stage that it had started and not ended."""
-        open_stages: list[str] = []
+        """The stage that it had started and not ended. A checkpoint is written while steps go on: then it is the write."""
+        open_stages: Counter[str] = Counter()
         for line in self.announced:
-            if line[0] == "+":
-                open_stages.append(line[1:])
-            elif line[0] == "-":
-                open_stages.pop()
-        return open_stages[-1] if open_stages else "elsewhere"
+            if line[0] in "+-":
+                open_stages[line[1:]] += 1 if line[0] == "+" else -1
+        return next((s for s in (CHECKPOINT, RECORD, RESUME, STEP) if open_stages[s]), "elsewhere")
 
     def place(self) -> str:
         """The last file operation that it announced in its stage."""
-        line = self.announced[-1] if self.announced else ""
-        return line[1:] if line.startswith(".") else "first call not reached"
+        lines = [line for line in self.announced if line[1:] != STEP]
+        return lines[-1][1:] if lines and lines[-1].startswith(".") else "first call not reached"
 
 
 def main() -> int:
@@ -233,7 +232,7 @@ class Whole:
         calls = {s: Counter[str]() for s in STAGES}
         stage = ""
         for line in timed.announced:
-            if line[0] == "+":
+            if line[0] == "+" and line[1:] != STEP:
                 stage = line[1:]
             elif line[0] == "." and stage in calls:
                 calls[stage]["calls"] += 1
@@ -332,22 +331,22 @@ def child(store: RunStore, pipe: int, checkpoint_every_s: float) -> None:
 
 def announce(say: Callable[[str], Any]) -> None:
     """Wrap the stages that kills aim at. Done here and not in the package, so that it costs an ordinary run nothing."""
-    stage: list[str] = []
+    here = threading.local()  # checkpoints are written by a thread of their own
 
     def staged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **options: Any) -> Any:
-            stage.append(name)
+            outer, here.stage = getattr(here, "stage", None), name
             say(f"+{name}")
             out = function(*args, **options)
             say(f"-{name}")
-            stage.pop()
+            here.stage = outer
             return out
 
         return wrapped
 
     def paused(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **options: Any) -> Any:
-            if not stage or stage[-1] == STEP:
+            if getattr(here, "stage", None) in (None, STEP):
                 return function(*args, **options)
             what = kind_of(args[-1])
             say(f".before {name} {what}")

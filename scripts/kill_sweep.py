@@ -67,42 +67,42 @@ STUCK_S = 600.0
 
 SITECUSTOMIZE = '''
 """Announces the phases of a worker; see scripts/kill_sweep.py."""
-import os, random, sys, time
+import os, random, sys, threading, time
 if "scaling_lab.worker" in sys.orig_argv:
     out = os.open(os.environ["KILL_SWEEP_PHASES"], os.O_WRONLY | os.O_APPEND)
     def say(sign, phase, run_id):
         os.write(out, f"{time.time_ns()} {os.getpid()} {sign}{phase} {run_id}\\n".encode())
     say("+", "starting", "-")
     from scaling_lab.core.storage.store import RunStore
-    from scaling_lab.training.run import loop
-    from scaling_lab.training.run.member import Member
+    from scaling_lab.training.run import loop, member
     from scaling_lab.training.run.session import Program
-    writing = []
+    here = threading.local()  # checkpoints are written by a thread of their own
     def announced(phase, function, run_of, writes=True):
         def wrapped(*args, **options):
             run_id = run_of(*args)
             say("+", phase, run_id)
-            writing.append(writes)
+            here.writing = writes
             try:
                 return function(*args, **options)
             finally:
-                writing.pop()
+                here.writing = False
                 say("-", phase, run_id)
         return wrapped
     def slow(function):
         def wrapped(*args, **options):
-            if any(writing): time.sleep(random.uniform(0, 0.004))
+            if getattr(here, "writing", False): time.sleep(random.uniform(0, 0.004))
             try:
                 return function(*args, **options)
             finally:
-                if any(writing): time.sleep(random.uniform(0, 0.004))
+                if getattr(here, "writing", False): time.sleep(random.uniform(0, 0.004))
         return wrapped
     for name in ("fsync", "replace", "link"):
         setattr(os, name, slow(getattr(os, name)))
     def run_of(program, done, *_):
         return program.sessions[min(done)].spec.run_id()
     Program.run_block = announced("training", Program.run_block, run_of, False)
-    Member.checkpoint = announced("checkpointing", Member.checkpoint, lambda member: member.planned.run_id)
+    member.save_checkpoint = announced("checkpointing", member.save_checkpoint, lambda folder, saved: saved.run_id)
+    member.write_weights = announced("checkpointing", member.write_weights, lambda folder, spec, tensors: spec.run_id())
     RunStore.write_record = announced("recording", RunStore.write_record, lambda store, record: record.run_id)
     loop.CHECKPOINT_EVERY_S = 0.25
     say("-", "starting", "-")
@@ -157,7 +157,8 @@ class Announcements:
         return statistics.median(took.values()) if took else 0.0
 
     def phase_of(self, pid: int) -> str:
-        """The phase that a process had started and not ended at its last line."""
+        """The phase that a process had started and not ended at its last line. A checkpoint is written while steps go on: then
+        it is the write."""
         self.read_new()
         open_phases: list[str] = []
         for event in self.events:
@@ -165,6 +166,8 @@ class Announcements:
                 open_phases.append(event.phase)
             elif event.pid == pid and event.phase in open_phases:
                 open_phases.remove(event.phase)
+        if CHECKPOINTING in open_phases:
+            return CHECKPOINTING
         return open_phases[-1] if open_phases else "between"
 
 

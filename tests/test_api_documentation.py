@@ -128,6 +128,7 @@ called["plan"] = sl.plan(
     design={"budgets_flops": [1e8], "sizes_per_budget": 4, "noise_seeds": 1},
 )
 called["train"] = sl.train(called["plan"], workers=0, progress=False)
+called["load_model"] = sl.load_model(f"results/one/runs/{called['plan'].run_ids[0]}")
 called["Sweep"] = sl.Sweep("results/one")
 called["UserError"] = sl.UserError("x")
 assert sorted(called) == sl.__all__, set(sl.__all__) ^ set(called)

@@ -62,6 +62,7 @@ def tiny_plan() -> Plan:
             model=ModelSettings(context=16, head_dim=4),
             data=PySource(max_mb=1),
             recipe=DefaultRecipe(batch_tokens=128),
+            execution=ExecutionSettings(keep="resume"),
             eval=EvalSpec(tokens=1024, points=2),
         )
     )

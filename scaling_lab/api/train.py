@@ -1,4 +1,4 @@
-"""`train`: a plan's runs in worker processes or in this one, or a single run."""
+"""`train`: a plan's runs in worker processes or in this one, or a single run; `load_model`: what a run ended with."""
 
 from __future__ import annotations
 
@@ -76,6 +76,29 @@ def train(
         store.reopen_failed(plan)
     _train_plan(store, plan, workers, tracker_dict(tracker), _reporter(progress))
     return _outcome(store, [run.run_id for run in plan.runs])
+
+
+def load_model(folder: str | Path, /, *, device: str = "cpu") -> Any:
+    """The model that a run ended with, a `torch.nn.Module` in evaluation mode: logits (B, T, vocabulary) of tokens (B, T).
+
+    Args:
+        folder: a run's folder, RESULTS_DIR/SWEEP/runs/RUN_ID, or its weights.safetensors alone, wherever it is.
+        device: where to put it.
+
+    Raises:
+        UserError: torch is not installed; the run has not ended or kept no weights (keep=none); the file is damaged.
+
+    >>> made = sl.plan(sweep="tiny", data={"max_mb": 1}, device="cpu", compile="false",
+    ...     design={"budgets_flops": [1e8], "sizes_per_budget": 4, "noise_seeds": 1}, eval={"tokens": 1024})
+    >>> sweep = sl.train(made, workers=0, progress=False)
+    >>> model = sl.load_model(f"results/tiny/runs/{made.run_ids[0]}")
+    >>> sum(p.numel() for p in model.parameters()) > 0
+    True
+    """
+    require("torch", "loading a model")
+    from scaling_lab.training.run.weights import load_model as load
+
+    return load(Path(folder).expanduser(), device)
 
 
 def tracker_dict(tracker: str | Mapping[str, Any] | None) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from scaling_lab.planning.settings import CorpusUse, SweepSettings
 # Options that do not change which runs a sweep has.
 NOT_OF_THE_PLAN = frozenset(
     {"sweep", "results_dir", "config_dir", "workers", "tracker", "run_ids", "retry", "study", "gpu", "count"}
-    | {"price_per_hour", "probe", SCALE_GROUP}
+    | {"price_per_hour", "probe", "keep", SCALE_GROUP}
 )
 CORPUS_OPTIONS = frozenset(f.name for f in fields(CorpusUse))
 EXECUTION = frozenset({"device", "compile", "threads", "deterministic", "stack", "memory_gb"})
@@ -130,6 +130,27 @@ def settle_plan(
     Raises:
         UserError: there is no plan, or an option that the user gave has another value in the plan on disk.
     """
+    settled = _settled(store, trees, given, replace_unstarted=replace_unstarted)
+    return replace(settled, plan=keep_as_given(store, settled.plan, trees, given))
+
+
+def keep_as_given(
+    store: RunStore, plan: Plan, trees: Sequence[Mapping[str, Any]], given: Mapping[str, str]
+) -> Plan:
+    """The plan with the `keep` that the user gave, which may change at any time: it is no part of what runs compute."""
+    if "keep" not in given:
+        return plan
+    keep = str(trees[0]["keep"])
+    if all(run.execution.keep == keep for run in plan.runs):
+        return plan
+    runs = tuple(replace(run, execution=replace(run.execution, keep=keep)) for run in plan.runs)
+    store.write_plan(replace(plan, runs=runs))
+    return store.read_plan()
+
+
+def _settled(
+    store: RunStore, trees: Sequence[Mapping[str, Any]], given: Mapping[str, str], *, replace_unstarted: bool
+) -> Settled:
     if not defines_plan(given):
         return Settled(add_corpus(store, store.read_plan()))
     recorded = plan_keys(given)
@@ -224,6 +245,8 @@ def _changed_data(old: Plan) -> str | None:
 def _was_given(path: str, given: Collection[str]) -> bool:
     """Whether one of the user's keys sets this settings path."""
     option = _option(path)
+    if option.partition(".")[0] in NOT_OF_THE_PLAN:
+        return False
     if path.endswith(".kind"):
         return option in given or ("experiment" in given and option.count(".") == 0)
     return option in given or any(option.startswith(f"{key}.") for key in given if "." in key)
@@ -254,7 +277,9 @@ def same_runs(
         new = make_merged_plan(trees, device=device)
     except UserError:
         return False
-    before, after = ({r.run_id: r.execution for r in plan.runs} for plan in (old, new))
+    before, after = (
+        {r.run_id: replace(r.execution, keep="resume") for r in plan.runs} for plan in (old, new)
+    )
     return before.keys() == after.keys() and (ignore_execution or before == after)
 
 

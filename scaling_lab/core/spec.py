@@ -277,6 +277,10 @@ _PART_CLASSES: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
+# What a completed run leaves behind: its weights, nothing but curve and record, or a checkpoint with the optimizer's state.
+KEEP = ("weights", "none", "resume")
+
+
 @dataclass(frozen=True)
 class Execution:
     """How a run is computed. Not part of its identity, but fixed at plan time and kept by every resume and takeover:
@@ -295,8 +299,12 @@ class Execution:
     stack_size: int = 1
     """Number of runs in the stack. The program keeps this size when members are finished or claimed elsewhere, so that a
     member's arithmetic does not depend on which other members are present."""
+    keep: str = "resume"
+    """What is left of a completed run, one of `KEEP`. It may change: nothing that is computed depends on it."""
 
     def __post_init__(self) -> None:
+        if self.keep not in KEEP:
+            raise unknown("keep", self.keep, KEEP)
         if self.micro_batch_sequences is not None and self.micro_batch_sequences < 1:
             raise UserError(f"micro_batch_sequences={self.micro_batch_sequences!r} must be at least 1.")
         if self.device not in ("cpu", "cuda", "mps"):
@@ -306,10 +314,10 @@ class Execution:
 
     def continues(self, planned: Execution) -> bool:
         """Whether a run computed like this so far may continue under the plan's execution: equal except for a micro-batch
-        that was reduced to fit memory, which it keeps."""
+        that was reduced to fit memory, which it keeps, and for what is left of it in the end."""
         mine, theirs = self.micro_batch_sequences, planned.micro_batch_sequences
         smaller = mine == theirs or (mine is not None and (theirs is None or mine < theirs))
-        return smaller and replace(self, micro_batch_sequences=theirs) == planned
+        return smaller and replace(self, micro_batch_sequences=theirs, keep=planned.keep) == planned
 
 
 @dataclass(frozen=True)

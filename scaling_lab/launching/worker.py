@@ -34,7 +34,7 @@ from scaling_lab.planning.replan import plan_command
 from scaling_lab.tracking.sink.trackers import make_tracker, mirrors_closed
 from scaling_lab.training.engine.devices import cuda_has_bfloat16, cuda_name, resolve_device, run_environment
 from scaling_lab.training.parallel.team import PARALLEL, TeamLost, joined
-from scaling_lab.training.run.checkpoint import kept_path
+from scaling_lab.training.run.checkpoint import kept_path, remove_checkpoints
 from scaling_lab.training.run.follower import Follower
 from scaling_lab.training.run.loop import CHECKPOINT_EVERY_S, ClaimedRun, train_together
 from scaling_lab.training.run.member import Member
@@ -86,7 +86,9 @@ def train_pending(
                 raise disk_error(error, store.folder) or error from error
             claimed = {run_id: claim for run_id, claim in claims.items() if claim is not None}
             if claimed:
-                made += train_group(group, claimed, store, plan.data_fingerprint, tracker, checkpoint_every_s)
+                ended = train_group(group, claimed, store, plan.data_fingerprint, tracker, checkpoint_every_s)
+                release_kept_checkpoints(store, ended)
+                made += ended
     return made
 
 
@@ -99,6 +101,15 @@ def refuse_missing_bfloat16(runs: Iterable[PlannedRun], plan: Plan, store: RunSt
             f"sweep {plan.sweep} is planned with dtype=bfloat16, which this GPU ({cuda_name()}) does not have. Plan it in "
             f"float32: {line}"
         )
+
+
+def release_kept_checkpoints(store: RunStore, ended: Sequence[RunRecord]) -> None:
+    """Delete the checkpoints that a parent kept for its children once it and all of them are completed."""
+    related = {r.spec.parent or r.run_id for r in ended if r.spec.parent is not None or r.spec.keep_steps}
+    for parent in sorted(related):
+        family = store.family(parent)
+        if family and all(store.state(run_id).state == RunStatus.COMPLETED for run_id in family):
+            remove_checkpoints(store.run_folder(parent) / "checkpoint", "kept-*")
 
 
 def training_groups(runs: Iterable[PlannedRun], plan: Plan) -> Iterator[list[PlannedRun]]:

@@ -169,10 +169,12 @@ def _assumed_seconds(run: PlannedRun) -> float:
 
 
 def _worker_bytes(run: PlannedRun) -> float:
-    """Host memory of one worker: includes the model only on a CPU, the corpus on any device."""
+    """Host memory of one worker: includes the model only on a CPU, and on any device the corpus and the copy of parameters
+    and moments that a checkpoint is written from."""
+    copy = CHECKPOINT_BYTES_PER_PARAM * run.spec.count().params.total * run.execution.stack_size
     compiler = COMPILER_BYTES if run.execution.compile else 0.0
     on_cpu = run.execution.device == "cpu"
-    return compiler + (device_bytes(run) if on_cpu else GPU_HOST_BYTES + _corpus_copies_bytes(run))
+    return copy + compiler + (device_bytes(run) if on_cpu else GPU_HOST_BYTES + _corpus_copies_bytes(run))
 
 
 def device_bytes(run: PlannedRun) -> float:

@@ -79,7 +79,10 @@ def plan_executions(specs: list[RunSpec], settings: ExecutionSettings) -> list[E
         pays_off = program_flops[program_key(spec)] >= MIN_COMPILED_FLOPS
         return settings.device == "cpu" and pays_off and can_compile()
 
-    unstacked = [Execution(settings.device, compiled(s), threads, settings.deterministic) for s in specs]
+    base = Execution(
+        settings.device, threads=threads, deterministic=settings.deterministic, keep=settings.keep
+    )
+    unstacked = [replace(base, compile=compiled(s)) for s in specs]
     planned = with_stacks(specs, unstacked, settings)
     if settings.device == "cuda" and settings.compile == "auto" and can_compile():
         planned = compiled_if_repaid(specs, planned)

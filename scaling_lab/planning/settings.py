@@ -10,7 +10,7 @@ from typing import Any
 from scaling_lab.core.counts import Convention
 from scaling_lab.core.errors import MissingCorpus, UserError, unknown
 from scaling_lab.core.parametrization import Standard
-from scaling_lab.core.spec import DTYPES, EvalSpec, shape_class
+from scaling_lab.core.spec import DTYPES, KEEP, EvalSpec, shape_class
 
 # Tokens of a corpus that is prepared as large as its plan needs.
 ANY_NUMBER = 2**62
@@ -122,8 +122,12 @@ class ExecutionSettings:
     on other devices unknown, and batches are not split."""
     cores: int | None = None
     """Number of cores of the machine that trains; None: of this machine."""
+    keep: str = "weights"
+    """What a completed run leaves behind, one of `KEEP`."""
 
     def __post_init__(self) -> None:
+        if self.keep not in KEEP:
+            raise unknown("keep", self.keep, KEEP)
         if self.stack not in ("auto", "false"):
             raise unknown("stack", self.stack, ("auto", "false"))
         if self.memory_gb is not None and not self.memory_gb > 0:

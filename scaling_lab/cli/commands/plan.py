@@ -194,7 +194,7 @@ def disk_text(plan: Plan, options: Mapping[str, Any]) -> str:
     """What the sweep takes on disk: curves, checkpoints while it runs, and what finished runs leave."""
     from scaling_lab.planning.cost import LEFT_BEHIND, disk_use
 
-    keep = str(options.get("keep") or "resume")
+    keep = plan.runs[0].execution.keep
     use = disk_use(plan.runs, concurrent_runs(plan, options), keep)
     return (
         f"{human_bytes(use.curves)} of curves; checkpoints while it runs: up to {human_bytes(use.running)}; left behind: "

@@ -77,6 +77,8 @@ class Common:
     """Memory that one run may use, GB; null: the device's (that of gpu=, if given). Larger batches are split into micro-batches"""
     deterministic: bool = True
     """Same machine, same losses"""
+    keep: Literal["weights", "none", "resume"] = "weights"
+    """What a completed run leaves behind: its weights, only curve and record, or a checkpoint with the optimizer's state"""
     eval: EvalSpec = field(default_factory=EvalSpec)
 
     def __post_init__(self) -> None:
@@ -310,6 +312,7 @@ def execution_settings(common: Common, device: str, gpu: str | None = None) -> E
         deterministic=common.deterministic,
         stack=common.stack,
         memory_gb=memory_gb,
+        keep=common.keep,
     )
 
 

@@ -58,6 +58,11 @@ class Prepared:
         found = _meta(self)["tokenizer"]
         return "bytes" if found["name"] == "bytes" else f"sha256 {found['sha256'][:12]}"
 
+    @property
+    def tokenizer_file(self) -> Path:
+        """Where its tokenizer is, unless that is bytes."""
+        return Path(self.path).expanduser() / "tokenizer.json"
+
     def tokens(self, split: str) -> ShardedTokens:
         return _splits(self)[0 if split == "train" else 1]
 

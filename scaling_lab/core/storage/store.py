@@ -5,6 +5,7 @@
                                  claim-<g>.json owner of attempt g, rewritten as a heartbeat
                                  curve.jsonl    append-only
                                  checkpoint/    the last two (training/run/checkpoint.py)
+                                 weights.safetensors  of a completed run (training/run/weights.py)
                                  record.json    written last: the run is finished
     <root>/<sweep>/report/
 
@@ -120,6 +121,18 @@ class RunStore:
         if not self.folder.parent.is_dir():
             return []
         return sorted(p.parent.name for p in self.folder.parent.glob("*/plan.json"))
+
+    def family(self, parent: str) -> list[str]:
+        """Ids of a run of the plan and of those that continue from its checkpoints; empty if there is no plan or it keeps
+        these checkpoints (keep=resume). It does not build the plan, which may have thousands of other runs."""
+        try:
+            runs = json.loads(self.plan_path.read_text(encoding="utf-8"))["runs"]
+        except (OSError, ValueError, KeyError):
+            return []
+        found = [run for run in runs if parent in (run["run_id"], run["spec"].get("parent"))]
+        if any(run["execution"].get("keep", "resume") == "resume" for run in found):
+            return []
+        return [str(run["run_id"]) for run in found]
 
     # -- claims
     def claim(self, spec: RunSpec) -> Claim | None:

@@ -161,6 +161,14 @@ class TrainStep:
         """Everything that a step changes, by name; the tensors themselves, not copies."""
         return {"flat": self.flat, "first_moment": self.first_moment, "second_moment": self.second_moment}
 
+    def host_copy(self) -> dict[str, Tensor]:
+        """A copy of the state in host memory, which the next steps do not change."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self.state().items()}
+
+    def host_parameters(self) -> dict[str, Tensor]:
+        """A copy of the parameters by name in host memory."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self.parameters().items()}
+
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Load a saved state in place. Raises ValueError for tensors of another size."""
         load_into(self.state(), state)
@@ -184,11 +192,17 @@ class StackSlot:
         return out
 
     def state(self) -> dict[str, Tensor]:
+        return {name: tensor[self.index] for name, tensor in self.stack.state().items()}
+
+    def host_copy(self) -> dict[str, Tensor]:
         # Copies: a row saved as a view would save the storage of the whole stack with it.
-        return {name: tensor[self.index].clone() for name, tensor in self.stack.state().items()}
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self.state().items()}
+
+    def host_parameters(self) -> dict[str, Tensor]:
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self.parameters().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        load_into({name: tensor[self.index] for name, tensor in self.stack.state().items()}, state)
+        load_into(self.state(), state)
 
 
 def update_parts(flat: Tensor) -> list[slice]:

@@ -120,12 +120,14 @@ class ShardedStep:
             out: Tensor = self._with_loss(tokens)
         return out
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything that a step changes, gathered on the CPU of the first process (empty in the others)."""
-        self._team.broadcast_command("state")
+    def state(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Everything that a step changes, or `names` of it, gathered on the CPU of the first process (empty in the others)."""
+        self._team.broadcast_command("state", names)
         out = {}
         with collective_guard(), torch.no_grad():
             for name, shards in self._shards().items():
+                if names is not None and name not in names:
+                    continue
                 parts = []
                 for p, shard in zip(self._parameters, shards, strict=True):
                     sharded = DTensor.from_local(
@@ -136,6 +138,14 @@ class ShardedStep:
                         parts.append(whole.reshape(-1).cpu())
                 out[name] = torch.cat(parts) if parts else torch.empty(0)
         return out
+
+    def host_copy(self) -> dict[str, Tensor]:
+        """The state, which `state` gathers into new tensors."""
+        return self.state()
+
+    def host_parameters(self) -> dict[str, Tensor]:
+        """The parameters by name, gathered in host memory."""
+        return self.layout.views(self.state(("flat",))["flat"])
 
     def load_state(self, state: dict[str, Tensor] | None = None) -> None:
         """Load the state of the first process, in place. Raises ValueError for tensors of another size."""

@@ -2,7 +2,8 @@
 
     <run folder>/checkpoint/step-<n>.pt     tensors: parameters and both moments, flat (torch.save, read with weights_only)
                             step-<n>.json   written after it: its sha256, the step, the length of the curve so far
-                            kept-<n>.pt, .json  the same, for other runs to continue from (spec.keep_steps); never deleted
+                            kept-<n>.pt, .json  the same, for other runs to continue from (spec.keep_steps); deleted when
+                                                these are completed, unless keep=resume
 
 A checkpoint without its .json does not count. The last two are kept; if one is damaged, the one before it is used, with a
 warning. The data order is a pure function of the step, so there is no other state.
@@ -11,14 +12,15 @@ warning. The data order is a pure function of the step, so there is no other sta
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -51,9 +53,11 @@ class Checkpoint:
     """State of the divergence detector; None in checkpoints of older versions."""
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int = KEPT) -> None:
+def save_checkpoint(
+    folder: Path, checkpoint: Checkpoint, keep: int = KEPT, check: Callable[[], None] | None = None
+) -> None:
     """Write durably, then delete all but the last `keep`. Raises OSError (a full disk, say) without deleting any."""
-    write_checkpoint(folder / f"step-{checkpoint.step}.pt", checkpoint)
+    write_checkpoint(folder / f"step-{checkpoint.step}.pt", checkpoint, check)
     for step in steps_saved(folder)[:-keep]:
         # The .json first: a .pt alone is not a checkpoint, but a .json alone would look like a damaged one.
         (folder / f"step-{step}.json").unlink(missing_ok=True)
@@ -65,28 +69,66 @@ def kept_path(folder: Path, step: int) -> Path:
     return folder / f"kept-{step}.pt"
 
 
-def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write `path`, then the .json that makes it a checkpoint. Raises OSError; existing checkpoints are not affected."""
+class HashedFile:
+    """A binary file that computes the SHA-256 of what is written to it, so that no second copy of the data is needed."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
+        """The error of a write, which torch replaces by a RuntimeError about positions."""
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def write_checkpoint(path: Path, checkpoint: Checkpoint, check: Callable[[], None] | None = None) -> None:
+    """Write `path`, then the .json that makes it a checkpoint. Raises OSError; existing checkpoints are not affected.
+
+    `check` is called before each file appears under its name: it raises `ClaimLost` if another process has the run.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    torch.save({name: tensor.cpu() for name, tensor in checkpoint.tensors.items()}, buffer)
-    data = buffer.getvalue()
     temporary = temporary_path(path)
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            hashed = HashedFile(file)
+            try:
+                torch.save(dict(checkpoint.tensors), cast(IO[bytes], hashed))
+            except RuntimeError as error:
+                raise hashed.error or error from None
             file.flush()
             os.fsync(file.fileno())
+        if check is not None:
+            check()
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    meta = {k: v for k, v in asdict(checkpoint).items() if k not in ("tensors", "execution")}
-    meta |= {
-        "execution": to_dict(checkpoint.execution),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "format_version": FORMAT_VERSION,
-    }
-    write_atomic(path.with_suffix(".json"), dumps(meta))
+    if check is not None:
+        check()
+    write_atomic(
+        path.with_suffix(".json"), dumps(described(checkpoint) | {"sha256": hashed.sha256.hexdigest()})
+    )
+
+
+def described(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the .json says of a checkpoint, except for its checksums."""
+    meta = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint) if f.name != "tensors"}
+    return meta | {"execution": to_dict(checkpoint.execution), "format_version": FORMAT_VERSION}
+
+
+def remove_checkpoints(folder: Path, pattern: str = "step-*") -> None:
+    """Delete the checkpoints from which a run would resume, or those kept for other runs (kept-*)."""
+    for path in sorted(folder.glob(pattern)):  # .json before .pt
+        path.unlink(missing_ok=True)
+    with suppress(OSError):  # it holds others, or does not exist
+        folder.rmdir()
 
 
 def clean(folder: Path) -> None:
@@ -122,11 +164,11 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Read one checkpoint. Raises ValueError or OSError with the reason if it cannot be used."""
     meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    data = path.read_bytes()
     if meta["format_version"] != FORMAT_VERSION:
         raise ValueError(f"its format version is {meta['format_version']}, expected {FORMAT_VERSION}")
-    if hashlib.sha256(data).hexdigest() != meta["sha256"]:
-        raise ValueError("its checksum is wrong")
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != meta["sha256"]:
+            raise ValueError("its checksum is wrong")
     if meta["run_id"] != run_id:
         raise ValueError(f"it belongs to run {meta['run_id']}")
     written_under = Execution(**meta["execution"])
@@ -142,6 +184,6 @@ def read_checkpoint(
         wall_time_s=meta["wall_time_s"],
         execution=written_under,
         data_fingerprint=meta["data_fingerprint"],
-        tensors=torch.load(io.BytesIO(data), map_location="cpu", weights_only=True),
+        tensors=torch.load(path, map_location="cpu", weights_only=True),
         divergence=meta.get("divergence"),
     )

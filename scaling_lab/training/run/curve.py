@@ -73,8 +73,10 @@ class CurveWriter:
         """Losses since the last point of the curve."""
         return tuple(self._block)
 
-    def flush(self, *, durable: bool = False) -> None:
-        """Flush the lines to the operating system; durable: to the disk, before a checkpoint that refers to them."""
+    def flush(self) -> None:
+        """Flush the lines to the operating system."""
         self._file.flush()
-        if durable:
-            os.fsync(self._file.fileno())
+
+    def sync(self) -> None:
+        """Sync the flushed lines to the disk, before a checkpoint that refers to them."""
+        os.fsync(self._file.fileno())

@@ -1,4 +1,4 @@
-"""The claim's heartbeat while a run trains, and the timer that says when a checkpoint is due."""
+"""The claim's heartbeat while a run trains."""
 
 from __future__ import annotations
 
@@ -67,16 +67,3 @@ class Heartbeat:
                 return
             except OSError as problem:
                 log.warning("run %s: no heartbeat (%s).", self._spec.run_id(), problem)
-
-
-class Timer:
-    """Due once every `every_s` seconds."""
-
-    def __init__(self, every_s: float) -> None:
-        self._every_s, self._last = every_s, time.monotonic()
-
-    def is_due(self) -> bool:
-        if time.monotonic() - self._last < self._every_s:
-            return False
-        self._last = time.monotonic()
-        return True

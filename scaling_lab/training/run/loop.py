@@ -20,6 +20,7 @@ from scaling_lab.core.record import RunRecord
 from scaling_lab.core.spec import PlannedRun
 from scaling_lab.core.storage.claims import Claim
 from scaling_lab.core.storage.store import RunStore
+from scaling_lab.planning.cost import CHECKPOINT_BYTES_PER_PARAM
 from scaling_lab.planning.memory import (
     BLOCK_STEPS,
     activation_bytes,
@@ -35,7 +36,7 @@ from scaling_lab.training.engine.memory import (
     release_memory,
 )
 from scaling_lab.training.parallel.team import current_team
-from scaling_lab.training.run.heartbeat import Timer
+from scaling_lab.training.run.checkpoint_writer import CheckpointWriter
 from scaling_lab.training.run.member import Member, StepCounter
 from scaling_lab.training.run.session import Program, check_data, open_program
 from scaling_lab.training.run.stopping import Requests, listen
@@ -44,7 +45,7 @@ log = logging.getLogger(__name__)
 
 # Losses are read back from the device, and requests handled, after about this time or BLOCK_STEPS steps.
 BLOCK_S = 0.5
-# A killed run loses at most this much work; a checkpoint of a tiny model takes milliseconds.
+# A killed run loses at most this much work, or more where checkpoints are slow (`CheckpointWriter`).
 CHECKPOINT_EVERY_S = 30.0
 
 
@@ -145,12 +146,13 @@ def train_members(
     with ExitStack() as resources:
         with requests.handled_at_once():
             program = prepare(part.group, members, expected_fingerprint)
+        writer = CheckpointWriter(checkpoint_every_s, saved_bytes(members))
         for member in running(members):
             with fail_on_error(member):
-                resources.enter_context(member.begin(program.sessions[member.slot]))
+                resources.enter_context(member.begin(program.sessions[member.slot], writer))
+        resources.enter_context(writer)  # left before the curves are closed
         finish(members)  # those that were killed between their last checkpoint and their record
-        timer, compiled = Timer(checkpoint_every_s), False
-        records = BlockRecords(program)
+        records, compiled = BlockRecords(program), False
         for count in blocks(members, program.max_block_steps):
             live = running(members)
             # The first block is a single step, which compiles the program.
@@ -159,11 +161,11 @@ def train_members(
             if not compiled:
                 resources.enter_context(garbage_frozen())
                 compiled = True
-            due = timer.is_due() or requests.checkpoint
+            due = writer.is_due() or requests.checkpoint
             if program.overlaps and not due and not any(member.pauses for member in live):
                 continue  # the block is recorded while the next one is computed
             records.write()
-            save(live, requests, everyone=due or requests.checkpoint)
+            save(live, requests, writer, everyone=due)
             finish(live)
             if running(members):
                 requests.handle()
@@ -250,16 +252,28 @@ def finish(members: Sequence[Member]) -> None:
                 member.finish()
 
 
-def save(members: Sequence[Member], requests: Requests, everyone: bool) -> None:
-    """Checkpoint the members that are at their last step, or `everyone`."""
-    written = []
-    for member in running(members):
-        if everyone or member.done == member.spec.steps:
+def saved_bytes(members: Sequence[Member]) -> float:
+    """Size of one checkpoint of every member."""
+    return sum(CHECKPOINT_BYTES_PER_PARAM * member.spec.count().params.total for member in members)
+
+
+def save(members: Sequence[Member], requests: Requests, writer: CheckpointWriter, everyone: bool) -> None:
+    """Checkpoint the members that are at their last step, or `everyone`; if it was requested, wait for the files."""
+    requested = requests.checkpoint
+    due = [m for m in running(members) if everyone or requested or (m.done == m.spec.steps and m.ends_with_checkpoint)]
+    if due:
+        writer.begin()
+    for member in due:
+        with fail_on_error(member):
+            member.heartbeat.check()
+            member.checkpoint()
+    if requested:
+        written = []
+        for member in running(due):
             with fail_on_error(member):
-                member.heartbeat.check()
-                written.append(member.checkpoint())
-    if written and all(written):
-        requests.notify_saved()
+                written.append(member.settle(wait=True))
+        if written and all(written):
+            requests.notify_saved()
 
 
 @contextmanager

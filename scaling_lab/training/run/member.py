@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import IO
 
 from torch import Tensor
@@ -26,12 +28,15 @@ from scaling_lab.training.run.checkpoint import (
     kept_path,
     load_latest,
     read_checkpoint,
+    remove_checkpoints,
     save_checkpoint,
     write_checkpoint,
 )
+from scaling_lab.training.run.checkpoint_writer import CheckpointWriter
 from scaling_lab.training.run.curve import CurveWriter
 from scaling_lab.training.run.heartbeat import Heartbeat
 from scaling_lab.training.run.session import TrainingSession
+from scaling_lab.training.run.weights import write_weights
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +89,9 @@ class Member(StepCounter):
         self.error: Exception | None = None
         self._tracked: int | None = None
         """The last step whose point the tracker got; None before the tracker is started."""
+        self._saving: tuple[int, Future[None]] | None = None
+        """The checkpoint that is being written, by its step."""
+        self.writer: CheckpointWriter
         self.session: TrainingSession
         self.curve: CurveWriter
         self.divergence: DivergenceDetector
@@ -126,11 +134,11 @@ class Member(StepCounter):
             found, run_id=self.planned.run_id, curve_points=0, block_losses_nats=(), wall_time_s=0.0
         )
 
-    def begin(self, session: TrainingSession) -> IO[str]:
-        """Resume from the checkpoint; returns the curve's file, which the caller closes."""
+    def begin(self, session: TrainingSession, writer: CheckpointWriter) -> IO[str]:
+        """Resume from the checkpoint; returns the curve's file, which the caller closes after the writer of checkpoints."""
         # From here on files are changed: a process that lost its claim while it loaded must not touch them.
         self.claim.check()
-        self.session, saved = session, self.saved
+        self.session, self.writer, saved = session, writer, self.saved
         clean(self.folder / "checkpoint")
         kept: list[EvalPoint] = []
         if saved is not None:
@@ -155,6 +163,7 @@ class Member(StepCounter):
 
     def add_block(self, metrics: Tensor, micro: int) -> None:
         """Add the metrics (steps, 3) of a block of steps to the curve; evaluate and checkpoint if it is time."""
+        self.settle()  # an error in writing the last checkpoint comes out here
         first, self.done = self.done, self.done + len(metrics)
         self.ahead = max(0, self.ahead - len(metrics))
         evaluation = self.session.evaluate() if self.at_evaluation else None
@@ -178,39 +187,71 @@ class Member(StepCounter):
             self.tracker.log(point)
             self._tracked = point.step
 
-    def checkpoint(self, *, permanent: bool = False) -> bool:
-        """Write a checkpoint; returns whether it is on disk. A write error is a warning: the run goes on, and would resume
-        from an older checkpoint. `permanent`: one that is kept for runs that continue from it."""
-        folder = self.folder / "checkpoint"
+    @property
+    def ends_with_checkpoint(self) -> bool:
+        """Whether a checkpoint of the last step is written: with the optimizer's state, for those who ask for it."""
+        return self.planned.execution.keep == "resume"
+
+    def checkpoint(self, *, permanent: bool = False) -> None:
+        """Copy the state and let the writer's thread write a checkpoint; `settle` has the outcome. `permanent`: one that is
+        kept for runs that continue from it."""
+        self.settle(wait=True)
+        self.curve.flush()
+        path = self.folder / "checkpoint"
+        if permanent:
+            write: Callable[..., None] = partial(write_checkpoint, kept_path(path, self.done))
+        else:
+            # A finished run keeps one: its weights, to sample from.
+            write = partial(save_checkpoint, path, keep=1 if self.done == self.spec.steps else KEPT)
+        self._saving = self.done, self.writer.submit(self._copy, partial(self._write, write))
+
+    def _copy(self) -> Checkpoint:
+        return Checkpoint(
+            run_id=self.planned.run_id,
+            step=self.done,
+            curve_points=len(self.curve.points),
+            block_losses_nats=self.curve.block_losses_nats,
+            wall_time_s=self.curve.wall_time_s,
+            execution=self.planned.execution,
+            data_fingerprint=self.session.fingerprint,
+            tensors=self.session.step.host_copy(),
+            divergence=self.divergence.state(),
+        )
+
+    def _write(self, write: Callable[..., None], checkpoint: Checkpoint) -> None:
+        self.curve.sync()  # the checkpoint refers to its lines
+        write(checkpoint, check=self.claim.check)
+
+    def settle(self, *, wait: bool = False) -> bool:
+        """Whether the last checkpoint is on disk, after `wait`ing for it. Raises the error that ended its writing, if it has
+        one; an OSError is a warning: the run goes on, and would resume from an older checkpoint."""
+        if self._saving is None:
+            return True
+        step, saving = self._saving
+        if not (wait or saving.done()):
+            return False
+        self._saving = None
         try:
-            self.curve.flush(durable=True)
-            checkpoint = Checkpoint(
-                run_id=self.planned.run_id,
-                step=self.done,
-                curve_points=len(self.curve.points),
-                block_losses_nats=self.curve.block_losses_nats,
-                wall_time_s=self.curve.wall_time_s,
-                execution=self.planned.execution,
-                data_fingerprint=self.session.fingerprint,
-                tensors=self.session.step.state(),
-                divergence=self.divergence.state(),
-            )
-            if permanent:
-                write_checkpoint(kept_path(folder, self.done), checkpoint)
-            else:
-                # A finished run keeps one: its weights, to sample from.
-                save_checkpoint(folder, checkpoint, keep=1 if self.done == self.spec.steps else KEPT)
+            saving.result()
         except OSError as error:
-            log.warning("run %s: no checkpoint at step %d (%s).", self.planned.run_id, self.done, error)
+            log.warning("run %s: no checkpoint at step %d (%s).", self.planned.run_id, step, error)
             return False
         return True
 
     def finish(self) -> None:
-        """Write the record. Raises `ClaimLost` if another process has the run."""
+        """Write what the run keeps, then its record, and delete what it keeps no longer. Raises `ClaimLost` if another
+        process has the run."""
+        self.settle(wait=True)
         record = make_record(self.planned, self.session, self.curve, self.divergence.reason)
         self.heartbeat.check()
+        keep = self.planned.execution.keep
+        if keep == "weights" and record.status is RunStatus.COMPLETED:
+            write_weights(self.folder, self.spec, self.session.step.host_parameters())
+            self.heartbeat.check()
         if not self.store.write_record(record):
             raise ClaimLost(f"run {self.planned.run_id} already has a record")
+        if keep != "resume":
+            remove_checkpoints(self.folder / "checkpoint")
         self.record, self.over = record, True
 
     def fail(self, error: Exception) -> None:
@@ -229,7 +270,7 @@ class Member(StepCounter):
 
     def release(self) -> None:
         """Free what a failed attempt held; `begin` will be called again."""
-        self.done, self.ahead, self.saved = 0, 0, None
+        self.done, self.ahead, self.saved, self._saving = 0, 0, None, None
         self.close()
 
     def close(self) -> None:
