@@ -46,6 +46,14 @@ class Interrupted(KeyboardInterrupt):
         return KeyboardInterrupt(hint) if self.by_person else Preempted(hint)
 
 
+class DeviceLost(Interrupted):
+    """The accelerator reported an error, after which this process cannot use it: it ends, and its runs go on in another."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.args = (reason,)
+
+
 def unknown(what: str, value: object, choices: Iterable[str]) -> UserError:
     """A `UserError` for a value that is not among `choices`; suggests the closest one."""
     names = sorted(str(c) for c in choices)

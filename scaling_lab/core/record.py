@@ -102,6 +102,8 @@ class RunRecord:
     mfu: float | None = None
     """Model FLOPs utilization of the device in the last attempt, of the run's whole stack; None in older records, on devices
     whose peak is not known (any CPU), and for a run of one block of steps."""
+    process_retries: int = 0
+    """How often the run was continued in a fresh process after an error of the device, or in one of several processes."""
 
     def count(self) -> ModelCount:
         """N and FLOPs per token under any convention, from the counts that the run recorded."""

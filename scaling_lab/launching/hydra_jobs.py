@@ -8,11 +8,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scaling_lab.core.errors import UserError, unknown
+from scaling_lab.core.errors import Interrupted, UserError, unknown
 from scaling_lab.core.installation import extras, install_line
-from scaling_lab.launching.sweeping import SweepJobs, sweep_job
+from scaling_lab.core.storage.store import RunStore
+from scaling_lab.launching.progress import LineReporter
+from scaling_lab.launching.sweeping import SweepJobs, plain, resume_hint
+from scaling_lab.launching.workers import run_workers
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader
@@ -83,6 +87,28 @@ def _launch(launcher: Any, jobs: SweepJobs, config: DictConfig) -> None:
             raise reason
     for reason in failed:
         jobs.reporter.warn(f"a job ended with {type(reason).__name__}: {reason}")
+
+
+def sweep_job(config: Any) -> int:
+    """One job of a sweep, in whichever process a Hydra launcher runs it: trains the runs of its config, as plan.json says.
+
+    On CUDA it trains in a child process: an error of the device would leave the launcher's own one unusable for the jobs that
+    follow. Returns the number of its runs that have a record, which nothing reads.
+    """
+    options = plain(config)
+    store = RunStore(Path(str(options["results_dir"])) / str(options["sweep"]))
+    run_ids = [str(run_id) for run_id in options["run_ids"] or ()]
+    plan, tracker = store.read_plan(run_ids), options.get("tracker")
+    if any(run.execution.device == "cuda" for run in plan.runs):
+        run_workers(store, plan, run_ids, LineReporter(), workers=1, tracker=tracker, leave_others=True)
+        return len(set(run_ids) & set(store.run_ids_with_record()))
+    from scaling_lab.launching.worker import train_pending
+
+    try:
+        return len(train_pending(store, plan, run_ids, tracker))
+    except Interrupted as stop:
+        # The sweep is stopping, which is no error of this job; of all exceptions Hydra lets only KeyboardInterrupt pass.
+        raise stop.with_hint(resume_hint(store)) from None
 
 
 def job_overrides(jobs: SweepJobs, run_ids: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A sweep as jobs: which runs each job trains, what a job does, and the outcome, read from the records alone."""
+"""A sweep as jobs: which runs each job trains, and the outcome, read from the records alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scaling_lab.core.errors import Interrupted
 from scaling_lab.core.record import RunStatus
 from scaling_lab.core.reporter import Reporter
 from scaling_lab.core.spec import Plan, PlannedRun
@@ -45,23 +44,6 @@ def group_into_jobs(
             jobs.append([])
         jobs[-1] += unit
     return tuple(tuple(job) for job in jobs)
-
-
-def sweep_job(config: Any) -> int:
-    """One job of a sweep, in whichever process a Hydra launcher runs it: trains the runs of its config, as plan.json says.
-
-    Returns how many records it made, which nothing reads.
-    """
-    from scaling_lab.launching.worker import train_pending
-
-    options = plain(config)
-    store = RunStore(Path(str(options["results_dir"])) / str(options["sweep"]))
-    run_ids = [str(run_id) for run_id in options["run_ids"] or ()]
-    try:
-        return len(train_pending(store, store.read_plan(run_ids), run_ids, options.get("tracker")))
-    except Interrupted as stop:
-        # The sweep is stopping, which is no error of this job; of all exceptions Hydra lets only KeyboardInterrupt pass.
-        raise stop.with_hint(resume_hint(store)) from None
 
 
 def plain(config: Any) -> dict[str, Any]:

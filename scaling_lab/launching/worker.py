@@ -33,6 +33,7 @@ from scaling_lab.planning.preparation import with_corpus
 from scaling_lab.planning.replan import plan_command
 from scaling_lab.tracking.sink.trackers import make_tracker, mirrors_closed
 from scaling_lab.training.engine.devices import cuda_has_bfloat16, cuda_name, resolve_device, run_environment
+from scaling_lab.training.engine.process_errors import process_retries
 from scaling_lab.training.parallel.team import PARALLEL, TeamLost, joined
 from scaling_lab.training.run.checkpoint import kept_path, remove_checkpoints
 from scaling_lab.training.run.follower import Follower
@@ -268,6 +269,7 @@ def failed_record(planned: PlannedRun, store: RunStore, fingerprint: str, reason
         wall_time_s=curve[-1].wall_time_s if curve else 0.0,
         environment=run_environment(None, fingerprint, planned.execution.device),
         curve_points=len(curve),
+        process_retries=process_retries(store.run_folder(planned.run_id)),
         curve=curve,
     )
 

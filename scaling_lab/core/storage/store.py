@@ -227,6 +227,8 @@ class RunStore:
                 (folder / "record.json").rename(folder / f"record-failed-{kept}.json")
             except FileNotFoundError:
                 continue  # another sweep with retry=failed was faster
+            for path in folder.glob("process-errors-*.json"):  # it may be retried again
+                path.unlink(missing_ok=True)
             if state.state == "diverged":
                 for path in (folder / "checkpoint").glob("step-*.json"):
                     path.unlink(missing_ok=True)

@@ -25,7 +25,8 @@ from scaling_lab.planning.memory import divisors, next_smaller_micro_batch
 from scaling_lab.training.engine.gradient import ModelWithLoss, autocast
 from scaling_lab.training.engine.memory import is_out_of_memory, save_micro_batch_hint
 from scaling_lab.training.engine.optimizer import FlatLayout, ParameterGroup, clip_scale, parameter_groups
-from scaling_lab.training.parallel.team import Team, TeamLost, collective_guard
+from scaling_lab.training.engine.process_errors import note_process_error
+from scaling_lab.training.parallel.team import Team, TeamLost, collective_guard, is_communication_error
 
 # Gradients are summed over the processes once a step, for which each process holds them whole, unless they take more than
 # this share of its device; then once a micro-batch.
@@ -172,7 +173,8 @@ class ShardedStep:
         """A process that fails within a step leaves the others waiting in a collective, so the whole team has to end.
 
         If memory ran out, the process where it did saves a hint, and the next start uses smaller micro-batches (the first
-        process may hang in a collective until it is killed). If a single sequence was too much, restarting does not help.
+        process may hang in a collective until it is killed). If a single sequence was too much, restarting does not help. An
+        error that is not about communication is noted in the run, which is retried once.
         """
         try:
             yield
@@ -192,6 +194,8 @@ class ShardedStep:
                         f"parallel=fsdp: out of memory with micro-batches of {self.micro} sequences per process. Choices: "
                         "more processes, or devices with more memory."
                     ) from error
+            if self._team.run_folder is not None and not is_communication_error(error):
+                note_process_error(self._team.run_folder, error, self._team.world.rank)
             raise TeamLost(f"{type(error).__name__} in a step: {str(error).strip()[:300]}") from error
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from scaling_lab.core.errors import EXIT_REQUEUE, Interrupted, UserError, unknown
 from scaling_lab.core.spec import Execution, RunSpec
 from scaling_lab.planning.memory import state_bytes
+from scaling_lab.training.engine.process_errors import is_device_error, note_process_error
 from scaling_lab.training.measure.evaluation import ValidationSet
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,12 @@ PARALLEL = ("auto", "none", "ddp", "fsdp")
 COMMAND_TIMEOUT = timedelta(days=7)
 # If parameters, gradients and moments take more than this share of a device's memory, too little is left for activations.
 MAX_STATE_SHARE = 0.6
+
+# Of gloo, NCCL and the store through which processes find each other.
+COMMUNICATION_MESSAGES = (
+    *("connection", "gloo", "nccl", "timed out", "timeout", "socket", "broken pipe", "peer", "tcpstore"),
+    *("read error", "write error", "heartbeat"),
+)
 
 
 class TeamLost(Interrupted):
@@ -191,12 +198,25 @@ class Team:
         return own
 
 
+def is_communication_error(error: BaseException) -> bool:
+    """Whether an error of a collective says that another process cannot be reached. gloo raises plain RuntimeErrors."""
+    if isinstance(error, (OSError, getattr(dist, "DistError", ()))):
+        return True
+    return isinstance(error, RuntimeError) and any(t in str(error).lower() for t in COMMUNICATION_MESSAGES)
+
+
 @contextmanager
 def collective_guard() -> Iterator[None]:
-    """Turns an error of a collective into `TeamLost`: another process is gone."""
+    """Turns an error of a collective that is about communication into `TeamLost`: another process is gone. So does an error of
+    the device, which is noted in the run: it would happen again and again. Other errors are raised as they are."""
     try:
         yield
-    except (RuntimeError, OSError) as error:  # dist.DistBackendError is a RuntimeError
+    except (RuntimeError, OSError) as error:
+        team = current_team()
+        if is_device_error(error) and team is not None and team.run_folder is not None:
+            note_process_error(team.run_folder, error, team.world.rank)
+        elif not is_communication_error(error):
+            raise
         raise TeamLost(f"another process of this run is gone ({str(error).strip()[:200]})") from error
 
 
@@ -235,7 +255,10 @@ def joined(parallel: str = "auto", device: str = "auto") -> Iterator[Team | None
     on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
-    dist.init_process_group("nccl" if on_gpu else "gloo", rank=world.rank, world_size=world.size)
+    # Tensors of both kinds of device are sent: states are gathered to the host.
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=world.rank, world_size=world.size
+    )
     team = Team(world, parallel)
     if on_gpu:
         check_places(team.gather(gpu_place()))

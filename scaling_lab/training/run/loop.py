@@ -15,7 +15,7 @@ from functools import partial
 
 from torch import Tensor
 
-from scaling_lab.core.errors import UserError
+from scaling_lab.core.errors import DeviceLost, UserError
 from scaling_lab.core.record import RunRecord
 from scaling_lab.core.spec import PlannedRun
 from scaling_lab.core.storage.claims import Claim
@@ -34,6 +34,11 @@ from scaling_lab.training.engine.memory import (
     is_out_of_memory,
     load_micro_batch_hint,
     release_memory,
+)
+from scaling_lab.training.engine.process_errors import (
+    is_device_error,
+    note_process_error,
+    refuse_repeated_errors,
 )
 from scaling_lab.training.parallel.team import current_team
 from scaling_lab.training.run.checkpoint_writer import CheckpointWriter
@@ -215,6 +220,7 @@ def prepare(
         team.run_folder = members[0].folder
     sizes = []
     for member in running(members):
+        refuse_repeated_errors(member.folder)
         member.find_checkpoint(fingerprint)
         written = member.saved.execution if member.saved else member.planned.execution
         known = (written.micro_batch_sequences, member.micro, load_micro_batch_hint(member.folder))
@@ -260,7 +266,11 @@ def saved_bytes(members: Sequence[Member]) -> float:
 def save(members: Sequence[Member], requests: Requests, writer: CheckpointWriter, everyone: bool) -> None:
     """Checkpoint the members that are at their last step, or `everyone`; if it was requested, wait for the files."""
     requested = requests.checkpoint
-    due = [m for m in running(members) if everyone or requested or (m.done == m.spec.steps and m.ends_with_checkpoint)]
+    due = [
+        m
+        for m in running(members)
+        if everyone or requested or (m.done == m.spec.steps and m.ends_with_checkpoint)
+    ]
     if due:
         writer.begin()
     for member in due:
@@ -278,7 +288,8 @@ def save(members: Sequence[Member], requests: Requests, writer: CheckpointWriter
 
 @contextmanager
 def fail_all_on_error(part: Part, parts: list[Part]) -> Iterator[None]:
-    """An error ends all members that are not over, unless they may go on with less memory: then that is added to `parts`."""
+    """An error ends all members that are not over, unless they may go on with less memory: then that is added to `parts`. An
+    error of the device ends none of them, but this process: it raises `DeviceLost`."""
     try:
         yield
     except UserError:
@@ -287,6 +298,8 @@ def fail_all_on_error(part: Part, parts: list[Part]) -> Iterator[None]:
         if is_out_of_memory(error) and (smaller := smaller_parts(part)):
             parts[:0] = smaller
             return
+        if is_device_error(error):
+            raise lost_device(part.members, error) from error
         for member in running(part.members):
             member.fail(error)
 
@@ -297,9 +310,18 @@ def fail_on_error(member: Member) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_device_error(error):
             raise
         member.fail(error)
+
+
+def lost_device(members: Sequence[Member], error: Exception) -> DeviceLost:
+    """Note the error in the runs that it stopped, so that they are not retried for ever."""
+    for member in running(members):
+        note_process_error(member.folder, error)
+    text = " ".join(str(error).split())[:300]
+    log.error("the device reported an error, and this process ends (its runs go on in a fresh one): %s", text)
+    return DeviceLost(f"the device reported an error: {text}")
 
 
 def smaller_parts(part: Part) -> list[Part]:

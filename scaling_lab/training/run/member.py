@@ -18,6 +18,7 @@ from scaling_lab.core.storage.claims import Claim, ClaimLost
 from scaling_lab.core.storage.store import RunStore
 from scaling_lab.tracking.sink.trackers import Tracker
 from scaling_lab.training.engine.devices import run_environment
+from scaling_lab.training.engine.process_errors import process_retries
 from scaling_lab.training.engine.step import LOSS
 from scaling_lab.training.measure.divergence import DivergenceDetector
 from scaling_lab.training.measure.evaluation import EvaluationResult, evaluation_steps
@@ -242,7 +243,9 @@ class Member(StepCounter):
         """Write what the run keeps, then its record, and delete what it keeps no longer. Raises `ClaimLost` if another
         process has the run."""
         self.settle(wait=True)
-        record = make_record(self.planned, self.session, self.curve, self.divergence.reason)
+        record = make_record(
+            self.planned, self.session, self.curve, self.divergence.reason, process_retries(self.folder)
+        )
         self.heartbeat.check()
         keep = self.planned.execution.keep
         if keep == "weights" and record.status is RunStatus.COMPLETED:
@@ -303,7 +306,7 @@ def add_losses(
 
 
 def make_record(
-    planned: PlannedRun, session: TrainingSession, curve: CurveWriter, reason: str | None
+    planned: PlannedRun, session: TrainingSession, curve: CurveWriter, reason: str | None, retries: int = 0
 ) -> RunRecord:
     """The record of a finished run: diverged if there is a reason, otherwise completed."""
     count = planned.spec.count()
@@ -326,6 +329,7 @@ def make_record(
         val_floor_nats=session.evaluation.floor_nats,
         metrics=final_metrics(planned.spec, last) if done and last else {},
         mfu=session.utilization.mfu,
+        process_retries=retries,
     )
 
 
