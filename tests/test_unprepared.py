@@ -97,6 +97,18 @@ def test_another_corpus_than_planned_is_refused_with_the_line_that_plans_again(t
     assert len(plan.data_fingerprint) == 64
 
 
+def test_evaluation_sets_are_checked_once_the_corpus_is_there(capsys):
+    """Only then is its tokenizer known."""
+    assert main(["prepare-data", "path=text.txt", "out=OUT-other", "--quiet"]) == 0
+    options = [*EXPECTED, "eval.sets=[{name: other, kind: prepared, path: OUT-other}]", "--quiet"]
+    assert main(["plan", "sweep=s", *SMALL, *options]) == 0
+    bpe = ["tokenizer=bpe", "vocab_size=300", "tokenizer_mb=0.1"]
+    assert main(["prepare-data", "path=text.txt", "out=OUT", *bpe, "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["sweep", "sweep=s"]) == 2
+    assert "eval.sets: other has a different tokenizer (bytes) than data=prepared" in capsys.readouterr().err
+
+
 def test_a_corpus_that_is_too_small_is_refused(capsys):
     """The plan needs 0.001 epochs, thousands of times what its longest run reads."""
     options = [*EXPECTED[:2], "data.expected_vocab_size=257", "data.max_epochs=0.001", "--quiet"]

@@ -3,36 +3,48 @@
 from __future__ import annotations
 
 from scaling_lab.core.errors import MissingCorpus, UserError
+from scaling_lab.core.evaluation import EvalSpec
 from scaling_lab.core.spec import TokenSource
 from scaling_lab.planning.settings import SweepSettings
 
 
 def check_corpus(settings: SweepSettings) -> None:
-    """Check the training corpus and the additional evaluation sets.
+    """Check the training corpus, if it is there, and the additional evaluation sets.
 
     Raises:
         UserError: a split is shorter than one window of the context, or an evaluation set has a different vocabulary or
             tokenizer, so that a loss on it would be meaningless.
     """
-    for split in () if settings.corpus_is_missing() else ("train", "validation"):
-        check_windows(f"data={settings.data.kind}", settings.data, split, settings.model.context)
-    for other in settings.eval.sets:
+    if not settings.corpus_is_missing():
+        check_splits(settings.data, settings.model.context)
+    check_evaluation_sets(settings.eval, settings.data, settings.vocab_size, settings.model.context)
+
+
+def check_splits(data: TokenSource, context: int) -> None:
+    """Raise `UserError` if a split of the training corpus is shorter than one window."""
+    for split in ("train", "validation"):
+        check_windows(f"data={data.kind}", data, split, context)
+
+
+def check_evaluation_sets(evaluation: EvalSpec, data: TokenSource, vocab_size: int, context: int) -> None:
+    """Raise `UserError` for an additional evaluation set with which `data`, of this vocabulary, cannot be compared."""
+    for other in evaluation.sets:
         name = f"eval.sets: {other.name}"
         try:
-            check_windows(name, other.source, "validation", settings.model.context)
+            check_windows(name, other.source, "validation", context)
         except UserError as error:
             # A source names its options as data.X; here they belong to an evaluation set.
             text = str(error)
             raise UserError(f"{name}: {text[5:]}" if text.startswith("data.") else text) from None
-        if other.source.vocab_size > settings.vocab_size:
+        if other.source.vocab_size > vocab_size:
             raise UserError(
-                f"{name} has a vocabulary of {other.source.vocab_size}, larger than the model's "
-                f"{settings.vocab_size} (that of data={settings.data.kind})."
+                f"{name} has a vocabulary of {other.source.vocab_size}, larger than the model's {vocab_size} (that of "
+                f"data={data.kind})."
             )
-        ours, theirs = tokenizer_of(settings.data), tokenizer_of(other.source)
+        ours, theirs = tokenizer_of(data), tokenizer_of(other.source)
         if None not in (ours, theirs) and ours != theirs:
             raise UserError(
-                f"{name} has a different tokenizer ({theirs}) than data={settings.data.kind} ({ours}), so their tokens have "
+                f"{name} has a different tokenizer ({theirs}) than data={data.kind} ({ours}), so their tokens have "
                 "different meanings. Prepare it with tokenizer=FOLDER/tokenizer.json of the data's folder."
             )
 

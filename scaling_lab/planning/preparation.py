@@ -14,6 +14,7 @@ from typing import Any
 from scaling_lab.core.errors import MissingCorpus, UserError
 from scaling_lab.core.formatting import human_count, human_time
 from scaling_lab.core.spec import Plan
+from scaling_lab.planning.corpus import check_evaluation_sets, check_splits
 from scaling_lab.planning.replan import plan_command
 from scaling_lab.planning.settings import SweepSettings
 
@@ -71,12 +72,13 @@ def preparation_note(plan: Plan) -> str:
     """What a plan without its corpus says: what it assumes, and the command, time, download and disk of preparing it."""
     settings, tokens = first_settings(plan), needed_tokens(plan)
     vocab_size = settings.get("expected_vocab_size") or plan.runs[0].spec.data.vocab_size
-    path = getattr(plan.runs[0].spec.data, "path", "")
+    data = plan.runs[0].spec.data
+    where = f"data.path={data.path!r}" if hasattr(data, "path") else f"the corpus of data={data.kind}"
     why = (
         "" if settings.get("expected_tokens") else f" ({settings['max_epochs']:g} epochs of the longest run)"
     )
     note = (
-        f"{NOTE}data.path={path!r} is not there. The plan assumes {human_count(tokens)} training tokens{why} in a vocabulary "
+        f"{NOTE}{where} is not there. The plan assumes {human_count(tokens)} training tokens{why} in a vocabulary "
         f"of {vocab_size:,}."
     )
     if (command := prepare_command(plan)) is None:
@@ -131,8 +133,11 @@ def with_corpus(plan: Plan, folder: Path) -> Plan:
             f"sweep {plan.sweep} was planned before its corpus was there, and differs in {different}. Plan it again: "
             f"{plan_command(plan, folder)}"
         )
+    spec = plan.runs[0].spec
+    check_splits(spec.data, spec.shape.context)
+    check_evaluation_sets(spec.eval, spec.data, spec.data.vocab_size, spec.shape.context)
     notes = tuple(note for note in plan.notes if not note.startswith(NOTE))
-    return replace(plan, notes=notes, data_fingerprint=plan.runs[0].spec.data.fingerprint())
+    return replace(plan, notes=notes, data_fingerprint=spec.data.fingerprint())
 
 
 def marked_unprepared(plan: Plan, settings: SweepSettings) -> Plan:
