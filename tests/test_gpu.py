@@ -41,7 +41,8 @@ def test_a_stack_equals_its_runs_alone(run_device):
     together = program.run_block(dict.fromkeys(range(4), 0), 40)[..., LOSS]
     for k, spec in enumerate(specs):
         alone = train_block(open_session(spec, execution), 0, 40)
-        assert together[:, k].tolist() == pytest.approx(alone, rel=1e-4)
+        # Batched kernels of a GPU add in another order.
+        assert together[:, k].tolist() == pytest.approx(alone, rel=1e-4 if run_device == "cpu" else 1e-3)
     assert not torch.equal(together[:, 0], together[:, 1])
 
 
@@ -55,6 +56,7 @@ def test_bfloat16_with_chunks_equals_whole_logits(monkeypatch, run_device):
         train_tokens=64 * 16 * 8,
         eval=EvalSpec(tokens=64),
     )
+    monkeypatch.setattr(memory, "MIN_CHUNK_TOKENS", 128)
     found = {}
     for name, at_once in (("whole", 2**40), ("chunks", 2**20)):
         monkeypatch.setattr(memory, "LOGITS_AT_ONCE", at_once)
