@@ -200,7 +200,7 @@ def test_it_imports_neither_hydra_nor_wandb_nor_datasets():
         f"import sys; sys.path[:0] = [{str(SCRIPTS)!r}, {str(ROOT)!r}]\n"
         "import bench_train, gpu_checks.environment, gpu_checks.gpu_tests, gpu_checks.isoflop, gpu_checks.main\n"
         "import gpu_checks.shapes, gpu_checks.sweep, scaling_lab.worker, scaling_lab.launching.worker\n"
-        "import scaling_lab.training.run.loop, scaling_lab.analysis.analysis, scaling_lab.analysis.data.ledger\n"
+        "import scaling_lab.training.run.loop, scaling_lab.analysis.analysis\n"
         "import conftest, test_gpu\n"
         "found = {n.split('.')[0] for n in sys.modules} & {'hydra', 'omegaconf', 'wandb', 'datasets', 'hypothesis'}\n"
         "assert not found, found\n"

@@ -42,7 +42,6 @@ def settings_of(device: str, size: str) -> SweepSettings:
 def analyzed(store: RunStore, size: str) -> dict[str, Any]:
     """Each approach's exponents and status. Raises `UserError` if no law can be fitted."""
     from scaling_lab.analysis.analysis import analyze_records
-    from scaling_lab.analysis.data.ledger import load_ledger
     from scaling_lab.analysis.data.sweep_records import split_by_role
     from scaling_lab.analysis.inference.bootstrap import BootstrapSettings
     from scaling_lab.analysis.settings import AnalysisSettings
@@ -54,7 +53,8 @@ def analyzed(store: RunStore, size: str) -> dict[str, Any]:
         "profile": False,
     }
     settings = AnalysisSettings(**quick) if size == "tiny" else AnalysisSettings()  # type: ignore[arg-type]
-    records, problems = load_ledger(store)
+    # Not the ledger, which is faster for thousands of runs but needs pyarrow.
+    records, problems = store.load_records()
     found = analyze_records(split_by_role(records), settings)
     if found.analysis is None:
         raise RuntimeError(f"the sweep gave no law: {found.problem}")

@@ -96,7 +96,11 @@ def chunked_head(identity: tuple[Any, ...], rows: int, compiled: bool) -> tuple[
     return name, HEADS.setdefault(name, ChunkedHead(rows, compiled))
 
 
-@torch.library.custom_op("scaling_lab::loss_and_gradient", mutates_args=())
+# torch 2.6 infers no schema from `list[Tensor]`.
+SCHEMA = "(Tensor hidden, Tensor targets, Tensor[] head, str name) -> Tensor[]"
+
+
+@torch.library.custom_op("scaling_lab::loss_and_gradient", mutates_args=(), schema=SCHEMA)
 def loss_and_gradient(hidden: Tensor, targets: Tensor, head: list[Tensor], name: str) -> list[Tensor]:
     """Mean losses of M members (M,), the gradients of their hidden states, and those of their head parameters.
 
