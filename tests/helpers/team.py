@@ -57,7 +57,6 @@ def lead(team: Team, folder: Path) -> None:
     for name in OVERLAPPED:
         train(of_kind("ddp", f"overlap-{name}"), SPECS[name])
     train(of_kind("ddp", "overlap-micro"), SPECS["even"], Execution(micro_batch_sequences=1))
-    train(of_kind("ddp", "overlap-compiled"), SPECS["even"], Execution(compile=True))
     train(of_kind("ddp", "overlap-short"), SPECS["even"])
     train(of_kind("ddp", "overlap-fails"), SPECS["even"])
     stack = of_kind("ddp", "ddp-stack")
