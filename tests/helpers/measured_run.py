@@ -16,6 +16,7 @@ from helpers.specs import tiny
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.spec import EvalSpec, Execution, RunSpec
 from scaling_lab.planning.memory import HEAP_BYTES, PROCESS_BYTES, corpus_bytes, estimate_bytes
+from scaling_lab.training.measure.noise_scale import NoiseProbe
 from scaling_lab.training.run.session import open_program
 
 
@@ -24,10 +25,13 @@ def peak_bytes() -> int:
 
 
 def train(specs: list[RunSpec], execution: Execution, steps: int) -> None:
-    """A few steps and an evaluation, from building the models on."""
+    """A few steps, an evaluation and a measurement of the noise, from building the models on."""
     program = open_program(specs, execution, stacked=len(specs) > 1)
     program.run_block(dict.fromkeys(range(len(specs)), 0), steps)
-    program.sessions[0].evaluate()
+    session = program.sessions[0]
+    session.evaluate()
+    windows = session.feed.windows(0, 0, 2)
+    NoiseProbe(session.step.model, session.step.layout, specs[0]).measure(session.step.flat, windows)
 
 
 def allocated_bytes(specs: list[RunSpec], execution: Execution) -> int:
