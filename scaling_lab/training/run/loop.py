@@ -170,7 +170,7 @@ def train_members(
             if program.overlaps and not due and not any(member.pauses for member in live):
                 continue  # the block is recorded while the next one is computed
             records.write()
-            save(live, requests, writer, everyone=due)
+            save(live, requests, writer, everyone=due or requests.checkpoint)
             finish(live)
             if running(members):
                 requests.handle()
