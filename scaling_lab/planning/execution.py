@@ -108,8 +108,10 @@ def compiled_if_repaid(specs: Sequence[RunSpec], planned: Sequence[Execution]) -
 
 
 def cuda_program_key(spec: RunSpec, execution: Execution) -> Any:
-    """Runs with the same key share one compiled program on CUDA, whatever their batches (training/engine/step_library.py)."""
-    return (spec.shape, spec.dtype, execution.stack_size)
+    """Runs with the same key share one compiled program on CUDA (training/engine/shared_programs.py): alone whatever their
+    batches, in stacks those of one batch."""
+    batch = spec.batch_tokens if execution.stack else None
+    return (spec.shape, spec.dtype, execution.stack_size, batch)
 
 
 def program_key(spec: RunSpec) -> Any:

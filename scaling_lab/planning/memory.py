@@ -68,6 +68,13 @@ def loss_chunks(tokens: int, vocab_size: int, device: str = "cpu") -> int:
     return min(tokens, math.ceil(tokens * vocab_size / logits))
 
 
+def chunk_tokens(tokens: int, vocab_size: int, device: str = "cpu") -> int:
+    """Tokens in a chunk, at most; on CUDA the same for all micro-batches, so that they can share a program."""
+    if device == "cuda":
+        return max(LOGITS_AT_ONCE // vocab_size, MIN_CHUNK_TOKENS)
+    return math.ceil(tokens / loss_chunks(tokens, vocab_size))
+
+
 def corpus_bytes(spec: RunSpec, members: int = 1) -> float:
     """Bytes of training tokens on the device for a run (or a stack of `members`): the whole corpus, or two chunks of it per
     member (`training/data/feed.py`). If the data are not on this machine, at most what is kept whole."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scaling_lab.core.spec import RunSpec
-from scaling_lab.planning.memory import loss_chunks
+from scaling_lab.planning.memory import chunk_tokens, loss_chunks
 from scaling_lab.training.engine.chunked_loss import chunked_head, loss_and_gradient
 from scaling_lab.training.engine.optimizer import FlatLayout
 
@@ -40,7 +40,7 @@ def make_gradient(
     tokens_at_once = sequences * spec.shape.context
     chunks = loss_chunks(tokens_at_once, spec.shape.vocab_size, device.type)
     if chunks > 1 and supports_chunks(model):
-        rows = math.ceil(tokens_at_once / chunks)
+        rows = chunk_tokens(tokens_at_once, spec.shape.vocab_size, device.type)
         parameter_gradient = chunked_gradient(model, spec, tokens_at_once, rows, compiled)
     else:
         parameter_gradient = whole_gradient(model, spec)

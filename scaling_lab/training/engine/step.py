@@ -7,16 +7,30 @@ Members share nothing but the corpus: each has its own windows, learning rate, c
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from scaling_lab.core.spec import Execution, RunSpec
+from scaling_lab.planning.memory import loss_chunks
 from scaling_lab.training.engine.attention_rules import register_attention_rules
 from scaling_lab.training.engine.cuda_graph import BlockGraph
 from scaling_lab.training.engine.gradient import make_gradient
-from scaling_lab.training.engine.optimizer import FlatLayout, adamw_update, clip_scale, group_vectors
+from scaling_lab.training.engine.optimizer import (
+    FlatLayout,
+    GroupVectors,
+    adamw_update,
+    clip_scale,
+    group_vectors,
+)
+from scaling_lab.training.engine.shared_programs import (
+    as_tensors,
+    shared_program,
+    shares_programs,
+    without_weights,
+)
 from scaling_lab.training.engine.step_library import can_use_library, step_from_library, torch_compiled
 
 # Columns of the step metrics: the mean loss before the update, the mean squared norm of the micro-batches' gradients, and
@@ -77,7 +91,9 @@ class TrainStep:
     def _build(self, specs: tuple[RunSpec, ...], execution: Execution, sequences: int | None) -> None:
         """Make the programs: the whole step as one, and its parts for a step with several micro-batches."""
         spec, parts, stacked = specs[0], self.batch // self.micro, self.stacked
-        gradient_of = make_gradient(self.model, self.layout, spec, self.micro, execution.compile)
+        shared = execution.compile and shares_programs(self.flat.device)
+        model = without_weights(self.model) if shared else self.model
+        gradient_of = make_gradient(model, self.layout, spec, self.micro, execution.compile)
         if stacked:
             register_attention_rules()
             gradient_of = torch.func.vmap(gradient_of, in_dims=(0, 0, None))
@@ -88,13 +104,21 @@ class TrainStep:
         if stacked:
             norms = [s.optimizer.clip_norm for s in specs]
             clip_norm = torch.tensor(norms, device=self.flat.device)[:, None]
+        # A shared program takes these as inputs, so it must not hold them.
+        settings, share = (groups, clip_norm), 1 / parts
 
-        def accumulate(starts: Tensor, flat: Tensor, total: Tensor, data: Tensor) -> Tensor:
+        def accumulate(starts: Tensor, flat: Tensor, total: Tensor, data: Tensor, share: Any) -> Tensor:
             gradient, loss = gradient_of(flat, starts, data)
-            total.add_(gradient, alpha=1 / parts)
+            if isinstance(share, Tensor):
+                total.add_(gradient * share)
+            else:
+                total.add_(gradient, alpha=share)
             return torch.stack((loss, gradient.square().sum(-1)), -1)
 
-        def update(gradient: Tensor, controls: Tensor, flat: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        def update(
+            gradient: Tensor, controls: Tensor, flat: Tensor, first: Tensor, second: Tensor,
+            groups: GroupVectors, clip_norm: Any,
+        ) -> Tensor:  # fmt: skip
             scale, norm = clip_scale(gradient, clip_norm)
             for part in columns:
                 state = (flat[..., part], first[..., part], second[..., part])
@@ -108,21 +132,48 @@ class TrainStep:
             return norm.squeeze(-1).square()
 
         def whole(
-            starts: Tensor, controls: Tensor, flat: Tensor, first: Tensor, second: Tensor, data: Tensor
-        ) -> Tensor:
+            starts: Tensor, controls: Tensor, flat: Tensor, first: Tensor, second: Tensor, data: Tensor,
+            groups: GroupVectors, clip_norm: Any,
+        ) -> Tensor:  # fmt: skip
             gradient, loss = gradient_of(flat, starts, data)
-            square = update(gradient, controls, flat, first, second)
+            square = update(gradient, controls, flat, first, second, groups, clip_norm)
             return torch.stack((loss, square, square), -1)
 
+        self._total = torch.zeros_like(self.flat) if parts > 1 else None
+        if shared:
+            program = partial(shared_program, self._program_key(spec))
+            settings, share = as_tensors((settings, share), self.flat.device)
+            # The positions of the starts and of the corpus. The batch of a stack is a constant (see `_program_key`).
+            self._accumulate = program(accumulate, (share,), (3,) if stacked else (0, 3))
+            self._update = program(update, settings, ())
+            self._whole = program(whole, settings, (5,) if stacked else (0, 5))
+            return
+
+        def bind(function: Any, *values: Any) -> Any:
+            return lambda *inputs: function(*inputs, *values)
+
         wrap = torch_compiled if execution.compile else _eager
-        self._accumulate, self._update = wrap(accumulate), wrap(update)
+        self._accumulate, self._update = wrap(bind(accumulate, share)), wrap(bind(update, *settings))
         # With several processes the gradient and the update are separate programs.
         single_program = sequences is None and parts == 1
         if execution.compile and single_program and can_use_library(spec, self.batch, self.flat, stacked):
-            self._whole = step_from_library(whole, self.model, spec, groups, self.batch, self.tokens)
+            whole_step = bind(whole, *settings)
+            self._whole = step_from_library(whole_step, self.model, spec, groups, self.batch, self.tokens)
         else:
-            self._whole = wrap(whole)
-        self._total = torch.zeros_like(self.flat) if parts > 1 else None
+            self._whole = wrap(bind(whole, *settings))
+
+    def _program_key(self, spec: RunSpec) -> Any:
+        """What a shared program depends on, apart from its inputs."""
+        chunked = (
+            loss_chunks(self.micro * spec.shape.context, spec.shape.vocab_size, self.flat.device.type) > 1
+        )
+        # torch's own batching rules (of torch.cat, for one) make constants of sizes; the compiler does of a batch of 1.
+        batch = self.micro if self.stacked else self.micro == 1
+        return (
+            type(self.model), spec.shape, spec.parametrization, spec.dtype, spec.optimizer.beta1, spec.optimizer.beta2,
+            self.flat.shape, self.flat.device, self.tokens.dtype, batch, chunked,
+            torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
 
     def __call__(self, starts: Tensor, controls: Tensor) -> Tensor:
         """One step; returns its metrics."""

@@ -29,6 +29,7 @@ import scaling_lab
 from scaling_lab.core.spec import RunSpec
 from scaling_lab.planning.execution import LIBRARY_PARAMS
 from scaling_lab.planning.memory import loss_chunks
+from scaling_lab.training.engine.shared_programs import determinism_switches
 
 __all__ = ["StepFunction", "can_use_library", "library_folder", "step_from_library", "torch_compiled"]
 
@@ -156,7 +157,7 @@ def compile_into(
         traced = make_fx(step, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*example)
         program = export(StepModule(traced), example, dynamic_shapes=sizes, strict=False)
         torch._inductor.aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs=build_options()
+            program, package_path=str(path), inductor_configs={**build_options(), **determinism_switches()}
         )
 
 
@@ -201,6 +202,7 @@ def library_key(
         machine(),
         str(torch.get_num_threads()),
         str(torch.are_deterministic_algorithms_enabled()),
+        repr(determinism_switches()),
         repr(spec.shape),
         repr(spec.parametrization),
         spec.dtype,

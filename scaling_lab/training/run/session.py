@@ -18,6 +18,7 @@ from scaling_lab.training.data.feed import Feed, copy_to, open_feed
 from scaling_lab.training.data.order import WindowOrder
 from scaling_lab.training.engine.devices import apply_execution, peak_flops_per_s
 from scaling_lab.training.engine.optimizer import control_rows
+from scaling_lab.training.engine.shared_programs import shares_programs
 from scaling_lab.training.engine.step import (
     GRADIENT_SQUARE,
     LOSS,
@@ -273,7 +274,7 @@ def build_program(
     spec = specs[0]
     device = apply_execution(execution, spec.dtype)
     fingerprint = check_data(spec, expected_fingerprint)
-    if execution.compile:
+    if execution.compile and not shares_programs(device):
         # Dynamo keeps a limited number of programs (8) per place in the source, and this place is the same for every run:
         # beyond the limit a worker's later runs would silently be eager. A process computes one program at a time.
         torch.compiler.reset()
