@@ -5,6 +5,9 @@ at both ends of the quickstart's grid the best LR is within a factor of 2 of thi
 best; results/LOG.md for the batch). From the smallest runs of Step Law's released grid on (2.15e8 parameters, 4e9 tokens)
 they are published ones. In between, LR, weight decay and beta2 are joined log-linearly in compute, so that all sizes of one
 budget have the same weight and the LR stays a power law of N along a valley; the batch is joined log-linearly in D.
+
+Just beyond our range the LR is right with two layers and at least twice too high with four, where it has no dependence on depth
+(results/published/recipe_join.txt: one size, one seed).
 """
 
 from __future__ import annotations
