@@ -19,6 +19,8 @@ NO_CUDA = "skipped: no CUDA"
 # Tests that measure speed, by pytest's -k.
 TIMED = "mfu_above_a_floor"
 MESSAGE_CHARACTERS = 300
+# Exit status of pytest after all tests: no failure, failures, no test selected.
+PYTEST_ENDED = (0, 1, 5)
 # Packages that only the development environment has: a module of tests that imports one is left out, which is no failure.
 OPTIONAL = re.compile(
     r"No module named '(hypothesis|jsonschema|rich|pandas|hydra|omegaconf|wandb|datasets|matplotlib)"
@@ -142,6 +144,8 @@ def run_phase(context: Context, tests: dict[str, dict[str, Any]], wanted: str, c
                 raise RuntimeError(f"{count - ended} of {count} processes of pytest ended early") from None
             continue
         if isinstance(item, int):
+            if item not in PYTEST_ENDED:
+                raise RuntimeError(f"pytest ended with status {item} before its last test")
             ended += 1
             continue
         # Each process reports a module that cannot be imported.

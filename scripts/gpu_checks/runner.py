@@ -20,6 +20,7 @@ from scaling_lab.core.storage.files import write_atomic
 
 # The script; a part is started as `gpu_check --part '{...}'`.
 SCRIPT = Path(__file__).resolve().parent.parent / "gpu_check"
+ROOT = SCRIPT.parent.parent
 PARENT_POLL_S = 0.5
 DONE, RUNNING, FAILED, TIMED_OUT, SKIPPED = "done", "running", "failed", "timed out", "skipped"
 
@@ -108,6 +109,11 @@ def run_part(part: Part, device: str, size: str, folder: Path) -> dict[str, Any]
     with open(log, "wb") as file:
         process = subprocess.Popen(
             [sys.executable, str(SCRIPT), "--part", json.dumps(task)],
+            # Workers are started as modules of the package, which need not be installed.
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            },
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
