@@ -15,13 +15,12 @@ BLOCKED = {
     "xdist",
 }
 
-
 find_spec = PathFinder.find_spec
 
 
-def find_unblocked(name, path=None, target=None):
+def find_unblocked(_, name, path=None, target=None):
     """Nothing for a blocked package, as where it is not installed."""
     return None if name.partition(".")[0] in BLOCKED else find_spec(name, path, target)
 
 
-PathFinder.find_spec = staticmethod(find_unblocked)
+PathFinder.find_spec = classmethod(find_unblocked)
