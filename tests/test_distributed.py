@@ -6,6 +6,7 @@ Two real processes over gloo, started by torchrun once for all tests here (tests
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ from scaling_lab.training.models import build_model
 from scaling_lab.training.parallel import data_parallel
 from scaling_lab.training.parallel.data_parallel import DataParallelStep, batch_share
 from scaling_lab.training.parallel.team import Team, TeamLost, World, check_places, first_host
-from scaling_lab.training.run.checkpoint import read_checkpoint
+from scaling_lab.training.run.checkpoint import clean, load_latest, read_checkpoint
 
 TOLERANCE, BFLOAT16_TOLERANCE = 1e-5, 5e-3
 
@@ -48,7 +49,7 @@ TOLERANCE, BFLOAT16_TOLERANCE = 1e-5, 5e-3
 def folder(tmp_path_factory) -> Path:
     """The results of two processes that executed tests/helpers/team.py."""
     folder = tmp_path_factory.mktemp("team")
-    for name in ("1-to-2", "1-to-2-fsdp"):
+    for name in ("1-to-2", "1-to-2-fsdp", "1-2-1"):
         interrupted_at(RunStore(folder / name), SPECS["even"], 7)
     process = torchrun("-m", "helpers.team", str(folder), port=29_500 + os.getpid() % 1000)
     out, _ = process.communicate(timeout=280)
@@ -239,14 +240,17 @@ def test_a_stack_over_two_processes(folder, tmp_path):
         assert same(record(folder, "ddp-stack", spec), RunStore(tmp_path).read_record(spec.run_id()))
 
 
-@pytest.mark.parametrize("name", ["1-to-2", "1-to-2-fsdp", "fsdp-to-ddp"])
+@pytest.mark.parametrize("name", ["1-to-2", "1-to-2-fsdp", "fsdp-to-ddp", "fsdp-to-fsdp"])
 def test_a_run_resumes_with_more_processes(folder, alone, name):
     assert same(record(folder, name), alone["even"])
 
 
-@pytest.mark.parametrize("name", ["2-to-1", "2-to-1-fsdp"])
+@pytest.mark.parametrize("name", ["2-to-1", "2-to-1-fsdp", "1-2-1"])
 def test_a_run_of_two_processes_resumes_in_one(folder, alone, name, caplog):
     store = RunStore(folder / name)
+    files = {p.name for p in store.run_folder(SPECS["even"].run_id()).glob("checkpoint/*/*")}
+    # fsdp: each process has written its shards.
+    assert files == (set() if name == "2-to-1" else {".metadata", "__0_0.distcp", "__1_0.distcp"})
     assert store.state(SPECS["even"].run_id()).state == "interrupted"
     caplog.set_level("INFO")
     assert same(train(store, SPECS["even"]), alone["even"])
@@ -267,6 +271,25 @@ def test_checkpoints_of_one_process_and_of_two_are_the_same(folder, alone, tmp_p
             assert two.tensors[name].shape == tensor.shape
             # Adam divides small gradients by small numbers, so single weights differ by more than losses do.
             assert float((two.tensors[name] - tensor).norm() / tensor.norm()) < 1e-3
+
+
+def test_shards_count_only_once_a_json_names_them_with_their_checksums(folder, tmp_path):
+    spec = SPECS["tied"]
+    original = RunStore(folder / "fsdp-tied").run_folder(spec.run_id()) / "checkpoint"
+    assert sorted(p.name for p in original.iterdir()) == [f"step-{STEPS}.dcp", f"step-{STEPS}.json"]
+    for damage in ("none", "flipped", "gone", "no json"):
+        copy = shutil.copytree(original, tmp_path / damage)
+        shard = copy / f"step-{STEPS}.dcp" / "__1_0.distcp"
+        if damage == "flipped":
+            shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+        elif damage == "gone":
+            shard.unlink()
+        elif damage == "no json":
+            (copy / f"step-{STEPS}.json").unlink()
+        found = load_latest(copy, spec.run_id(), Execution(), spec.data.fingerprint())
+        assert (found is not None) == (damage == "none")
+        clean(copy)
+        assert (copy / f"step-{STEPS}.dcp").exists() == (damage != "no json")
 
 
 def test_shares_cover_a_batch_and_differ_by_at_most_one():

@@ -67,6 +67,10 @@ def lead(team: Team, folder: Path) -> None:
     train(of_kind("fsdp", "1-to-2-fsdp"), SPECS["even"])
     interrupted_at(of_kind("ddp", "2-to-1"), SPECS["even"], 7)
     interrupted_at(of_kind("fsdp", "2-to-1-fsdp"), SPECS["even"], 7)
+    # One process, two, one again (by pytest); two and two, each reading its own shards.
+    interrupted_at(of_kind("fsdp", "1-2-1"), SPECS["even"], 14)
+    interrupted_at(of_kind("fsdp", "fsdp-to-fsdp"), SPECS["even"], 7)
+    train(of_kind("fsdp", "fsdp-to-fsdp"), SPECS["even"])
     interrupted_at(of_kind("fsdp", "fsdp-to-ddp"), SPECS["even"], 7)
     train(of_kind("ddp", "fsdp-to-ddp"), SPECS["even"])
 

@@ -9,7 +9,9 @@ Clipping and AdamW work on the shards. To save a state it is gathered parameter 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from scaling_lab.training.engine.gradient import ModelWithLoss, autocast
 from scaling_lab.training.engine.memory import is_out_of_memory, save_micro_batch_hint
 from scaling_lab.training.engine.optimizer import FlatLayout, ParameterGroup, clip_scale, parameter_groups
 from scaling_lab.training.engine.process_errors import note_process_error
+from scaling_lab.training.parallel.shards import load_shards, write_shards
 from scaling_lab.training.parallel.team import Team, TeamLost, collective_guard, is_communication_error
 
 # Gradients are summed over the processes once a step, for which each process holds them whole, unless they take more than
@@ -56,6 +59,10 @@ class ShardedStep:
         self.micro = max(k for k in divisors(own) if k <= wanted)
         self._own = slice(team.world.rank * own, (team.world.rank + 1) * own)
         self._mesh = init_device_mesh(tokens.device.type, (size,))
+        on_host = tokens.device.type == "cpu"
+        self._host_mesh = self._mesh if on_host else init_device_mesh("cpu", (size,))
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        self._saving: Future[dict[str, str]] | None = None
         for blocks in [module for module in model.children() if isinstance(module, nn.ModuleList)]:
             for block in blocks:
                 if execution.compile:
@@ -140,9 +147,33 @@ class ShardedStep:
                 out[name] = torch.cat(parts) if parts else torch.empty(0)
         return out
 
-    def host_copy(self) -> dict[str, Tensor]:
-        """The state, which `state` gathers into new tensors."""
-        return self.state()
+    def save_shards(self, folder: Path) -> Future[dict[str, str]]:
+        """In all processes: copy the shards to the host, and write them in a thread of each process. The result has the
+        checksums of all files, in the first process."""
+        self._team.broadcast_command("save_shards", folder)
+        with self._end_team_on_error():
+            copies = self._named_shards(copy=True)
+        if self._saving is not None:
+            self._saving.exception()
+        self._saving = self._pool.submit(write_shards, folder, copies, self._team.checkpoints)
+        return self._saving
+
+    def load_shards(self, folder: Path) -> None:
+        """Load what `save_shards` wrote with any number of processes: each process reads its own shards."""
+        self._team.broadcast_command("load_shards", folder)
+        load_shards(folder, self._named_shards(copy=False), self._team.checkpoints)
+
+    def _named_shards(self, copy: bool) -> dict[str, DTensor]:
+        """The shards as parts of whole tensors: the shards themselves, or copies on the host."""
+        mesh = self._host_mesh if copy else self._mesh
+        return {
+            f"{kind}.{name}": DTensor.from_local(
+                shard.detach().to("cpu", copy=True) if copy else shard.detach(),
+                mesh, p.placements, shape=p.shape, stride=p.stride(),
+            )
+            for kind, shards in self._shards().items()
+            for name, p, shard in zip(self.layout.names, self._parameters, shards, strict=True)
+        }  # fmt: skip
 
     def host_parameters(self) -> dict[str, Tensor]:
         """The parameters by name, gathered in host memory."""

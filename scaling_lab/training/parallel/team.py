@@ -112,6 +112,8 @@ class Team:
         """Folder of the run that is opened next (of a stack's first run); known to all processes once it is open."""
         # Commands and small answers go between CPUs, whatever the devices are.
         self._control: Any = dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)
+        # The threads that write checkpoints agree among themselves.
+        self.checkpoints: Any = dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)
 
     @property
     def leads(self) -> bool:

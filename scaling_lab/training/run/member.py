@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import IO
+from pathlib import Path
+from typing import IO, Any
 
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from scaling_lab.training.run.checkpoint import (
     read_checkpoint,
     remove_checkpoints,
     save_checkpoint,
+    shards_of,
     write_checkpoint,
 )
 from scaling_lab.training.run.checkpoint_writer import CheckpointWriter
@@ -130,7 +132,7 @@ class Member(StepCounter):
         if spec.parent is None:
             return None
         path = kept_path(self.store.run_folder(spec.parent) / "checkpoint", spec.parent_step)
-        found = read_checkpoint(path, spec.parent, fingerprint=fingerprint)
+        found = read_checkpoint(path, spec.parent, fingerprint=fingerprint, whole=False)
         return replace(
             found, run_id=self.planned.run_id, curve_points=0, block_losses_nats=(), wall_time_s=0.0
         )
@@ -144,7 +146,7 @@ class Member(StepCounter):
         kept: list[EvalPoint] = []
         if saved is not None:
             kept = self.store.read_curve(self.planned.run_id)[: saved.curve_points]
-            session.step.load_state(saved.tensors)
+            self._load(saved)
             self.done = saved.step
             log.info("run %s resumes from step %d of %d.", self.planned.run_id, self.done, self.spec.steps)
         file: IO[str] = self.store.start_curve(self.planned.run_id, kept)
@@ -204,9 +206,21 @@ class Member(StepCounter):
         else:
             # A finished run keeps one: its weights, to sample from.
             write = partial(save_checkpoint, path, keep=1 if self.done == self.spec.steps else KEPT)
-        self._saving = self.done, self.writer.submit(self._copy, partial(self._write, write))
+        files = kept_path(path, self.done) if permanent else path / f"step-{self.done}.pt"
+        self._saving = self.done, self.writer.submit(partial(self._copy, files), partial(self._write, write))
 
-    def _copy(self) -> Checkpoint:
+    def _load(self, saved: Checkpoint) -> None:
+        step: Any = self.session.step
+        if saved.shards is None:
+            step.load_state(saved.tensors)
+        elif step.holds_all_parameters:
+            step.load_state(saved.whole())
+        else:
+            step.load_shards(saved.shards)
+
+    def _copy(self, files: Path) -> Checkpoint:
+        step: Any = self.session.step
+        whole = step.holds_all_parameters
         return Checkpoint(
             run_id=self.planned.run_id,
             step=self.done,
@@ -215,8 +229,10 @@ class Member(StepCounter):
             wall_time_s=self.curve.wall_time_s,
             execution=self.planned.execution,
             data_fingerprint=self.session.fingerprint,
-            tensors=self.session.step.host_copy(),
+            tensors=step.host_copy() if whole else {},
             divergence=self.divergence.state(),
+            saving=None if whole else step.save_shards(shards_of(files)),
+            parameters=tuple(zip(step.layout.names, map(tuple, step.layout.shapes), strict=True)),
         )
 
     def _write(self, write: Callable[..., None], checkpoint: Checkpoint) -> None:
