@@ -14,6 +14,7 @@ from scaling_lab.core.errors import UserError
 from scaling_lab.core.spec import Execution, RunSpec
 from scaling_lab.planning.memory import divisors
 from scaling_lab.training.engine.memory import is_out_of_memory
+from scaling_lab.training.engine.process_errors import is_device_error
 from scaling_lab.training.engine.step import TrainStep
 from scaling_lab.training.parallel.overlap import OverlappedGradient
 from scaling_lab.training.parallel.team import Team, World, collective_guard
@@ -144,8 +145,9 @@ class DataParallelStep(TrainStep):
             self._overlapped.compute(starts, self.micro, self.tokens, self._weight)
         except Exception as caught:
             error = caught
-        if error is not None and is_out_of_memory(error):
-            self._error, error = error, None  # raised at the end of the block, for smaller micro-batches
+        if error is not None and (is_out_of_memory(error) or is_device_error(error)):
+            # Raised at the end of the block: smaller micro-batches, or a fresh process, may help.
+            self._error, error = error, None
         if any(self._team.gather(error is not None)):
             self._overlapped = None
             if error is not None:
