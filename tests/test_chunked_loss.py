@@ -47,12 +47,14 @@ def counting_compiler(monkeypatch) -> list[int]:
 
 def steps_in_chunks(monkeypatch, members: int | None):
     """For 4 and 64 chunks: a function that makes the step of one run, or of a stack, and its inputs."""
-    torch.manual_seed(0)
-    models = [build_model(SPEC.shape) for _ in range(members or 1)]
     corpus, lead = torch.randint(0, 256, (1000,), dtype=torch.uint8), (members,) if members else ()
     inputs = torch.zeros(*lead, 4, dtype=torch.int64), torch.full((*lead, 3), 1e-3)
 
     def make(**execution) -> TrainStep:
+        torch.manual_seed(0)
+        models = [
+            build_model(SPEC.shape) for _ in range(members or 1)
+        ]  # a step takes the first model's parameters
         first, specs = (models, [SPEC] * members) if members else (models[0], SPEC)
         return TrainStep(first, corpus, specs, Execution(**execution))
 
