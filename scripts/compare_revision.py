@@ -196,7 +196,7 @@ def tables(sides: Sequence[Side]) -> Rows:
 def training(sides: Sequence[Side]) -> Rows:
     for name, (options, wanted) in SWEEPS.items():
         command = f"sweep sweep={name} results_dir=trained {options} --quiet"
-        in_threads(*(partial(side.lab, command, core=side.core) for side in sides))
+        in_threads(*(partial(side.lab, command + side.keep, core=side.core) for side in sides))
         for each in json.loads((sides[0].work / f"trained/{name}/plan.json").read_text())["runs"]:
             how = each["execution"]
             if (how["compile"], how["micro_batch_sequences"] is not None, how["stack_size"]) != wanted:
@@ -260,12 +260,12 @@ def resume(sides: Sequence[Side]) -> Rows:
         command = f"{RESUMED} sweep={kind} compile={compiled} results_dir="
         whole, killed = old.work / "whole" / kind, old.work / "killed" / kind
         kept = in_threads(
-            partial(old.lab, f"{command}whole", core=old.core),
-            partial(kill_after_checkpoint, old, f"{command}killed", killed, new.core),
+            partial(old.lab, f"{command}whole{old.keep}", core=old.core),
+            partial(kill_after_checkpoint, old, f"{command}killed{old.keep}", killed, new.core),
         )[1]
         resumed = new.work / "killed" / kind
         shutil.copytree(killed, resumed)
-        in_threads(partial(new.lab, f"{command}killed", core=new.core))
+        in_threads(partial(new.lab, f"{command}killed{new.keep}", core=new.core))
         what = f"{kind}, resumed at step {len(kept)}, {run_counts(whole)}"
         what, found = row(what, [run_files(whole), run_files(resumed)], RULES["runs"])
         # With their wall times: the new side did not compute these lines again.

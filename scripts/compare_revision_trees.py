@@ -42,6 +42,12 @@ class Side:
     def site(self) -> Path:
         return next((self.folder / "environment").glob("lib/python*/site-packages"))
 
+    @property
+    def keep(self) -> str:
+        """The option with which runs keep their last checkpoint, to be compared; revisions before it always did."""
+        known = "\nKEEP = " in (self.site / "scaling_lab/core/spec.py").read_text()
+        return " keep=resume" if known else ""
+
     def start(self, *argv: str, core: int | None = None, **options: Any) -> subprocess.Popen[str]:
         """Start a program of this side's environment. With `core`, call it in a thread of its own."""
         if core is not None:
