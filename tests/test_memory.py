@@ -50,7 +50,7 @@ def check(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is in /proc of Linux")
 @pytest.mark.parametrize("name", CASES)
 def test_the_estimate_is_above_the_measured_peaks_but_not_far(name):
     shape = GPTShape(**CASES[name]["shape"])

@@ -231,7 +231,7 @@ def test_loss_chunks():
     assert loss_chunks(32 * 1024, 50_304) == 50  # 1.65e9 logits, 128 MB at a time
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is in /proc of Linux")
 @pytest.mark.parametrize("shape", ["64 4 256 256", "128 2 16000 64"], ids=["activations", "vocabulary"])
 def test_the_estimate_is_above_the_measured_peak_but_not_far(shape):
     done = run_helper("measured_peak", *shape.split())

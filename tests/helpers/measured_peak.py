@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 
+from helpers.peak_memory import peak_bytes
 from helpers.specs import tiny
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.spec import EvalSpec, Execution
@@ -20,8 +20,7 @@ def main(width: int, depth: int, vocab: int, sequences: int) -> None:
     )  # fmt: skip
     session = open_session(spec, Execution())
     train_block(session, 0, 2)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps([estimate_bytes(spec, "cpu", sequences, 1e7), peak]))
+    print(json.dumps([estimate_bytes(spec, "cpu", sequences, 1e7), peak_bytes()]))
 
 
 if __name__ == "__main__":

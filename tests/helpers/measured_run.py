@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import warnings
 from dataclasses import replace
@@ -12,16 +11,13 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from helpers.peak_memory import peak_bytes
 from helpers.specs import tiny
 from scaling_lab.core.shapes.gpt import GPTShape
 from scaling_lab.core.spec import EvalSpec, Execution, RunSpec
 from scaling_lab.planning.memory import HEAP_BYTES, PROCESS_BYTES, corpus_bytes, estimate_bytes
 from scaling_lab.training.measure.noise_scale import NoiseProbe
 from scaling_lab.training.run.session import open_program
-
-
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def train(specs: list[RunSpec], execution: Execution, steps: int) -> None:
