@@ -75,9 +75,10 @@ def spec_of(sizes: tuple[int, ...], way: str, steps: int, seed: int = 0) -> RunS
 
 
 def bfloat16_weights_gradient(
-    model: nn.Module, layout: FlatLayout, spec: RunSpec, sequences: int
+    model: nn.Module, layout: FlatLayout, spec: RunSpec, sequences: int, compiled: bool = False
 ) -> GradientFunction:
-    """A replacement for `gradient.make_gradient` that computes all logits at once, since the vocabulary here is 256."""
+    """A replacement for `gradient.make_gradient` that computes all logits at once, since the vocabulary here is 256: there
+    are no chunks for `compiled` to be about."""
     device = next(model.parameters()).device
     offsets = torch.arange(spec.shape.context + 1, device=device)
     buffers = {
