@@ -66,7 +66,7 @@ def test_a_draw_exactly_on_a_bound_gives_the_same_token(monkeypatch, source):
         ).astype(np.uint32)
 
     def in_torch(key, index, *rest):
-        return torch.from_numpy(on_host(key, index.numpy(), *(r.numpy() for r in rest)).astype(np.int64))
+        return torch.from_numpy(on_host(key, index.numpy(), *map(np.asarray, rest)).astype(np.int64))
 
     for module in ("core.sources", "training.data.generated"):
         fake = on_host if module == "core.sources" else in_torch
