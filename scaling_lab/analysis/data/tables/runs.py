@@ -34,18 +34,8 @@ _NOT_FINISHED = frozenset(
     }
     | {"diverged", "interrupted", "timeout", "oom"}
 )
-_TIMES = (
-    "timestamp",
-    "createdat",
-    "created",
-    "time",
-    "date",
-    "datetime",
-    "startedat",
-    "starttime",
-    "walltime",
-    "attempt",
-)
+# Elapsed times (time, wall_time) are none: they do not say which attempt came later.
+_TIMES = ("timestamp", "createdat", "created", "date", "datetime", "startedat", "starttime", "attempt")
 # Two losses closer than this are one: a table may be rounded differently in two places.
 _SAME_LOSS = 1e-6
 _SAME_SIZE = 1e-6
