@@ -252,3 +252,13 @@ def test_what_is_no_number_is_a_bad_row(tmp_path: Path, cell: str) -> None:
     obs = read(tmp_path, t)
     assert [d.row for d in obs.dropped] == [5]
     assert obs.dropped[0].reason == f"params is not a number: {cell!r}"
+
+
+@pytest.mark.parametrize(("column", "factor"), [("tokens", 1e-4), ("params", 1e-5)])
+def test_a_ratio_of_tokens_to_parameters_that_no_run_has_is_refused(
+    tmp_path: Path, column: str, factor: float
+) -> None:
+    """Each column alone is plausible: some hundred thousand tokens, some thousand parameters."""
+    assert "tokens per parameter" in refused(tmp_path, clean().assign(**{column: factor * clean()[column]}))
+    few = clean().assign(tokens=0.036 * clean().params)  # the least of a published table
+    assert read(tmp_path, few).n_points == 35
