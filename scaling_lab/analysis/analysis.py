@@ -24,7 +24,7 @@ from scaling_lab.analysis.data.observations import AS_GIVEN, Observations
 from scaling_lab.analysis.data.record_observations import observations_from_records
 from scaling_lab.analysis.data.sweep_records import SweepRecords
 from scaling_lab.analysis.data.table_observations import from_table
-from scaling_lab.analysis.data.tables.table import read_table
+from scaling_lab.analysis.data.tables.table import Table, read_table
 from scaling_lab.analysis.estimate import Array, Estimate
 from scaling_lab.analysis.finding import Finding
 from scaling_lab.analysis.inference.agreement import Agreement, compare_approaches, explain_disagreement
@@ -123,13 +123,22 @@ def read_observations(path: str | Path, settings: AnalysisSettings | None = None
         units=s.units,
         decimal=s.decimal,
     )
+    return observations_of_table(table, s)
+
+
+def observations_of_table(table: Table, settings: AnalysisSettings) -> Observations:
+    """Observations from a table that was read, as the settings say (convention, strict, points, best_of, pool).
+
+    Raises:
+        UserError: a missing column, too few usable rows.
+    """
     return from_table(
         table,
-        convention=s.convention or AS_GIVEN,
-        strict=s.strict,
-        each_row=s.points == "all",
-        best_of=s.best_of,
-        pool=s.pool,
+        convention=settings.convention or AS_GIVEN,
+        strict=settings.strict,
+        each_row=settings.points == "all",
+        best_of=settings.best_of,
+        pool=settings.pool,
     )
 
 

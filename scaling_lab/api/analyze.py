@@ -200,8 +200,8 @@ def observations_of(
     where: Mapping[str, Any] | None,
 ) -> tuple[Observations, str]:
     """(observations, the table's name). Raises `UserError` naming the argument that is wrong."""
-    from scaling_lab.analysis.data.observations import AS_GIVEN, Observations
-    from scaling_lab.analysis.data.table_observations import from_table
+    from scaling_lab.analysis.analysis import observations_of_table
+    from scaling_lab.analysis.data.observations import Observations
 
     if isinstance(data, Observations):
         return data, f"{data.n_runs} runs"
@@ -215,15 +215,7 @@ def observations_of(
         decimal=settings.decimal,
     )
     check_needed(table)
-    observations = from_table(
-        table,
-        convention=settings.convention or AS_GIVEN,
-        strict=settings.strict,
-        each_row=settings.points == "all",
-        best_of=settings.best_of,
-        pool=settings.pool,
-    )
-    return observations, table.source
+    return observations_of_table(table, settings), table.source
 
 
 def analyze_sweep(
